@@ -1,0 +1,69 @@
+"""guidekit steers frozen diffusion backbones while they sample.
+
+    import guidekit
+    pipe = guidekit.load("scenes")
+    condition = guidekit.Condition("a red circle on a white background", segments=(...,))
+    images = guidekit.sample(pipe, condition, [Zest()], seeds=range(4)).finish().images
+
+Names are resolved on first use, so that the command line starts without importing torch.
+"""
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from guidekit.hookspecs import hookimpl
+
+__version__ = "0.1.0"
+
+_HOME = {
+    "AttentionCall": "attention",
+    "AttentionRead": "guidance",
+    "BlockCall": "taps",
+    "Branch": "guidance",
+    "Condition": "conditions",
+    "Denoiser": "denoiser",
+    "Eval": "guidance",
+    "FeatureRead": "guidance",
+    "Guidance": "guidance",
+    "Level": "noise",
+    "Move": "noise",
+    "Run": "run",
+    "Sampling": "sampler",
+    "Segment": "conditions",
+    "Step": "step",
+    "average_maps": "guidance",
+    "box_mask": "conditions",
+    "draw": "sampler",
+    "level": "noise",
+    "load": "loading",
+    "load_layout": "conditions",
+    "load_mask": "conditions",
+    "sample": "sampler",
+    "tap_attention": "taps",
+    "tap_blocks": "taps",
+    "token_maps": "attention",
+}
+
+__all__ = ["hookimpl", *_HOME]
+
+if TYPE_CHECKING:
+    from guidekit.attention import AttentionCall, token_maps
+    from guidekit.conditions import Condition, Segment, box_mask, load_layout, load_mask
+    from guidekit.denoiser import Denoiser
+    from guidekit.guidance import AttentionRead, Branch, Eval, FeatureRead, Guidance, average_maps
+    from guidekit.loading import load
+    from guidekit.noise import Level, Move, level
+    from guidekit.run import Run
+    from guidekit.sampler import Sampling, draw, sample
+    from guidekit.step import Step
+    from guidekit.taps import BlockCall, tap_attention, tap_blocks
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"guidekit has no {name!r}; it has {', '.join(__all__)}")
+    return getattr(importlib.import_module(f"guidekit.{_HOME[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *_HOME])

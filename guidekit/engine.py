@@ -1,0 +1,281 @@
+"""One guided step: branches, taps, energies, one backward per push rule, the changed output.
+
+Guidance enters as a change of the model's own output before `scheduler.step`, which is right for
+every scheduler (see noise.py). The engine knows no method by name.
+"""
+
+import contextlib
+import time
+from collections.abc import Callable, Iterator
+from functools import partial
+
+import torch
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from guidekit.account import NonFiniteError
+from guidekit.capture import Capture, StopForward
+from guidekit.denoiser import Text
+from guidekit.guidance import AttentionRead, Branch, Eval, Guidance
+from guidekit.run import Run
+from guidekit.step import Step
+from guidekit.taps import tap_attention, tap_blocks
+
+# Gradients of maps underflow in half precision; the scale is divided out again in float32.
+LOSS_SCALE = {torch.float16: 2.0**12}
+
+
+class Engine:
+    """Turns z and a timestep into the guided prediction; taps are open only inside `predict`."""
+
+    def __init__(self, run: Run, guidances: list[Guidance]):
+        self.run, self.guidances = run, guidances
+        self.backwards = 0  # for the account and the tests
+        self._capture: Capture | None = None
+        for guidance in guidances:
+            guidance.prepare(run)
+
+    def predict(self, z: Tensor, timestep: Tensor, index: int, n: int, repeat: int = 0) -> Step:
+        """The guided step at z (B, C, h, w); its prediction goes to `scheduler.step`."""
+        step = Step(self, z, timestep, index, n, repeat)
+        active = [g for g in self.guidances if g.active(step.frac)]
+        energies = [g for g in active if g.has_energy]
+        if energies:
+            wide = torch.promote_types(z.dtype, torch.float32)
+            step.z = z.detach().to(wide).requires_grad_()
+        step.branches = self._branches(step, active)
+        with self._taps(active):
+            self._evaluate(step, active, energies)
+            step.out = self._combine(step, active)
+            step.prediction = step.out.detach()
+            if energies:
+                change = self._push(step, energies)
+                step.prediction = (step.prediction + change).to(step.out.dtype)
+        step.z = z
+        for guidance in active:
+            step.prediction = guidance.edit_prediction(step, step.prediction)
+        return step
+
+    def _branches(self, step: Step, active: list[Guidance]) -> list[Branch]:
+        """Null and conditional branch, then what the guidances make of them."""
+        conditions, cfg = self.run.conditions, self.run.cfg
+        cond = Branch("cond", [c.prompt for c in conditions], weight=cfg)
+        null = Branch("null", [c.negative for c in conditions], null=True)
+        branches = [null, cond] if cfg > 1 else [cond]
+        if cfg <= 1:
+            cond.weight = None
+        for guidance in active:
+            branches = guidance.branches(step, branches)
+        return branches
+
+    @contextlib.contextmanager
+    def _taps(self, active: list[Guidance]) -> Iterator[None]:
+        """Opens the taps that the active guidances asked for."""
+        run, ids = self.run, {id(g) for g in active}
+        attention, blocks = set(), set()
+        for guidance, read, _ in run.reads:
+            if id(guidance) in ids:
+                (attention if isinstance(read, AttentionRead) else blocks).update(read.sites)
+        for key, sites in run.edits.items():
+            if key in ids:
+                attention |= sites.get("attention", set())
+                blocks |= sites.get("block", set())
+        model = run.denoiser.model
+        with contextlib.ExitStack() as stack:
+            if attention:
+                show = self._show("attention")
+                stack.enter_context(tap_attention(model, show, sorted(attention), run.attention))
+            if blocks:
+                stack.enter_context(tap_blocks(model, self._show("block"), sorted(blocks)))
+            yield
+
+    def _show(self, kind: str) -> Callable:
+        """Passes a tapped call on to the capture of the denoiser call that is running."""
+        return lambda call: None if self._capture is None else getattr(self._capture, kind)(call)
+
+    def _evaluate(self, step: Step, active: list[Guidance], energies: list[Guidance]) -> None:
+        """Calls the denoiser, one batch for all branches that are treated alike."""
+        scopes = {g.graph for g in energies}
+        groups: dict[tuple, list[Branch]] = {}
+        for i, branch in enumerate(step.branches):
+            reads = self._reads(branch, active, main=True)
+            editors = [g for g in active if id(g) in self.run.edits and g.touches(branch)]
+            graph = "x0" in scopes or (
+                branch.name == "cond" and bool(scopes & {"attention", "features"})
+            )
+            alone = i if reads or editors else -1
+            shape = (branch.view or (0, 0, *self.run.grid))[2:]
+            groups.setdefault((graph, alone, shape), []).append(branch)
+        for (graph, *_), branches in groups.items():
+            cut = graph and "x0" not in scopes
+            outs = self._call_group(step, active, branches, graph, cut)
+            for branch, evaluation in zip(branches, outs, strict=True):
+                step.evals[branch.name] = evaluation
+
+    def _reads(self, branch: Branch, active: list[Guidance], main: bool) -> list:
+        """What the active guidances want to read of a branch."""
+        if branch.name != "cond":
+            return []
+        ids = {id(g) for g in active}
+        return [read for g, read, m in self.run.reads if id(g) in ids and m == main]
+
+    def _call_group(
+        self, step: Step, active: list[Guidance], branches: list[Branch], graph: bool, cut: bool
+    ) -> list[Eval]:
+        """One denoiser call for branches that share it."""
+        run = self.run
+        x = torch.cat([self._input(step, active, branch) for branch in branches])
+        text = Text.cat([run.text(branch.prompts, branch.null) for branch in branches])
+        branch = branches[0]
+        editors = [g for g in active if id(g) in run.edits and g.touches(branch)]
+        reads = self._reads(branch, active, main=True)
+        capture = Capture(step, branch, reads, editors, cut=cut and bool(reads))
+        with torch.set_grad_enabled(graph):
+            out = self._call(x, step.timestep, text, capture, graph)
+        parts = out.chunk(len(branches))
+        return [Eval(b, o, capture.found) for b, o in zip(branches, parts, strict=True)]
+
+    def _input(self, step: Step, active: list[Guidance], branch: Branch) -> Tensor:
+        """Scaled model input of a branch (B, C, h, w) in the denoiser's type."""
+        x = step.z if branch.x is None else branch.x
+        if branch.view is not None:
+            top, left, height, width = branch.view
+            x = x[..., top : top + height, left : left + width]
+        x = x.to(self.run.denoiser.dtype)
+        if hasattr(self.run.scheduler, "scale_model_input"):
+            x = self.run.scheduler.scale_model_input(x, step.timestep)
+        for guidance in active:
+            x = guidance.edit_input(step, branch, x)
+        return x
+
+    def _call(
+        self, x: Tensor, timestep: Tensor, text: Text, capture: Capture, graph: bool
+    ) -> Tensor:
+        """The denoiser with a capture behind the taps; checkpointed where memory is low."""
+        low = graph and self.run.memory == "low"
+        with self._capturing(capture), _checkpointed(self, low):
+            return self.run.denoiser(x, timestep, text)
+
+    @contextlib.contextmanager
+    def _capturing(self, capture: Capture | None) -> Iterator[None]:
+        """Tapped calls go to `capture`."""
+        before, self._capture = self._capture, capture
+        try:
+            yield
+        finally:
+            self._capture = before
+
+    def second_call(self, step, x, timestep, guidance, branch, graph, stop) -> Eval:
+        """See `Step.denoise`."""
+        found = next(b for b in step.branches if b.name == branch)
+        reads = [r for g, r, main in self.run.reads if g is guidance and not main]
+        capture = Capture(step, found, reads, [], cut=False, stop=stop)
+        text = self.run.text(found.prompts, found.null)
+        with torch.set_grad_enabled(graph), contextlib.suppress(StopForward):
+            return Eval(found, self._call(x, timestep, text, capture, graph), capture.found)
+        return Eval(found, None, capture.found)
+
+    def _combine(self, step: Step, active: list[Guidance]) -> Tensor:
+        """Base plus the weighted differences to it: diffusers' formula for null and cond."""
+        outs = {name: e.out for name, e in step.evals.items()}
+        views = [b for b in step.branches if b.view is None]
+        combined = None
+        if views:
+            base = next(outs[b.name] for b in views if b.weight is None)
+            combined = base
+            for branch in views:
+                if branch.weight is not None:
+                    combined = combined + branch.weight * (outs[branch.name] - base)
+        for guidance in active:
+            combined = guidance.combine(step, outs, combined)
+        return combined
+
+    def _push(self, step: Step, energies: list[Guidance]) -> Tensor:
+        """The sum of the changes of the output that the energies ask for; one backward a rule."""
+        rules: dict[tuple, list[Guidance]] = {}
+        for guidance in energies:
+            rules.setdefault(guidance.rule, []).append(guidance)
+        change = torch.zeros_like(step.z)
+        for left, members in zip(reversed(range(len(rules))), rules.values(), strict=True):
+            change = change + self._push_rule(step, members, keep=left > 0)
+        return change.detach()
+
+    def _push_rule(self, step: Step, members: list[Guidance], keep: bool) -> Tensor:
+        """Energies of one rule, their gradient, their change of the output."""
+        started = time.perf_counter()
+        shared = type(members[0]).push is Guidance.push
+        with torch.enable_grad():
+            values = [self._energy(step, g) for g in members]
+            factors = [g.scale * g.weight(step.frac) if shared else 1.0 for g in members]
+            total = sum(f * v for f, v in zip(factors, values, strict=True))
+            grad = self._gradient(step, total, members, keep)
+        with torch.no_grad():
+            change = members[0].push(step, grad)
+        norm = grad.flatten(1).norm(dim=1)
+        ratio = change.float().flatten(1).norm(dim=1) / step.out.float().flatten(1).norm(dim=1)
+        seconds = time.perf_counter() - started
+        for guidance, value in zip(members, values, strict=True):
+            self.run.account.energy(
+                guidance.name, step.index, step.repeat, value,
+                grad_norm=norm, update_ratio=ratio, seconds=seconds,
+            )  # fmt: skip
+        return change
+
+    def _energy(self, step: Step, guidance: Guidance) -> Tensor:
+        """One guidance's energy, checked."""
+        value = guidance.energy(step)
+        if value.shape != (len(step.z),):
+            raise ValueError(
+                f"the energy of {guidance.name} has shape {tuple(value.shape)}; it must be one "
+                f"number per picture, ({len(step.z)},)"
+            )
+        if not value.requires_grad:
+            raise ValueError(
+                f"the energy of {guidance.name} does not depend on z; compute it from step.z, "
+                f"step.x0 or its reads (its graph is {guidance.graph!r})"
+            )
+        return value
+
+    def _gradient(self, step: Step, total: Tensor, members: list[Guidance], keep: bool) -> Tensor:
+        """d total / dz (B, C, h, w); what is not finite follows the policy."""
+        scale = LOSS_SCALE.get(self.run.denoiser.dtype, 1.0)
+        self.backwards += 1
+        (grad,) = torch.autograd.grad(total.sum() * scale, step.z, retain_graph=keep)
+        grad = grad / scale
+        finite = torch.isfinite(grad).flatten(1).all(1)
+        if finite.all():
+            return grad
+        names = " + ".join(g.name for g in members)
+        bad = [self.run.seeds[b] for b in (~finite).nonzero().flatten().tolist()]
+        text = f"gradient of {names} is not finite at step {step.index} for seeds {bad}"
+        if self.run.nonfinite == "raise":
+            raise NonFiniteError(
+                f"{text}; lower its scale, run in float32, or set nonfinite to 'zero' to skip"
+            )
+        self.run.account.note(f"{text}; those pictures were not pushed at that step")
+        return torch.where(finite[:, None, None, None], grad, torch.zeros_like(grad))
+
+
+@contextlib.contextmanager
+def _checkpointed(engine: Engine, active: bool) -> Iterator[None]:
+    """Gradient checkpointing whose second run of a block goes to the same capture as the first."""
+    model = engine.run.denoiser.model
+    if not active:
+        yield
+        return
+    before = getattr(model, "gradient_checkpointing_func", None)
+    own = model.is_gradient_checkpointing
+
+    def run_block(module, *args):
+        capture = engine._capture
+        contexts = lambda: (contextlib.nullcontext(), engine._capturing(capture))  # noqa: E731
+        call = partial(checkpoint, use_reentrant=False, context_fn=contexts)
+        return call(module.__call__, *args)
+
+    model.enable_gradient_checkpointing(run_block)
+    try:
+        yield
+    finally:
+        model.disable_gradient_checkpointing()
+        if own:
+            model.enable_gradient_checkpointing(before)

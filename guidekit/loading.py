@@ -1,0 +1,119 @@
+"""Where a model name leads: a built-in, a diffusers pipeline directory or a hub id."""
+
+import json
+from pathlib import Path
+
+import torch
+from diffusers import DiffusionPipeline
+
+ZOO = Path(__file__).parent / "zoo"
+SCHEDULERS = {
+    "ddim": "DDIMScheduler",
+    "ddpm": "DDPMScheduler",
+    "deis": "DEISMultistepScheduler",
+    "dpm++": "DPMSolverMultistepScheduler",
+    "dpm++2s": "DPMSolverSinglestepScheduler",
+    "euler": "EulerDiscreteScheduler",
+    "euler-a": "EulerAncestralDiscreteScheduler",
+    "heun": "HeunDiscreteScheduler",
+    "kdpm2": "KDPM2DiscreteScheduler",
+    "kdpm2-a": "KDPM2AncestralDiscreteScheduler",
+    "lms": "LMSDiscreteScheduler",
+    "pndm": "PNDMScheduler",
+    "sa": "SASolverScheduler",
+    "unipc": "UniPCMultistepScheduler",
+}
+
+
+def built_in() -> list[str]:
+    """Names of the built-in pipelines."""
+    return sorted(p.parent.name for p in ZOO.glob("*/model_index.json"))
+
+
+def load(
+    name: str,
+    device: str | None = None,
+    dtype: torch.dtype | None = None,
+) -> DiffusionPipeline:
+    """A diffusers pipeline from a built-in's name, a directory or a hub id.
+
+    Weights are safetensors; nothing is unpickled and no remote code runs. device: default CUDA if
+    there is one; dtype: default float32 on a CPU and for built-ins, else float16. Raises ValueError
+    that says what exists or what is wrong with the directory.
+    """
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    own = ZOO / name / "model_index.json"
+    path = ZOO / name if own.exists() else Path(name)
+    if dtype is None:
+        dtype = torch.float32 if device == "cpu" or own.exists() else torch.float16
+    if path.exists():
+        _check_directory(path)
+    elif name.count("/") != 1:
+        raise ValueError(
+            f"no model {name!r}: not a built-in ({', '.join(built_in())}), not a directory, "
+            "not a hub id of the form owner/name"
+        )
+    try:
+        pipeline = DiffusionPipeline.from_pretrained(
+            path if path.exists() else name, torch_dtype=dtype, use_safetensors=True
+        )
+    except (OSError, ValueError) as error:
+        first = str(error).strip().splitlines()[0]
+        raise ValueError(f"model {name!r} cannot be loaded: {first}") from None
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline.to(device)
+
+
+def _check_directory(path: Path) -> None:
+    """Raises ValueError for a directory that is no complete pipeline with safe weights."""
+    index = path / "model_index.json"
+    if not index.exists():
+        raise ValueError(f"{path} has no model_index.json, so it is not a diffusers pipeline")
+    try:
+        parts = json.loads(index.read_text())
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{index} is not readable JSON ({error}); download it again") from None
+    for part, kind in parts.items():
+        if not isinstance(kind, list) or kind[0] is None:
+            continue
+        folder = path / part
+        if not folder.is_dir():
+            raise ValueError(f"{path} lacks the folder {part!r}; download the model again")
+        _check_weights(folder)
+
+
+def _check_weights(folder: Path) -> None:
+    """Raises ValueError for pickled weights without safetensors and for files cut short."""
+    pickled = [*folder.glob("*.bin"), *folder.glob("*.ckpt"), *folder.glob("*.pt")]
+    safe = list(folder.glob("*.safetensors"))
+    if pickled and not safe:
+        raise ValueError(
+            f"{pickled[0]} is a pickle, which can run code when it is read; convert it to "
+            "safetensors (save_pretrained(..., safe_serialization=True))"
+        )
+    for file in safe:
+        _check_safetensors(file)
+
+
+def _check_safetensors(file: Path) -> None:
+    """Raises ValueError unless the header fits the file's length."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(file, "pt"):
+            pass
+    except (SafetensorError, OSError) as error:
+        raise ValueError(f"{file} is damaged ({error}); download it again") from None
+
+
+def make_scheduler(pipeline: DiffusionPipeline, name: str):
+    """A scheduler by its short name, with the settings of the pipeline's own.
+
+    Raises ValueError for a name that does not exist.
+    """
+    import diffusers
+
+    if name not in SCHEDULERS:
+        raise ValueError(f"no scheduler {name!r}; there are {', '.join(SCHEDULERS)}")
+    scheduler = getattr(diffusers, SCHEDULERS[name])
+    return scheduler.from_config(pipeline.scheduler.config)

@@ -1,0 +1,128 @@
+"""What stays the same over all steps of a run; guidances say in `prepare` what they need."""
+
+import hashlib
+
+import torch
+from torch import Tensor
+
+from guidekit.account import Account
+from guidekit.attention import choose
+from guidekit.backbones import layout_sites, site_grid
+from guidekit.conditions import Condition
+from guidekit.denoiser import Denoiser, Text
+from guidekit.guidance import AttentionRead, FeatureRead, Guidance
+from guidekit.taps import find_sites
+
+MEMORY = ("fast", "low")
+POLICIES = ("raise", "zero")
+
+
+class Run:
+    """Denoiser, conditions, seeds and settings of a run, its account and its reads and taps."""
+
+    def __init__(
+        self,
+        denoiser: Denoiser,
+        conditions: list[Condition],
+        seeds: list[int],
+        latent_shape: tuple[int, int, int],
+        scheduler,
+        *,
+        cfg: float,
+        memory: str = "fast",
+        nonfinite: str = "raise",
+        attention: str | None = None,
+        step_kwargs: dict | None = None,
+    ):
+        _one_of("memory", memory, MEMORY)
+        _one_of("nonfinite", nonfinite, POLICIES)
+        self.denoiser, self.conditions, self.seeds = denoiser, conditions, seeds
+        self.latent_shape, self.scheduler, self.cfg = latent_shape, scheduler, cfg
+        self.memory, self.nonfinite = memory, nonfinite
+        self.attention = choose(attention)
+        self.step_kwargs = step_kwargs or {}
+        self.account = Account()
+        self.reads: list[tuple[Guidance, AttentionRead | FeatureRead, bool]] = []
+        self.edits: dict[int, dict[str, set[str]]] = {}  # id of guidance: kind: sites
+        self._texts: dict[tuple, Text] = {}
+
+    @property
+    def device(self) -> torch.device:
+        """Where the denoiser runs."""
+        return self.denoiser.device
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        """Height and width of the latents."""
+        return self.latent_shape[1:]
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """Height and width of the pictures in pixels."""
+        factor = self.denoiser.pipeline.vae_scale_factor
+        return tuple(side * factor for side in self.grid)
+
+    def read(self, guidance: Guidance, read: AttentionRead | FeatureRead, main: bool = True):
+        """Asks for maps or features while `guidance` is active, and returns the read.
+
+        With main=False they are read only in the guidance's own calls of `step.denoise`.
+        """
+        self.reads.append((guidance, read, main))
+        return read
+
+    def attention_read(
+        self, guidance: Guidance, weights: Tensor, sites: dict[str, tuple], **options
+    ) -> AttentionRead:
+        """Asks for attention maps: `read` with the weights moved to the denoiser's device."""
+        read = AttentionRead(weights.to(self.device), sites, **options)
+        return self.read(guidance, read)
+
+    def tap_attention(self, guidance: Guidance, sites: str | list[str]) -> list[str]:
+        """Asks that the attention calls at the sites be shown to `guidance.edit_attention`."""
+        names = find_sites(self.denoiser.model, sites)
+        self.edits.setdefault(id(guidance), {})["attention"] = set(names)
+        return names
+
+    def tap_blocks(self, guidance: Guidance, sites: str | list[str]) -> list[str]:
+        """Asks that the block calls at the sites be shown to `guidance.edit_block`."""
+        names = find_sites(self.denoiser.model, sites, kind="block")
+        self.edits.setdefault(id(guidance), {})["block"] = set(names)
+        return names
+
+    def sites(self, patterns: list[str] | None = None) -> dict[str, tuple[int, int]]:
+        """Cross-attention sites with their grids: the family's layout sites, or those matching."""
+        model = self.denoiser.model
+        if not patterns:
+            return layout_sites(model, *self.grid)
+        return {s: site_grid(model, s, *self.grid) for s in find_sites(model, patterns)}
+
+    @property
+    def text_length(self) -> int:
+        """Number of text tokens that the denoiser attends to."""
+        return self.denoiser.tokenizers[0].model_max_length
+
+    def text(self, prompts: list[str], null: bool = False) -> Text:
+        """The encoded prompts, one per picture; the same prompts are encoded once."""
+        key = (tuple(prompts), null)
+        if key not in self._texts:
+            self._texts[key] = self.denoiser.text(prompts, self.size, null)
+        return self._texts[key]
+
+    def noise(self, shape: tuple[int, ...], *tags: int | str) -> Tensor:
+        """Normal noise (B, *shape) that depends on each picture's seed and the tags only."""
+        rows = [
+            torch.randn(shape, generator=torch.Generator().manual_seed(derived_seed(seed, *tags)))
+            for seed in self.seeds
+        ]
+        return torch.stack(rows).to(self.device)
+
+
+def _one_of(name: str, value: str, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        raise ValueError(f"{name} must be one of {', '.join(choices)}, not {value!r}")
+
+
+def derived_seed(*parts: int | str) -> int:
+    """A seed from numbers and names, the same in every process."""
+    digest = hashlib.sha256(repr(parts).encode()).digest()
+    return int.from_bytes(digest[:7], "big")

@@ -1,0 +1,225 @@
+"""The sampling loop, a generator of steps over any known diffusers scheduler.
+
+Without guidances it makes the same calls as the bare diffusers pipeline and the same pictures, bit
+for bit.
+"""
+
+import copy
+import inspect
+from collections.abc import Callable, Iterator, Sequence
+
+import torch
+from diffusers import DiffusionPipeline
+from diffusers.utils.torch_utils import randn_tensor
+from torch import Tensor
+
+from guidekit.conditions import Condition
+from guidekit.denoiser import Denoiser, frozen
+from guidekit.engine import Engine
+from guidekit.guidance import Guidance
+from guidekit.noise import level
+from guidekit.run import Run, derived_seed
+from guidekit.step import Step
+
+
+class Sampling:
+    """One batch of pictures being drawn: iterate over its steps, then read `images`.
+
+    denoiser: a Denoiser or a live pipeline. conditions: one for all pictures or one per seed.
+    seeds: one picture each; a picture does not depend on its batch. cfg: diffusers' guidance
+    scale, 1 for none. eta: DDIM's noise. scheduler: an instance to copy, by default the
+    pipeline's. memory: "fast", or "low" for gradient checkpointing. nonfinite: "raise" or "zero"
+    for gradients that are not finite. attention: eager | sdpa | triton | xformers.
+
+    Raises ValueError for settings that cannot work, before anything is computed.
+    """
+
+    def __init__(
+        self,
+        denoiser: Denoiser | DiffusionPipeline,
+        conditions: Condition | Sequence[Condition],
+        guidances: Sequence[Guidance] = (),
+        *,
+        seeds: Sequence[int] = (0,),
+        steps: int = 50,
+        cfg: float = 7.5,
+        eta: float = 0.0,
+        height: int | None = None,
+        width: int | None = None,
+        scheduler=None,
+        memory: str = "fast",
+        nonfinite: str = "raise",
+        attention: str | None = None,
+    ):
+        if isinstance(denoiser, DiffusionPipeline):
+            denoiser = Denoiser(denoiser)
+        self.denoiser, self.seeds = denoiser, list(seeds)
+        self.conditions = _per_seed(conditions, self.seeds)
+        _check_numbers(steps, cfg, eta)
+        denoiser.check(self.conditions)
+        scheduler = denoiser.pipeline.scheduler if scheduler is None else scheduler
+        # Schedulers keep state from step to step; this run has its own.
+        scheduler = type(scheduler).from_config(scheduler.config)
+        scheduler.set_timesteps(steps, device=denoiser.device)
+        self.generators = [torch.Generator().manual_seed(seed) for seed in self.seeds]
+        shape = denoiser.latent_shape(height, width)
+        self.run = Run(
+            denoiser, self.conditions, self.seeds, shape, scheduler, cfg=cfg, memory=memory,
+            nonfinite=nonfinite, attention=attention,
+            step_kwargs=_step_kwargs(scheduler, eta, self.generators),
+        )  # fmt: skip
+        self.guidances = [g for g in guidances if g.scale != 0]
+        with frozen(*self._models()):
+            self.engine = Engine(self.run, self.guidances)
+        self.images: Tensor | None = None  # (B, 3, H, W) in [0, 1]
+        self.latents: Tensor | None = None  # (B, C, h, w), the last z
+
+    def _models(self) -> list:
+        return [self.denoiser.model, self.denoiser.vae]
+
+    @property
+    def account(self):
+        """What every guidance did."""
+        return self.run.account
+
+    def finish(self, progress: Callable[[Step], None] | None = None) -> "Sampling":
+        """Draws to the end and returns itself; `progress` is called after every step."""
+        for step in self:
+            if progress:
+                progress(step)
+        return self
+
+    def __iter__(self) -> Iterator[Step]:
+        """Yields every step after its prediction was made; the last one holds the pictures."""
+        run = self.run
+        timesteps = list(run.scheduler.timesteps)
+        with frozen(*self._models()):
+            z = self._start()
+            for index, timestep in enumerate(timesteps):
+                step, z = self._advance(z, timestep, index, len(timesteps))
+                if index == len(timesteps) - 1:
+                    self.latents = z
+                    self.images = step.images = self.denoiser.decode(z)
+                    run.account.warn_idle(self.guidances)
+                yield step
+
+    def _start(self) -> Tensor:
+        """Noise of every picture from its own generator, at the scheduler's first level."""
+        shape = (len(self.seeds), *self.run.latent_shape)
+        z = randn_tensor(
+            shape, self.generators, device=self.denoiser.device, dtype=self.denoiser.dtype
+        )
+        return z * getattr(self.run.scheduler, "init_noise_sigma", 1.0)
+
+    def _advance(self, z: Tensor, timestep: Tensor, index: int, n: int) -> tuple[Step, Tensor]:
+        """One transition, done as often as a guidance asks for, and the next z."""
+        repeat, times = 0, 1
+        while True:
+            before = copy.deepcopy(self.run.scheduler) if self._may_repeat else None
+            step = self.engine.predict(z, timestep, index, n, repeat)
+            active = [g for g in self.guidances if g.active(step.frac)]
+            times = max([times, *(g.repeats(step) for g in active)])
+            noisier = step.level
+            z_next = self._scheduler_step(step, z)
+            for guidance in active:
+                z_next = guidance.edit_sample(step, z_next)
+            repeat += 1
+            if repeat >= times:
+                return step, z_next
+            z = self._noise_again(z_next, before, timestep, noisier, index, repeat)
+            self.run.scheduler = before
+
+    @property
+    def _may_repeat(self) -> bool:
+        return any(type(g).repeats is not Guidance.repeats for g in self.guidances)
+
+    def _scheduler_step(self, step: Step, z: Tensor) -> Tensor:
+        """The scheduler's own step on the guided prediction."""
+        with torch.no_grad():
+            return self.run.scheduler.step(
+                step.prediction, step.timestep, z, **self.run.step_kwargs, return_dict=False
+            )[0]
+
+    def _noise_again(
+        self, z: Tensor, scheduler, timestep: Tensor, noisier, index: int, repeat: int
+    ) -> Tensor:
+        """From the next level back to this one (FreeDoM, Yu et al. 2023, Algorithm 2)."""
+        cleaner = level(scheduler, timestep, offset=1)
+        gain = noisier.a / cleaner.a
+        std = max(noisier.s**2 - (gain * cleaner.s) ** 2, 0.0) ** 0.5
+        fresh = self.run.noise(self.run.latent_shape, index, repeat, "recurrence")
+        return gain * z + std * fresh.to(z.dtype)
+
+
+def sample(denoiser, conditions, guidances=(), **options) -> Sampling:
+    """Starts drawing pictures; see `Sampling` for the options."""
+    return Sampling(denoiser, conditions, guidances, **options)
+
+
+def draw(
+    denoiser, conditions, guidances=(), *, seeds=(0,), batch: int = 4, tries: int = 1, **options
+) -> Tensor:
+    """Pictures (len(seeds), 3, H, W) in [0, 1], drawn in batches.
+
+    Where guidances reject pictures (`accept`), those are drawn again from seeds derived from their
+    own, at most `tries` times in all; the last draw stays.
+    """
+    seeds = list(seeds)
+    conditions = _per_seed(conditions, seeds)
+    images: list[Tensor | None] = [None] * len(seeds)
+    left = list(range(len(seeds)))
+    for attempt in range(tries):
+        rejected = []
+        for i in range(0, len(left), batch):
+            part = left[i : i + batch]
+            own = [seeds[j] if attempt == 0 else derived_seed(seeds[j], attempt) for j in part]
+            drawn = Sampling(
+                denoiser, [conditions[j] for j in part], guidances, seeds=own, **options
+            ).finish()
+            kept = accepted(drawn.guidances, drawn.images)
+            for j, image, keep in zip(part, drawn.images, kept.tolist(), strict=True):
+                images[j] = image
+                rejected += [] if keep else [j]
+        left = rejected
+    return torch.stack(images)
+
+
+def accepted(guidances: Sequence[Guidance], images: Tensor) -> Tensor:
+    """Which pictures (B, 3, H, W) every guidance accepts: (B,) bool."""
+    kept = torch.ones(len(images), dtype=torch.bool)
+    for guidance in guidances:
+        kept &= guidance.accept(images).cpu()
+    return kept
+
+
+def _per_seed(conditions: Condition | Sequence[Condition], seeds: list[int]) -> list[Condition]:
+    """One condition per seed."""
+    if not seeds:
+        raise ValueError("there are no seeds; give at least one")
+    if isinstance(conditions, Condition):
+        return [conditions] * len(seeds)
+    if len(conditions) != len(seeds):
+        raise ValueError(f"{len(conditions)} conditions for {len(seeds)} seeds; give one per seed")
+    return list(conditions)
+
+
+def _check_numbers(steps: int, cfg: float, eta: float) -> None:
+    if steps < 1:
+        raise ValueError(f"steps must be at least 1, not {steps}")
+    for name, value in (("cfg", cfg), ("eta", eta)):
+        if not 0 <= value < float("inf"):
+            raise ValueError(f"{name} must be a finite number of at least 0, not {value}")
+
+
+def _step_kwargs(scheduler, eta: float, generators: list[torch.Generator]) -> dict:
+    """What the scheduler's step takes, as diffusers' pipelines find it out.
+
+    Raises ValueError for a noise that the scheduler would ignore.
+    """
+    accepted = inspect.signature(scheduler.step).parameters
+    if eta and "eta" not in accepted:
+        raise ValueError(
+            f"{type(scheduler).__name__} has no eta; leave it at 0 or use --scheduler ddim"
+        )
+    given = {"eta": eta, "generator": generators}
+    return {name: value for name, value in given.items() if name in accepted}

@@ -1,0 +1,88 @@
+"""One step as guidances see it: noise level, branches, evaluations, prediction."""
+
+from functools import cached_property
+from typing import TYPE_CHECKING
+
+from torch import Tensor
+
+from guidekit.guidance import Branch, Eval, Guidance
+from guidekit.noise import Level, Move, level
+
+if TYPE_CHECKING:
+    from guidekit.engine import Engine
+
+
+class Step:
+    """One call of the engine: level, branches, evaluations, prediction. Shapes are (B, C, h, w)."""
+
+    def __init__(self, engine: "Engine", z: Tensor, timestep: Tensor, index: int, n: int, repeat=0):
+        self.run, self._engine = engine.run, engine
+        self.z, self.timestep = z, timestep
+        self.index, self.n, self.repeat = index, n, repeat
+        self.branches: list[Branch] = []
+        self.evals: dict[str, Eval] = {}
+        self.out: Tensor | None = None  # combined output of the branches
+        self.prediction: Tensor | None = None  # what scheduler.step is given
+        self.images: Tensor | None = None  # pictures in [0, 1], after the last step
+
+    @property
+    def frac(self) -> float:
+        """Fraction of the denoiser calls that are done, from the noisy end."""
+        return self.index / self.n
+
+    @cached_property
+    def level(self) -> Level:
+        """Noise level of z."""
+        return level(self.run.scheduler, self.timestep)
+
+    @cached_property
+    def next_level(self) -> Level:
+        """Noise level of the next z."""
+        return level(self.run.scheduler, self.timestep, offset=1)
+
+    @cached_property
+    def move(self) -> Move:
+        """The transition that the scheduler is about to make."""
+        z = self.z.detach()
+        return Move(self.run.scheduler, self.timestep, z, self.run.step_kwargs)
+
+    @cached_property
+    def x0(self) -> Tensor:
+        """Clean estimate of the combined output, with its graph, in float32 or better."""
+        return self.level.x0(self.out, self.z)
+
+    @property
+    def cond(self) -> Eval:
+        """The evaluation of the conditional branch."""
+        return self.evals["cond"]
+
+    def branch_x0(self, name: str) -> Tensor:
+        """Clean estimate of one branch, with its graph."""
+        return self.level.x0(self.evals[name].out, self.z)
+
+    def denoise(
+        self,
+        x: Tensor,
+        timestep: Tensor | int,
+        guidance: Guidance,
+        branch: str = "cond",
+        graph: bool = True,
+        stop: bool = False,
+    ) -> Eval:
+        """A second denoiser call on model input x, with the guidance's own reads (main=False).
+
+        stop=True ends the call after the last site; the output is then None.
+        """
+        return self._engine.second_call(self, x, timestep, guidance, branch, graph, stop)
+
+    def decode(self, x0: Tensor) -> Tensor:
+        """Pictures (B, 3, H, W) in [-1, 1] of clean latents, with gradient."""
+        return self.run.denoiser.pixels(x0)
+
+    def encode(self, pixels: Tensor) -> Tensor:
+        """Clean latents of pictures (B, 3, H, W) in [-1, 1], with gradient."""
+        return self.run.denoiser.latents(pixels)
+
+    def noise(self, tag: str) -> Tensor:
+        """Noise like z per picture from (seed, step, repeat, tag): no plugin moves another's."""
+        return self.run.noise(self.run.latent_shape, self.index, self.repeat, tag)

@@ -1,0 +1,92 @@
+"""From phrases to key columns: which tokens of the encoded prompt belong to which words."""
+
+import re
+
+import torch
+from torch import Tensor
+
+from guidekit.conditions import Condition
+
+
+def token_columns(tokenizer, prompt: str, phrase: str) -> list[int]:
+    """Columns of the padded token sequence that overlap the phrase, at every occurrence.
+
+    Raises ValueError that shows the tokenisation if the phrase does not occur or is cut off.
+    """
+    spans = [m.span() for m in re.finditer(_whole_words(phrase), prompt, flags=re.IGNORECASE)]
+    encoded = tokenizer(prompt, return_offsets_mapping=True)
+    length = tokenizer.model_max_length
+    offsets = encoded["offset_mapping"]
+    columns = [
+        i
+        for i, (start, end) in enumerate(offsets)
+        if any(start < last and first < end for first, last in spans)
+    ]
+    if not columns:
+        raise ValueError(
+            f"phrase {phrase!r} does not occur in the prompt; {show_tokens(tokenizer, prompt)}. "
+            "Use words of the prompt, or append missing phrases (--append-phrases)"
+        )
+    if columns[-1] >= length - 1:  # the last column holds the end token
+        raise ValueError(
+            f"phrase {phrase!r} lies beyond the {length} tokens that the text encoder reads; "
+            f"shorten the prompt ({show_tokens(tokenizer, prompt)})"
+        )
+    return columns
+
+
+def _whole_words(phrase: str) -> str:
+    """Pattern of the phrase with any white space between its words and none of its words cut."""
+    words = r"\s+".join(re.escape(word) for word in phrase.split())
+    return rf"(?<!\w){words}(?!\w)"
+
+
+def show_tokens(tokenizer, prompt: str) -> str:
+    """The prompt's tokens with their columns, for error messages."""
+    ids = tokenizer(prompt)["input_ids"]
+    tokens = tokenizer.convert_ids_to_tokens(ids)
+    return "its tokens are " + " ".join(f"{i}:{t}" for i, t in enumerate(tokens))
+
+
+def append_phrases(condition: Condition, tokenizer) -> Condition:
+    """The condition with every phrase that its prompt lacks added at the end of the prompt."""
+    from dataclasses import replace
+
+    prompt = condition.prompt
+    for segment in condition.segments:
+        if not re.search(_whole_words(segment.phrase), prompt, flags=re.IGNORECASE):
+            prompt = f"{prompt} {segment.phrase}".strip()
+    return replace(condition, prompt=prompt)
+
+
+def segment_columns(tokenizers: list, condition: Condition) -> list[list[int]]:
+    """Columns of each segment of one picture; all tokenizers must agree, as SDXL's two do."""
+    columns = []
+    for segment in condition.segments:
+        found = [token_columns(t, condition.prompt, segment.phrase) for t in tokenizers]
+        if any(other != found[0] for other in found[1:]):
+            raise ValueError(
+                f"the text encoders cut {segment.phrase!r} into different tokens: "
+                + "; ".join(show_tokens(t, condition.prompt) for t in tokenizers)
+            )
+        columns.append(found[0])
+    return columns
+
+
+def segment_weights(tokenizers: list, conditions: list[Condition], length: int) -> Tensor:
+    """Key weights `(B, T, S)`: 1 where a token belongs to a segment, so maps sum over tokens.
+
+    ZestGuide, Eq. 3 (Couairon et al. 2023, arXiv:2306.13754): the sum over a segment's tokens.
+    """
+    most = max(len(c.segments) for c in conditions)
+    weights = torch.zeros(len(conditions), length, most)
+    for b, condition in enumerate(conditions):
+        for s, columns in enumerate(segment_columns(tokenizers, condition)):
+            weights[b, columns, s] = 1
+    return weights
+
+
+def real_tokens(tokenizers: list, conditions: list[Condition], length: int) -> Tensor:
+    """Mask `(B, T)`: True for start, words and end, False for padding."""
+    counts = [len(tokenizers[0](c.prompt)["input_ids"]) for c in conditions]
+    return torch.arange(length)[None] < torch.tensor(counts)[:, None]

@@ -1,0 +1,229 @@
+"""ZestGuide: objects stand where their masks say, by a gradient on cross-attention maps.
+
+Couairon, Careil, Cord, Lathuiliere, Verbeek: Zero-shot spatial layout conditioning for
+text-to-image diffusion models, ICCV 2023, arXiv:2306.13754. The defaults follow the paper; the
+fields name what the released code does instead.
+"""
+
+import dataclasses
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from guidekit import AttentionRead, Guidance, Run, Step, average_maps, hookimpl
+from guidekit.conditions import require_segments, segment_masks, segment_strengths
+from guidekit.tokens import real_tokens, segment_weights
+
+AGGREGATES = ("global", "layer", "head", "top")
+LOSSES = ("bce", "bce_plain", "bce_normalised", "power4", "mse")
+DECAYS = ("linear", "constant", "noise")
+NORMALISERS = ("linf", "l2", "l1", "max", "none")
+TOKENS = ("all", "real")
+
+# What differs from the paper's method, by the name of the released configuration. `paper` is the
+# method of its Table 1 and needs the plugin `pww` beside this one.
+PRESETS = {
+    "paper": {},
+    "sd14": {"scale": 0.3, "decay": "noise", "eps": 1e-3},
+    "sdxl": {
+        "scale": 0.1,
+        "loss": "power4",
+        "aggregate": "top",
+        "tokens": "real",
+        "normaliser": "max",
+    },
+}
+
+
+@dataclass(kw_only=True)
+class Zest(Guidance):
+    """Pulls the attention maps of each masked phrase towards its mask."""
+
+    scale: float = 1.0  # largest move of a latent number per step, in units of VP latents (eta)
+    stop: float = 0.5  # fraction of the steps after which the layout is settled (tau)
+    sites: str = ""  # comma-separated wildcards of attention modules; "" is the family's choice
+    resolutions: str = ""  # comma-separated long sides of the maps to use, "32,16"; "" is all
+    aggregate: str = "global"  # global | layer | head: where the loss is taken; top: best maps only
+    top: int = 20  # number of maps that `aggregate = "top"` keeps per segment
+    loss: str = "bce"  # bce | bce_plain | bce_normalised | power4 | mse
+    dead_zone: float = 0.2  # difference of map and mask that power4 leaves alone
+    decay: str = "linear"  # linear 1 to 0 | constant | noise, sqrt(1 - abar)
+    normaliser: str = "linf"  # of the gradient, per picture: linf | l2 | l1 | max (signed) | none
+    tokens: str = "all"  # keys in the softmax: all | real, without padding
+    negatives: str = ""  # comma-separated phrases that compete in the softmax of the maps
+    eps: float = 1e-4  # keeps the logarithms finite
+    preset: str = ""  # paper | sd14 | sdxl: fields that still have their default take the preset's
+
+    graph: ClassVar[str] = "attention"
+
+    def __post_init__(self):
+        self._apply_preset()
+        super().__post_init__()
+        for name, choices in (
+            ("aggregate", AGGREGATES),
+            ("loss", LOSSES),
+            ("decay", DECAYS),
+            ("normaliser", NORMALISERS),
+            ("tokens", TOKENS),
+        ):
+            if getattr(self, name) not in choices:
+                raise ValueError(
+                    f"zest.{name} must be one of {', '.join(choices)}, not {getattr(self, name)!r}"
+                )
+        if not 0 < self.eps < 0.5 or self.top < 1:
+            raise ValueError("zest.eps must lie between 0 and 0.5 and zest.top be at least 1")
+
+    def _apply_preset(self) -> None:
+        if self.preset and self.preset not in PRESETS:
+            raise ValueError(f"no preset {self.preset!r}; zest has {', '.join(PRESETS)}")
+        defaults = {f.name: f.default for f in dataclasses.fields(self)}
+        for name, value in PRESETS.get(self.preset, {}).items():
+            if getattr(self, name) == defaults[name]:
+                setattr(self, name, value)
+
+    def prepare(self, run: Run) -> None:
+        """Finds the tokens of the phrases and the sites, and asks for their maps."""
+        require_segments(run.conditions, "zest")
+        tokenizers, length = run.denoiser.tokenizers, run.text_length
+        weights = segment_weights(tokenizers, run.conditions, length)
+        self._strengths = segment_strengths(run.conditions).to(run.device)
+        self._read: AttentionRead = run.attention_read(
+            self,
+            weights,
+            self._sites(run),
+            per_head=self.aggregate in ("head", "top"),
+            tokens=real_tokens(tokenizers, run.conditions, length)
+            if self.tokens == "real"
+            else None,
+            extra=self._negatives(run),
+        )
+        largest = max(self._read.sites.values(), key=math.prod)
+        self._masks = {
+            grid: segment_masks(run.conditions, *grid).to(run.device)
+            for grid in {largest, *self._read.sites.values()}
+        }
+        self._largest = largest
+
+    def _sites(self, run: Run) -> dict[str, tuple[int, int]]:
+        """Sites by name and by resolution; raises ValueError if none is left."""
+        sites = run.sites([s.strip() for s in self.sites.split(",") if s.strip()])
+        if not self.resolutions:
+            return sites
+        wanted = {int(r) for r in self.resolutions.split(",")}
+        chosen = {site: grid for site, grid in sites.items() if max(grid) in wanted}
+        if {max(grid) for grid in chosen.values()} != wanted:
+            exist = ", ".join(str(r) for r in sorted({max(g) for g in sites.values()}))
+            raise ValueError(f"zest.resolutions {self.resolutions}: the sites have {exist}")
+        return chosen
+
+    def _negatives(self, run: Run) -> Tensor | None:
+        """Mean text state of each negative phrase (E, D), as the released code has them."""
+        phrases = [p.strip() for p in self.negatives.split(",") if p.strip()]
+        if not phrases:
+            return None
+        tokenizer = run.denoiser.tokenizers[0]
+        states = run.denoiser.text(phrases, run.size).states
+        counts = [len(tokenizer(p)["input_ids"]) for p in phrases]
+        means = [s[1 : n - 1].mean(0) for s, n in zip(states, counts, strict=True)]
+        return torch.stack(means)
+
+    def weight(self, frac: float) -> float:
+        """The paper's lambda(t): from 1 at the first guided step to 0 at the end of the window."""
+        if self.decay == "linear":
+            return 1 - (frac - self.start) / (self.stop - self.start)
+        return 1.0
+
+    def energy(self, step: Step) -> Tensor:
+        """Cross-entropy of maps and masks, summed over segments (B,)."""
+        maps = step.cond.attention(self._read)
+        losses = [self._loss(m, self._masks[grid]) for m, grid in self._aggregated(maps)]
+        self._keep(step, maps)
+        return (torch.stack(losses).mean(0) * self._strengths).sum(1)
+
+    def _aggregated(self, maps: dict[str, Tensor]) -> list[tuple[Tensor, tuple[int, int]]]:
+        """Maps (B, S, h, w) whose losses are averaged, each with its grid."""
+        if self.aggregate == "global":
+            return [(average_maps(maps, self._largest), self._largest)]
+        if self.aggregate == "layer":
+            return [(m, self._read.sites[site]) for site, m in maps.items()]
+        if self.aggregate == "head":
+            return [(h, self._read.sites[s]) for s, m in maps.items() for h in m.unbind(1)]
+        heads = {(site, i): head for site, m in maps.items() for i, head in enumerate(m.unbind(1))}
+        return [(average_maps(heads, self._largest, self._best), self._largest)]
+
+    def _best(self, maps: list[Tensor]) -> Tensor:
+        """Mean of each segment's `top` maps by the released SDXL code's score q99 (1 - q01)."""
+        stack = torch.stack(maps, 2)  # (B, S, n, h, w)
+        flat = stack.detach().flatten(3)
+        high, low = flat.quantile(0.99, 3), flat.quantile(0.01, 3)
+        best = (high * (1 - low)).topk(min(self.top, flat.shape[2]), 2).indices
+        index = best[..., None, None].expand(*best.shape, *stack.shape[-2:])
+        return stack.gather(2, index).mean(2)
+
+    def _loss(self, maps: Tensor, masks: Tensor) -> Tensor:
+        """Loss of every segment (B, S) for maps and masks (B, S, h, w)."""
+        peak = maps.amax((2, 3), keepdim=True).clamp(min=self.eps)
+        if self.loss == "bce_plain":
+            return self._cross_entropy(maps, masks)
+        if self.loss == "bce_normalised":
+            return self._cross_entropy(maps / peak, masks)
+        if self.loss == "bce":  # both terms: the maximum of the second one has no gradient
+            plain = self._cross_entropy(maps, masks)
+            return plain + self._cross_entropy(maps / peak, masks)
+        if self.loss == "mse":
+            return F.mse_loss(maps / peak, masks, reduction="none").mean((2, 3))
+        error = (maps - masks).abs()
+        return torch.where(error > self.dead_zone, error**4, 0.0).mean((2, 3))
+
+    def _cross_entropy(self, maps: Tensor, masks: Tensor) -> Tensor:
+        """Binary cross-entropy (B, S), mean over the pixels."""
+        maps = maps.clamp(self.eps, 1 - self.eps)
+        return F.binary_cross_entropy(maps, masks, reduction="none").mean((2, 3))
+
+    def _keep(self, step: Step, maps: dict[str, Tensor]) -> None:
+        """Leaves the first and the latest average map for the report."""
+        with torch.no_grad():
+            flat = {s: m.mean(1) if self._read.per_head else m for s, m in maps.items()}
+            shown = average_maps(flat, self._largest).cpu()
+        pictures = step.run.account.pictures
+        pictures.setdefault("attention before", shown)
+        pictures["attention after"] = shown
+
+    def push(self, step: Step, grad: Tensor) -> Tensor:
+        """z' moves by scale * weight against the normalised gradient (Section 3.3).
+
+        The paper's step is in units of VP latents; carried samples of VE schedulers are
+        sqrt(1 + sigma^2) times larger, and so is the move.
+        """
+        amount = self.scale * self.weight(step.frac)
+        if self.decay == "noise":
+            amount = amount * step.level.s / math.hypot(step.level.a, step.level.s)
+        return step.move.shift(-amount * step.next_level.norm * self._normalised(grad))
+
+    def _normalised(self, grad: Tensor) -> Tensor:
+        """The gradient over its norm, each picture by itself."""
+        norms: dict[str, Callable[[Tensor], Tensor]] = {
+            "linf": lambda g: g.abs().amax(1),
+            "l2": lambda g: g.norm(dim=1) / math.sqrt(g.shape[1]),
+            "l1": lambda g: g.abs().mean(1),
+            "max": lambda g: g.amax(1).abs(),
+            "none": lambda g: torch.ones_like(g[:, 0]),
+        }
+        norm = norms[self.normaliser](grad.flatten(1))
+        return grad / norm.clamp(min=torch.finfo(grad.dtype).tiny)[:, None, None, None]
+
+    @classmethod
+    def example(cls) -> "Zest":
+        """Guides every step of a short run."""
+        return cls(stop=1.0)
+
+
+@hookimpl
+def register_guidance(register):
+    """Offers `zest`."""
+    register("zest", Zest)

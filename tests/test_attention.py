@@ -1,0 +1,344 @@
+"""Maps and edits of one attention call, against materialised softmax."""
+
+import importlib.util
+
+import pytest
+import tiny
+import torch
+import torch.nn.functional as F
+from diffusers.models.attention_processor import Attention, IPAdapterAttnProcessor2_0
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from guidekit import attention
+from guidekit.attention import AttentionCall, attend, choose, implementations, token_maps
+from guidekit.taps import tap_attention
+
+
+def make_call(b=2, h=4, hk=4, n=12, t=7, d=8, dtype=torch.float32, grad=False, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    q, k, v = (
+        torch.randn(b, heads, size, d, generator=generator, dtype=dtype, requires_grad=grad)
+        for heads, size in ((h, n), (hk, t), (hk, t))
+    )
+    return AttentionCall("site", None, 0, q, k, v, enable_gqa=hk < h)
+
+
+def segments(t, dtype=torch.float32):
+    """Three columns (1, T, 3): one token, the mean of two, the sum of the rest."""
+    weights = torch.zeros(1, t, 3, dtype=dtype)
+    weights[0, 1, 0] = 1
+    weights[0, 2:4, 1] = 0.5
+    weights[0, 4:, 2] = 1
+    return weights
+
+
+def softmax_of(call, mask=None, scale=None):
+    k = call.key.repeat_interleave(call.query.shape[1] // call.key.shape[1], dim=1)
+    scale = call.query.shape[-1] ** -0.5 if scale is None else scale
+    logits = call.query @ k.transpose(-1, -2) * scale
+    if mask is not None and mask.dtype == torch.bool:
+        mask = torch.where(mask, 0.0, float("-inf"))
+    return (logits if mask is None else logits + mask).softmax(-1)
+
+
+def masks(b, h, n, t):
+    generator = torch.Generator().manual_seed(1)
+    boolean = torch.rand(b, 1, 1, t, generator=generator) > 0.4
+    boolean[..., 1] = True
+    additive = torch.randn(b, h, n, t, generator=generator)
+    return {"none": None, "boolean": boolean, "additive": additive, "row": additive[:, :, :1]}
+
+
+@pytest.mark.parametrize("kind", ["none", "boolean", "additive", "row"])
+@pytest.mark.parametrize("reduce", ["mean", "none"])
+@pytest.mark.parametrize("hk", [4, 2])
+def test_maps_equal_softmax(kind, reduce, hk, monkeypatch):
+    monkeypatch.setattr(attention, "CHUNK", 50)  # several chunks of heads and rows
+    call = make_call(hk=hk)
+    mask = masks(2, 4, 12, 7)[kind]
+    rows = slice(2, 9)
+    maps = token_maps(call.query, call.key, segments(7), mask, 0.3, rows, reduce)
+    p = softmax_of(call, mask, 0.3)[:, :, rows] @ segments(7)[:, None]
+    wanted = (p.mean(1) if reduce == "mean" else p).transpose(-1, -2)
+    assert maps.shape == ((2, 3, 7) if reduce == "mean" else (2, 4, 3, 7))
+    torch.testing.assert_close(maps, wanted, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("kind", ["none", "boolean", "additive"])
+@pytest.mark.parametrize("reduce", ["mean", "none"])
+@pytest.mark.parametrize("hk", [2, 1])
+def test_gradcheck(kind, reduce, hk, monkeypatch):
+    monkeypatch.setattr(attention, "CHUNK", 30)
+    call = make_call(1, 2, hk, 5, 6, 3, torch.float64, grad=True)
+    mask = masks(1, 2, 5, 6)[kind]
+    weights = segments(6, torch.float64)
+
+    def maps(query, key):
+        return token_maps(query, key, weights, mask, rows=slice(1, 5), reduce=reduce)
+
+    assert torch.autograd.gradcheck(maps, (call.query, call.key))
+
+
+def test_chunk_size_does_not_matter(monkeypatch):
+    call = make_call(grad=True)
+    weights = segments(7)
+
+    def maps_and_gradients():
+        maps = token_maps(call.query, call.key, weights)
+        return maps, *torch.autograd.grad(maps.pow(2).sum(), (call.query, call.key))
+
+    whole = maps_and_gradients()
+    monkeypatch.setattr(attention, "CHUNK", 1)
+    for one, many in zip(whole, maps_and_gradients(), strict=True):
+        torch.testing.assert_close(one, many)
+
+
+def test_weights_per_image():
+    call = make_call()
+    weights = torch.stack([segments(7)[0], segments(7)[0].flip(0)])
+    maps = token_maps(call.query, call.key, weights)
+    for i in range(2):
+        alone = token_maps(call.query[i : i + 1], call.key[i : i + 1], weights[i : i + 1])
+        torch.testing.assert_close(maps[i : i + 1], alone)
+
+
+def test_a_row_without_allowed_keys_has_zero_maps():
+    call = make_call(grad=True)
+    call.mask = torch.ones(2, 1, 12, 7, dtype=torch.bool)
+    call.mask[0, :, 3] = False
+    maps = call.read(segments(7))
+    assert torch.equal(maps[0, :, 3], torch.zeros(3))
+    assert torch.autograd.grad(maps.sum(), call.query)[0].isfinite().all()
+    for name in ("eager", "sdpa"):
+        out, same = attend(call, segments(7), name)
+        assert out[0, :, 3].abs().max() == 0
+        torch.testing.assert_close(same, maps)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_maps_are_fp32_under_autocast_and_in_half_precision(dtype):
+    call = make_call(dtype=dtype)
+    exact = token_maps(call.query.float(), call.key.float(), segments(7))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        maps = call.read(segments(7))
+        _, attended = attend(call, segments(7), "sdpa")
+        fp32 = make_call()
+        _, mixed = attend(fp32, segments(7), "sdpa")
+        _, wanted = attend(fp32, segments(7), "eager")
+    assert maps.dtype == attended.dtype == mixed.dtype == torch.float32
+    torch.testing.assert_close(maps, exact, rtol=0, atol=1e-6)
+    torch.testing.assert_close(attended, exact, rtol=0, atol=1e-6)
+    torch.testing.assert_close(mixed, wanted, rtol=0, atol=1e-6)
+
+
+def saved_bytes(compute):
+    """Bytes of distinct storage that autograd keeps for `compute`."""
+    kept = {}
+
+    def pack(tensor):
+        kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        result = compute()
+    return sum(kept.values()), result
+
+
+def test_p_is_not_kept():
+    b, h, n, t, d = 1, 4, 256, 200, 8
+    call = make_call(b, h, h, n, t, d, grad=True)
+    weights = segments(t)
+    p_bytes = 4 * b * h * n * t
+    inputs = 4 * (b * h * (n + t) * d + t * 3 + b * h * n)
+    maps_bytes, _ = saved_bytes(lambda: call.read(weights))
+    sdpa_bytes, _ = saved_bytes(lambda: attend(call, weights, "sdpa"))
+    eager_bytes, _ = saved_bytes(lambda: attend(call, weights, "eager"))
+    assert maps_bytes <= inputs
+    assert sdpa_bytes < p_bytes / 3
+    assert eager_bytes >= p_bytes
+
+
+class Largest(TorchDispatchMode):
+    """Remembers the most numbers that any one operation returned."""
+
+    numbers = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **kwargs or {})
+        for tensor in tree_leaves(out):
+            # views such as an expanded gradient have no storage of their own
+            if isinstance(tensor, torch.Tensor):
+                size = tensor.untyped_storage().nbytes() // tensor.element_size()
+                self.numbers = max(self.numbers, size)
+        return out
+
+
+def test_memory_is_bounded_by_the_chunk(monkeypatch):
+    call = make_call(1, 4, 4, 256, 200, 8, grad=True)
+    weights = segments(200)
+    largest = {}
+    for chunk in (10_000, 10**6):
+        monkeypatch.setattr(attention, "CHUNK", chunk)
+        with Largest() as mode:
+            torch.autograd.grad(call.read(weights).pow(2).sum(), (call.query, call.key))
+        largest[chunk] = mode.numbers
+    assert largest[10_000] <= 10_000 < 4 * 256 * 200 == largest[10**6]
+
+
+@pytest.mark.parametrize("kind", ["none", "boolean", "additive"])
+@pytest.mark.parametrize("hk", [4, 2])
+@pytest.mark.parametrize("reduce", ["mean", "none"])
+def test_sdpa_equals_eager(kind, hk, reduce):
+    call = make_call(hk=hk, grad=True)
+    call.mask, call.scale = masks(2, 4, 12, 7)[kind], 0.3
+    call.extend(torch.randn(2, hk, 3, 8), torch.randn(2, hk, 3, 8), 0.5)
+    generator = torch.Generator().manual_seed(2)
+    results = {}
+    for name in ("eager", "sdpa"):
+        out, maps = attend(call, segments(7), name, slice(1, 11), reduce)
+        directions = [torch.randn(x.shape, generator=generator.manual_seed(2)) for x in (out, maps)]
+        inputs = (call.query, call.key, call.value)
+        results[name] = (out, maps, *torch.autograd.grad((out, maps), inputs, directions))
+        torch.testing.assert_close(out, call.run(), rtol=0, atol=2e-6)
+    for eager, sdpa in zip(*results.values(), strict=True):
+        torch.testing.assert_close(sdpa, eager, rtol=1e-5, atol=2e-6)
+
+
+@pytest.mark.parametrize("kind", ["none", "boolean", "additive"])
+@pytest.mark.parametrize("implementation", ["eager", "sdpa"])
+def test_bias_is_added_to_the_logits(kind, implementation):
+    call = make_call()
+    call.implementation = implementation
+    mask = masks(2, 4, 12, 7)[kind]
+    call.mask = mask
+    bias = torch.randn(2, 1, 12, 7)
+    call.bias(bias)
+    call.bias(bias[:1, :, :1])
+    if kind == "boolean":
+        mask = torch.where(mask, 0.0, float("-inf"))
+    p = softmax_of(call, bias + bias[:1, :, :1] + (0 if mask is None else mask))
+    torch.testing.assert_close(call.run(), p @ call.value, rtol=0, atol=2e-6)
+    wanted = (p.mean(1) @ segments(7)).transpose(-1, -2)
+    torch.testing.assert_close(call.read(segments(7)), wanted, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("hk", [4, 2])
+def test_identity_outputs_the_values(hk):
+    call = make_call(hk=hk, t=12)
+    call.identity()
+    assert torch.equal(call.run(), call.value.repeat_interleave(4 // hk, dim=1))
+    out, _ = attend(call, segments(12), "eager")
+    assert torch.equal(out, call.run())
+    with pytest.raises(ValueError, match="needs self-attention, not 12 queries, 7 keys"):
+        make_call().identity()
+
+
+def test_extend_equals_diffusers_ip_adapter():
+    torch.manual_seed(0)
+    module = Attention(query_dim=32, cross_attention_dim=24, heads=4, dim_head=8).eval()
+    adapter = IPAdapterAttnProcessor2_0(32, 24, num_tokens=(4,), scale=0.7)
+    x, text, image = torch.randn(2, 16, 32), torch.randn(2, 7, 24), torch.randn(2, 1, 4, 24)
+    stock = module.processor
+
+    def edit(call):
+        heads = (
+            linear(image[:, 0]).view(2, 4, 4, 8).transpose(1, 2)
+            for linear in (adapter.to_k_ip[0], adapter.to_v_ip[0])
+        )
+        call.extend(*heads, 0.7)
+
+    with torch.no_grad(), tap_attention(torch.nn.ModuleDict({"attn2": module}), edit):
+        ours = module(x, text)
+    module.set_processor(adapter)
+    with torch.no_grad():
+        theirs = module(x, (text, [image]))
+        module.set_processor(stock)
+        plain = module(x, text)
+    assert torch.equal(ours, theirs)
+    assert not torch.allclose(ours, plain)
+
+
+@pytest.mark.parametrize("name", ["sd15", "sdxl", "pixart"])
+def test_maps_equal_diffusers_attention_scores(name):
+    """Against `get_attention_scores`, which materialises P."""
+    model, inputs, _ = tiny.MODELS[name]()
+    read, wanted = {}, {}
+
+    def edit(call):
+        weights = torch.eye(call.key.shape[2])[None]
+        read[call.site] = call.read(weights)
+
+        def merged(x):
+            return x.flatten(0, 1)
+
+        mask = call.mask
+        if mask is not None:
+            mask = merged(mask.expand(*call.query.shape[:2], *mask.shape[2:]))
+        p = call.module.get_attention_scores(merged(call.query), merged(call.key), mask)
+        p = p.unflatten(0, call.query.shape[:2])
+        wanted[call.site] = p.mean(1).transpose(-1, -2)
+
+    with torch.no_grad(), tap_attention(model, edit, "*.attn2"):
+        model(**inputs)
+    assert read
+    for site in read:
+        torch.testing.assert_close(read[site], wanted[site], rtol=0, atol=1e-6)
+    if name == "pixart":  # the last two text tokens are masked
+        assert all(maps[:, 5:].max() < 1e-6 for maps in read.values())
+
+
+def test_refusals():
+    call = make_call()
+    with pytest.raises(ValueError, match="reduce is 'mean' or 'none', not 'sum'"):
+        call.read(segments(7), reduce="sum")
+    with pytest.raises(ValueError, match=r"weights must be \(B or 1, T=7, S\), not \(1, 5, 3\)"):
+        call.read(segments(5))
+    with pytest.raises(ValueError, match="detach them"):
+        call.read(segments(7).requires_grad_())
+    call.is_causal = True
+    with pytest.raises(ValueError, match="causal"):
+        call.read(segments(7))
+
+
+def test_choice_of_implementation(monkeypatch):
+    states = implementations()
+    assert list(states) == ["eager", "sdpa", "triton", "xformers"]
+    monkeypatch.delenv("GUIDEKIT_ATTENTION", raising=False)
+    assert choose() == ("triton" if states["triton"] == "available" else "sdpa")
+    monkeypatch.setenv("GUIDEKIT_ATTENTION", "eager")
+    assert choose() == "eager"
+    assert choose("sdpa") == "sdpa"
+    with pytest.raises(ValueError, match="no attention implementation 'flash'"):
+        choose("flash")
+    with pytest.raises(ValueError, match="no attention implementation 'eger'"):
+        monkeypatch.setenv("GUIDEKIT_ATTENTION", "eger")
+        choose()
+
+
+def test_an_implementation_that_is_missing_says_why(monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    attention._triton_state.cache_clear()
+    attention._xformers_state.cache_clear()
+    try:
+        with pytest.raises(RuntimeError, match="does not exist yet; available: eager, sdpa$"):
+            choose("triton")
+        with pytest.raises(RuntimeError, match=r"guidekit\[xformers\]"):
+            attend(make_call(), segments(7), "xformers")
+    finally:
+        attention._triton_state.cache_clear()
+        attention._xformers_state.cache_clear()
+
+
+def test_the_chosen_implementation_runs(monkeypatch):
+    """A call that an edit leaves alone goes to the named implementation."""
+    model, inputs, _ = tiny.sd15()
+    calls = []
+    monkeypatch.setitem(attention._RUN, "eager", lambda call: calls.append(call) or _sdpa(call))
+    with torch.no_grad(), tap_attention(model, lambda call: None, "*", "eager"):
+        model(**inputs)
+    assert len(calls) == 8
+
+
+def _sdpa(call):
+    return F.scaled_dot_product_attention(call.query, call.key, call.value)
