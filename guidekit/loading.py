@@ -55,7 +55,7 @@ def load(
         )
     try:
         pipeline = DiffusionPipeline.from_pretrained(
-            path if path.exists() else name, torch_dtype=dtype, use_safetensors=True
+            path if path.exists() else name, dtype=dtype, use_safetensors=True
         )
     except (OSError, ValueError) as error:
         first = str(error).strip().splitlines()[0]

@@ -28,6 +28,8 @@ class DenoiserOptions:
     heads: tuple[int, ...] = (2, 4)
     layers: int = 1  # residual and attention blocks per resolution
     null: float = 0.1  # share of captions replaced by the empty prompt
+    vae: str = "vae/model"  # folder of the autoencoder, relative to the recipe's run
+    text: str = "text/model"  # folder of tokenizer and text encoder, likewise
     pool: int = 24_000  # scenes whose latents are encoded once and held in memory
 
 

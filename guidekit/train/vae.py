@@ -21,6 +21,8 @@ class VAEOptions:
     latent_channels: int = 4
     kl: float = 1e-4  # weight of the divergence from N(0, 1), per latent number
     crop: int = 32  # side of the random crops in three of four batches; a quarter of the cost
+    start: str = ""  # folder of an autoencoder to go on from, relative to the recipe's run
+    decoder_only: bool = False  # leaves the latents as they are
 
 
 class VAELoss(nn.Module):
@@ -46,20 +48,14 @@ class VAELoss(nn.Module):
 class VAETask:
     """Trains the autoencoder on scenes."""
 
-    def __init__(self, options: VAEOptions, size: int):
+    def __init__(self, options: VAEOptions, size: int, start: Path | None = None):
         self.size, self.shrink = size, 2 ** (len(options.channels) - 1)
         self.crop = options.crop
-        stages = len(options.channels)
-        vae = AutoencoderKL(
-            block_out_channels=options.channels,
-            down_block_types=("DownEncoderBlock2D",) * stages,
-            up_block_types=("UpDecoderBlock2D",) * stages,
-            layers_per_block=1,
-            latent_channels=options.latent_channels,
-            norm_num_groups=8,
-            sample_size=size,
-            mid_block_add_attention=False,
-        )
+        self.decoder_only = options.decoder_only
+        vae = AutoencoderKL.from_pretrained(start) if start else _autoencoder(options, size)
+        if self.decoder_only:
+            vae.encoder.requires_grad_(False)
+            vae.quant_conv.requires_grad_(False)
         self.net = VAELoss(vae, options.kl)
 
     def batch(self, numbers: range, generator: torch.Generator) -> dict[str, Tensor]:
@@ -82,9 +78,25 @@ class VAETask:
     def export(self, folder: Path) -> None:
         """Saves the autoencoder with the scale that gives its latents unit variance."""
         vae = self.net.vae
-        latents = encode([scenes.scene(i) for i in range(512)], vae, self.size)
-        vae.register_to_config(scaling_factor=round(1 / float(latents.std()), 5))
+        if not self.decoder_only:
+            latents = encode([scenes.scene(i) for i in range(512)], vae, self.size)
+            vae.register_to_config(scaling_factor=round(1 / float(latents.std()), 5))
         vae.save_pretrained(folder)
+
+
+def _autoencoder(options: VAEOptions, size: int) -> AutoencoderKL:
+    """An untrained autoencoder; without attention, so that crops train it for whole pictures."""
+    stages = len(options.channels)
+    return AutoencoderKL(
+        block_out_channels=options.channels,
+        down_block_types=("DownEncoderBlock2D",) * stages,
+        up_block_types=("UpDecoderBlock2D",) * stages,
+        layers_per_block=1,
+        latent_channels=options.latent_channels,
+        norm_num_groups=8,
+        sample_size=size,
+        mid_block_add_attention=False,
+    )
 
 
 def _random_crop(pixels: Tensor, side: int, generator: torch.Generator) -> Tensor:

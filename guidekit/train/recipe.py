@@ -1,0 +1,126 @@
+"""Recipes: a TOML file names a model, its picture size and the stages that train it.
+
+A stage is a task (vae, text, denoiser, judge), the loop's options and the task's own. Later stages
+read what earlier ones exported; a run that is started again continues where it was.
+"""
+
+import dataclasses
+import tomllib
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import AutoencoderKL
+
+from guidekit.loading import ZOO
+from guidekit.train.denoiser import DenoiserOptions, DenoiserTask
+from guidekit.train.judge import JudgeOptions, JudgeTask
+from guidekit.train.loop import Loop, Options, Task
+from guidekit.train.text import TextOptions, TextTask
+from guidekit.train.vae import VAEOptions, VAETask
+
+Make = Callable[[Any, Path, int], Task]
+
+
+def _vae(options: VAEOptions, folder: Path, size: int) -> Task:
+    return VAETask(options, size, folder / options.start if options.start else None)
+
+
+def _denoiser(options: DenoiserOptions, folder: Path, size: int) -> Task:
+    vae = AutoencoderKL.from_pretrained(folder / options.vae)
+    return DenoiserTask(options, vae, folder / options.text, size)
+
+
+TASKS: dict[str, tuple[type, Make]] = {
+    "vae": (VAEOptions, _vae),
+    "text": (TextOptions, lambda options, folder, size: TextTask(options)),
+    "denoiser": (DenoiserOptions, _denoiser),
+    "judge": (JudgeOptions, lambda options, folder, size: JudgeTask(options)),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Stage:
+    """One stage of a recipe: its name, task, and the options of loop and task."""
+
+    name: str
+    task: str
+    loop: Options
+    options: Any
+
+
+@dataclasses.dataclass(frozen=True)
+class Recipe:
+    """What a recipe file says; the last stage exports the model."""
+
+    model: str
+    size: int
+    stages: tuple[Stage, ...]
+
+
+def recipes() -> list[str]:
+    """Names of the built-in recipes."""
+    return sorted(path.stem for path in ZOO.glob("*.toml"))
+
+
+def read_recipe(name: str | Path) -> Recipe:
+    """A built-in recipe by name, or a file. Raises ValueError that names the key at fault."""
+    path = ZOO / f"{name}.toml" if str(name) in recipes() else Path(name)
+    try:
+        table = tomllib.loads(path.read_text())
+    except OSError:
+        raise ValueError(f"no recipe {name}; there are {', '.join(recipes())}") from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"recipe {path} is not TOML: {error}") from None
+    unknown = set(table) - {"model", "size", "stage"}
+    if unknown or not isinstance(table.get("stage"), list):
+        raise ValueError(f"recipe {path}: it has the keys model, size and [[stage]] tables")
+    stages = tuple(_stage(dict(entry), path) for entry in table["stage"])
+    return Recipe(table["model"], table["size"], stages)
+
+
+def _stage(entry: dict, path: Path) -> Stage:
+    """One [[stage]] table; every key belongs to the loop or to the task."""
+    task = entry.pop("task", None)
+    if task not in TASKS:
+        raise ValueError(f"recipe {path}: no task {task!r}; there are {', '.join(TASKS)}")
+    name = entry.pop("name", task)
+    kind = TASKS[task][0]
+    loop_keys = {f.name for f in dataclasses.fields(Options)}
+    task_keys = {f.name for f in dataclasses.fields(kind)}
+    for key in entry:
+        if key not in loop_keys | task_keys:
+            known = ", ".join(sorted(loop_keys | task_keys))
+            raise ValueError(f"recipe {path}: stage {name} has no option {key!r}; it has {known}")
+    entry = {k: tuple(v) if isinstance(v, list) else v for k, v in entry.items()}
+    loop = Options(**{k: v for k, v in entry.items() if k in loop_keys})
+    return Stage(name, task, loop, kind(**{k: v for k, v in entry.items() if k in task_keys}))
+
+
+def train(
+    recipe: str | Path,
+    out: str | Path = "runs",
+    quiet: bool = False,
+    overrides: dict[str, Any] | None = None,
+) -> Path:
+    """Trains all stages of a recipe under `out/<model>/` and returns the finished model's folder.
+
+    overrides: options of the loop for every stage, such as steps or batch. A stage that was
+    finished before is passed over.
+    """
+    plan = read_recipe(recipe)
+    folder = Path(out) / plan.model
+    model = folder
+    for stage in plan.stages:
+        model = folder / stage.name / "model"
+        if model.exists():
+            continue
+        torch.manual_seed(stage.loop.seed)  # of the first weights
+        task = TASKS[stage.task][1](stage.options, folder, plan.size)
+        options = dataclasses.replace(stage.loop, **(overrides or {}))
+        loop = Loop(task, options, folder / stage.name, quiet)
+        loop.run()
+        loop.export(model)
+        loop.accelerator.wait_for_everyone()
+    return model

@@ -1,0 +1,150 @@
+"""Trainers: recipes are checked, a killed run continues exactly, finished models load."""
+
+import json
+import signal
+import subprocess
+import sys
+import textwrap
+
+import pytest
+import torch
+from diffusers import StableDiffusionPipeline
+from safetensors.torch import load_file
+
+from guidekit import scenes
+from guidekit.train.loop import Options, lr_at
+from guidekit.train.recipe import read_recipe, recipes, train
+from guidekit.train.text import TextOptions, train_tokenizer, varied_caption
+
+RECIPE = """
+model = "small"
+size = 32
+[[stage]]
+task = "vae"
+channels = [8, 16, 16]
+crop = 16
+steps = 6
+batch = 4
+save_every = 2
+log_every = 1
+[[stage]]
+task = "text"
+width = 16
+layers = 1
+heads = 2
+steps = 2
+batch = 4
+[[stage]]
+task = "denoiser"
+channels = [16, 32]
+heads = [1, 2]
+pool = 16
+steps = 3
+batch = 4
+"""
+
+
+@pytest.fixture
+def recipe(tmp_path):
+    path = tmp_path / "small.toml"
+    path.write_text(RECIPE)
+    return path
+
+
+def test_recipe_ends_in_a_pipeline_that_draws(recipe, tmp_path):
+    model = train(recipe, tmp_path, quiet=True)
+    pipeline = StableDiffusionPipeline.from_pretrained(model, dtype=torch.float32)
+    pipeline.set_progress_bar_config(disable=True)
+    image = pipeline("a red circle", num_inference_steps=2, output_type="pt").images
+    assert image.shape == (1, 3, 32, 32)
+    weights = load_file(model / "unet" / "diffusion_pytorch_model.safetensors")
+    assert {w.dtype for w in weights.values()} == {torch.float16}
+
+
+KILLED = """
+import os, signal, sys, torch
+torch.set_num_threads(1)
+from guidekit.train import loop
+from guidekit.train.recipe import train
+step = loop.Loop._train_step
+def dying(self):
+    if self.step == 5:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return step(self)
+loop.Loop._train_step = dying
+train(sys.argv[1], sys.argv[2], quiet=True)
+"""
+
+
+def test_killed_run_continues_exactly(tmp_path):
+    path = tmp_path / "small.toml"
+    path.write_text(RECIPE[: RECIPE.index('[[stage]]\ntask = "text"')])
+    whole = train(path, tmp_path / "whole", quiet=True)
+    script = textwrap.dedent(KILLED)
+    args = [sys.executable, "-c", script, str(path), str(tmp_path / "cut")]
+    assert subprocess.run(args, check=False).returncode == -signal.SIGKILL
+    assert not (tmp_path / "cut/small/vae/model").exists()
+    again = train(path, tmp_path / "cut", quiet=True)
+    name = "diffusion_pytorch_model.safetensors"
+    first, second = load_file(whole / name), load_file(again / name)
+    assert all(torch.equal(first[k], second[k]) for k in first)
+    rows = [
+        [json.loads(row) for row in (folder / "small/vae/metrics.jsonl").read_text().splitlines()]
+        for folder in (tmp_path / "whole", tmp_path / "cut")
+    ]
+    assert [r["step"] for r in rows[1]] == [1, 2, 3, 4, 5, 6]
+    assert [r["mse"] for r in rows[0]] == [r["mse"] for r in rows[1]]
+
+
+def test_built_in_recipes_are_valid():
+    assert {"scenes", "scenes-judge"} <= set(recipes())
+    for name in recipes():
+        assert read_recipe(name).stages
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("model = 1 1", "not TOML"),
+        ('model = "x"\nsize = 8', "[[stage]]"),
+        ('model = "x"\nsize = 8\n[[stage]]\ntask = "dance"', "no task 'dance'"),
+        ('model = "x"\nsize = 8\n[[stage]]\ntask = "text"\nsteps = 1\nwidht = 3', "'widht'"),
+    ],
+)
+def test_wrong_recipe_says_what_is_wrong(tmp_path, text, says):
+    path = tmp_path / "r.toml"
+    path.write_text(text)
+    with pytest.raises(ValueError) as error:
+        read_recipe(path)
+    assert says in str(error.value)
+
+
+def test_missing_recipe_names_those_that_exist():
+    with pytest.raises(ValueError, match="scenes-judge"):
+        read_recipe("nothing")
+
+
+def test_learning_rate_rises_then_falls():
+    options = Options(steps=100, warmup=10, lr=1.0)
+    rates = [lr_at(i, options) for i in range(100)]
+    assert rates[0] == 0.1 and max(rates) == rates[10] and rates[-1] < 0.02
+
+
+def test_every_word_of_the_world_is_one_token():
+    tokenizer = train_tokenizer(TextOptions())
+    words = [*scenes.SHAPES, *scenes.COLOURS, *scenes.BACKGROUNDS, "background", "and"]
+    assert all(len(tokenizer.tokenize(word)) == 1 for word in words)
+    assert tokenizer.decode(tokenizer("zebra 7!")["input_ids"][1:-1]).replace(" ", "") == "zebra7!"
+
+
+def test_varied_captions_keep_every_phrase():
+    import numpy as np
+
+    rng = np.random.default_rng(0)
+    texts = set()
+    for number in range(50):
+        plan = scenes.scene(number)
+        text = varied_caption(plan, rng)
+        texts.add(text)
+        assert all(thing.phrase in text for thing in plan.things)
+    assert len({t.split()[0] for t in texts}) > 2
