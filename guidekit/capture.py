@@ -53,15 +53,16 @@ class Capture:
         return out
 
     def block(self, call: BlockCall) -> object | None:
-        """Shows the block to the editors, then keeps its features."""
-        edits, output = self.step.run.edits, None
+        """Shows the block to the editors, each after what the one before made, and reads it."""
+        edits = self.step.run.edits
         for guidance in self.editors:
             if call.site in edits[id(guidance)].get("block", ()):
                 output = guidance.edit_block(self.step, self.branch, call)
+                call.output = call.output if output is None else output
         reads = [r for r in self.blocks if call.site in r.sites]
         if not reads:
-            return output
-        output = call.run() if output is None else output
+            return None
+        output = call.run()
         for read in reads:
             self.found.setdefault((id(read), call.site), block_features(output))
         self._done(call.site)

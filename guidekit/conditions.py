@@ -146,7 +146,14 @@ def load_layout(path: str | Path) -> Condition:
         raise ValueError(f"layout {path}: no such file") from None
     except (OSError, UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
         raise ValueError(f"layout {path}: not a readable JSON file ({error})") from None
-    where = f"layout {path}"
+    return parse_layout(layout, path.parent, f"layout {path}")
+
+
+def parse_layout(layout: object, folder: Path, where: str) -> Condition:
+    """A condition from what a layout file holds; paths are relative to `folder`.
+
+    Raises ValueError that begins with `where` and names the key at fault.
+    """
     _check_keys(layout, LAYOUT_KEYS, where)
     segments = layout.get("segments", [])
     if not isinstance(segments, list):
@@ -154,9 +161,9 @@ def load_layout(path: str | Path) -> Condition:
     for key in ("prompt", "negative", "map"):
         if not isinstance(layout.get(key, ""), str):
             raise ValueError(f"{where}: `{key}` must be a text")
-    picture = _load_map(path.parent / layout["map"]) if "map" in layout else None
+    picture = _load_map(folder / layout["map"]) if "map" in layout else None
     parsed = tuple(
-        _parse_entry(entry, picture, path.parent, f"{where}: segment {i}")
+        _parse_entry(entry, picture, folder, f"{where}: segment {i}")
         for i, entry in enumerate(segments)
     )
     return Condition(layout.get("prompt", ""), layout.get("negative", ""), parsed)

@@ -12,7 +12,7 @@ import torch
 from diffusers import DiffusionPipeline
 from torch import Tensor, nn
 
-from guidekit.backbones import Family, family_of
+from guidekit.backbones import Family, family_of, layout_sites
 from guidekit.conditions import Condition
 
 
@@ -93,6 +93,11 @@ class Denoiser:
             )
         return (self.model.config.in_channels, size[0] // factor, size[1] // factor)
 
+    def layout_grids(self, height: int | None = None, width: int | None = None) -> list[tuple]:
+        """Grids (h, w) of the default layout sites, for a picture of that size."""
+        _, h, w = self.latent_shape(height, width)
+        return sorted(set(layout_sites(self.model, h, w).values()))
+
     def text(self, prompts: list[str], size: tuple[int, int], null: bool = False) -> Text:
         """Encodes prompts for pictures of `size` (height, width); `null` for negative ones.
 
@@ -122,12 +127,12 @@ class Denoiser:
     def check(self, conditions: list[Condition]) -> None:
         """Raises ValueError for what the text encoders would silently cut off."""
         tokenizer = self.tokenizers[0]
-        for condition in conditions:
-            count = len(tokenizer(condition.prompt)["input_ids"])
+        for text in {text for c in conditions for text in (c.prompt, c.negative)}:
+            count = len(tokenizer(text)["input_ids"])
             if count > tokenizer.model_max_length:
                 raise ValueError(
                     f"the prompt has {count} tokens, the text encoder reads "
-                    f"{tokenizer.model_max_length}; shorten {condition.prompt!r}"
+                    f"{tokenizer.model_max_length}; shorten {text!r}"
                 )
 
     def __call__(self, z: Tensor, timestep: Tensor, text: Text) -> Tensor:

@@ -16,13 +16,15 @@ from torch.utils.checkpoint import checkpoint
 from guidekit.account import NonFiniteError
 from guidekit.capture import Capture, StopForward
 from guidekit.denoiser import Text
-from guidekit.guidance import AttentionRead, Branch, Eval, Guidance
+from guidekit.guidance import AttentionRead, Branch, Eval, Guidance, combination
 from guidekit.run import Run
 from guidekit.step import Step
 from guidekit.taps import tap_attention, tap_blocks
 
 # Gradients of maps underflow in half precision; the scale is divided out again in float32.
 LOSS_SCALE = {torch.float16: 2.0**12}
+# Branches in one denoiser call: a panorama has hundreds of windows.
+CALL_BRANCHES = 8
 
 
 class Engine:
@@ -43,8 +45,9 @@ class Engine:
         if energies:
             wide = torch.promote_types(z.dtype, torch.float32)
             step.z = z.detach().to(wide).requires_grad_()
-        step.branches = self._branches(step, active)
-        with self._taps(active):
+        # The caller may have gradients off, as is usual round a pipeline.
+        with torch.set_grad_enabled(bool(energies)), self._taps(active):
+            step.branches = self._branches(step, active)
             self._evaluate(step, active, energies)
             step.out = self._combine(step, active)
             step.prediction = step.out.detach()
@@ -66,7 +69,20 @@ class Engine:
             cond.weight = None
         for guidance in active:
             branches = guidance.branches(step, branches)
+        self._check_branches(branches, active)
         return branches
+
+    def _check_branches(self, branches: list[Branch], active: list[Guidance]) -> None:
+        """Raises ValueError for two branches of one name, or if the one to be read is gone."""
+        names = [b.name for b in branches]
+        if doubled := sorted({n for n in names if names.count(n) > 1}):
+            raise ValueError(f"two branches are called {doubled[0]!r}; give each its own name")
+        readers = [g.name for g, _, main in self.run.reads if main and g in active]
+        if readers and "cond" not in names:
+            raise ValueError(
+                f"{readers[0]} reads the branch 'cond', which another plugin has replaced by "
+                f"{', '.join(names)}; use them in two windows of steps, or without each other"
+            )
 
     @contextlib.contextmanager
     def _taps(self, active: list[Guidance]) -> Iterator[None]:
@@ -108,9 +124,10 @@ class Engine:
             groups.setdefault((graph, alone, shape), []).append(branch)
         for (graph, *_), branches in groups.items():
             cut = graph and "x0" not in scopes
-            outs = self._call_group(step, active, branches, graph, cut)
-            for branch, evaluation in zip(branches, outs, strict=True):
-                step.evals[branch.name] = evaluation
+            for i in range(0, len(branches), CALL_BRANCHES):
+                part = branches[i : i + CALL_BRANCHES]
+                outs = self._call_group(step, active, part, graph, cut)
+                step.evals |= {b.name: e for b, e in zip(part, outs, strict=True)}
 
     def _reads(self, branch: Branch, active: list[Guidance], main: bool) -> list:
         """What the active guidances want to read of a branch."""
@@ -137,11 +154,7 @@ class Engine:
 
     def _input(self, step: Step, active: list[Guidance], branch: Branch) -> Tensor:
         """Scaled model input of a branch (B, C, h, w) in the denoiser's type."""
-        x = step.z if branch.x is None else branch.x
-        if branch.view is not None:
-            top, left, height, width = branch.view
-            x = x[..., top : top + height, left : left + width]
-        x = x.to(self.run.denoiser.dtype)
+        x = branch.of(step.z).to(self.run.denoiser.dtype)
         if hasattr(self.run.scheduler, "scale_model_input"):
             x = self.run.scheduler.scale_model_input(x, step.timestep)
         for guidance in active:
@@ -176,16 +189,13 @@ class Engine:
         return Eval(found, None, capture.found)
 
     def _combine(self, step: Step, active: list[Guidance]) -> Tensor:
-        """Base plus the weighted differences to it: diffusers' formula for null and cond."""
+        """The combination of every group of branches, then what the guidances make of them."""
         outs = {name: e.out for name, e in step.evals.items()}
-        views = [b for b in step.branches if b.view is None]
-        combined = None
-        if views:
-            base = next(outs[b.name] for b in views if b.weight is None)
-            combined = base
-            for branch in views:
-                if branch.weight is not None:
-                    combined = combined + branch.weight * (outs[branch.name] - base)
+        groups: dict[str, list[Branch]] = {}
+        for branch in step.branches:
+            groups.setdefault(branch.group, []).append(branch)
+        step.groups = {name: combination(members, outs) for name, members in groups.items()}
+        combined = step.groups.pop("main", None)
         for guidance in active:
             combined = guidance.combine(step, outs, combined)
         return combined
@@ -263,8 +273,9 @@ def _checkpointed(engine: Engine, active: bool) -> Iterator[None]:
     if not active:
         yield
         return
-    before = getattr(model, "gradient_checkpointing_func", None)
-    own = model.is_gradient_checkpointing
+    names = ("gradient_checkpointing", "_gradient_checkpointing_func")
+    modules = [m for m in model.modules() if hasattr(m, names[0])]
+    before = [{name: vars(m)[name] for name in names if name in vars(m)} for m in modules]
 
     def run_block(module, *args):
         capture = engine._capture
@@ -276,6 +287,7 @@ def _checkpointed(engine: Engine, active: bool) -> Iterator[None]:
     try:
         yield
     finally:
-        model.disable_gradient_checkpointing()
-        if own:
-            model.enable_gradient_checkpointing(before)
+        for module, values in zip(modules, before, strict=True):
+            for name in names:
+                vars(module).pop(name, None)
+            vars(module).update(values)

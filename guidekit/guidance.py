@@ -28,7 +28,8 @@ class Branch:
     prompts: one text per picture. weight: the default combination is base + sum of weight * (out
     - base) over the branches with a weight; the base is the branch whose weight is None. x: own
     carried input (B, C, h, w) in place of z. view: window (top, left, height, width) of the
-    latents that this branch sees.
+    latents that this branch sees. group: branches combine with those of their own group; the
+    combinations of other groups than "main" are for the guidance that made them to use.
     """
 
     name: str
@@ -37,6 +38,31 @@ class Branch:
     null: bool = False
     x: Tensor | None = None
     view: tuple[int, int, int, int] | None = None
+    group: str = "main"
+
+    def of(self, z: Tensor) -> Tensor:
+        """What this branch sees of the carried z (B, C, h, w): its own input, its window."""
+        x = z if self.x is None else self.x
+        if self.view is None:
+            return x
+        top, left, height, width = self.view
+        return x[..., top : top + height, left : left + width]
+
+
+def combination(branches: list[Branch], outs: dict[str, Tensor]) -> Tensor:
+    """Base plus the weighted differences to it: diffusers' formula for null and cond.
+
+    Raises ValueError for branches of which none has the weight None.
+    """
+    base = next((outs[b.name] for b in branches if b.weight is None), None)
+    if base is None:
+        names = ", ".join(b.name for b in branches)
+        raise ValueError(f"no base among the branches {names}: one needs the weight None")
+    combined = base
+    for branch in branches:
+        if branch.weight is not None:
+            combined = combined + branch.weight * (outs[branch.name] - base)
+    return combined
 
 
 @dataclass(eq=False, frozen=True)
@@ -88,9 +114,9 @@ class Guidance:
     the noisy end, start included, stop excluded.
     """
 
-    scale: float = 1.0
-    start: float = 0.0
-    stop: float = 1.0
+    scale: float = 1.0  # strength; 0 switches it off
+    start: float = 0.0  # fraction of the steps, from the noisy end, at which it begins
+    stop: float = 1.0  # fraction of the steps at which it ends
 
     # What the energy reads: "attention" or "features" of the conditional branch, "x0" of the
     # combined prediction, "input" only z itself (no graph of the backbone is built).
@@ -164,7 +190,11 @@ class Guidance:
         """Changes a block call of a branch that it touches; returns its output or None."""
 
     def combine(self, step: "Step", outs: dict[str, Tensor], combined: Tensor) -> Tensor:
-        """Replaces or changes the combination of the branches' outputs (B, C, h, w)."""
+        """Replaces or changes the combination of the branches' outputs (B, C, h, w).
+
+        `combined` is that of the group "main", None if it has no branch; `step.groups` holds, and
+        may be given, those of the other groups.
+        """
         return combined
 
     def energy(self, step: "Step") -> Tensor:

@@ -21,6 +21,7 @@ class Step:
         self.index, self.n, self.repeat = index, n, repeat
         self.branches: list[Branch] = []
         self.evals: dict[str, Eval] = {}
+        self.groups: dict[str, Tensor] = {}  # combined outputs of groups other than "main"
         self.out: Tensor | None = None  # combined output of the branches
         self.prediction: Tensor | None = None  # what scheduler.step is given
         self.images: Tensor | None = None  # pictures in [0, 1], after the last step
@@ -57,8 +58,9 @@ class Step:
         return self.evals["cond"]
 
     def branch_x0(self, name: str) -> Tensor:
-        """Clean estimate of one branch, with its graph."""
-        return self.level.x0(self.evals[name].out, self.z)
+        """Clean estimate of one branch from its own input, with its graph."""
+        evaluation = self.evals[name]
+        return self.level.x0(evaluation.out, evaluation.branch.of(self.z))
 
     def denoise(
         self,

@@ -219,8 +219,12 @@ class BlockCall:
     output: Any = None
 
     def run(self) -> Any:
-        """The block's output for the (possibly changed) `args` and `kwargs`, kept in `output`."""
-        self.output = self._original(*self.args, **self.kwargs)
+        """The block's output for the (possibly changed) `args` and `kwargs`, kept in `output`.
+
+        Where another editor has made an output already, it is that one.
+        """
+        if self.output is None:
+            self.output = self._original(*self.args, **self.kwargs)
         return self.output
 
     def skip(self) -> Any:

@@ -4,6 +4,7 @@ One convolutional network with a U-shaped path for the class of every pixel and 
 whose 64 numbers serve as features for the Frechet and kernel distances.
 """
 
+import copy
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -106,8 +107,8 @@ class JudgeTask:
         return grid(torch.cat([pixels, scenes.pixels(shown)]), 8)
 
     def export(self, folder: Path) -> None:
-        """Saves the judge."""
-        self.net.judge.save_pretrained(folder)
+        """Saves the judge in half precision."""
+        copy.deepcopy(self.net.judge).half().save_pretrained(folder)
 
 
 def pictures_and_labels(plans: list[scenes.Scene], size: int) -> tuple[Tensor, Tensor]:

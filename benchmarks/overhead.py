@@ -1,0 +1,321 @@
+"""Cost of guidance: time and saved activations of one step, every row of one run interleaved.
+
+    python benchmarks/overhead.py            the built-in model, batch 1 and 4
+    python benchmarks/overhead.py --full     Stable Diffusion 1.5's configuration, random weights
+    python benchmarks/overhead.py --xl       SDXL's, one guided step and its peak memory
+
+"plain" is Zest as public code has it, written out below: eager attention processors that store
+every map, one batch of null and conditional rows with a graph through all of it.
+"""
+
+import json
+import os
+import platform
+import time
+from collections.abc import Callable
+
+import click
+import torch
+from diffusers import AutoencoderKL, StableDiffusionPipeline, StableDiffusionXLPipeline
+from torch import Tensor
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
+
+import guidekit
+from guidekit import Condition, Segment, average_maps, box_mask
+from guidekit_zest import Zest
+
+from memory import PeakMemory
+
+PROMPT = "a red circle and a blue square on a white background"
+CONDITION = Condition(
+    PROMPT,
+    segments=(
+        Segment("red circle", box_mask((0.05, 0.1, 0.5, 0.6))),
+        Segment("blue square", box_mask((0.5, 0.4, 0.95, 0.9))),
+    ),
+)
+
+
+class StoringProcessor:
+    """Eager attention that keeps its probabilities, with their graph (for the plain rival)."""
+
+    def __init__(self, store: dict, site: str):
+        self.store, self.site = store, site
+
+    def __call__(self, attn, hidden_states, encoder_hidden_states=None, attention_mask=None, **_):
+        text = hidden_states if encoder_hidden_states is None else encoder_hidden_states
+        query = attn.head_to_batch_dim(attn.to_q(hidden_states))
+        key = attn.head_to_batch_dim(attn.to_k(text))
+        value = attn.head_to_batch_dim(attn.to_v(text))
+        probabilities = attn.get_attention_scores(query, key, attention_mask)
+        if encoder_hidden_states is not None:
+            self.store[self.site] = probabilities  # (B * heads, N, T)
+        out = attn.batch_to_head_dim(torch.bmm(probabilities, value))
+        return attn.to_out[1](attn.to_out[0](out))
+
+
+class Plain:
+    """One guided step of Zest in the style of public code, with the plugin's own loss."""
+
+    def __init__(self, pipeline, batch: int, seeds: list[int]):
+        self.pipeline, self.batch = pipeline, batch
+        # The plugin only lends its masks, tokens and loss, so that both do the same mathematics.
+        self.guide = Zest(stop=1.0)
+        self.run = guidekit.sample(pipeline, CONDITION, [self.guide], seeds=seeds, steps=50)
+        self.z = self.run._start()
+        self.timestep = self.run.run.scheduler.timesteps[0]
+        prompts = [PROMPT] * batch
+        null, cond = self.run.run.text([""] * batch, null=True), self.run.run.text(prompts)
+        self.text = guidekit.denoiser.Text.cat([null, cond])
+        self.store: dict[str, Tensor] = {}
+
+    def __call__(self) -> Tensor:
+        """The next z."""
+        unet, before = self.pipeline.unet, self.pipeline.unet.attn_processors
+        sites = {name: name.removesuffix(".processor") for name in before}
+        unet.set_attn_processor({n: StoringProcessor(self.store, s) for n, s in sites.items()})
+        try:
+            with torch.enable_grad():
+                z = self.z.detach().requires_grad_()
+                x = torch.cat([z, z])
+                out = unet(x, self.timestep, return_dict=False, **self.text.kwargs())[0]
+                (grad,) = torch.autograd.grad(self._loss(), z)
+        finally:
+            unet.set_attn_processor(before)
+        null, cond = out.detach().chunk(2)
+        grad = grad / grad.abs().amax((1, 2, 3), keepdim=True)
+        return self.z + 0.01 * (null + 7.5 * (cond - null)) - grad
+
+    def _loss(self) -> Tensor:
+        """Zest's loss on the conditional half of the stored maps."""
+        read, maps = self.guide._read, {}
+        for site, (h, w) in read.sites.items():
+            p = self.store[site].unflatten(0, (2 * self.batch, -1))[self.batch :]
+            maps[site] = (p @ read.weights[:, None]).mean(1).transpose(1, 2).unflatten(2, (h, w))
+        average = average_maps(maps, self.guide._largest)
+        return self.guide._loss(average, self.guide._masks[self.guide._largest]).sum()
+
+
+def guided(pipeline, seeds: list[int], guidances: list, memory: str = "fast") -> Callable:
+    """A function that makes the first step of a fresh run."""
+    run = guidekit.sample(pipeline, CONDITION, guidances, seeds=seeds, steps=50, memory=memory)
+    timestep = run.run.scheduler.timesteps[0]
+    z = run._start()
+
+    def step() -> Tensor:
+        with guidekit.denoiser.frozen(*run._models()):
+            return run.engine.predict(z, timestep, 0, 50).prediction
+
+    return step
+
+
+def fastest(functions: dict[str, Callable], repeats: int) -> dict[str, float]:
+    """Minimum seconds of each function, called in turns."""
+    best = dict.fromkeys(functions, float("inf"))
+    for function in functions.values():
+        function()
+    for _ in range(repeats):
+        for name, function in functions.items():
+            start = time.perf_counter()
+            function()
+            if torch.cuda.is_available():
+                torch.cuda.synchronize()
+            best[name] = min(best[name], time.perf_counter() - start)
+    return best
+
+
+def saved_mebibytes(function: Callable, model: torch.nn.Module) -> float:
+    """Storage that autograd keeps for backward while a function runs, without the weights."""
+    weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
+    seen: dict[int, int] = {}
+
+    def pack(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in weights:
+            seen[storage.data_ptr()] = max(seen.get(storage.data_ptr(), 0), storage.nbytes())
+        kept.append(tensor)  # so that no address is used twice
+        return tensor
+
+    kept: list[Tensor] = []
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        function()
+    return sum(seen.values()) / 2**20
+
+
+def step_rows(pipeline, batch: int, repeats: int) -> list[dict]:
+    """CFG step, guided step, guided step with low memory and the plain rival."""
+    seeds = list(range(batch))
+    functions = {
+        "CFG step": guided(pipeline, seeds, []),
+        "Zest step": guided(pipeline, seeds, [Zest(stop=1.0)]),
+        "Zest step, memory low": guided(pipeline, seeds, [Zest(stop=1.0)], "low"),
+        "plain Zest step": Plain(pipeline, batch, seeds),
+    }
+    seconds = fastest(functions, repeats)
+    saved = {name: saved_mebibytes(f, pipeline.unet) for name, f in functions.items()}
+    return [
+        {
+            "method": name,
+            "batch": batch,
+            "ms": 1000 * seconds[name],
+            "over CFG": seconds[name] / seconds["CFG step"],
+            "plain over it": seconds["plain Zest step"] / seconds[name],
+            "saved MiB": saved[name],
+            "of plain's": saved[name] / saved["plain Zest step"],
+        }
+        for name in functions
+    ]
+
+
+def pipeline_rows(pipeline, repeats: int, steps: int = 10) -> list[dict]:
+    """A whole run without plugin beside the bare pipeline's, with the calls of the denoiser."""
+    calls = {"n": 0}
+    handle = pipeline.unet.register_forward_pre_hook(lambda *_: calls.update(n=calls["n"] + 1))
+    generators = lambda: [torch.Generator().manual_seed(i) for i in range(4)]  # noqa: E731
+    functions = {
+        "bare pipeline": lambda: (
+            pipeline(
+                [PROMPT] * 4, num_inference_steps=steps, generator=generators(), output_type="pt"
+            ).images
+        ),
+        "guidekit, no plugin": lambda: (
+            guidekit.sample(pipeline, Condition(PROMPT), seeds=range(4), steps=steps)
+            .finish()
+            .images
+        ),
+    }
+    counts = {}
+    images = {}
+    for name, function in functions.items():
+        calls["n"] = 0
+        images[name] = function()
+        counts[name] = calls["n"]
+    handle.remove()
+    assert torch.equal(*images.values()), "the pictures differ"
+    seconds = fastest(functions, repeats)
+    return [
+        {
+            "method": name,
+            "batch": 4,
+            "ms": 1000 * seconds[name],
+            "over bare": seconds[name] / seconds["bare pipeline"],
+            "denoiser calls": counts[name],
+        }
+        for name in functions
+    ]
+
+
+SD15 = {"block_out_channels": (320, 640, 1280, 1280), "cross_attention_dim": 768}
+SDXL = {
+    "block_out_channels": (320, 640, 1280),
+    "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+    "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+    "transformer_layers_per_block": (1, 2, 10),
+    "attention_head_dim": (5, 10, 20),
+    "cross_attention_dim": 2048,
+    "use_linear_projection": True,
+    "addition_embed_type": "text_time",
+    "addition_time_embed_dim": 256,
+    "projection_class_embeddings_input_dim": 2816,
+}
+
+
+def random_pipeline(xl: bool, dtype: torch.dtype):
+    """Full-size UNet of SD 1.5 or SDXL with random weights and the smallest texts that fit it."""
+    from diffusers import UNet2DConditionModel
+
+    scenes = guidekit.load("scenes")
+    tokenizer = scenes.tokenizer
+    tokenizer.model_max_length = 77
+    with torch.device("cpu"):
+        torch.set_default_dtype(dtype)
+        try:
+            unet = UNet2DConditionModel(sample_size=128 if xl else 64, **(SDXL if xl else SD15))
+        finally:
+            torch.set_default_dtype(torch.float32)
+    texts = [_text(tokenizer, 768, False)] + ([_text(tokenizer, 1280, True)] if xl else [])
+    parts = {
+        "vae": AutoencoderKL(block_out_channels=(8, 8, 8, 8), norm_num_groups=4, latent_channels=4,
+                             down_block_types=("DownEncoderBlock2D",) * 4,
+                             up_block_types=("UpDecoderBlock2D",) * 4),
+        "unet": unet,
+        "scheduler": scenes.scheduler,
+        "tokenizer": tokenizer,
+        "text_encoder": texts[0],
+    }  # fmt: skip
+    if xl:
+        pipeline = StableDiffusionXLPipeline(
+            **parts, tokenizer_2=tokenizer, text_encoder_2=texts[1], add_watermarker=False
+        )
+    else:
+        pipeline = StableDiffusionPipeline(
+            **parts, safety_checker=None, feature_extractor=None, requires_safety_checker=False
+        )
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline.to(dtype)
+
+
+def _text(tokenizer, width: int, projection: bool):
+    config = CLIPTextConfig(
+        vocab_size=len(tokenizer), hidden_size=width, intermediate_size=width, num_hidden_layers=2,
+        num_attention_heads=4, max_position_embeddings=77, projection_dim=width,
+        bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id,
+    )  # fmt: skip
+    return (CLIPTextModelWithProjection if projection else CLIPTextModel)(config)
+
+
+def xl_rows(dtype: torch.dtype) -> list[dict]:
+    """One guided step of full SDXL: seconds and peak memory, weights included."""
+    with PeakMemory() as peak:
+        pipeline = random_pipeline(True, dtype)
+        step = guided(pipeline, [0], [Zest(stop=1.0)], "low")
+        start = time.perf_counter()
+        finite = bool(torch.isfinite(step()).all())
+    seconds = time.perf_counter() - start
+    return [{"method": "SDXL, Zest step, memory low", "batch": 1, "s": seconds,
+             "peak GiB with weights": peak.mebibytes / 1024, "finite": str(finite)}]  # fmt: skip
+
+
+def table(rows: list[dict]) -> str:
+    """Rows of one kind as a Markdown table."""
+    names = list(rows[0])
+    lines = ["| " + " | ".join(names) + " |", "|---" * len(names) + "|"]
+    for row in rows:
+        cells = [f"{v:.2f}" if isinstance(v, float) else str(v) for v in row.values()]
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+@click.command()
+@click.option("--model", default="scenes", show_default=True, help="Built-in, directory or hub id.")
+@click.option("--full", is_flag=True, help="Stable Diffusion 1.5's configuration, random weights.")
+@click.option("--xl", is_flag=True, help="SDXL's configuration, one step in bfloat16.")
+@click.option("--repeats", default=0, help="Turns of which the fastest counts; 20, full size 3.")
+@click.option("--quick", is_flag=True, help="5 turns.")
+@click.option("--seed", default=0, help="Of random weights.")
+@click.option("--json", "json_file", type=click.Path(), help="Also write the rows here.")
+def main(model, full, xl, repeats, quick, seed, json_file):
+    """Prints what guidance costs."""
+    torch.manual_seed(seed)
+    repeats = repeats or (5 if quick else 3 if full else 20)
+    if xl:
+        tables = [xl_rows(torch.bfloat16)]
+    else:
+        pipeline = random_pipeline(False, torch.float32) if full else guidekit.load(model)
+        batches = (1,) if full else (1, 4)
+        tables = [step_rows(pipeline, batch, repeats) for batch in batches]
+        if not full:
+            tables.insert(0, pipeline_rows(pipeline, repeats))
+    for rows in tables:
+        print(table(rows), end="\n\n")
+    print(
+        f"minimum of {repeats}, interleaved; {torch.get_num_threads()} threads of "
+        f"{os.cpu_count()} {platform.machine()} cores, torch {torch.__version__}"
+    )
+    if json_file:
+        with open(json_file, "w") as file:
+            json.dump([row for rows in tables for row in rows], file, indent=1)
+
+
+if __name__ == "__main__":
+    main()

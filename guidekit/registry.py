@@ -1,0 +1,180 @@
+"""Which plugins there are, and what they offer. Listing imports nothing; naming one imports it.
+
+Plugins are entry points of the group `guidekit`. An entry's name is its namespace: entry `acme`
+registers guidances `acme` and `acme.*`, and backbones for `--model acme:x`. GUIDEKIT_PLUGINS is a
+list of third-party names that may be imported; empty allows the first-party ones only.
+"""
+
+import importlib.metadata
+import os
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import pluggy
+
+from guidekit import hookspecs
+from guidekit.config import convert, option_kinds
+
+if TYPE_CHECKING:
+    from guidekit.guidance import Guidance
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A plugin as its distribution declares it."""
+
+    name: str
+    distribution: str
+    version: str
+    first_party: bool
+    module: str
+
+
+def entries() -> list[Entry]:
+    """All installed plugins by name, read from metadata without importing them."""
+    found = {}
+    for point in importlib.metadata.entry_points(group=hookspecs.GROUP):
+        name = point.dist.name
+        entry = Entry(point.name, name, point.dist.version, name == "guidekit", point.value)
+        found[entry.name, entry.distribution] = entry
+    return [found[key] for key in sorted(found)]
+
+
+@dataclass
+class Offers:
+    """What one entry registered."""
+
+    guidances: dict[str, type] = field(default_factory=dict)
+    backbones: dict[str, Callable[[], Any]] = field(default_factory=dict)
+    commands: list[Any] = field(default_factory=list)
+
+
+class Registry:
+    """Imports plugins by name and hands out what they registered; `blocked` names stay out."""
+
+    def __init__(self, blocked: Iterable[str] = ()):
+        self._manager = pluggy.PluginManager(hookspecs.GROUP)
+        self._manager.add_hookspecs(hookspecs)
+        self._blocked = set(blocked)
+        self._offers: dict[str, Offers] = {}
+        for name in self._blocked:
+            self._manager.set_blocked(name)
+
+    def load(self, name: str) -> Offers:
+        """What the entry `name` offers; imports it at its first use.
+
+        Raises ValueError for a name that does not exist, is not allowed or is offered twice, and
+        for a plugin that cannot be imported or leaves its namespace.
+        """
+        if name not in self._offers:
+            entry = self._entry(name)
+            try:
+                self._manager.load_setuptools_entrypoints(hookspecs.GROUP, name=name)
+                self._manager.check_pending()
+                self._offers[name] = self._collect(name)
+            except (Exception, SystemExit) as error:
+                if self._manager.has_plugin(name):
+                    self._manager.unregister(name=name)
+                first = (str(error) or "no message").splitlines()[0]
+                raise ValueError(
+                    f"plugin {name!r} of {entry.distribution} {entry.version} cannot be loaded: "
+                    f"{type(error).__name__}: {first}"
+                ) from error
+        return self._offers[name]
+
+    def _entry(self, name: str) -> Entry:
+        """The one entry of this name that may be imported."""
+        everything = entries()
+        found = [entry for entry in everything if entry.name == name]
+        if not found:
+            exist = ", ".join(dict.fromkeys(entry.name for entry in everything))
+            raise ValueError(f"no plugin {name!r}; there are {exist}")
+        if len(found) > 1:
+            names = " and ".join(entry.distribution for entry in found)
+            raise ValueError(f"plugin {name!r} is offered by {names}; uninstall all but one")
+        if name in self._blocked:
+            raise ValueError(f"plugin {name!r} is blocked by --no-plugin")
+        allowed = os.environ.get("GUIDEKIT_PLUGINS")
+        if not found[0].first_party and allowed is not None:
+            if name not in [part.strip() for part in allowed.split(",")]:
+                raise ValueError(
+                    f"plugin {name!r} of {found[0].distribution} is not in GUIDEKIT_PLUGINS "
+                    f"({allowed or 'empty'}); add it there to allow it"
+                )
+        return found[0]
+
+    def _collect(self, name: str) -> Offers:
+        """Calls the hooks of one plugin."""
+        offers = Offers()
+        others = [p for n, p in self._manager.list_name_plugin() if p is not None and n != name]
+        hooks = {
+            "register_guidance": _guidance_adder(name, offers.guidances),
+            "register_backbones": _backbone_adder(offers.backbones),
+            "register_commands": offers.commands.append,
+        }
+        for hook, register in hooks.items():
+            self._manager.subset_hook_caller(hook, others)(register=register)
+        return offers
+
+    def guidance_class(self, name: str) -> type["Guidance"]:
+        """The guidance class registered as `name`."""
+        offers = self.load(name.partition(".")[0]).guidances
+        if name not in offers:
+            raise ValueError(f"no guidance {name!r}; {_list(name.partition('.')[0], offers)}")
+        return offers[name]
+
+    def make_guidance(self, name: str, options: dict[str, Any]) -> "Guidance":
+        """A guidance from its options, converted to the types of its fields."""
+        cls = self.guidance_class(name)
+        kinds = option_kinds(cls)
+        for option in options:
+            if option not in kinds:
+                raise ValueError(f"{name} has no option {option!r}; it has: {', '.join(kinds)}")
+        values = {k: convert(v, kinds[k], f"{name}.{k}") for k, v in options.items()}
+        # The class's own checks name the plugin, so the name is there before they run.
+        guidance = cls.__new__(cls)
+        guidance._name = name
+        guidance.__init__(**values)
+        return guidance
+
+    def backbone(self, name: str) -> Callable[[], Any]:
+        """The loader of `acme:x`."""
+        entry, _, own = name.partition(":")
+        offers = self.load(entry).backbones
+        if own not in offers:
+            raise ValueError(f"no backbone {name!r}; {_list(entry, offers, ':')}")
+        return offers[own]
+
+    def commands(self, name: str) -> list[Any]:
+        """The click commands of an entry."""
+        return self.load(name).commands
+
+
+def _list(entry: str, offers: dict[str, Any], separator: str = "") -> str:
+    names = [f"{entry}{separator}{name}" if separator else name for name in offers]
+    return f"{entry} registers {', '.join(names) or 'none'}"
+
+
+def _guidance_adder(entry: str, table: dict[str, type]) -> Callable[[str, type], None]:
+    """`register` of guidances, which keeps a plugin to its own names."""
+
+    def register(name: str, cls: type) -> None:
+        if name != entry and not name.startswith(f"{entry}."):
+            raise ValueError(f"it registers {name!r}; its names are {entry!r} and {entry!r}.*")
+        if name in table:
+            raise ValueError(f"it registers {name!r} twice")
+        table[name] = cls
+
+    return register
+
+
+def _backbone_adder(table: dict[str, Callable]) -> Callable[[str, Callable], None]:
+    """`register` of backbones, whose names get the entry's name and a colon in front."""
+
+    def register(name: str, load: Callable[[], Any]) -> None:
+        if ":" in name or name in table:
+            raise ValueError(f"it registers the backbone {name!r} twice or with a colon")
+        table[name] = load
+
+    return register

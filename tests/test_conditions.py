@@ -1,0 +1,159 @@
+"""Segments, boxes, masks and layout files: what is accepted and what is refused with what words."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from guidekit.conditions import (
+    Condition,
+    Segment,
+    box_mask,
+    load_layout,
+    load_mask,
+    parse_segment,
+    require_segments,
+    resize_mask,
+    segment_masks,
+    segment_strengths,
+)
+
+
+def test_box_covers_its_share_of_the_picture():
+    mask = box_mask((0.25, 0.1, 0.75, 0.35), 100)
+    assert mask.mean().item() == pytest.approx(0.125, abs=1e-6)
+    assert mask[20, 50] == 1 and mask[50, 50] == 0
+    fine = box_mask((0.105, 0, 0.5, 1), 100)
+    assert fine[0, 10].item() == pytest.approx(0.5, abs=1e-5)  # a pixel cut in half
+
+
+@pytest.mark.parametrize(
+    "box",
+    [(0.5, 0, 0.2, 1), (0, 0, 1.2, 1), (0, 0.5, 1, 0.5), (-0.1, 0, 1, 1), (float("nan"), 0, 1, 1)],
+)
+def test_wrong_box_names_the_form(box):
+    with pytest.raises(ValueError, match="left,top,right,bottom"):
+        box_mask(box)
+
+
+@pytest.mark.parametrize(
+    ("mask", "says"),
+    [
+        (torch.zeros(4, 4), "empty"),
+        (torch.full((4, 4), float("nan")), "NaN"),
+        (torch.full((4, 4), 2.0), "0 to 1"),
+        (torch.ones(1, 4, 4), "(H, W)"),
+    ],
+)
+def test_wrong_mask_says_why(mask, says):
+    with pytest.raises(ValueError) as error:
+        Segment("red circle", mask)
+    assert says in str(error.value) and "red circle" in str(error.value)
+
+
+def test_resizing_keeps_the_mean_of_a_soft_mask():
+    mask = torch.rand(64, 96)
+    small = resize_mask(mask, 16, 24)
+    assert small.shape == (16, 24)
+    assert small.mean().item() == pytest.approx(mask.mean().item(), abs=1e-6)
+    assert small[0, 0].item() == pytest.approx(mask[:4, :4].mean().item(), abs=1e-6)
+
+
+def test_batches_are_padded_with_empty_masks_and_zero_strengths():
+    one = Condition("a", segments=(Segment("a", torch.ones(8, 8), 2.0),))
+    two = Condition("a b", segments=one.segments + (Segment("b", torch.ones(5, 5)),))
+    masks, strengths = segment_masks([one, two], 4, 4), segment_strengths([one, two])
+    assert masks.shape == (2, 2, 4, 4)
+    assert masks[0, 1].sum() == 0 and masks[1, 1].min() == 1
+    assert strengths.tolist() == [[2.0, 0.0], [2.0, 1.0]]
+
+
+def test_segments_are_required_with_a_remedy():
+    with pytest.raises(ValueError, match="--segment"):
+        require_segments([Condition("a")], "zest")
+
+
+def test_parse_segment_reads_boxes_files_and_strengths(tmp_path):
+    path = tmp_path / "left.png"
+    Image.fromarray(np.array([[255, 0]], np.uint8)).save(path)
+    assert parse_segment(f"red circle={path}").mask.tolist() == [[1.0, 0.0]]
+    segment = parse_segment("blue square=0.5,0.5,0.9,0.9@0.7")
+    assert segment.phrase == "blue square" and segment.strength == 0.7
+    assert segment.box == (0.5, 0.5, 0.9, 0.9)
+
+
+@pytest.mark.parametrize("text", ["red circle", "=a.png", "red=", "red=1,2,3", "red=0,0,1,1@big"])
+def test_wrong_segment_text(text):
+    with pytest.raises(ValueError, match="segment|box"):
+        parse_segment(text)
+
+
+def test_missing_and_broken_masks_are_named(tmp_path):
+    with pytest.raises(ValueError, match="no such file"):
+        load_mask(tmp_path / "none.png")
+    broken = tmp_path / "broken.png"
+    broken.write_bytes(b"not a picture")
+    with pytest.raises(ValueError, match="broken.png"):
+        load_mask(broken)
+
+
+def test_transparency_is_the_mask_where_there_is_any(tmp_path):
+    path = tmp_path / "a.png"
+    Image.fromarray(np.array([[[9, 9, 9, 0], [9, 9, 9, 255]]], np.uint8)).save(path)
+    assert load_mask(path).tolist() == [[0.0, 1.0]]
+
+
+def _layout(tmp_path, layout):
+    path = tmp_path / "layout.json"
+    path.write_text(json.dumps(layout))
+    return path
+
+
+def test_layout_reads_boxes_masks_indices_and_colours(tmp_path):
+    indexed = Image.fromarray(np.array([[0, 1], [2, 2]], np.uint8), "P")
+    indexed.putpalette([0, 0, 0, 255, 0, 0, 0, 255, 0])
+    indexed.save(tmp_path / "map.png")
+    layout = {
+        "prompt": "a red circle and a star",
+        "map": "map.png",
+        "segments": [
+            {"phrase": "red circle", "value": 2, "strength": 0.5},
+            {"phrase": "star", "box": [0, 0, 0.5, 1]},
+        ],
+    }
+    condition = load_layout(_layout(tmp_path, layout))
+    assert condition.prompt == "a red circle and a star"
+    assert condition.segments[0].mask.tolist() == [[0, 0], [1, 1]]
+    assert condition.segments[0].strength == 0.5 and condition.segments[1].box == (0, 0, 0.5, 1)
+    indexed.convert("RGB").save(tmp_path / "map.png")
+    layout["segments"] = [{"phrase": "star", "value": "#ff0000"}]
+    assert load_layout(_layout(tmp_path, layout)).segments[0].mask.tolist() == [[0, 1], [0, 0]]
+
+
+@pytest.mark.parametrize(
+    ("layout", "says"),
+    [
+        ({"promt": "x"}, "promt"),
+        ({"segments": {}}, "list"),
+        ({"segments": [{"phrase": "a"}]}, "one of `box`"),
+        ({"segments": [{"phrase": "a", "box": [0, 1]}]}, "four numbers"),
+        ({"segments": [{"phrase": "a", "box": [0, 0, 1, 1], "mask": "m.png"}]}, "one of"),
+        ({"segments": [{"phrase": "a", "value": 3}]}, "map"),
+        ({"segments": [{"phrase": "a", "mask": "none.png"}]}, "no such file"),
+        ({"segments": [{"phrase": 3, "box": [0, 0, 1, 1]}]}, "phrase"),
+        ([], "object"),
+    ],
+)
+def test_wrong_layout_names_the_key(tmp_path, layout, says):
+    with pytest.raises(ValueError) as error:
+        load_layout(_layout(tmp_path, layout))
+    assert says in str(error.value)
+
+
+def test_map_value_that_does_not_occur_names_those_that_do(tmp_path):
+    Image.fromarray(np.array([[0, 7]], np.uint8)).save(tmp_path / "m.png")
+    layout = {"map": "m.png", "segments": [{"phrase": "a", "value": 3}]}
+    with pytest.raises(ValueError, match="0, 7"):
+        load_layout(_layout(tmp_path, layout))
