@@ -23,7 +23,7 @@ from tqdm import tqdm
 
 import guidekit
 from guidekit import Condition, Segment, evaluate, scenes
-from guidekit.config import model_defaults
+from guidekit.loading import model_defaults
 from guidekit.registry import Registry
 
 from memory import PeakMemory

@@ -41,12 +41,13 @@ class Account:
         rows = [r for r in self.rows if r["plugin"] == plugin]
         if not rows:
             return None
-        return tuple(sum(r["energy"]) / len(r["energy"]) for r in (rows[0], rows[-1]))
+        ends = [[v for v in r["energy"] if v is not None] for r in (rows[0], rows[-1])]
+        return tuple(sum(end) / len(end) for end in ends) if all(ends) else None
 
     def acted(self, plugin: str) -> bool:
         """Whether a guidance changed anything: a gradient that is not zero, or an edit."""
         moved = any(
-            any(norm > 0 for norm in row["grad_norm"])
+            any(norm != 0 for norm in row["grad_norm"])
             for row in self.rows
             if row["plugin"] == plugin
         )

@@ -10,6 +10,9 @@ import torch.nn.functional as F
 from PIL import Image, ImageColor
 from torch import Tensor
 
+# What Pillow raises for files that are damaged or claim to be huge.
+PICTURE_ERRORS = (OSError, SyntaxError, ValueError, Image.DecompressionBombError)
+
 
 @dataclass(frozen=True)
 class Segment:
@@ -91,7 +94,7 @@ def load_mask(path: str | Path) -> Tensor:
             return torch.from_numpy(np.array(channel)).float() / 255
     except FileNotFoundError:
         raise ValueError(f"mask {path}: no such file") from None
-    except OSError as error:
+    except PICTURE_ERRORS as error:
         raise ValueError(f"mask {path}: not a readable picture ({error})") from None
 
 
@@ -183,7 +186,7 @@ def _load_map(path: Path) -> np.ndarray:
         with Image.open(path) as image:
             image.load()
             return np.array(image if image.mode in ("P", "L") else image.convert("RGB"))
-    except OSError as error:
+    except PICTURE_ERRORS as error:
         raise ValueError(f"layout map {path}: not a readable picture ({error})") from None
 
 
@@ -192,9 +195,7 @@ def _parse_entry(entry: object, picture: np.ndarray | None, folder: Path, where:
     for key in ("phrase", "mask", "prompt", "negative"):
         if not isinstance(entry.get(key, ""), str):
             raise ValueError(f"{where}: `{key}` must be a text")
-    if isinstance(entry.get("strength", 1.0), bool) or not isinstance(
-        entry.get("strength", 1.0), int | float
-    ):
+    if not _is_number(entry.get("strength", 1.0)):
         raise ValueError(f"{where}: `strength` must be a number")
     places = [key for key in ("box", "mask", "value") if key in entry]
     if len(places) != 1 or "phrase" not in entry:
@@ -211,10 +212,15 @@ def _parse_entry(entry: object, picture: np.ndarray | None, folder: Path, where:
     return Segment(entry["phrase"], mask, float(entry.get("strength", 1.0)), box=box, **texts)
 
 
+def _is_number(value: object) -> bool:
+    """Whether a JSON value is a number that a float can hold; NaN and infinity pass."""
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return False
+    return isinstance(value, float) or abs(value) < 10**300
+
+
 def _box(box: object, where: str) -> tuple[float, ...]:
-    numbers = isinstance(box, list) and all(
-        isinstance(b, int | float) and not isinstance(b, bool) for b in box
-    )
+    numbers = isinstance(box, list) and all(map(_is_number, box))
     if not numbers or len(box) != 4:
         raise ValueError(f"{where}: `box` must be four numbers [left, top, right, bottom]")
     return tuple(map(float, box))

@@ -15,7 +15,9 @@ from pathlib import Path
 from typing import Any
 
 TABLES = ("sample", "plugin", "segment")
+NOT_SAMPLE = ("plugin", "segment", "changes", "folder", "replays")
 MAX_SEEDS = 100_000
+ZOO = Path(__file__).parent / "zoo"
 
 
 @dataclass(kw_only=True)
@@ -45,13 +47,15 @@ class Settings:
     out: Path | None = None
     plugin: dict[str, dict[str, Any]] = field(default_factory=dict)  # options, in the user's order
     segment: list[Any] = field(default_factory=list)  # texts of --segment, or tables of a file
-    folder: Path = Path()  # what paths of the segments are relative to
+    changes: dict[str, dict[str, Any]] = field(default_factory=dict)  # options by --set
+    folder: Path = Path()  # what paths in `plugin` and `segment` are relative to
+    replays: dict[str, Any] = field(default_factory=dict)  # the record of the run.json followed
 
 
 def sample_keys() -> dict[str, Any]:
     """Names and types of the keys of the table [sample]."""
     hints = typing.get_type_hints(Settings)
-    return {name: hints[name] for name in hints if name not in ("plugin", "segment", "folder")}
+    return {name: kind for name, kind in hints.items() if name not in NOT_SAMPLE}
 
 
 def make_settings(config: dict[str, Any], flags: dict[str, Any]) -> Settings:
@@ -65,30 +69,42 @@ def make_settings(config: dict[str, Any], flags: dict[str, Any]) -> Settings:
     for name in kinds:
         if flags.get(name) is not None:
             sample[name] = convert(flags[name], kinds[name], name)
+    if flags.get("layout"):  # its texts come with it
+        sample |= {name: flags.get(name) for name in ("prompt", "negative")}
     settings = Settings(**sample, folder=config.get("folder", Path()))
+    settings.replays = config.get("record", {})
     settings.segment = list(config.get("segment", []))
     if flags.get("segment") or flags.get("layout"):  # a place given by flag replaces the file's
         settings.segment = list(flags.get("segment") or [])
         settings.layout = sample["layout"] if flags.get("layout") else None
     settings.plugin = _plugins(config.get("plugin", {}), flags)
+    settings.changes = _changes(settings.plugin, flags.get("set") or ())
     return settings
 
 
 def _plugins(tables: dict[str, dict], flags: dict[str, Any]) -> dict[str, dict[str, Any]]:
     """Options of every plugin of the run, in the order in which they were named."""
-    blocked = set(flags.get("no_plugin") or ())
+    blocked, named = set(flags.get("no_plugin") or ()), list(flags.get("plugin") or ())
     plugins = {name: dict(options) for name, options in tables.items() if name not in blocked}
-    for name in flags.get("plugin") or ():
+    for name in named:
+        if named.count(name) > 1:
+            raise ValueError(f"--plugin {name} is given twice; once is enough")
         plugins.setdefault(name, {})
-    for text in flags.get("set") or ():
+    return plugins
+
+
+def _changes(plugins: dict[str, dict], texts: typing.Iterable[str]) -> dict[str, dict[str, Any]]:
+    """Options by --set, which must belong to a plugin of the run."""
+    changes: dict[str, dict[str, Any]] = {}
+    for text in texts:
         plugin, option, value = parse_setting(text)
         if plugin not in plugins:
             raise ValueError(
                 f"--set {text}: {plugin!r} is not among the plugins of this run "
                 f"({', '.join(plugins) or 'none'}); add --plugin {plugin}"
             )
-        plugins[plugin][option] = value
-    return plugins
+        changes.setdefault(plugin, {})[option] = value
+    return changes
 
 
 def parse_setting(text: str) -> tuple[str, str, Any]:
@@ -228,7 +244,11 @@ def read_config(path: str | Path) -> dict[str, Any]:
         raise ValueError(f"{where}: write a table [plugin.NAME] for every plugin")
     if not isinstance(segment, list):
         raise ValueError(f"{where}: write a table [[segment]] for every segment")
-    return {"sample": sample, "plugin": plugin, "segment": segment, "folder": path.parent}
+    record = tables.get("record", {})
+    if not isinstance(record, dict):
+        raise ValueError(f"{where}: `record` must be an object")
+    found = {"sample": sample, "plugin": plugin, "segment": segment}
+    return found | {"folder": path.parent, "record": record}
 
 
 def _read_tables(path: Path, where: str) -> object:
@@ -253,9 +273,9 @@ def _read_sample(table: object, folder: Path, where: str) -> dict[str, Any]:
             sample[name] = convert(value, kinds[name], name, folder)
         except ValueError as error:
             raise ValueError(f"{where} {error}") from None
-    if "model" in sample and "/" in sample["model"]:  # neither a built-in nor a plugin's
-        own = folder / sample["model"]
-        sample["model"] = str(own) if own.exists() else sample["model"]
+    own = folder / sample.get("model", "")
+    if "model" in sample and own.is_dir() and not (ZOO / sample["model"]).is_dir():
+        sample["model"] = str(own)
     return sample
 
 

@@ -5,8 +5,10 @@ they do in diffusers. Stable Diffusion 1.x, 2.x and SDXL.
 """
 
 import contextlib
+import copy
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from diffusers import DiffusionPipeline
@@ -150,18 +152,24 @@ class Denoiser:
                 pixels = self.vae.decode(self._unscale(z), return_dict=False)[0]
         return self.pipeline.image_processor.postprocess(pixels, output_type="pt")
 
+    @cached_property
+    def _wide_vae(self) -> nn.Module:
+        """The autoencoder in float32 or better: a copy of a half one, whose backward needs it."""
+        if self.vae.dtype in (torch.float32, torch.float64):
+            return self.vae
+        return copy.deepcopy(self.vae).float().eval().requires_grad_(False)
+
     def pixels(self, x0: Tensor) -> Tensor:
         """Pictures (B, 3, H, W) in [-1, 1] of clean latents x0, in float32 and with gradient."""
-        with _in_float32(self.vae):
-            return self.vae.decode(self._unscale(x0.float()), return_dict=False)[0]
+        vae = self._wide_vae
+        return vae.decode(self._unscale(x0.to(vae.dtype)), return_dict=False)[0]
 
     def latents(self, pixels: Tensor) -> Tensor:
         """Clean latents x0 of pictures (B, 3, H, W) in [-1, 1], in float32 and with gradient."""
-        config = self.vae.config
-        with _in_float32(self.vae):
-            x0 = self.vae.encode(pixels.float()).latent_dist.mode()
+        vae = self._wide_vae
+        x0 = vae.encode(pixels.to(vae.dtype)).latent_dist.mode()
         mean, std = self._statistics(x0)
-        return (x0 - mean) / std * config.scaling_factor
+        return (x0 - mean) / std * vae.config.scaling_factor
 
     def _unscale(self, z: Tensor) -> Tensor:
         if getattr(self.vae.config, "latents_mean", None) is None:
@@ -209,16 +217,3 @@ def frozen(*models: nn.Module) -> Iterator[None]:
             p.requires_grad_(True)
         for m in training:
             m.training = True
-
-
-@contextlib.contextmanager
-def checkpointed(model: nn.Module, active: bool) -> Iterator[None]:
-    """Gradient checkpointing for a while: activations are computed again in backward."""
-    if not active or model.is_gradient_checkpointing:
-        yield
-        return
-    model.enable_gradient_checkpointing()
-    try:
-        yield
-    finally:
-        model.disable_gradient_checkpointing()

@@ -77,7 +77,8 @@ class Engine:
         names = [b.name for b in branches]
         if doubled := sorted({n for n in names if names.count(n) > 1}):
             raise ValueError(f"two branches are called {doubled[0]!r}; give each its own name")
-        readers = [g.name for g, _, main in self.run.reads if main and g in active]
+        ids = {id(g) for g in active}
+        readers = [g.name for g, _, main in self.run.reads if main and id(g) in ids]
         if readers and "cond" not in names:
             raise ValueError(
                 f"{readers[0]} reads the branch 'cond', which another plugin has replaced by "
@@ -166,17 +167,8 @@ class Engine:
     ) -> Tensor:
         """The denoiser with a capture behind the taps; checkpointed where memory is low."""
         low = graph and self.run.memory == "low"
-        with self._capturing(capture), _checkpointed(self, low):
+        with _Capturing(self, capture), _checkpointed(self, low):
             return self.run.denoiser(x, timestep, text)
-
-    @contextlib.contextmanager
-    def _capturing(self, capture: Capture | None) -> Iterator[None]:
-        """Tapped calls go to `capture`."""
-        before, self._capture = self._capture, capture
-        try:
-            yield
-        finally:
-            self._capture = before
 
     def second_call(self, step, x, timestep, guidance, branch, graph, stop) -> Eval:
         """See `Step.denoise`."""
@@ -266,6 +258,24 @@ class Engine:
         return torch.where(finite[:, None, None, None], grad, torch.zeros_like(grad))
 
 
+class _Capturing:
+    """Tapped calls go to `capture` for a while.
+
+    It can be entered again and again: each backward through a checkpoint enters it.
+    """
+
+    def __init__(self, engine: Engine, capture: Capture | None):
+        self.engine, self.capture = engine, capture
+        self.before: list[Capture | None] = []
+
+    def __enter__(self) -> None:
+        self.before.append(self.engine._capture)
+        self.engine._capture = self.capture
+
+    def __exit__(self, *_) -> None:
+        self.engine._capture = self.before.pop()
+
+
 @contextlib.contextmanager
 def _checkpointed(engine: Engine, active: bool) -> Iterator[None]:
     """Gradient checkpointing whose second run of a block goes to the same capture as the first."""
@@ -279,7 +289,7 @@ def _checkpointed(engine: Engine, active: bool) -> Iterator[None]:
 
     def run_block(module, *args):
         capture = engine._capture
-        contexts = lambda: (contextlib.nullcontext(), engine._capturing(capture))  # noqa: E731
+        contexts = lambda: (contextlib.nullcontext(), _Capturing(engine, capture))  # noqa: E731
         call = partial(checkpoint, use_reentrant=False, context_fn=contexts)
         return call(module.__call__, *args)
 

@@ -9,6 +9,7 @@ import importlib.metadata
 import os
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pluggy
@@ -126,17 +127,25 @@ class Registry:
 
     def make_guidance(self, name: str, options: dict[str, Any]) -> "Guidance":
         """A guidance from its options, converted to the types of its fields."""
-        cls = self.guidance_class(name)
-        kinds = option_kinds(cls)
-        for option in options:
-            if option not in kinds:
-                raise ValueError(f"{name} has no option {option!r}; it has: {', '.join(kinds)}")
-        values = {k: convert(v, kinds[k], f"{name}.{k}") for k, v in options.items()}
+        cls, values = self.guidance_class(name), self.read_options(name, options)
         # The class's own checks name the plugin, so the name is there before they run.
         guidance = cls.__new__(cls)
         guidance._name = name
         guidance.__init__(**values)
         return guidance
+
+    def read_options(
+        self, name: str, options: dict[str, Any], folder: Path = Path()
+    ) -> dict[str, Any]:
+        """The options in the types of their fields; a relative path is taken from `folder`.
+
+        Raises ValueError that names the option at fault.
+        """
+        kinds = option_kinds(self.guidance_class(name))
+        for option in options:
+            if option not in kinds:
+                raise ValueError(f"{name} has no option {option!r}; it has: {', '.join(kinds)}")
+        return {k: convert(v, kinds[k], f"{name}.{k}", folder) for k, v in options.items()}
 
     def backbone(self, name: str) -> Callable[[], Any]:
         """The loader of `acme:x`."""

@@ -17,7 +17,6 @@ from guidekit.conditions import Condition
 from guidekit.denoiser import Denoiser, frozen
 from guidekit.engine import Engine
 from guidekit.guidance import Guidance
-from guidekit.noise import level
 from guidekit.run import Run, derived_seed
 from guidekit.step import Step
 
@@ -117,17 +116,32 @@ class Sampling:
         while True:
             before = copy.deepcopy(self.run.scheduler) if self._may_repeat else None
             step = self.engine.predict(z, timestep, index, n, repeat)
+            self._check_edits(step)
             active = [g for g in self.guidances if g.active(step.frac)]
             times = max([times, *(g.repeats(step) for g in active)])
-            noisier = step.level
+            if active:
+                _ = step.move  # after the scheduler's step it would be the next one's
             z_next = self._scheduler_step(step, z)
             for guidance in active:
                 z_next = guidance.edit_sample(step, z_next)
             repeat += 1
             if repeat >= times:
                 return step, z_next
-            z = self._noise_again(z_next, before, timestep, noisier, index, repeat)
+            z = self._noise_again(z_next, step, repeat)
             self.run.scheduler = before
+
+    def _check_edits(self, step: Step) -> None:
+        """Raises ValueError where the scheduler would lose the last edit of z."""
+        before = (step.index - 1) / step.n
+        editors = [
+            g for g in self.guidances
+            if type(g).edit_sample is not Guidance.edit_sample and g.active(before)
+        ]  # fmt: skip
+        if step.index and editors and not step.move.reads_sample:
+            raise ValueError(
+                f"{editors[0].name} edits samples, and {type(step.run.scheduler).__name__} does not"
+                " start every step from the sample it is given; use --scheduler ddim"
+            )
 
     @property
     def _may_repeat(self) -> bool:
@@ -140,14 +154,12 @@ class Sampling:
                 step.prediction, step.timestep, z, **self.run.step_kwargs, return_dict=False
             )[0]
 
-    def _noise_again(
-        self, z: Tensor, scheduler, timestep: Tensor, noisier, index: int, repeat: int
-    ) -> Tensor:
+    def _noise_again(self, z: Tensor, step: Step, repeat: int) -> Tensor:
         """From the next level back to this one (FreeDoM, Yu et al. 2023, Algorithm 2)."""
-        cleaner = level(scheduler, timestep, offset=1)
+        noisier, cleaner = step.level, step.next_level
         gain = noisier.a / cleaner.a
         std = max(noisier.s**2 - (gain * cleaner.s) ** 2, 0.0) ** 0.5
-        fresh = self.run.noise(self.run.latent_shape, index, repeat, "recurrence")
+        fresh = self.run.noise(self.run.latent_shape, step.index, repeat, "recurrence")
         return gain * z + std * fresh.to(z.dtype)
 
 

@@ -19,6 +19,9 @@ class Step:
         self.run, self._engine = engine.run, engine
         self.z, self.timestep = z, timestep
         self.index, self.n, self.repeat = index, n, repeat
+        # Read now: after `scheduler.step` the scheduler would give the next ones.
+        self.level: Level = level(self.run.scheduler, timestep)  # of z
+        self.next_level: Level = level(self.run.scheduler, timestep, offset=1)  # of the next z
         self.branches: list[Branch] = []
         self.evals: dict[str, Eval] = {}
         self.groups: dict[str, Tensor] = {}  # combined outputs of groups other than "main"
@@ -30,16 +33,6 @@ class Step:
     def frac(self) -> float:
         """Fraction of the denoiser calls that are done, from the noisy end."""
         return self.index / self.n
-
-    @cached_property
-    def level(self) -> Level:
-        """Noise level of z."""
-        return level(self.run.scheduler, self.timestep)
-
-    @cached_property
-    def next_level(self) -> Level:
-        """Noise level of the next z."""
-        return level(self.run.scheduler, self.timestep, offset=1)
 
     @cached_property
     def move(self) -> Move:

@@ -1,0 +1,105 @@
+"""Classifier-free guidance: another scale, rescaled contrast, and an interval of steps.
+
+The sampler does classifier-free guidance by itself (Ho & Salimans 2022, arXiv:2207.12598, with
+diffusers' scale, which is their w + 1). This plugin changes it: rescaling by Lin, Liu, Li and Yang:
+Common diffusion noise schedules and sample steps are flawed, 2023, arXiv:2305.08891, section 3.4;
+the interval by Kynkaanniemi et al.: Applying guidance in a limited interval improves sample and
+distribution quality in diffusion models, 2024, arXiv:2404.07724, section 3.1, there in noise
+levels, here in fractions of the steps as for every plugin.
+"""
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from guidekit import Branch, Guidance, Run, Step, hookimpl
+
+
+@dataclass(kw_only=True)
+class ClassifierFree(Guidance):
+    """Changes classifier-free guidance; outside of start and stop there is none, nor its call.
+
+    Name it before plugins that add branches with nulls of their own (multidiffusion): they take
+    the scale from the conditional branch, and rescaling sees each of their groups.
+    """
+
+    scale: float = 1.0  # 1 on, 0 off; the strength is cfg_scale
+    cfg_scale: float = 0.0  # diffusers' guidance scale; 0 is the run's
+    rescale: float = 0.0  # phi: share of the output that has the conditional one's contrast
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.scale not in (0, 1):
+            raise ValueError(f"cfg.scale is 1 (on) or 0 (off), not {self.scale}; set cfg_scale")
+        if not 0 <= self.cfg_scale < float("inf"):
+            raise ValueError(f"cfg.cfg_scale must be a finite number >= 0, not {self.cfg_scale}")
+        if not 0 <= self.rescale <= 1:
+            raise ValueError(f"cfg.rescale lies between 0 and 1, not {self.rescale}")
+
+    def active(self, frac: float) -> bool:
+        """Always: outside of its interval it takes the null branch away."""
+        return self.scale != 0
+
+    def prepare(self, run: Run) -> None:
+        """Raises ValueError for options that change nothing in this run."""
+        if not self.cfg_scale and not self.rescale and (self.start, self.stop) == (0, 1):
+            raise ValueError("cfg changes nothing: set cfg_scale, rescale, start or stop")
+        if (self.cfg_scale or run.cfg) <= 1 and not (self.cfg_scale and run.cfg > 1):
+            raise ValueError(
+                f"cfg has nothing to change at the run's guidance scale {run.cfg:g}: set cfg_scale"
+            )
+
+    def branches(self, step: Step, branches: list[Branch]) -> list[Branch]:
+        """Conditional branches alone outside of the interval; inside, with the own scale."""
+        cond = next((b for b in branches if b.name == "cond"), None)
+        before = cond.weight if cond else step.run.cfg
+        inside = self.start <= step.frac < self.stop
+        scale = (self.cfg_scale or step.run.cfg) if inside else 1.0
+        weight = scale if scale > 1 else None
+        if weight == before:
+            return branches
+        step.run.account.edit(self.name)
+        # Regions of other plugins have the conditional branch's weight, and get the new one.
+        for branch in branches:
+            if not branch.null and branch.weight == before:
+                branch.weight = weight
+        if weight is None:
+            return [b for b in branches if not b.null]
+        if before is None:
+            negatives = [c.negative for c in step.run.conditions]
+            branches = [Branch("null", negatives, null=True), *branches]
+        return branches
+
+    def combine(self, step: Step, outs: dict[str, Tensor], combined: Tensor) -> Tensor:
+        """The combination of every group with the contrast of its conditional output."""
+        for branch in step.branches if self.rescale else ():
+            if branch.null or branch.weight is None:
+                continue
+            step.run.account.edit(self.name)
+            if branch.name == "cond":
+                combined = rescaled(combined, outs["cond"], self.rescale)
+            elif branch.group in step.groups:
+                group = step.groups[branch.group]
+                step.groups[branch.group] = rescaled(group, outs[branch.name], self.rescale)
+        return combined
+
+    @classmethod
+    def example(cls) -> "ClassifierFree":
+        """Rescales in the whole run."""
+        return cls(rescale=0.7)
+
+
+def rescaled(combined: Tensor, cond: Tensor, share: float) -> Tensor:
+    """Outputs (B, C, h, w) whose standard deviation is the conditional one's, mixed in by `share`.
+
+    Lin et al. 2023, section 3.4, in the order of operations of diffusers' rescale_noise_cfg.
+    """
+    dims = list(range(1, cond.ndim))
+    ratio = cond.std(dim=dims, keepdim=True) / combined.std(dim=dims, keepdim=True)
+    return share * (combined * ratio) + (1 - share) * combined
+
+
+@hookimpl
+def register_guidance(register):
+    """Offers `cfg`."""
+    register("cfg", ClassifierFree)

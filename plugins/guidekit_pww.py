@@ -1,0 +1,112 @@
+"""Paint-with-Words: phrases are drawn where their masks say, by a bias on cross-attention logits.
+
+Balaji et al.: eDiff-I: Text-to-image diffusion models with an ensemble of expert denoisers, 2022,
+arXiv:2211.01324, section 5: softmax((Q K^T + w A) / sqrt(d)) V with w = w' log(1 + sigma)
+max(Q K^T). The maximum is of each picture by itself here, so that a picture does not depend on its
+batch; the code that circulates (cloneofsimo/paint-with-words-sd) takes it over the whole batch.
+"""
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from guidekit import AttentionCall, Branch, Guidance, Level, Run, Step, hookimpl
+from guidekit.conditions import require_segments, segment_masks, segment_strengths
+from guidekit.tokens import segment_weights
+
+SCHEDULES = ("log", "log2", "noise", "constant")
+STATISTICS = ("max", "std")
+
+
+@dataclass(kw_only=True)
+class PaintWithWords(Guidance):
+    """Adds to the logits of each masked phrase inside its mask, in the conditional branch only.
+
+    It builds no graph: a gradient method beside it sees the bias as a constant.
+    """
+
+    scale: float = 0.4  # w'
+    sites: str = ""  # comma-separated wildcards; "" is every module where pixels read text
+    schedule: str = "log"  # log, log(1 + sigma) | log2, log(1 + sigma^2) | noise | constant, 1
+    statistic: str = "max"  # of each picture's logits: max | std
+
+    def __post_init__(self):
+        super().__post_init__()
+        for name, choices in (("schedule", SCHEDULES), ("statistic", STATISTICS)):
+            if getattr(self, name) not in choices:
+                raise ValueError(
+                    f"pww.{name} must be one of {', '.join(choices)}, not {getattr(self, name)!r}"
+                )
+
+    def prepare(self, run: Run) -> None:
+        """Finds the tokens of the phrases and the sites, and draws the areas at their grids."""
+        require_segments(run.conditions, "pww")
+        sites = self._sites(run)
+        run.tap_attention(self, list(sites))
+        tokens = segment_weights(run.denoiser.tokenizers, run.conditions, run.text_length)
+        tokens = tokens * segment_strengths(run.conditions)[:, None]  # (B, T, S)
+        areas = {
+            grid: segment_masks(run.conditions, *grid).flatten(2).mT @ tokens.mT
+            for grid in set(sites.values())
+        }
+        self._areas = {site: areas[grid].to(run.device) for site, grid in sites.items()}
+
+    def _sites(self, run: Run) -> dict[str, tuple[int, int]]:
+        """Cross-attention sites with their grids; raises ValueError for those without text."""
+        cross = run.sites(list(run.denoiser.family.cross_sites))
+        chosen = run.sites([s.strip() for s in self.sites.split(",") if s.strip()] or list(cross))
+        if others := [site for site in chosen if site not in cross]:
+            raise ValueError(
+                f"pww.sites: {', '.join(others)} read no text; those that do: {', '.join(cross)}"
+            )
+        return chosen
+
+    def edit_attention(self, step: Step, branch: Branch, call: AttentionCall) -> None:
+        """Biases the logits (B, H, N, T) by the areas (B, N, T)."""
+        if call.index > 0:  # an IP-Adapter's image tokens
+            return
+        amount = self.scale * self._level_factor(step) * self._statistic(call)
+        call.bias(amount * self._areas[call.site][:, None])
+        step.run.account.edit(self.name)
+
+    def _level_factor(self, step: Step) -> float:
+        """How strongly this noise level is painted; the paper's log(1 + sigma) by default."""
+        level: Level = step.level
+        if self.schedule == "constant":
+            return 1.0
+        if self.schedule == "noise":  # sqrt(1 - abar), as in ZestGuide's code
+            return level.s / math.hypot(level.a, level.s)
+        # At a = 0, the first step of flow models, sigma is infinite.
+        sigma = level.sigma if level.a else step.next_level.sigma
+        return math.log1p(sigma if self.schedule == "log" else sigma**2)
+
+    def _statistic(self, call: AttentionCall) -> Tensor:
+        """Maximum or deviation of each picture's scaled logits, (B, 1, 1, 1), without gradient.
+
+        Head by head, so that the logits are never all in memory.
+        """
+        scale = call.query.shape[-1] ** -0.5 if call.scale is None else call.scale
+        wide = torch.promote_types(call.query.dtype, torch.float32)
+        with torch.no_grad():
+            heads = [
+                self._reduced((q.to(wide) @ k.to(wide).mT).flatten(1) * scale)
+                for q, k in zip(call.query.unbind(1), call.key.unbind(1), strict=True)
+            ]
+            if self.statistic == "max":
+                return torch.stack(heads).amax(0)[:, None, None, None]
+            mean, square = torch.stack(heads).mean(0).unbind(-1)
+            return (square - mean**2).clamp(min=0).sqrt()[:, None, None, None]
+
+    def _reduced(self, logits: Tensor) -> Tensor:
+        """What is kept of one head's logits (B, N * T)."""
+        if self.statistic == "max":
+            return logits.amax(1)
+        return torch.stack([logits.mean(1), logits.square().mean(1)], -1)
+
+
+@hookimpl
+def register_guidance(register):
+    """Offers `pww`."""
+    register("pww", PaintWithWords)

@@ -167,6 +167,7 @@ class Zest(Guidance):
 
     def _loss(self, maps: Tensor, masks: Tensor) -> Tensor:
         """Loss of every segment (B, S) for maps and masks (B, S, h, w)."""
+        masks = masks.to(maps.dtype)
         peak = maps.amax((2, 3), keepdim=True).clamp(min=self.eps)
         if self.loss == "bce_plain":
             return self._cross_entropy(maps, masks)

@@ -3,6 +3,7 @@
 import os
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # also for the processes that tests start
 
 import torch  # noqa: E402  (the variable must be set before any hub library is imported)
 

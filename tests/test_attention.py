@@ -3,7 +3,6 @@
 import importlib.util
 
 import pytest
-import tiny
 import torch
 import torch.nn.functional as F
 from diffusers.models.attention_processor import Attention, IPAdapterAttnProcessor2_0
@@ -13,6 +12,8 @@ from torch.utils._pytree import tree_leaves
 from guidekit import attention
 from guidekit.attention import AttentionCall, attend, choose, implementations, token_maps
 from guidekit.taps import tap_attention
+
+import tiny
 
 
 def make_call(b=2, h=4, hk=4, n=12, t=7, d=8, dtype=torch.float32, grad=False, seed=0):

@@ -1,7 +1,6 @@
 """Family records against what real forwards do."""
 
 import pytest
-import tiny
 import torch
 from diffusers import UNet2DConditionModel, VQModel
 
@@ -15,6 +14,8 @@ from guidekit.backbones import (
     site_level,
 )
 from guidekit.taps import find_sites, tap_attention
+
+import tiny
 
 UNETS = dict(
     two_levels=dict(),

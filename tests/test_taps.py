@@ -4,7 +4,6 @@ import inspect
 from types import SimpleNamespace
 
 import pytest
-import tiny
 import torch
 from accelerate.hooks import ModelHook as AccelerateHook
 from accelerate.hooks import add_hook_to_module
@@ -23,6 +22,8 @@ from diffusers.models.attention_processor import (
 
 from guidekit.attention import attend
 from guidekit.taps import Patch, block_features, find_sites, tap_attention, tap_blocks
+
+import tiny
 
 ATTN2 = "mid_block.attentions.0.transformer_blocks.0.attn2"
 # Sana's self-attention is linear: it has no softmax to see.

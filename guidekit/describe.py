@@ -1,0 +1,154 @@
+"""What `guidekit plugins show` and `guidekit doctor` say."""
+
+import dataclasses
+import inspect
+import io
+import tokenize
+from typing import Any
+
+from guidekit.config import describe, option_kinds
+from guidekit.registry import Registry, entries
+
+
+def describe_plugin(name: str) -> dict[str, Any]:
+    """What an entry offers, or one guidance of it, with every option."""
+    namespace = name.partition(".")[0]
+    registry = Registry()
+    offers = registry.load(namespace)
+    entry = next(entry for entry in entries() if entry.name == namespace)
+    names = list(offers.guidances) if name == namespace else [name]
+    return {
+        **dataclasses.asdict(entry),
+        "guidances": [describe_guidance(n, registry.guidance_class(n)) for n in names],
+        "backbones": [f"{namespace}:{backbone}" for backbone in offers.backbones],
+        "commands": [command.name for command in offers.commands],
+    }
+
+
+def describe_guidance(name: str, cls: type) -> dict[str, Any]:
+    """A guidance's texts and options."""
+    comments, kinds = field_comments(cls), option_kinds(cls)
+    module = inspect.getdoc(inspect.getmodule(cls)) or ""
+    options = [
+        {
+            "option": field.name,
+            "type": describe(kinds[field.name]),
+            "default": _default(field),
+            "comment": comments.get(field.name, ""),
+        }
+        for field in dataclasses.fields(cls)
+        if field.init
+    ]
+    example = f"guidekit sample --plugin {name}"
+    if options:
+        example += f" --set {name}.{options[0]['option']}={options[0]['default']}"
+    return {
+        "name": name,
+        "about": inspect.getdoc(cls) or "",
+        "paper": module,
+        "options": options,
+        "example": example,
+    }
+
+
+def _default(field: dataclasses.Field) -> Any:
+    """A field's default as JSON has it; None where there is none."""
+    made = field.default_factory is not dataclasses.MISSING
+    value = field.default_factory() if made else field.default
+    if value is dataclasses.MISSING:
+        return None
+    return value if isinstance(value, bool | int | float | str | None) else str(value)
+
+
+def field_comments(cls: type) -> dict[str, str]:
+    """The comment behind every field in the source of a dataclass and its bases."""
+    found: dict[str, str] = {}
+    for base in reversed(cls.__mro__):
+        fields = base.__dict__.get("__annotations__", {})
+        if not fields:
+            continue
+        try:
+            source = inspect.getsource(base)
+        except (OSError, TypeError):  # a class made at run time has no source
+            continue
+        found |= {n: c for n, c in _line_comments(source).items() if n in fields}
+    return found
+
+
+def _line_comments(source: str) -> dict[str, str]:
+    """First word of a line to the comment at its end."""
+    comments = {}
+    for token in tokenize.generate_tokens(io.StringIO(inspect.cleandoc(source)).readline):
+        if token.type == tokenize.COMMENT:
+            name, colon, _ = token.line.strip().partition(":")
+            if colon and name.isidentifier():
+                comments[name] = token.string.lstrip("# ").strip()
+    return comments
+
+
+def plugin_text(facts: dict[str, Any]) -> str:
+    """The facts of a plugin for people."""
+    origin = "first-party" if facts["first_party"] else "third-party"
+    lines = [f"{facts['name']} {facts['version']}, {origin}, {facts['distribution']}"]
+    lines[0] += f" ({facts['module']})"
+    for guidance in facts["guidances"]:
+        lines += ["", f"plugin {guidance['name']}: {guidance['about']}", "", guidance["paper"], ""]
+        rows = [(o["option"], o["type"], repr(o["default"])) for o in guidance["options"]]
+        widths = [max(len(row[i]) for row in rows) for i in range(3)] if rows else []
+        for row, option in zip(rows, guidance["options"], strict=True):
+            cells = "  ".join(c.ljust(w) for c, w in zip(row, widths, strict=True))
+            lines.append(f"  {cells}  {option['comment']}".rstrip())
+        lines += ["", f"example: {guidance['example']}"]
+    for kind in ("backbones", "commands"):
+        if facts[kind]:
+            lines += ["", f"{kind}: {', '.join(facts[kind])}"]
+    return "\n".join(lines)
+
+
+def doctor_facts() -> dict[str, Any]:
+    """Versions, devices, attention implementations and built-in models."""
+    import torch
+
+    from guidekit.attention import choose, implementations
+    from guidekit.outputs import machine, versions
+
+    devices = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+    return {
+        "versions": versions(),
+        "machine": machine(),
+        "devices": ["cpu", *(f"cuda:{i} {name}" for i, name in enumerate(devices))],
+        "attention": implementations(),
+        "chosen": choose(),
+        "models": _models(),
+        "plugins": [entry.name for entry in entries()],
+    }
+
+
+def _models() -> dict[str, str]:
+    """Every built-in model: "loads", or why it does not."""
+    from guidekit.loading import built_in, load
+    from guidekit.studio import quiet_libraries
+
+    quiet_libraries()
+    states = {}
+    for name in built_in():
+        try:
+            load(name, "cpu")
+            states[name] = "loads"
+        except ValueError as error:
+            states[name] = str(error)
+    return states
+
+
+def doctor_text(facts: dict[str, Any]) -> str:
+    """The facts of the machine for people."""
+    lines = [f"{name:<14}{value}" for name, value in facts["versions"].items()]
+    lines += [f"{name:<14}{value}" for name, value in facts["machine"].items()]
+    lines += [f"{'device':<14}{device}" for device in facts["devices"]]
+    for name, state in facts["attention"].items():
+        mark = ", chosen" if name == facts["chosen"] else ""
+        lines.append(f"{'attention':<14}{name}: {state}{mark}")
+    models = [f"{'model':<14}{name}: {state}" for name, state in facts["models"].items()]
+    lines += models or [f"{'model':<14}none built in; guidekit train scenes makes one"]
+    lines.append(f"{'plugins':<14}{', '.join(facts['plugins'])}")
+    return "\n".join(lines)

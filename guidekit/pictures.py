@@ -1,0 +1,90 @@
+"""Tensors to pictures: grids, masks drawn over, heat maps, pairs. Plain PIL."""
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+COLOURS = ("#e6194b", "#4363d8", "#3cb44b", "#f58231", "#911eb4", "#00a5a5", "#f032e6", "#808000")
+# Black over purple and orange to pale yellow, even steps of lightness.
+HEAT = ((0, 0, 4), (60, 15, 110), (140, 40, 110), (220, 80, 60), (250, 160, 20), (252, 255, 164))
+SHOWN = 256  # least long side of pictures that are made to be looked at
+
+
+def to_image(picture: Tensor) -> Image.Image:
+    """A picture (3, H, W) in [0, 1] in 8 bits, rounded as diffusers does it."""
+    values = picture.detach().float().clamp(0, 1).permute(1, 2, 0).cpu().numpy()
+    return Image.fromarray((values * 255).round().astype("uint8"))
+
+
+def mask_image(mask: Tensor) -> Image.Image:
+    """A mask (H, W) in [0, 1] as a grey picture of 8 bits."""
+    return Image.fromarray((mask.detach().float().cpu().numpy() * 255).round().astype("uint8"))
+
+
+def enlarge(image: Image.Image, least: int = SHOWN) -> Image.Image:
+    """The picture with whole, crisp pixels so large that its long side reaches `least`."""
+    factor = -(-least // max(image.size))
+    if factor <= 1:
+        return image
+    return image.resize((image.width * factor, image.height * factor), Image.Resampling.NEAREST)
+
+
+def grid(images: list[Image.Image], columns: int = 4, gap: int = 4) -> Image.Image:
+    """Pictures of one size in rows, on white."""
+    columns = min(columns, len(images))
+    rows = -(-len(images) // columns)
+    width, height = images[0].size
+    sheet = Image.new("RGB", (columns * (width + gap) - gap, rows * (height + gap) - gap), "white")
+    for i, image in enumerate(images):
+        row, column = divmod(i, columns)
+        sheet.paste(image, (column * (width + gap), row * (height + gap)))
+    return sheet
+
+
+def pair(before: Image.Image, after: Image.Image) -> Image.Image:
+    """Two pictures side by side."""
+    return grid([before, after], columns=2)
+
+
+def overlay(image: Image.Image, masks: list[Tensor], tint: float = 0.18) -> Image.Image:
+    """The enlarged picture with every mask (h, w) tinted and outlined in its own colour."""
+    image = enlarge(image)
+    pixels = np.asarray(image.convert("RGB"), dtype=np.float32)
+    for i, mask in enumerate(masks):
+        inside = np.asarray(mask_image(mask).resize(image.size, Image.Resampling.BILINEAR)) >= 128
+        weight = np.where(_edge(inside), 1.0, inside * tint)[..., None]
+        pixels = pixels * (1 - weight) + weight * np.array(colour(i), dtype=np.float32)
+    return Image.fromarray(pixels.round().astype("uint8"))
+
+
+def colour(index: int) -> tuple[int, int, int]:
+    """Red, green and blue of the segment with this index."""
+    text = COLOURS[index % len(COLOURS)]
+    return tuple(int(text[i : i + 2], 16) for i in (1, 3, 5))
+
+
+def _edge(inside: np.ndarray) -> np.ndarray:
+    """Pixels of a region (h, w) that touch its outside or the frame, two pixels wide."""
+    core = np.pad(inside, 2)
+    h, w = inside.shape
+    for axis in (0, 1):
+        core = core & np.roll(core, 1, axis) & np.roll(core, -1, axis)
+        core = core & np.roll(core, 1, axis) & np.roll(core, -1, axis)
+    return inside & ~core[2 : h + 2, 2 : w + 2]
+
+
+def heat_map(values: Tensor, peak: float | None = None, least: int = SHOWN) -> Image.Image:
+    """Values (h, w) of at least 0 from black to yellow, `peak` being the brightest, enlarged."""
+    values = values.detach().float().cpu()
+    peak = float(values.max()) if peak is None else peak
+    scaled = torch.nan_to_num(values / max(peak, 1e-12)).clamp(0, 1).numpy() * (len(HEAT) - 1)
+    stops = np.arange(len(HEAT))
+    channels = [np.interp(scaled, stops, [c[i] for c in HEAT]) for i in range(3)]
+    return enlarge(Image.fromarray(np.stack(channels, -1).round().astype("uint8")), least)
+
+
+def heat_pair(before: Tensor, after: Tensor) -> Image.Image:
+    """Two maps (h, w) side by side on one scale of colours."""
+    peak = float(max(before.max(), after.max()))
+    return pair(heat_map(before, peak), heat_map(after, peak))

@@ -1,0 +1,358 @@
+"""A run of `guidekit sample`: settings to pictures, in batches, each kept when it is finished."""
+
+import dataclasses
+import json
+import logging
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import try_to_load_from_cache
+from torch import Tensor
+
+from guidekit import outputs, pictures
+from guidekit.account import Account
+from guidekit.conditions import (
+    Condition,
+    Segment,
+    box_mask,
+    load_layout,
+    parse_layout,
+    parse_segment,
+)
+from guidekit.config import Settings, dump
+from guidekit.denoiser import Denoiser
+from guidekit.loading import SCHEDULERS, ZOO, load, make_scheduler
+from guidekit.registry import Registry
+from guidekit.report import write_report
+from guidekit.run import MEMORY, POLICIES, derived_seed
+from guidekit.sampler import Sampling, accepted
+from guidekit.step import Step
+from guidekit.tokens import append_phrases, segment_columns
+
+DEFAULTS = {"cfg": 7.5, "steps": 50, "plugin": {}}
+DTYPES = ("float32", "float16", "bfloat16")
+PROMPT = "a red circle and a blue square on a white background"
+BOXES = {"red circle": (0.06, 0.06, 0.48, 0.48), "blue square": (0.52, 0.52, 0.94, 0.94)}
+
+Progress = Callable[[Step, int, int], None]  # the step, the part being drawn, number of parts
+
+
+class Studio:
+    """One run: checks the settings, loads the model, draws, keeps what is finished.
+
+    Raises ValueError for settings that cannot work, as early as they can be known.
+    """
+
+    def __init__(self, settings: Settings, blocked: tuple[str, ...] = ()):
+        self.settings = settings = with_defaults(settings)
+        registry = Registry(blocked)
+        _check(settings)
+        self.guidances = [
+            registry.make_guidance(name, _all_options(registry, settings, name))
+            for name in settings.plugin
+        ]
+        self.condition = ask(settings)
+        self.folder = outputs.new_folder(settings.out, self.condition.prompt)
+        self.account = Account()
+        self.finished: list[int] = []
+        self._started = time.monotonic()
+        try:
+            self._load(registry)
+        except BaseException:
+            outputs.discard_empty(self.folder)
+            raise
+
+    def _load(self, registry: Registry) -> None:
+        """The model, and what depends on it: tokens, the first entries of run.json."""
+        self.denoiser = Denoiser(load_model(self.settings, registry))
+        tokenizers = self.denoiser.tokenizers
+        if self.settings.append_phrases:
+            self.condition = append_phrases(self.condition, tokenizers[0])
+        columns = segment_columns(tokenizers, self.condition)
+        settings = self.settings
+        self.scheduler = None
+        if settings.scheduler is not None:
+            self.scheduler = make_scheduler(self.denoiser.pipeline, settings.scheduler)
+        self._sampling(list(settings.seeds[: settings.batch]), self.guidances)  # may refuse
+        self.settings = replace(
+            settings,
+            prompt=self.condition.prompt,
+            negative=self.condition.negative,
+            segment=outputs.save_segments(self.condition.segments, self.folder),
+            plugin={g.name: _options(g) for g in self.guidances},
+            device=str(self.denoiser.device),
+            dtype=str(self.denoiser.dtype).removeprefix("torch."),
+        )
+        self.tables = dump(self.settings)
+        self.record = self._first_record(columns)
+        self._note_differences()
+
+    def _first_record(self, columns: list[list[int]]) -> dict[str, Any]:
+        """What is known before the first picture."""
+        tokenizer, prompt = self.denoiser.tokenizers[0], self.condition.prompt
+        words = tokenizer.convert_ids_to_tokens(tokenizer(prompt)["input_ids"])
+        return {
+            "status": "running",
+            "versions": outputs.versions(),
+            "machine": outputs.machine(),
+            "model": _model_facts(self.settings.model, self.denoiser.pipeline),
+            "scheduler": type(self.scheduler or self.denoiser.pipeline.scheduler).__name__,
+            "tokens": [
+                {"phrase": s.phrase, "columns": c, "tokens": [words[i] for i in c]}
+                for s, c in zip(self.condition.segments, columns, strict=True)
+            ],
+        }
+
+    def _note_differences(self) -> None:
+        """Says what is not as it was when the run.json that is followed was written."""
+        for kind in ("versions", "machine", "model"):
+            before = self.settings.replays.get(kind)
+            for name, value in (before if isinstance(before, dict) else {}).items():
+                now = self.record[kind].get(name)
+                if name != "name" and now != value:
+                    self.account.note(
+                        f"{kind}: {name} was {value}, is {now}; pictures may differ slightly"
+                    )
+
+    def _sampling(self, seeds: list[int], guidances: list) -> Sampling:
+        """A batch with the settings of this run."""
+        s = self.settings
+        return Sampling(
+            self.denoiser, self.condition, guidances, seeds=seeds, steps=s.steps, cfg=s.cfg,
+            eta=s.eta, height=s.height, width=s.width, scheduler=self.scheduler, memory=s.memory,
+            nonfinite=s.nonfinite, attention=s.attention,
+        )  # fmt: skip
+
+    @property
+    def compares(self) -> bool:
+        """Whether the same seeds are also drawn without guidance."""
+        return self.settings.compare and any(g.scale != 0 for g in self.guidances)
+
+    def draw(self, progress: Progress | None = None) -> dict[str, Any]:
+        """Draws all batches and returns what run.json holds; keeps it also when it is stopped."""
+        size, seeds = self.settings.batch, list(self.settings.seeds)
+        batches = [seeds[i : i + size] for i in range(0, len(seeds), size)]
+        parts = len(batches) * (1 + self.compares)
+        status = "failed"
+        try:
+            self._keep("running")
+            for number, batch in enumerate(batches):
+                part = number * (1 + self.compares)
+                self._draw_guided(batch, _numbered(progress, part, parts))
+                if self.compares:
+                    self._draw_unguided(batch, _numbered(progress, part + 1, parts))
+                self.finished += batch
+                self._keep("running")
+            status = "finished"
+        except KeyboardInterrupt:
+            status = "stopped"
+            raise
+        finally:
+            self._keep(status)
+            write_report(self.folder)
+        return self.tables | {"record": self.record}
+
+    def _draw_guided(self, seeds: list[int], progress: Callable[[Step], None] | None) -> None:
+        """One batch; pictures that a guidance rejects are drawn again, at most `tries` times."""
+        left = seeds
+        for attempt in range(self.settings.tries):
+            own = [derived_seed(s, attempt) if attempt else s for s in left]
+            sampling = self._sampling(own, self.guidances).finish(progress)
+            self._merge(sampling.account, own)
+            self._save(left, sampling)
+            kept = accepted(sampling.guidances, sampling.images).tolist()
+            left = [seed for seed, keep in zip(left, kept, strict=True) if not keep]
+            if not left:
+                return
+        self.account.note(f"no try was accepted for seeds {left}; their last ones were kept")
+
+    def _draw_unguided(self, seeds: list[int], progress: Callable[[Step], None] | None) -> None:
+        """The same seeds without guidance."""
+        drawn = self._sampling(seeds, []).finish(progress).images
+        for seed, picture in zip(seeds, drawn, strict=True):
+            image = pictures.to_image(picture)
+            outputs.save_picture(image, self.folder / "unguided" / f"{seed}.png")
+
+    def _save(self, seeds: list[int], sampling: Sampling) -> None:
+        """The pictures of a batch, with masks drawn over, and the attention maps."""
+        self.record.setdefault("attention", sampling.run.attention)
+        self.record.setdefault("sites", _sites(sampling))
+        masks = [segment.mask for segment in self.condition.segments]
+        for i, seed in enumerate(seeds):
+            image = pictures.to_image(sampling.images[i])
+            text = self.tables | {"seed": seed, "versions": self.record["versions"]}
+            outputs.save_picture(image, self.folder / f"{seed}.png", text)
+            if masks:
+                path = self.folder / "overlay" / f"{seed}.png"
+                outputs.save_picture(pictures.overlay(image, masks), path)
+        self._save_attention(seeds, sampling.account.pictures)
+
+    def _save_attention(self, seeds: list[int], maps: dict[str, Tensor]) -> None:
+        """Each segment's map (h, w) at the first and the last guided step, side by side."""
+        if "attention before" not in maps or "attention after" not in maps:
+            return
+        for seed, before, after in zip(
+            seeds, maps["attention before"], maps["attention after"], strict=True
+        ):
+            for index in range(len(self.condition.segments)):
+                image = pictures.heat_pair(before[index], after[index])
+                path = self.folder / "attention" / f"{seed}-{index}.png"
+                outputs.save_picture(image, path)
+
+    def _merge(self, account: Account, seeds: list[int]) -> None:
+        """Adds a batch's account to the run's: rows of one step hold all pictures."""
+        rows = {(r["plugin"], r["step"], r["repeat"]): r for r in self.account.rows}
+        for row in account.rows:
+            row = {"plugin": row["plugin"], "seeds": seeds, **row}
+            known = rows.get((row["plugin"], row["step"], row["repeat"]))
+            if known is None:
+                self.account.rows.append(row)
+                continue
+            for key, value in row.items():
+                if isinstance(value, list) or key == "seconds":
+                    known[key] = known[key] + value
+        for plugin, count in account.edits.items():
+            self.account.edits[plugin] = self.account.edits.get(plugin, 0) + count
+        for note in account.notes:
+            self.account.note(note)
+
+    def _keep(self, status: str) -> None:
+        """Writes run.json as things stand."""
+        self.record |= {
+            "status": status,
+            "finished": list(self.finished),
+            "seconds": round(time.monotonic() - self._started, 3),
+            "energy": {g.name: self.account.first_and_last(g.name) for g in self.guidances},
+            "edits": self.account.edits,
+            "notes": self.account.notes,
+            "account": self.account.rows,
+        }
+        outputs.write_record(self.tables | {"record": self.record}, self.folder)
+
+
+def with_defaults(settings: Settings) -> Settings:
+    """The settings with the model's own values where the user gave none."""
+    own = dict(DEFAULTS)
+    file = ZOO / settings.model / "defaults.json"
+    if file.is_file():
+        own |= json.loads(file.read_text())
+    plugin = {n: own["plugin"].get(n, {}) | options for n, options in settings.plugin.items()}
+    return replace(
+        settings,
+        plugin=plugin,
+        cfg=own["cfg"] if settings.cfg is None else settings.cfg,
+        steps=own["steps"] if settings.steps is None else settings.steps,
+    )
+
+
+def _all_options(registry: Registry, settings: Settings, name: str) -> dict[str, Any]:
+    """A plugin's options: the file's or the model's, then those by --set."""
+    options = registry.read_options(name, settings.plugin[name], settings.folder)
+    return options | registry.read_options(name, settings.changes.get(name, {}))
+
+
+def _check(settings: Settings) -> None:
+    """Raises ValueError for what is known to be wrong before anything is loaded."""
+    if settings.scheduler is not None and settings.scheduler not in SCHEDULERS:
+        raise ValueError(f"no scheduler {settings.scheduler!r}; there are {', '.join(SCHEDULERS)}")
+    for name in ("steps", "batch", "tries"):
+        if getattr(settings, name) < 1:
+            raise ValueError(f"{name} must be at least 1, not {getattr(settings, name)}")
+    choices = {"memory": MEMORY, "nonfinite": POLICIES, "dtype": (None, *DTYPES)}
+    for name, allowed in choices.items():
+        if getattr(settings, name) not in allowed:
+            exist = ", ".join(filter(None, allowed))
+            raise ValueError(f"{name} must be one of {exist}, not {getattr(settings, name)!r}")
+    if settings.device is not None:
+        _check_device(settings.device)
+
+
+def _check_device(name: str) -> None:
+    try:
+        torch.zeros(1, device=name)
+    except (RuntimeError, AssertionError, NotImplementedError):
+        count = torch.cuda.device_count()
+        exist = ", ".join(["cpu", *(f"cuda:{i}" for i in range(count))])
+        raise ValueError(f"no device {name!r}; there are {exist}") from None
+
+
+def ask(settings: Settings) -> Condition:
+    """The condition of the settings: the layout, then the segments, in the given order.
+
+    Without prompt, layout and segments it is a small example.
+    """
+    layout = Condition() if settings.layout is None else load_layout(settings.layout)
+    texts = [entry for entry in settings.segment if isinstance(entry, str)]
+    tables = [entry for entry in settings.segment if not isinstance(entry, str)]
+    parsed = parse_layout({"segments": tables}, settings.folder, "config").segments
+    segments = (*layout.segments, *parsed, *map(parse_segment, texts))
+    prompt = layout.prompt if settings.prompt is None else settings.prompt
+    negative = layout.negative if settings.negative is None else settings.negative
+    if settings.prompt is None and not prompt:
+        if segments and not settings.append_phrases:
+            raise ValueError("there are segments but no prompt; give --prompt with their phrases")
+        if not segments:
+            prompt = PROMPT
+            segments = tuple(Segment(p, box_mask(box), box=box) for p, box in BOXES.items())
+    return Condition(prompt, negative, segments)
+
+
+def load_model(settings: Settings, registry: Registry) -> Any:
+    """The pipeline of `--model`: a plugin's backbone `acme:x`, else whatever `load` knows."""
+    quiet_libraries()
+    dtype = None if settings.dtype is None else getattr(torch, settings.dtype)
+    if ":" not in settings.model:
+        return load(settings.model, settings.device, dtype)
+    pipeline = registry.backbone(settings.model)()
+    device = settings.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    return pipeline.to(device) if dtype is None else pipeline.to(device, dtype)
+
+
+def quiet_libraries() -> None:
+    """Keeps the bars and remarks of diffusers and transformers off the terminal."""
+    import diffusers
+    import transformers
+
+    for library in (diffusers, transformers):
+        library.utils.logging.disable_progress_bar()
+        library.utils.logging.set_verbosity_error()
+    logging.getLogger("xformers").setLevel(logging.ERROR)
+
+
+def _options(guidance: Any) -> dict[str, Any]:
+    """The options of a guidance as JSON has them."""
+    values = {f.name: getattr(guidance, f.name) for f in dataclasses.fields(guidance) if f.init}
+    return {k: str(v.resolve()) if isinstance(v, Path) else v for k, v in values.items()}
+
+
+def _model_facts(name: str, pipeline: Any) -> dict[str, Any]:
+    """Name, class, path and hash of the model; a live pipeline of a plugin has no path."""
+    places = [ZOO / name, Path(name)]
+    if name.count("/") == 1:
+        index = try_to_load_from_cache(name, "model_index.json")
+        places += [Path(index).parent] if isinstance(index, str) else []
+    path = next((p.resolve() for p in places if (p / "model_index.json").is_file()), None)
+    return {
+        "name": name,
+        "class": type(pipeline).__name__,
+        "path": None if path is None else str(path),
+        "hash": None if path is None else outputs.model_hash(path),
+    }
+
+
+def _sites(sampling: Sampling) -> dict[str, list[str]]:
+    """The modules that each guidance reads or changes."""
+    found: dict[str, list[str]] = {}
+    for guidance in sampling.guidances:
+        sites = {s for g, read, _ in sampling.run.reads if g is guidance for s in read.sites}
+        sites = sites.union(*sampling.run.edits.get(id(guidance), {}).values())
+        found[guidance.name] = sorted(sites)
+    return found
+
+
+def _numbered(progress: Progress | None, part: int, parts: int) -> Callable[[Step], None] | None:
+    return None if progress is None else lambda step: progress(step, part, parts)

@@ -1,0 +1,72 @@
+"""The README's first command on the built-in model, and a replay of what it drew."""
+
+import json
+import os
+import subprocess
+import sys
+import time
+
+import pytest
+
+
+def _guidekit(*args: str, cwd) -> subprocess.CompletedProcess:
+    command = [sys.executable, "-m", "guidekit", *args]
+    environment = os.environ | {"HF_HUB_OFFLINE": "1"}
+    return subprocess.run(
+        command, cwd=cwd, capture_output=True, text=True, check=False, env=environment
+    )
+
+
+@pytest.fixture(scope="module")
+def drawn(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("first")
+    start = time.monotonic()
+    done = _guidekit("sample", "--plugin", "zest", cwd=folder)
+    assert done.returncode == 0, done.stderr
+    return next((folder / "out").iterdir()), done.stdout, time.monotonic() - start
+
+
+def test_first_command_leaves_all_its_files(drawn):
+    folder, said, seconds = drawn
+    names = {str(p.relative_to(folder)) for p in folder.rglob("*") if p.is_file()}
+    for seed in range(4):
+        assert {f"{seed}.png", f"unguided/{seed}.png", f"overlay/{seed}.png"} <= names
+    assert any(name.startswith("attention/0-") for name in names)
+    assert {"index.html", "run.json"} <= names
+    assert "energy" in said and "guidekit sample" in said  # what happened and what to try next
+    assert seconds < 90  # 40 s on an idle machine; CI shares its cores
+
+
+def test_first_command_moves_the_objects(drawn):
+    """The judge finds each object more inside its box than in the unguided pictures."""
+    import numpy as np
+    import torch
+    from PIL import Image
+
+    from guidekit import box_mask, evaluate, scenes
+
+    folder, _, _ = drawn
+    record = json.loads((folder / "run.json").read_text())
+    segments = record["segment"]
+    judge = evaluate.load_judge()
+    share = {}
+    for name, where in (("guided", folder), ("unguided", folder / "unguided")):
+        pictures = [np.array(Image.open(where / f"{s}.png").convert("RGB")) for s in range(4)]
+        images = torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2) / 255
+        classes = evaluate.see(judge, images).classes
+        inside = 0.0
+        for segment in segments:
+            box = box_mask(tuple(segment["box"]), 64).numpy() > 0.5
+            label = 1 + scenes.CLASSES.index(segment["phrase"])
+            inside += ((classes == label) & box).sum() / box.sum() / len(segments)
+        share[name] = inside / 4
+    assert share["guided"] > share["unguided"] + 0.1, share
+
+
+def test_replay_is_bit_for_bit(drawn, tmp_path):
+    folder, _, _ = drawn
+    done = _guidekit("sample", "--config", str(folder / "run.json"), cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    again = next((tmp_path / "out").iterdir())
+    for seed in range(4):
+        assert (again / f"{seed}.png").read_bytes() == (folder / f"{seed}.png").read_bytes()
