@@ -6,9 +6,9 @@ guidance wants (a score, a mean, a shift of the next z) into a change of the out
 is right for every solver; a change of z after the step is lost or overshot by those that keep an
 earlier sample or a history (Heun, KDPM2, UniPC, SASolver, DPM++).
 
-Sources: Ho et al. 2020 (arXiv:2006.11239) for VP; Salimans & Ho 2022 (arXiv:2202.00512) for v;
-Lipman et al. 2023 (arXiv:2210.02747) for flow; Karras et al. 2022 (arXiv:2206.00364) for VE;
-Dhariwal & Nichol 2021 (arXiv:2105.05233), Algorithms 1 and 2, for guidance.
+VP: Ho et al. 2020 (arXiv:2006.11239); v: Salimans & Ho 2022 (arXiv:2202.00512); flow: Lipman et al.
+2023 (arXiv:2210.02747); VE: Karras et al. 2022 (arXiv:2206.00364); guidance: Dhariwal & Nichol 2021
+(arXiv:2105.05233), Algorithms 1 and 2.
 """
 
 import copy
