@@ -44,6 +44,8 @@ class Layouts:
 def held_out(n: int, first: int = 0, size: int = 64) -> Layouts:
     """Scenes `first` to `first + n` of the test split; every object visible somewhere."""
     plans = [scenes.scene(i, "test") for i in range(first, first + n)]
+    # Neighbours share a batch, and regions of a batch are padded to the most of it.
+    plans.sort(key=lambda plan: len(plan.things))
     conditions = []
     for plan in plans:
         _, masks = scenes.draw(plan, size)
