@@ -108,7 +108,10 @@ def _moved(tree, device):
 def _results(attention, tensors, weights, options, case, noise, dtype) -> dict[str, Tensor]:
     """Output, maps and gradients for incoming gradients that are the same for every call."""
     noise.manual_seed(1)
-    leaves = [x.detach().requires_grad_(name in case.grads) for x, name in zip(tensors, "qkv")]
+    leaves = [
+        x.detach().requires_grad_(name in case.grads)
+        for x, name in zip(tensors, "qkv", strict=True)
+    ]
     out, maps = attention(*leaves, weights, **options)
     gradients = {
         name: (scale * torch.randn(x.shape, generator=noise)).to(dtype).to(x)
@@ -120,5 +123,5 @@ def _results(attention, tensors, weights, options, case, noise, dtype) -> dict[s
     if wanted:
         grads = torch.autograd.grad([results[name] for name in gradients], wanted,
                                     list(gradients.values()), materialize_grads=True)  # fmt: skip
-        results |= {f"grad {name}": grad for name, grad in zip(case.grads, grads)}
+        results |= {f"grad {name}": grad for name, grad in zip(case.grads, grads, strict=True)}
     return {name: x.detach() for name, x in results.items()}

@@ -1,16 +1,12 @@
 """The attention kernels inside unmodified models, in Triton's interpreter (own process)."""
 
-import sys
-from pathlib import Path
-
 import pytest
 import torch
 
 from guidekit import attention
 from guidekit.taps import tap_attention
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
-import tiny  # noqa: E402
+import tiny
 
 
 @pytest.mark.parametrize("name", ["sd15", "sdxl", "pixart", "sd3", "flux"])

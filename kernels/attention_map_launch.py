@@ -1,0 +1,183 @@
+"""Launches of the kernels of `attention_map`: strides, ranges, tile sizes, precision.
+
+Imported when an operator first runs, so that without triton only that call fails.
+"""
+
+import math
+from collections.abc import Sequence
+
+import torch
+import triton.language as tl
+from torch import Tensor
+
+from guidekit_kernels import tiles
+from guidekit_kernels.attention_map import (
+    INTERPRETED,
+    key_gradient,
+    query_gradient,
+)
+from guidekit_kernels.attention_map_backward import key_kernel, query_kernel
+from guidekit_kernels.attention_map_forward import forward_kernel
+
+
+def launch_forward(
+    tensors: Sequence[Tensor | None], given: dict, results: tuple[Tensor, Tensor, Tensor]
+) -> None:
+    """Fill output, maps and, unless empty, log-sum-exp (see `attention_map.attention_map`)."""
+    query, key, *_ = tensors
+    b, h, n, d = query.shape
+    out, maps, lse = results
+    tile = _tile("forward", query, key)
+    target = _computed(out)
+    forward_kernel[(-(-n // tile.rows), b * maps.shape[1])](
+        OUT=target, MAPS=maps, LSE=lse if lse.numel() else None,
+        **_arguments(tensors, given, tile), **_strides("o", target, "bhn"),
+        G=h // maps.shape[1],
+    )  # fmt: skip
+    if target is not out:
+        out.copy_(target)
+
+
+def launch_backward(
+    tensors: Sequence[Tensor | None],
+    given: dict,
+    grads: Sequence[Tensor | None],
+    saved: Sequence[Tensor | None],
+    keys: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of query, and of key and value if `keys`."""
+    query, key, *_ = tensors
+    out, maps, lse = saved
+    grad_out = None if grads[0] is None else _unit_stride(_computed(grads[0]))
+    shared = dict(
+        DOUT=grad_out, **_strides("do", grad_out, "bhn"), **_maps_gradient(grads[1], query)
+    )
+    dq = _computed(query_gradient(query))
+    one = lse is None
+    delta = query.new_empty(query.shape[:3], dtype=torch.float32) if keys else None
+    lse = torch.empty_like(delta) if one and keys else lse
+    out = None if one else _computed(out)
+    tile = _tile("query", query, key)
+    query_kernel[(-(-query.shape[2] // tile.rows), query.shape[0] * query.shape[1])](
+        OUT=out, MAPS=maps, LSE=lse, DELTA=delta, DQ=dq, ONE=one, **shared,
+        **_arguments(tensors, given, tile, grad_out), **_strides("o", out, "bhn"),
+        **_strides("dq", dq, "bhn"),
+    )  # fmt: skip
+    dq = dq.to(query.dtype)
+    if not keys:
+        return dq, key_gradient(key, False), key_gradient(key, False)
+    return dq, *_launch_key(tensors, given, shared | dict(LSE=lse, DELTA=delta))
+
+
+def _launch_key(tensors, given, shared) -> tuple[Tensor, Tensor]:
+    query, key, *_ = tensors
+    b, _, n, _ = query.shape
+    _, hk, t, d = key.shape
+    tile = _tile("key", query, key)
+    blocks = -(-t // tile.keys)
+    parts = tiles.parts(blocks * b * hk, n, tile.rows, tiles.processors(query.device))
+    part_rows = -(-n // (parts * tile.rows)) * tile.rows
+    parts = -(-n // part_rows)
+    # One part is stored in the key's dtype; several are summed in fp32.
+    dtype = torch.float32 if parts > 1 or INTERPRETED else key.dtype
+    dk, dv = (
+        key.new_empty(parts, b, t, hk, d, dtype=dtype).transpose(2, 3) for _ in range(2)
+    )  # both (parts, B, Hk, T, d), in the memory order of the projections
+    key_kernel[(blocks, b * hk, parts)](
+        DK=dk, DV=dv, part_rows=part_rows, **shared,
+        **_arguments(tensors, given, tile, shared["DOUT"]),
+        **_strides("dk", dk, "pbht"),
+    )  # fmt: skip
+    dk, dv = ((x[0] if parts == 1 else x.sum(0)).to(key.dtype) for x in (dk, dv))
+    return dk, dv
+
+
+def _arguments(tensors, given, tile, grad_out=None) -> dict:
+    """What all kernels take: inputs, their strides, sizes, ranges and compile-time choices."""
+    query, key, value, weights, mask, segments, words = tensors
+    (b, h, n, d), (_, hk, t, _) = query.shape, key.shape
+    query, key, value = (_unit_stride(_computed(x)) for x in (query, key, value))
+    weights = weights.float().expand(b, -1, -1)
+    if segments is not None:
+        segments, words = (x.float().expand(b, -1, -1) for x in (segments, words))
+    mask, masked = _mask(mask, (b, h, n, t))
+    columns = 0 if segments is None else segments.shape[1]
+    dot, split = _precision(query)
+    arguments = dict(
+        Q=query, K=key, V=value, W=weights, MASK=mask, SEGMENTS=segments, WORDS=words,
+        **_strides("q", query, "bhn"), **_strides("k", key, "bht"), **_strides("v", value, "bht"),
+        **_strides("w", weights, "bts"), **_strides("mask", mask, "bhnt"),
+        **_strides("seg", segments, "bsn"), **_strides("word", words, "bts"),
+        scale=given["scale"], map_scale=1 / h if given["mean"] else 1.0,
+        H=h, N=n, T=t, S=weights.shape[-1], C=columns,
+        row_start=given["row_start"], row_stop=given["row_stop"],
+        key_start=given["key_start"], key_stop=given["key_stop"],
+        SHARED=h // hk, D=d, BD=tiles.padded(d), BM=tile.rows, BN=tile.keys,
+        BS=_columns(weights.shape[-1]), BC=_columns(columns), MASKED=masked,
+        ALIGN=_alignment(query, key, value, grad_out), DOT=dot, SPLIT=split,
+        num_warps=tile.warps, num_stages=tile.stages,
+    )  # fmt: skip
+    if mask is not None and mask.stride(2) == 0:
+        arguments["mask_n"] = None  # PixArt's and Qwen's: one vector for all queries
+    return arguments
+
+
+def _mask(mask: Tensor | None, shape: tuple[int, ...]) -> tuple[Tensor | None, str]:
+    if mask is None:
+        return None, "none"
+    mask = mask.expand(shape)
+    if mask.dtype == torch.bool:
+        return mask.view(torch.uint8), "boolean"
+    return _computed(mask), "additive"
+
+
+def _tile(kernel: str, query: Tensor, key: Tensor) -> tiles.Tile:
+    arch = tiles.architecture(query.device)
+    return tiles.tile(kernel, query.shape[3], key.shape[2], query.itemsize, arch)
+
+
+def _strides(name: str, tensor: Tensor | None, axes: str) -> dict:
+    strides = [0] * len(axes) if tensor is None else tensor.stride()
+    return {f"{name}_{axis}": stride for axis, stride in zip(axes, strides, strict=False)}
+
+
+def _maps_gradient(grad: Tensor | None, query: Tensor) -> dict:
+    """Gradient (B, groups, S, rows) with one stride for the head: groups have one gradient each."""
+    if grad is not None:
+        h, groups, grad = query.shape[1], grad.shape[1], grad.float()
+        if groups == 1 or grad.stride(1) == 0:  # as the sum over groups hands it back
+            grad = grad[:, :1].expand(-1, h, -1, -1)
+        else:
+            grad = grad.repeat_interleave(h // groups, 1)
+    return dict(DMAPS=grad, **_strides("dm", grad, "bhsn"))
+
+
+def _computed(tensor: Tensor) -> Tensor:
+    """The tensor as the kernel reads it: numpy, under the interpreter, has no bf16."""
+    return tensor.float() if INTERPRETED and tensor.dtype == torch.bfloat16 else tensor
+
+
+def _unit_stride(tensor: Tensor) -> Tensor:
+    return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
+
+
+def _alignment(*tensors: Tensor | None) -> int:
+    """Power of two up to 16 that divides d and all strides but the last."""
+    strides = [s for x in tensors if x is not None for s in x.stride()[:-1]]
+    return math.gcd(16, tensors[0].shape[-1], *strides)
+
+
+def _columns(count: int) -> int:
+    """Padded number of map or bias columns; 16 is the least that tensor cores multiply."""
+    return max(16, 1 << max(0, count - 1).bit_length())
+
+
+def _precision(query: Tensor) -> tuple[str, tl.dtype | None]:
+    """Precision of fp32 products, and the halves that weights and bias are multiplied in.
+
+    bf16 has the range of fp32, which small weights and gradients need; the interpreter has no
+    bf16 product and shows the same arithmetic in fp16.
+    """
+    if query.dtype == torch.float32 and torch.get_float32_matmul_precision() == "highest":
+        return "ieee", None
+    return "tf32", tl.float16 if INTERPRETED else tl.bfloat16

@@ -1,0 +1,70 @@
+"""The attention kernels on a CUDA device, in every dtype, at the sizes of real denoisers."""
+
+import os
+
+# Deterministic mode, which fills new tensors with nan, asks it of the references' products.
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+
+import pytest
+import torch
+from attention_map_cases import Case, check
+
+from guidekit_kernels.attention_map import attend
+
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")]
+
+CASES = [
+    *(Case(n=300, t=t, d=d) for d in (32, 40, 64, 72, 80, 96, 128, 160) for t in (1, 77, 300)),
+    *(Case(b=2, h=4, hk=2, n=200, t=t, d=64, reduce="none") for t in (77, 300)),
+    *(
+        Case(b=2, n=200, t=t, d=64, mask=mask, bias=bias)
+        for t in (77, 300)
+        for mask in ("none", "pixart keys", "boolean keys", "boolean rows", "additive all")
+        for bias in (False, True)
+    ),
+    *(Case(n=200, t=t, d=72, layout=layout) for t in (77, 300) for layout in ("odd", "columns")),
+    *(Case(n=200, t=t, unused=unused) for t in (77, 300) for unused in ("out", "maps")),
+    *(Case(n=200, t=t, d=64, grads=grads) for t in (77, 300) for grads in ("", "q")),
+    Case(n=1, t=2),
+    Case(n=600, t=600, d=128, rows=(88, 600), keys=(0, 88)),
+    Case(n=600, t=600, d=64, rows=(0, 512), keys=(512, 600)),
+    Case(n=16384 + 3, t=77, h=1, d=40),
+    Case(n=1000, t=8192, h=1, d=64),
+]
+
+
+@pytest.fixture(autouse=True)
+def nan_in_new_tensors():
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_numbers(case, dtype):
+    check(case, dtype, "cuda", seed=int.from_bytes(os.urandom(3)))
+
+
+@pytest.mark.parametrize("t", [77, 300])
+def test_tf32(t):
+    """References and kernels both use tf32."""
+    torch.set_float32_matmul_precision("high")
+    try:
+        check(Case(n=200, t=t, d=64, bias=True), torch.float32, "cuda", floor=1e-3)
+    finally:
+        torch.set_float32_matmul_precision("highest")
+
+
+@pytest.mark.parametrize("t", [77, 300])
+def test_compile_keeps_one_graph(t):
+    q, k, v = (torch.randn(1, 2, n, 64, device="cuda").requires_grad_() for n in (256, t, t))
+    weights = torch.rand(1, t, 3, device="cuda")
+
+    def loss(q, k, v):
+        out, maps = attend(q * 2, k, v, weights)
+        return out.square().sum() + maps.square().sum()
+
+    expected = torch.autograd.grad(loss(q, k, v), (q, k, v))
+    given = torch.autograd.grad(torch.compile(loss, fullgraph=True)(q, k, v), (q, k, v))
+    torch.testing.assert_close(given, expected, rtol=1e-4, atol=1e-4)
