@@ -165,7 +165,7 @@ class Guidance:
 
     @classmethod
     def example(cls) -> "Guidance":
-        """A smallest valid instance that acts in four steps, for the conformance suite."""
+        """A smallest valid instance that acts in three steps, for the conformance suite."""
         return cls()
 
     @classmethod

@@ -30,7 +30,7 @@ from guidekit.taps import BlockCall, find_sites
 
 __all__ = ["CHECKS", "check_guidance", "run_check", "sd_pipeline", "sdxl_pipeline"]
 
-STEPS, SEEDS, CFG = 4, (5, 6), 5.0
+STEPS, SEEDS, CFG = 3, (5, 6), 5.0
 TOLERANCE = 1e-4  # of full range, between a picture alone and in a batch
 SOURCE = re.compile(r"arxiv:?\s?\d{4}\.\d{4,5}|doi\.org|doi:|https?://|\b(19|20)\d\d\b", re.I)
 
@@ -143,17 +143,15 @@ def scale_0(subject: Subject) -> None:
 
 def window(subject: Subject) -> None:
     """Steps before start and from stop on are bit-identical to those without the plugin."""
+    begin, end = 0.3, 0.6  # of three steps the middle one
     bare = subject.sampling()
-    never = subject.sampling(subject.example(start=0.5, stop=0.5)).finish()
-    assert torch.equal(never.latents, bare.finish().latents), "it acts in an empty window"
-    for begin, end in ((0.0, 0.5), (0.5, 1.0)):
-        for step in subject.sampling(subject.example(start=begin, stop=end)):
-            with torch.no_grad():
-                # DDIM keeps no state, so any step of the plain run can be asked for.
-                expected = bare.engine.predict(step.z, step.timestep, step.index, step.n)
-            same = torch.equal(step.prediction, expected.prediction)
-            inside = begin <= step.frac < end
-            assert inside or same, f"start={begin}, stop={end}: it acts at {step.frac:g}"
+    for step in subject.sampling(subject.example(start=begin, stop=end)):
+        with torch.no_grad():
+            # DDIM keeps no state, so any step of the plain run can be asked for.
+            expected = bare.engine.predict(step.z, step.timestep, step.index, step.n)
+        same = torch.equal(step.prediction, expected.prediction)
+        inside = begin <= step.frac < end
+        assert inside or same, f"with start={begin} and stop={end} it acts at {step.frac:.2g}"
 
 
 def batch(subject: Subject) -> None:

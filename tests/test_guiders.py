@@ -66,6 +66,19 @@ def test_several_perturbations_add_up(pipe):
     torch.testing.assert_close(changes[0] + changes[1], changes[2], rtol=1e-4, atol=1e-5)
 
 
+def test_only_its_own_branch_is_touched(pipe):
+    class Everywhere(PerturbedAttention):
+        def touches(self, branch):
+            return True
+
+    for cls, same in ((PerturbedAttention, False), (Everywhere, True)):
+        step = next(iter(run(pipe, cls())))
+        outs = {name: e.out for name, e in step.evals.items()}
+        bare = next(iter(run(pipe))).evals["cond"].out
+        assert torch.allclose(outs["cond"], bare, atol=1e-5) != same
+        assert torch.equal(outs["cond"], outs[cls.__name__.lower()]) == same
+
+
 def test_blur_is_a_gaussian_on_a_grid_that_is_no_square():
     x = torch.randn(2, 3, 5, 9, generator=torch.Generator().manual_seed(0))
     # Within reflection's reach the kernel is the whole Gaussian, here by torchvision.

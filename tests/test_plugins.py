@@ -198,7 +198,7 @@ class Required(Good):
         (Gradient, "energy", "finite differences"),
         (Idle, "acts", "those without it"),
         (Silent, "acts", "no gradient and no edit"),
-        (Eager, "window", "empty window"),
+        (Eager, "window", "it acts at 0"),
         (Random, "repeatable", "a second run differs"),
         (Memory, "repeatable", "a second run differs"),
         (Unsourced, "documented", "no paper"),
