@@ -12,7 +12,7 @@ import inspect
 import json
 import re
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Sequence
 from functools import cached_property
 from typing import Any
 
@@ -33,8 +33,6 @@ __all__ = ["CHECKS", "check_guidance", "run_check", "sd_pipeline", "sdxl_pipelin
 STEPS, SEEDS, CFG = 3, (5, 6), 5.0
 TOLERANCE = 1e-4  # of full range, between a picture alone and in a batch
 SOURCE = re.compile(r"arxiv:?\s?\d{4}\.\d{4,5}|doi\.org|doi:|https?://|\b(19|20)\d\d\b", re.I)
-
-_Waived = str  # a check returns the reason for which it does not apply, or None
 
 
 class Subject:
@@ -86,7 +84,7 @@ def documented(subject: Subject) -> None:
     assert SOURCE.search(f"{module}\n{own}"), "no paper, year or link in the docstrings"
 
 
-def energy(subject: Subject) -> _Waived | None:
+def energy(subject: Subject) -> str | None:
     """The energy is finite, (B,), and its gradient that of finite differences in float64."""
     if not subject.cls().has_energy:
         return "it has no energy"
@@ -311,7 +309,8 @@ def _acts(subject: Subject) -> None:
         assert not torch.equal(drawn.latents, plain.latents), "the pictures are those without it"
 
 
-CHECKS: dict[str, Callable[[Subject], _Waived | None]] = {
+# A check returns the reason for which it does not apply, or None.
+CHECKS: dict[str, Callable[[Subject], str | None]] = {
     check.__name__: check
     for check in (
         constructs, documented, config, energy, scale_0, window, batch, repeatable, restored, half,
@@ -334,7 +333,7 @@ def run_check(cls: type[Guidance], name: str) -> str | None:
             return CHECKS[name](Subject(cls))
 
 
-def check_guidance(cls: type[Guidance], checks: Iterable[str] = tuple(CHECKS)) -> dict[str, str]:
+def check_guidance(cls: type[Guidance], checks: Sequence[str] = tuple(CHECKS)) -> dict[str, str]:
     """Runs the checks and returns {name: "holds", or the reason for which it does not apply}.
 
     Raises AssertionError with a line for each check that fails, and ValueError for a waiver or a
