@@ -17,6 +17,7 @@ from guidekit.account import NonFiniteError
 from guidekit.capture import Capture, StopForward
 from guidekit.denoiser import Text
 from guidekit.guidance import AttentionRead, Branch, Eval, Guidance, combination
+from guidekit.noise import NoPushError
 from guidekit.run import Run
 from guidekit.step import Step
 from guidekit.taps import tap_attention, tap_blocks
@@ -212,7 +213,7 @@ class Engine:
             total = sum(f * v for f, v in zip(factors, values, strict=True))
             grad = self._gradient(step, total, members, keep)
         with torch.no_grad():
-            change = members[0].push(step, grad)
+            change = self._change(step, members[0], grad)
         norm = grad.flatten(1).norm(dim=1)
         ratio = change.float().flatten(1).norm(dim=1) / step.out.float().flatten(1).norm(dim=1)
         seconds = time.perf_counter() - started
@@ -222,6 +223,14 @@ class Engine:
                 grad_norm=norm, update_ratio=ratio, seconds=seconds,
             )  # fmt: skip
         return change
+
+    def _change(self, step: Step, guidance: Guidance, grad: Tensor) -> Tensor:
+        """The guidance's change of the output; zero, with a note, at a step that has no push."""
+        try:
+            return guidance.push(step, grad)
+        except NoPushError as error:
+            self.run.account.note(f"{guidance.name} left out step {step.index}: {error}")
+            return torch.zeros_like(grad)
 
     def _energy(self, step: Step, guidance: Guidance) -> Tensor:
         """One guidance's energy, checked."""

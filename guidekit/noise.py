@@ -6,21 +6,21 @@ guidance wants (a score, a mean, a shift of the next z) into a change of the out
 is right for every solver; a change of z after the step is lost or overshot by those that keep an
 earlier sample or a history (Heun, KDPM2, UniPC, SASolver, DPM++).
 
-Sources: Ho et al. 2020 (arXiv:2006.11239) for VP; Salimans & Ho 2022 (arXiv:2202.00512) for v;
-Lipman et al. 2023 (arXiv:2210.02747) for flow; Karras et al. 2022 (arXiv:2206.00364) for VE;
-Dhariwal & Nichol 2021 (arXiv:2105.05233), Algorithms 1 and 2, for guidance.
+VP: Ho et al. 2020 (arXiv:2006.11239); v: Salimans & Ho 2022 (arXiv:2202.00512); flow: Lipman et al.
+2023 (arXiv:2210.02747); VE: Karras et al. 2022 (arXiv:2206.00364); guidance: Dhariwal & Nichol 2021
+(arXiv:2105.05233), Algorithms 1 and 2.
 """
 
-import copy
 import math
 from dataclasses import dataclass
 from functools import cached_property, reduce
-from typing import Any, Literal, NamedTuple, get_args
+from typing import Any, Literal, get_args
 
 import torch
 from diffusers import SchedulerMixin
 from torch import Tensor
-from torch.overrides import TorchFunctionMode
+
+from guidekit.probe import Gains, Probe
 
 Kind = Literal["vp", "ve", "flow"]
 Prediction = Literal["epsilon", "v_prediction", "sample", "flow_prediction"]
@@ -39,6 +39,11 @@ _STEMS = {
     "flow": "FlowMatchEulerDiscrete FlowMatchHeunDiscrete FlowMatchLCM",
 }
 FAMILIES = {f"{stem}Scheduler": family for family in _STEMS for stem in _STEMS[family].split()}
+
+
+class NoPushError(ValueError):
+    """A step whose next sample cannot be moved as asked; the sampler leaves it out and notes it."""
+
 
 # Below this a (in VP coordinates) 1/a turns any error of a gradient into a jump of x0.
 MIN_A = 1e-3
@@ -196,10 +201,8 @@ class Move:
             raise ValueError(f"z has shape {tuple(z.shape)}; give it as (B, C, H, W) or (B, N, C)")
         self.level = level(scheduler, timestep)
         self.fallback: str | None = None
-        self._timestep = timestep.cpu() if isinstance(timestep, Tensor) else timestep
-        self._kwargs = _known_kwargs(step_kwargs or {})
-        # Copied now and probed on demand: the caller may have stepped the original by then.
-        self._twin = _miniature(scheduler)
+        self._timestep = float(timestep)
+        self._probe = Probe(scheduler, timestep, step_kwargs or {})
 
     @property
     def noise_std(self) -> float:
@@ -226,7 +229,7 @@ class Move:
         ValueError below a = 1e-3 (VP coordinates), where x0 would move by 1/a of any error.
         """
         if (a := self.level.a / self.level.norm) < MIN_A:
-            raise ValueError(
+            raise NoPushError(
                 f"score is unbounded at a = {a:.1e} (limit {MIN_A}): skip this step, or push with"
                 " shift(delta), which stays finite"
             )
@@ -242,8 +245,7 @@ class Move:
         """
         gain = self._gains.out
         if abs(gain) < TINY:
-            t = float(self._timestep)
-            raise ValueError(f"the step at timestep {t:g} does not read the output: skip it")
+            raise NoPushError(f"the step at timestep {self._timestep:g} does not read the output")
         return (_wide(delta)[0] / gain).to(delta.dtype)
 
     def mean(self, grad: Tensor, var: float | Tensor | None = None) -> Tensor:
@@ -257,81 +259,15 @@ class Move:
         """
         self.fallback = None
         if self.noise_std < TINY:
-            self.fallback = f"score: no noise at timestep {float(self._timestep):g}"
+            self.fallback = f"score: no noise at timestep {self._timestep:g}"
             return self.score(grad)
         var = self.noise_std**2 if var is None else var
         return self.shift(var * _wide(grad)[0]).to(grad.dtype)
 
     @cached_property
-    def _gains(self) -> "_Gains":
-        """Gains of the step, from one step of the copy on three unit rows."""
-        with torch.no_grad(), _UnitNoise():
-            ends = self._twin.step(_unit(0), self._timestep, _unit(), **self._kwargs).prev_sample
-        gains = _Gains(*ends.double().flatten().tolist())
-        if not all(map(math.isfinite, gains)):
-            raise ValueError(
-                f"{type(self._twin).__name__} itself makes no finite step from {self.level}: start"
-                " one step later (a = 0), or end above s = 0 (final_sigmas_type='sigma_min')"
-            )
-        return gains
-
-
-class _Gains(NamedTuple):
-    """Derivatives of the next z: by the output, the noise, a sample kept from an earlier call."""
-
-    out: float
-    noise: float
-    stored: float
-
-
-class _UnitNoise(TorchFunctionMode):
-    """Gives the noise row in place of random numbers, so that no generator moves."""
-
-    def __torch_function__(self, func, types, args=(), kwargs=None):
-        if func is torch.randn:
-            return _unit(1)
-        return func(*args, **(kwargs or {}))
-
-
-def _unit(row: int = -1) -> Tensor:
-    """Probe samples (3, 1, 1, 1), one in `row`, zero elsewhere; float64, as gains may cancel."""
-    rows = [float(k == row) for k in range(3)]
-    return torch.tensor(rows, dtype=torch.float64, device="cpu").view(3, 1, 1, 1)
-
-
-def _miniature(scheduler: SchedulerMixin) -> SchedulerMixin:
-    """A copy of `scheduler` whose history is that of the probe rows, without clipping."""
-    twin = copy.copy(scheduler)
-    vars(twin).update({name: _shrink(name, value) for name, value in vars(scheduler).items()})
-    wanted = {"clip_sample": False, "thresholding": False}
-    if str(scheduler.config.get("variance_type")).startswith("learned"):
-        # The probe has no variance channels; the mean does not depend on them.
-        wanted["variance_type"] = "fixed_small"
-    twin.register_to_config(**{k: v for k, v in wanted.items() if k in scheduler.config})
-    # DDPM reads an attribute too; Euler and LMS warn where scale_model_input was not called.
-    wanted["is_scale_input_called"] = True
-    vars(twin).update({k: v for k, v in wanted.items() if k in vars(twin)})
-    return twin
-
-
-def _shrink(name: str, value: Any) -> Any:
-    """`value` of attribute `name` for the copy: tables as they are, history as probe rows."""
-    if isinstance(value, Tensor):
-        if value.ndim < 2:
-            return value.cpu()
-        return _unit(2 if name in ("sample", "last_sample", "cur_sample") else -1)
-    if isinstance(value, list):  # step() appends to its lists in place
-        return [_shrink(name, item) for item in value]
-    return _miniature(value) if isinstance(value, SchedulerMixin) else value
-
-
-def _known_kwargs(kwargs: dict[str, Any]) -> dict[str, Any]:
-    """Keywords of `step` that set its gains; those that only carry noise are left out."""
-    idle = ("generator", "variance_noise", "return_dict")
-    known = ("eta", "use_clipped_model_output", "s_churn", "s_tmin", "s_tmax", "s_noise", "order")
-    if unknown := sorted(set(kwargs) - {*idle, *known}):
-        raise ValueError(f"Move does not know {unknown} of step(); it knows {[*idle, *known]}")
-    return {name: value for name, value in kwargs.items() if name in known}
+    def _gains(self) -> Gains:
+        """Gains of the step; read on demand, as the caller may never need them."""
+        return self._probe.gains()
 
 
 def _family(scheduler: SchedulerMixin) -> str:

@@ -1,7 +1,6 @@
 """A run of `guidekit sample`: settings to pictures, in batches, each kept when it is finished."""
 
 import dataclasses
-import json
 import logging
 import time
 from collections.abc import Callable
@@ -25,7 +24,7 @@ from guidekit.conditions import (
 )
 from guidekit.config import Settings, dump
 from guidekit.denoiser import Denoiser
-from guidekit.loading import SCHEDULERS, ZOO, load, make_scheduler
+from guidekit.loading import SCHEDULERS, ZOO, load, make_scheduler, model_defaults
 from guidekit.registry import Registry
 from guidekit.report import write_report
 from guidekit.run import MEMORY, POLICIES, derived_seed
@@ -236,10 +235,7 @@ class Studio:
 
 def with_defaults(settings: Settings) -> Settings:
     """The settings with the model's own values where the user gave none."""
-    own = dict(DEFAULTS)
-    file = ZOO / settings.model / "defaults.json"
-    if file.is_file():
-        own |= json.loads(file.read_text())
+    own = DEFAULTS | model_defaults(settings.model)
     plugin = {n: own["plugin"].get(n, {}) | options for n, options in settings.plugin.items()}
     return replace(
         settings,

@@ -6,6 +6,7 @@ from typing import ClassVar
 
 import pytest
 import torch
+from diffusers import DDIMScheduler
 
 from guidekit import Branch, Condition, FeatureRead, Guidance, Sampling, Segment, box_mask
 from guidekit.account import NonFiniteError
@@ -509,3 +510,22 @@ def test_a_guidance_that_never_acts_is_warned_of(pipe):
     with pytest.warns(UserWarning, match="flat never acted"):
         sampling.finish()
     assert "flat never acted" in sampling.account.notes[0]
+
+
+class Far(Input):
+    """Pushes by a shift at every step, also where the step does not read the output."""
+
+    def push(self, step, grad):
+        """Moves the next z against the gradient."""
+        return step.move.shift(-grad)
+
+
+def test_a_step_without_a_push_is_left_out_and_noted(pipe):
+    # Without an offset the last step of this DDIM goes from the first level to itself.
+    scheduler = DDIMScheduler.from_config(
+        pipe.scheduler.config, set_alpha_to_one=False, steps_offset=0, timestep_spacing="leading"
+    )
+    run = Sampling(pipe, RED, [Far()], steps=4, scheduler=scheduler).finish()
+    assert len(run.account.rows) == 4
+    assert [r["update_ratio"][0] > 0 for r in run.account.rows] == [True, True, True, False]
+    assert any("left out step 3" in note for note in run.account.notes)

@@ -1,0 +1,41 @@
+"""The attention kernels inside unmodified models, in Triton's interpreter (own process)."""
+
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from guidekit import attention
+from guidekit.taps import tap_attention
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+import tiny  # noqa: E402
+
+
+@pytest.mark.parametrize("name", ["sd15", "sdxl", "pixart", "sd3", "flux"])
+def test_a_model_gives_what_eager_attention_gives(name):
+    """Output, maps of every attention module, and their gradient to the image."""
+    results = {kind: _run(name, kind) for kind in ("eager", "triton")}
+    assert len(results["eager"]["maps"]) > 2
+    torch.testing.assert_close(results["triton"], results["eager"], rtol=2e-5, atol=2e-6)
+
+
+def _run(name: str, implementation: str) -> dict:
+    model, inputs, image = tiny.MODELS[name]()
+    inputs[image].requires_grad_()
+    maps = []
+
+    def read(call: attention.AttentionCall):
+        weights = torch.zeros(1, call.key.shape[2], 2)
+        weights[:, 1, 0] = 1
+        weights[:, 2:5, 1] = 1 / 3
+        out, read = attention.attend(call, weights, rows=slice(2, None))
+        maps.append(read)
+        return out
+
+    with tap_attention(model, read, implementation=implementation):
+        out = model(**inputs, return_dict=False)[0]
+        loss = out.square().mean() + sum(m.square().mean() for m in maps)
+        (grad,) = torch.autograd.grad(loss, inputs[image])
+    return dict(out=out, maps=maps, grad=grad / grad.abs().max())
