@@ -6,9 +6,11 @@ import subprocess
 import sys
 import zipfile
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
+from guidekit import pytest_plugin
 from guidekit.scaffold import FILES, new_plugin
 
 import tiny
@@ -52,7 +54,10 @@ def install(wheels, target):
 
 @pytest.fixture(scope="module")
 def strangers(tmp_path_factory):
-    """Folders with installed plugins: `good`, `broken` on import, `clash` of another `frame`."""
+    """Folders with installed plugins: `good`, `broken` on import, `clash` of another `frame`.
+
+    `source` is where the good one was written.
+    """
     folder = tmp_path_factory.mktemp("strangers")
     sources = {name: folder / name for name in ("good", "broken", "clash")}
     with open(new_plugin("frame", sources["good"]) / "guidekit_frame.py", "a") as file:
@@ -68,7 +73,7 @@ def strangers(tmp_path_factory):
     for name, distribution in (("good", "guidekit_frame"), ("broken", "guidekit_broken"),
                                ("clash", "other_frame")):  # fmt: skip
         install((folder / "wheels").glob(f"{distribution}-*.whl"), folder / "on" / name)
-    return {name: folder / "on" / name for name in sources}
+    return {name: folder / "on" / name for name in sources} | {"source": sources["good"]}
 
 
 @pytest.fixture(scope="module")
@@ -128,13 +133,27 @@ def test_strangers_can_be_kept_out(strangers):
     fails(done, "guidekit-frame", "GUIDEKIT_PLUGINS")
 
 
-def test_conformance_of_an_installed_stranger(strangers, tmp_path):
-    command = ["-m", "pytest", "-q", "-rs", "-p", "no:cacheprovider", "--guidekit-plugin"]
-    (tmp_path / "test_own.py").write_text("def test_own():\n    raise ValueError('not asked for')")
-    done = python(*command, "frame", path=[strangers["good"]], cwd=tmp_path)
-    assert done.returncode == 0 and "12 passed" in done.stdout, done.stdout
-    done = python(*command, "broken", path=[strangers["broken"]], cwd=tmp_path)
+def test_conformance_and_the_templates_own_tests(strangers, tmp_path):
+    command = ["-m", "pytest", "-q", "-rs", "-p", "no:cacheprovider"]
+    own = strangers["source"] / "test_frame.py"
+    done = python(
+        *command, own, "--guidekit-plugin", "frame", path=[strangers["good"]], cwd=tmp_path
+    )
+    assert done.returncode == 0 and "15 passed" in done.stdout, done.stdout
+    done = python(*command, "--guidekit-plugin", "broken", path=[strangers["broken"]], cwd=tmp_path)
     assert done.returncode == 4 and "guidekit-broken 0.1.0" in done.stderr, done.stdout
+
+
+@pytest.mark.parametrize(("named", "first"), [(True, ["test_own.py"]), (False, [])])
+def test_the_checks_run_alone_unless_tests_are_named(named, first):
+    source = pytest.Config.ArgsSource
+    config = SimpleNamespace(
+        getoption=lambda option: ["zest"], stash=pytest.Stash(), args=["test_own.py"],
+        args_source=source.ARGS if named else source.TESTPATHS,
+    )  # fmt: skip
+    pytest_plugin.pytest_configure(config)
+    assert config.args == [*first, str(ROOT / "guidekit" / "conformance.py")]
+    assert list(config.stash[pytest_plugin.GUIDANCES]) == ["zest"]
 
 
 @pytest.mark.parametrize(
