@@ -27,6 +27,7 @@ _HOME = {
     "Guidance": "guidance",
     "Level": "noise",
     "Move": "noise",
+    "Perturbed": "perturbation",
     "Run": "run",
     "Sampling": "sampler",
     "Segment": "conditions",
@@ -53,6 +54,7 @@ if TYPE_CHECKING:
     from guidekit.guidance import AttentionRead, Branch, Eval, FeatureRead, Guidance, average_maps
     from guidekit.loading import load
     from guidekit.noise import Level, Move, level
+    from guidekit.perturbation import Perturbed
     from guidekit.run import Run
     from guidekit.sampler import Sampling, draw, sample
     from guidekit.step import Step

@@ -279,6 +279,22 @@ def show(name: str, as_json: bool) -> None:
     click.echo(json.dumps(facts) if as_json else plugin_text(facts))
 
 
+@plugins.command()
+@click.argument("name")
+@click.option("--out", type=click.Path(path_type=Path), help="Folder to make [guidekit-NAME].")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+def new(name: str, out: Path | None, as_json: bool) -> None:
+    """Start a plugin of your own: a copy of the template under your name."""
+    from guidekit.scaffold import new_plugin
+
+    folder = new_plugin(name, out)
+    if as_json:
+        click.echo(json.dumps({"folder": str(folder)}))
+    else:
+        click.echo(f"wrote    {folder}/: {', '.join(sorted(p.name for p in folder.iterdir()))}")
+        click.echo(f"next     cd {folder} && pip install -e . && pytest --guidekit-plugin {name}")
+
+
 @main.command()
 @click.argument("recipe")
 @click.option("--out", type=click.Path(path_type=Path), default=Path("runs"), show_default=True)

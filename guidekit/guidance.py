@@ -14,6 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from guidekit.conditions import Condition, Segment, box_mask
+
 if TYPE_CHECKING:
     from guidekit.attention import AttentionCall
     from guidekit.run import Run
@@ -123,6 +125,8 @@ class Guidance:
     graph: ClassVar[str] = "x0"
     # Whether the method needs the own loop: repeats, accept or its own start.
     own_loop: ClassVar[bool] = False
+    # Checks of `guidekit.testing` that do not hold by design, each with the reason.
+    waived: ClassVar[dict[str, str]] = {}
 
     def __post_init__(self):
         for name in ("scale", "start", "stop"):
@@ -161,8 +165,14 @@ class Guidance:
 
     @classmethod
     def example(cls) -> "Guidance":
-        """A smallest valid instance, for the conformance suite."""
+        """A smallest valid instance that acts in three steps, for the conformance suite."""
         return cls()
+
+    @classmethod
+    def example_condition(cls) -> Condition:
+        """A condition that the example can act on, for the conformance suite."""
+        segment = Segment("red circle", box_mask((0, 0, 0.5, 1)))
+        return Condition("a red circle on white", segments=(segment,))
 
     def prepare(self, run: "Run") -> None:
         """Called once before the first step: resolve tokens, masks, sites; ask for reads.

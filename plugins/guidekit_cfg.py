@@ -9,6 +9,7 @@ levels, here in fractions of the steps as for every plugin.
 """
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 from torch import Tensor
 
@@ -26,6 +27,10 @@ class ClassifierFree(Guidance):
     scale: float = 1.0  # 1 on, 0 off; the strength is cfg_scale
     cfg_scale: float = 0.0  # diffusers' guidance scale; 0 is the run's
     rescale: float = 0.0  # phi: share of the output that has the conditional one's contrast
+
+    waived: ClassVar[dict[str, str]] = {
+        "window": "outside of its interval there is no classifier-free guidance, by the paper"
+    }
 
     def __post_init__(self):
         super().__post_init__()
@@ -59,9 +64,11 @@ class ClassifierFree(Guidance):
         if weight == before:
             return branches
         step.run.account.edit(self.name)
-        # Regions of other plugins have the conditional branch's weight, and get the new one.
+        # Regions of other plugins have the conditional branch's weight, and get the new one; a
+        # group without a null (pag) has its one branch for a base.
         for branch in branches:
-            if not branch.null and branch.weight == before:
+            guided = before is not None or branch.group == "main"
+            if guided and not branch.null and branch.weight == before:
                 branch.weight = weight
         if weight is None:
             return [b for b in branches if not b.null]

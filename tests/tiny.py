@@ -1,54 +1,59 @@
-"""Tiny random members of the denoiser families with inputs, and two whole tiny pipelines.
+"""Tiny random members of the denoiser families with inputs.
 
-`MODELS[name]()` returns (model, keyword inputs, name of the image input); `sd_pipeline()` and
-`sdxl_pipeline()` run on the CPU without any download.
+`MODELS[name]()` returns (model, keyword inputs, name of the image input). The whole pipelines are
+`guidekit.miniatures`.
 """
 
 import torch
 from diffusers import (
-    AutoencoderKL,
-    DDIMScheduler,
     DiTTransformer2DModel,
-    EulerDiscreteScheduler,
     FluxTransformer2DModel,
     Lumina2Transformer2DModel,
     PixArtTransformer2DModel,
     QwenImageTransformer2DModel,
     SanaTransformer2DModel,
     SD3Transformer2DModel,
-    StableDiffusionPipeline,
-    StableDiffusionXLPipeline,
     UNet2DConditionModel,
     UNet2DModel,
 )
 from diffusers.utils import logging
-from tokenizers.pre_tokenizers import ByteLevel
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
+
+from guidekit.miniatures import (
+    SD_UNET,
+    SDXL_UNET,
+    WORDS,
+    autoencoder,
+    sd_pipeline,
+    sdxl_pipeline,
+    text_encoder,
+    tokenizer,
+)
+from guidekit.miniatures import frozen_model as _frozen
+
+__all__ = [
+    "MODELS",
+    "WORDS",
+    "autoencoder",
+    "sd_pipeline",
+    "sdxl_pipeline",
+    "text_encoder",
+    "tokenizer",
+]
 
 # Lumina2 and PixArt warn about arguments of their own.
 logging.set_verbosity_error()
 
 BATCH, TEXT = 2, 7
-WORDS = ("a", "and", "red", "blue", "green", "circle", "square", "on", "white")
 
 
 def _random(*shape):
     return torch.randn(BATCH, *shape)
 
 
-def _frozen(model):
-    return model.eval().requires_grad_(False)
-
-
 def sd15(height=16, width=16, **config):
     """Stable Diffusion 1.x topology with two levels; `config` overrides."""
     torch.manual_seed(0)
-    config = dict(
-        sample_size=16, in_channels=4, out_channels=4, block_out_channels=(32, 64),
-        layers_per_block=1, cross_attention_dim=32, attention_head_dim=4, norm_num_groups=8,
-        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
-        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
-    ) | config  # fmt: skip
+    config = SD_UNET | config
     inputs = dict(
         sample=_random(4, height, width),
         timestep=torch.tensor(10),
@@ -59,14 +64,7 @@ def sd15(height=16, width=16, **config):
 
 def sdxl(height=16, width=16, **config):
     """SDXL topology with two levels; `config` overrides."""
-    config = dict(
-        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
-        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
-        attention_head_dim=(2, 4), use_linear_projection=True, addition_embed_type="text_time",
-        addition_time_embed_dim=8, projection_class_embeddings_input_dim=32 + 6 * 8,
-        transformer_layers_per_block=(1, 2),
-    ) | config  # fmt: skip
-    model, inputs, name = sd15(height, width, **config)
+    model, inputs, name = sd15(height, width, **SDXL_UNET | config)
     inputs["added_cond_kwargs"] = dict(text_embeds=_random(32), time_ids=_random(6))
     return model, inputs, name
 
@@ -202,84 +200,3 @@ MODELS = dict(
     sd15=sd15, sdxl=sdxl, unet2d=unet2d, dit=dit, pixart=pixart, sd3=sd3, flux=flux, sana=sana,
     qwen=qwen, lumina2=lumina2,
 )  # fmt: skip
-
-
-def tokenizer() -> CLIPTokenizer:
-    """A CLIP tokenizer over bytes, with merges for `WORDS` only: others fall into letters."""
-    letters = sorted(ByteLevel.alphabet())
-    vocab = letters + [letter + "</w>" for letter in letters]
-    merges = []
-    for word in WORDS:
-        parts = [*word[:-1], word[-1] + "</w>"]
-        while len(parts) > 1:  # left to right: r e d</w> -> re d</w> -> red</w>
-            merges.append((parts[0], parts[1]))
-            parts = [parts[0] + parts[1], *parts[2:]]
-            vocab.append(parts[0])
-    vocab = [*dict.fromkeys(vocab), "<|startoftext|>", "<|endoftext|>"]
-    return CLIPTokenizer(
-        vocab={token: i for i, token in enumerate(vocab)},
-        merges=list(dict.fromkeys(merges)),
-        model_max_length=77,
-    )
-
-
-def text_encoder(tokenizer, projection=False):
-    """A 32-channel CLIP text encoder of two layers over `tokenizer`'s vocabulary."""
-    config = CLIPTextConfig(
-        vocab_size=len(tokenizer), hidden_size=32, intermediate_size=64, num_hidden_layers=2,
-        num_attention_heads=4, projection_dim=32, bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id,
-    )  # fmt: skip
-    return _frozen((CLIPTextModelWithProjection if projection else CLIPTextModel)(config))
-
-
-def autoencoder():
-    """An AutoencoderKL of factor 2: 32x32 images for 16x16 latents."""
-    return _frozen(
-        AutoencoderKL(
-            in_channels=3, out_channels=3, latent_channels=4, block_out_channels=(16, 16),
-            layers_per_block=1, norm_num_groups=8, sample_size=32,
-            down_block_types=("DownEncoderBlock2D",) * 2,
-            up_block_types=("UpDecoderBlock2D",) * 2,
-        )
-    )  # fmt: skip
-
-
-def sd_pipeline() -> StableDiffusionPipeline:
-    """A whole Stable Diffusion 1.x pipeline at 32x32 (latents 16x16), random weights, DDIM.
-
-    Cross-attention at 16x16, in a down and an up block, and at 8x8 in the middle and its
-    neighbours: the layout of the built-in `scenes` model.
-    """
-    unet, _, _ = sd15(
-        down_block_types=("CrossAttnDownBlock2D",) * 2, up_block_types=("CrossAttnUpBlock2D",) * 2
-    )
-    torch.manual_seed(1)
-    words = tokenizer()
-    pipe = StableDiffusionPipeline(
-        vae=autoencoder(), text_encoder=text_encoder(words), tokenizer=words, unet=unet,
-        scheduler=DDIMScheduler(
-            beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear",
-            clip_sample=False, set_alpha_to_one=False, steps_offset=1,
-        ),
-        safety_checker=None, feature_extractor=None, requires_safety_checker=False,
-    )  # fmt: skip
-    pipe.set_progress_bar_config(disable=True)
-    return pipe
-
-
-def sdxl_pipeline() -> StableDiffusionXLPipeline:
-    """A whole SDXL pipeline at 32x32 (latents 16x16), random weights, Euler."""
-    unet, _, _ = sdxl(cross_attention_dim=64)
-    torch.manual_seed(1)
-    words = tokenizer()
-    pipe = StableDiffusionXLPipeline(
-        vae=autoencoder(), text_encoder=text_encoder(words), tokenizer=words,
-        text_encoder_2=text_encoder(words, projection=True), tokenizer_2=words, unet=unet,
-        scheduler=EulerDiscreteScheduler(
-            beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", steps_offset=1
-        ),
-        add_watermarker=False,
-    )  # fmt: skip
-    pipe.set_progress_bar_config(disable=True)
-    return pipe

@@ -1,0 +1,64 @@
+"""Autoguidance: away from a bad version of the model itself.
+
+Karras, Aittala, Kynkaanniemi, Lehtinen, Aila, Laine: Guiding a diffusion model with a bad version
+of itself, NeurIPS 2024, arXiv:2406.02507. Their bad version is a smaller, less trained model; where
+there is none, the same model with dropout, one of the degradations that they try, takes its place.
+diffusers drops feed-forward outputs; here what a transformer block adds to its input is dropped, so
+that every model with such blocks is degraded.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from guidekit import BlockCall, Branch, Perturbed, Run, Step, hookimpl
+
+
+@dataclass(kw_only=True)
+class Autoguidance(Perturbed):
+    """Pushes away from the output of the model with dropout in its transformer blocks.
+
+    The paper's weight is 1 + scale. What is dropped depends on the picture's seed, the step and the
+    site alone.
+    """
+
+    scale: float = 1.0  # w - 1, added to classifier-free guidance
+    dropout: float = 0.1  # share of what a block adds that is dropped; 1 skips the block
+    sites: str = "*transformer_blocks.*"  # comma-separated wildcards of transformer blocks
+
+    def __post_init__(self):
+        super().__post_init__()
+        if not 0 < self.dropout <= 1:
+            raise ValueError(f"autoguidance.dropout lies in 0 to 1, without 0, not {self.dropout}")
+
+    def prepare(self, run: Run) -> None:
+        """Finds the blocks."""
+        sites = self.middle_sites(run, self.sites, "block", ["*transformer_blocks.*"])
+        run.tap_blocks(self, sites)
+
+    def edit_block(self, step: Step, branch: Branch, call: BlockCall) -> object:
+        """Drops numbers of the block's change and scales the rest up (B, N, C)."""
+        whole = call.run()
+        kept = call.skip()
+        if self.dropout == 1:
+            return kept
+        if isinstance(whole, Tensor):
+            return self._dropped(step, call, kept, whole)
+        pairs = zip(kept, whole, strict=True)  # text and pixels of joint blocks
+        return tuple(self._dropped(step, call, *pair, i) for i, pair in enumerate(pairs))
+
+    def _dropped(
+        self, step: Step, call: BlockCall, kept: Tensor, whole: Tensor, part: int = 0
+    ) -> Tensor:
+        # Normal noise above its quantile is a mask of the wanted share for each picture's own seed.
+        tags = (step.index, step.repeat, self.name, call.site, part)
+        noise = step.run.noise(tuple(whole.shape[1:]), *tags)
+        mask = torch.special.ndtr(noise) >= self.dropout
+        return kept + (whole - kept) * mask / (1 - self.dropout)
+
+
+@hookimpl
+def register_guidance(register):
+    """Offers `autoguidance`."""
+    register("autoguidance", Autoguidance)
