@@ -128,7 +128,7 @@ class Attached:
 
     def _around_check_inputs(self, original, args, kwargs):
         """A call of the pipeline begins."""
-        self._call = _Call(self)
+        self._call, self.run, self.step = _Call(self), None, None
         for patch in self._stepped:
             patch.remove()
         scheduler = self.pipe.scheduler
@@ -361,8 +361,7 @@ class _Call:
         self.index, self.pending, self.carried = self.index + 1, None, None
         if self.index < self.n:
             return False
-        if self.engine:
-            self.engine.run.account.warn_idle(self.attached.guidances)
+        self.attached.account.warn_idle(self.attached.guidances)
         return True
 
 

@@ -142,10 +142,10 @@ class Replay(Denoiser):
         """The model's output (B, C, h, w) for scaled latents z (B, C, h, w)."""
         index, count = self._index(text), len(self.input)
         given = {k: _rows(v, index, count, k) for k, v in self._given.items()}
-        # Inpainting's mask and picture are further channels.
-        further = given[self.input_name][:, self._channels :] if z.ndim == 4 else None
         x = self.pack(z)
-        given[self.input_name] = torch.cat([x, further], 1) if _some(further, x) else x
+        if x.ndim == 4:  # inpainting's mask and picture are further channels
+            x = torch.cat([x, given[self.input_name][:, self._channels :]], 1)
+        given[self.input_name] = x
         if timestep is not self._timestep and not torch.equal(timestep, self._timestep):
             own = given["timestep"]
             given["timestep"] = (timestep * self._time_scale).to(own).expand(own.shape)
@@ -195,7 +195,3 @@ def _rows(value: Any, index: tuple[int, ...], count: int, name: str) -> Any:
     if index == tuple(range(index[0], index[0] + len(index))):
         return value[index[0] : index[0] + len(index)]
     return value[list(index)]
-
-
-def _some(further: Tensor | None, x: Tensor) -> bool:
-    return further is not None and further.ndim == x.ndim and further.shape[1] > 0

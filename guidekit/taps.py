@@ -33,8 +33,8 @@ class Patch:
 
     around(original, args, kwargs) stands in for the method, a module's forward unless named
     otherwise. The instance attribute that was there before (a diffusers HookRegistry or accelerate
-    hook) is kept and put back. A patch that lies under a later wrapper cannot be taken out; it
-    becomes a pass-through.
+    hook) is kept and put back. A patch that lies under a later wrapper becomes a pass-through, and
+    goes when that one does, if it is a patch too.
     """
 
     def __init__(
@@ -55,6 +55,7 @@ class Patch:
             return original(*args, **kwargs)
 
         self.wrapper = wrapper
+        wrapper.patch = self
         setattr(owner, name, wrapper)
 
     def remove(self) -> None:
@@ -62,10 +63,16 @@ class Patch:
         self.active = False
         if vars(self.owner).get(self.name) is not self.wrapper:
             return
-        if self.previous is None:
+        previous = self.previous
+        # `functools.wraps` copies the attribute to wrappers of others.
+        while (patch := getattr(previous, "patch", None)) and patch.wrapper is previous:
+            if patch.active:
+                break
+            previous = patch.previous
+        if previous is None:
             delattr(self.owner, self.name)
         else:
-            setattr(self.owner, self.name, self.previous)
+            setattr(self.owner, self.name, previous)
 
 
 @contextlib.contextmanager
