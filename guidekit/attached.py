@@ -111,6 +111,9 @@ class Attached:
                 "this pipeline, or another one with the same denoiser, is attached already; give "
                 "all guidances to one attach"
             )
+        for name in ("check_inputs", "encode_prompt"):
+            if not hasattr(self.pipe, name):
+                raise ValueError(f"{type(self.pipe).__name__} has no {name}, which attach needs")
         patches = []
         with frozen(model, self.denoiser.vae):
             try:
@@ -193,7 +196,7 @@ class _Call:
         self.step_kwargs: dict = {}
         self.carried: Tensor | None = None
         self.pending: Step | None = None
-        self.index, self._n = 0, 0
+        self.index = 0
 
     def prompted(self, given: dict[str, Any]) -> None:
         """Conditions, one per picture, of the arguments of `encode_prompt`."""
@@ -239,12 +242,10 @@ class _Call:
     @property
     def n(self) -> int:
         """Number of steps of the call."""
-        kept = getattr(self.pipe, "num_timesteps", None)
-        return kept or len(self.pipe.scheduler.timesteps)
+        return getattr(self.pipe, "num_timesteps", 0) or len(self.pipe.scheduler.timesteps)
 
     @property
     def acts(self) -> bool:
-        """Whether a guidance is active at the coming step."""
         return any(g.active(self.index / self.n) for g in self.attached.guidances)
 
     def evaluate(self, forward, args: tuple, kwargs: dict) -> Tensor:
@@ -254,6 +255,8 @@ class _Call:
                 f"{type(self.pipe).__name__} calls its denoiser twice in one step, as skip-layer "
                 "guidance does; attach knows pipelines with one call"
             )
+        if self.conditions is None:
+            raise ValueError(f"{type(self.pipe).__name__} has encoded no prompt before it denoises")
         denoiser, scheduler = self.denoiser, self._bare_scheduler()
         denoiser.record(forward, args, kwargs)
         copies = denoiser.copies

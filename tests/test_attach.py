@@ -210,6 +210,18 @@ def test_phrases_have_the_columns_of_every_text_encoder(family):
         assert 0 < maps.min() and maps.max() < 1
 
 
+@pytest.mark.parametrize("family", FAMILIES)
+def test_paint_with_words_paints_in_the_mask(family):
+    read_only = Zest(stop=1.0, scale=1e-9)
+    guidances = [PaintWithWords(scale=50.0), read_only]
+    with attach(transformer(family), guidances, segments=SEGMENTS, cfg=5.0) as attached:
+        draw_family(family, seeds=(5,))
+    ((_, read, _),) = attached.run.reads
+    for maps in attached.step.cond.attention(read).values():
+        inside, outside = maps.chunk(2, dim=-1)  # the mask is the left half
+        assert inside.mean() > 2 * outside.mean()
+
+
 def test_without_guidances_nothing_is_wrapped(pipe):
     bare = draw(pipe)
     for guidances in ([], [Zest(scale=0)]):
