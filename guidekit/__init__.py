@@ -32,6 +32,7 @@ _HOME = {
     "Sampling": "sampler",
     "Segment": "conditions",
     "Step": "step",
+    "attach": "attached",
     "average_maps": "guidance",
     "box_mask": "conditions",
     "draw": "sampler",
@@ -48,6 +49,7 @@ _HOME = {
 __all__ = ["hookimpl", *_HOME]
 
 if TYPE_CHECKING:
+    from guidekit.attached import attach
     from guidekit.attention import AttentionCall, token_maps
     from guidekit.conditions import Condition, Segment, box_mask, load_layout, load_mask
     from guidekit.denoiser import Denoiser

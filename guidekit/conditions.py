@@ -1,7 +1,8 @@
 """What the user wants in one picture: a prompt, and phrases of it with masks."""
 
 import json
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -59,6 +60,39 @@ class Condition:
     prompt: str = ""
     negative: str = ""
     segments: tuple[Segment, ...] = field(default=())
+
+
+Layouts = Sequence[Segment] | Condition | Sequence[Condition | Sequence[Segment]]
+
+
+def spread_layouts(given: Layouts, prompts: int, count: int) -> list[Condition]:
+    """One layout for each of `count` pictures of every prompt, in the order of diffusers' batches.
+
+    given: segments or a Condition for all, or a list with one entry per prompt or per picture.
+    Raises ValueError for a list of another length.
+    """
+    if isinstance(given, Condition) or all(isinstance(s, Segment) for s in given):
+        return [_layout(given)] * (prompts * count)
+    if len(given) == prompts:
+        return [_layout(g) for g in given for _ in range(count)]
+    if len(given) == prompts * count:
+        return [_layout(g) for g in given]
+    raise ValueError(
+        f"{len(given)} layouts for {prompts} prompts with {count} pictures each; give one for all, "
+        "one per prompt or one per picture"
+    )
+
+
+def _layout(given: Condition | Sequence[Segment]) -> Condition:
+    return given if isinstance(given, Condition) else Condition(segments=tuple(given))
+
+
+def with_prompts(layout: Condition, prompt: str, negative: str) -> Condition:
+    """The layout under these prompts; ValueError if it names others, but for case and spaces."""
+    for own, called in ((layout.prompt, prompt), (layout.negative, negative)):
+        if own and own.lower().split() != called.lower().split():
+            raise ValueError(f"the layout's prompt is {own!r}, that of the call is {called!r}")
+    return replace(layout, prompt=prompt, negative=negative)
 
 
 def _range(x: Tensor) -> str:

@@ -9,6 +9,7 @@ import copy
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
+from typing import ClassVar
 
 import torch
 from diffusers import DiffusionPipeline
@@ -49,15 +50,17 @@ class Denoiser:
     Diffusion or SDXL, and for a distilled one that takes the guidance scale as an input.
     """
 
+    families: ClassVar[tuple[str, ...]] = ("sd", "sdxl")
+
     def __init__(self, pipeline: DiffusionPipeline):
-        model = getattr(pipeline, "unet", None)
+        model = getattr(pipeline, "unet", None) or getattr(pipeline, "transformer", None)
         self.family: Family | None = None if model is None else family_of(model)
-        if self.family is None or self.family.name not in ("sd", "sdxl"):
+        if self.family is None or self.family.name not in self.families:
             raise ValueError(
-                f"{type(pipeline).__name__} cannot be sampled yet; guidekit samples "
-                "StableDiffusionPipeline and StableDiffusionXLPipeline"
+                f"{type(pipeline).__name__} cannot be used yet; this takes pipelines of the "
+                f"families {', '.join(self.families)}"
             )
-        if model.config.time_cond_proj_dim is not None:
+        if getattr(model.config, "time_cond_proj_dim", None) is not None:
             raise ValueError(
                 "this model is distilled with the guidance scale as an input (time_cond_proj_dim);"
                 " use the model that it was distilled from"
@@ -172,6 +175,9 @@ class Denoiser:
         return (x0 - mean) / std * vae.config.scaling_factor
 
     def _unscale(self, z: Tensor) -> Tensor:
+        shift = getattr(self.vae.config, "shift_factor", None)
+        if shift is not None:  # SD3 and Flux
+            return z / self.vae.config.scaling_factor + shift
         if getattr(self.vae.config, "latents_mean", None) is None:
             return z / self.vae.config.scaling_factor
         mean, std = self._statistics(z)
@@ -181,7 +187,7 @@ class Denoiser:
         """Mean and standard deviation of the latents' channels where the autoencoder has them."""
         config = self.vae.config
         if getattr(config, "latents_mean", None) is None:
-            return 0.0, 1.0
+            return getattr(config, "shift_factor", None) or 0.0, 1.0
         both = torch.tensor([config.latents_mean, config.latents_std], device=z.device)
         mean, std = both.to(z.dtype).view(2, 1, -1, 1, 1)
         return mean, std

@@ -40,8 +40,16 @@ class Engine:
 
     def predict(self, z: Tensor, timestep: Tensor, index: int, n: int, repeat: int = 0) -> Step:
         """The guided step at z (B, C, h, w); its prediction goes to `scheduler.step`."""
+        step = self.evaluate(z, timestep, index, n, repeat)
+        return self.inject(step, step.out.detach())
+
+    def evaluate(self, z: Tensor, timestep: Tensor, index: int, n: int, repeat: int = 0) -> Step:
+        """The step with its branches, their combined output and the change that energies ask for.
+
+        `inject` makes the prediction of it; a pipeline does its own combination in between.
+        """
         step = Step(self, z, timestep, index, n, repeat)
-        active = [g for g in self.guidances if g.active(step.frac)]
+        active = step.active = [g for g in self.guidances if g.active(step.frac)]
         energies = [g for g in active if g.has_energy]
         if energies:
             wide = torch.promote_types(z.dtype, torch.float32)
@@ -51,14 +59,41 @@ class Engine:
             step.branches = self._branches(step, active)
             self._evaluate(step, active, energies)
             step.out = self._combine(step, active)
-            step.prediction = step.out.detach()
             if energies:
-                change = self._push(step, energies)
-                step.prediction = (step.prediction + change).to(step.out.dtype)
+                step.change = self._push(step, energies)
         step.z = z
-        for guidance in active:
-            step.prediction = guidance.edit_prediction(step, step.prediction)
         return step
+
+    def inject(self, step: Step, out: Tensor) -> Step:
+        """Puts the changes into the combined output (B, C, h, w), which becomes the prediction.
+
+        Raises ValueError where the scheduler would lose the last edit of z.
+        """
+        step.prediction = out if step.change is None else (out + step.change).to(out.dtype)
+        for guidance in step.active:
+            step.prediction = guidance.edit_prediction(step, step.prediction)
+        self._check_edits(step)
+        if step.active:
+            _ = step.move  # after the scheduler's step it would be the next one's
+        return step
+
+    def edit_sample(self, step: Step, z: Tensor) -> Tensor:
+        """The next z (B, C, h, w) as the active guidances leave it."""
+        for guidance in step.active:
+            z = guidance.edit_sample(step, z)
+        return z
+
+    def _check_edits(self, step: Step) -> None:
+        before = (step.index - 1) / step.n
+        editors = [
+            g for g in self.guidances
+            if type(g).edit_sample is not Guidance.edit_sample and g.active(before)
+        ]  # fmt: skip
+        if step.index and editors and not step.move.reads_sample:
+            raise ValueError(
+                f"{editors[0].name} edits samples, and {type(step.run.scheduler).__name__} does not"
+                " start every step from the sample it is given; use --scheduler ddim"
+            )
 
     def _branches(self, step: Step, active: list[Guidance]) -> list[Branch]:
         """Null and conditional branch, then what the guidances make of them."""
@@ -144,7 +179,8 @@ class Engine:
         """One denoiser call for branches that share it."""
         run = self.run
         x = torch.cat([self._input(step, active, branch) for branch in branches])
-        text = Text.cat([run.text(branch.prompts, branch.null) for branch in branches])
+        texts = [run.text(branch.prompts, branch.null) for branch in branches]
+        text = type(texts[0]).cat(texts)
         branch = branches[0]
         editors = [g for g in active if id(g) in run.edits and g.touches(branch)]
         reads = self._reads(branch, active, main=True)

@@ -116,32 +116,13 @@ class Sampling:
         while True:
             before = copy.deepcopy(self.run.scheduler) if self._may_repeat else None
             step = self.engine.predict(z, timestep, index, n, repeat)
-            self._check_edits(step)
-            active = [g for g in self.guidances if g.active(step.frac)]
-            times = max([times, *(g.repeats(step) for g in active)])
-            if active:
-                _ = step.move  # after the scheduler's step it would be the next one's
-            z_next = self._scheduler_step(step, z)
-            for guidance in active:
-                z_next = guidance.edit_sample(step, z_next)
+            times = max([times, *(g.repeats(step) for g in step.active)])
+            z_next = self.engine.edit_sample(step, self._scheduler_step(step, z))
             repeat += 1
             if repeat >= times:
                 return step, z_next
             z = self._noise_again(z_next, step, repeat)
             self.run.scheduler = before
-
-    def _check_edits(self, step: Step) -> None:
-        """Raises ValueError where the scheduler would lose the last edit of z."""
-        before = (step.index - 1) / step.n
-        editors = [
-            g for g in self.guidances
-            if type(g).edit_sample is not Guidance.edit_sample and g.active(before)
-        ]  # fmt: skip
-        if step.index and editors and not step.move.reads_sample:
-            raise ValueError(
-                f"{editors[0].name} edits samples, and {type(step.run.scheduler).__name__} does not"
-                " start every step from the sample it is given; use --scheduler ddim"
-            )
 
     @property
     def _may_repeat(self) -> bool:

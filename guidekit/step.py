@@ -22,10 +22,12 @@ class Step:
         # Read now: after `scheduler.step` the scheduler would give the next ones.
         self.level: Level = level(self.run.scheduler, timestep)  # of z
         self.next_level: Level = level(self.run.scheduler, timestep, offset=1)  # of the next z
+        self.active: list[Guidance] = []  # guidances whose window this step is in
         self.branches: list[Branch] = []
         self.evals: dict[str, Eval] = {}
         self.groups: dict[str, Tensor] = {}  # combined outputs of groups other than "main"
         self.out: Tensor | None = None  # combined output of the branches
+        self.change: Tensor | None = None  # of the combined output, asked for by the energies
         self.prediction: Tensor | None = None  # what scheduler.step is given
         self.images: Tensor | None = None  # pictures in [0, 1], after the last step
 

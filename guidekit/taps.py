@@ -29,37 +29,50 @@ _SDPA_NAMES = (
 
 
 class Patch:
-    """A wrapper round one module's forward, removable in any order among other wrappers.
+    """A wrapper round one method of an object, removable in any order among other wrappers.
 
-    around(original, args, kwargs) stands in for the forward. The instance attribute that was
-    there before (a diffusers HookRegistry or accelerate hook) is kept and put back. A patch that
-    lies under a later wrapper cannot be taken out; it becomes a pass-through.
+    around(original, args, kwargs) stands in for the method, a module's forward unless named
+    otherwise. The instance attribute that was there before (a diffusers HookRegistry or accelerate
+    hook) is kept and put back. A patch that lies under a later wrapper becomes a pass-through, and
+    goes when that one does, if it is a patch too.
     """
 
-    def __init__(self, module: nn.Module, around: Callable[[Callable, tuple, dict], Any]):
-        self.module, self.active = module, True
-        self.previous = module.__dict__.get("forward")
-        original = module.forward
+    def __init__(
+        self,
+        owner: object,
+        around: Callable[[Callable, tuple, dict], Any],
+        name: str = "forward",
+    ):
+        self.owner, self.name, self.active = owner, name, True
+        self.previous = vars(owner).get(name)
+        original = getattr(owner, name)
 
-        # diffusers and accelerate inspect the signature of forward.
+        # diffusers and accelerate inspect the signatures of forward and of scheduler.step.
         @functools.wraps(original)
-        def forward(*args, **kwargs):
+        def wrapper(*args, **kwargs):
             if self.active:
                 return around(original, args, kwargs)
             return original(*args, **kwargs)
 
-        self.forward = forward
-        module.forward = forward
+        self.wrapper = wrapper
+        wrapper.patch = self
+        setattr(owner, name, wrapper)
 
     def remove(self) -> None:
-        """Restore the forward that the module had, or pass through if wrapped again since."""
+        """Restore the method that the object had, or pass through if wrapped again since."""
         self.active = False
-        if self.module.__dict__.get("forward") is not self.forward:
+        if vars(self.owner).get(self.name) is not self.wrapper:
             return
-        if self.previous is None:
-            del self.module.forward
+        previous = self.previous
+        # `functools.wraps` copies the attribute to wrappers of others.
+        while (patch := getattr(previous, "patch", None)) and patch.wrapper is previous:
+            if patch.active:
+                break
+            previous = patch.previous
+        if previous is None:
+            delattr(self.owner, self.name)
         else:
-            self.module.forward = self.previous
+            setattr(self.owner, self.name, previous)
 
 
 @contextlib.contextmanager

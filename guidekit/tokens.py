@@ -45,7 +45,7 @@ def show_tokens(tokenizer, prompt: str) -> str:
     """The prompt's tokens with their columns, for error messages."""
     ids = tokenizer(prompt)["input_ids"]
     tokens = tokenizer.convert_ids_to_tokens(ids)
-    return "its tokens are " + " ".join(f"{i}:{t}" for i, t in enumerate(tokens))
+    return "its tokens are " + " ".join(f"{i}:{t}" for i, t in enumerate(tokens) if t)
 
 
 def append_phrases(condition: Condition, tokenizer) -> Condition:
@@ -88,5 +88,43 @@ def segment_weights(tokenizers: list, conditions: list[Condition], length: int) 
 
 def real_tokens(tokenizers: list, conditions: list[Condition], length: int) -> Tensor:
     """Mask `(B, T)`: True for start, words and end, False for padding."""
-    counts = [len(tokenizers[0](c.prompt)["input_ids"]) for c in conditions]
-    return torch.arange(length)[None] < torch.tensor(counts)[:, None]
+    mask = torch.zeros(len(conditions), length, dtype=torch.bool)
+    for row, condition in zip(mask, conditions, strict=True):
+        own = torch.tensor(tokenizers[0](condition.prompt)["attention_mask"][:length])
+        row[: len(own)] = own.bool()
+    return mask
+
+
+class KeyTokenizer:
+    """Tokenizers whose texts stand one after the other among a denoiser's keys.
+
+    parts: (tokenizer, length) in the order of the keys, None where a text encoder is absent. It
+    answers like one tokenizer whose parts but the last are padded and cut to their lengths.
+    """
+
+    def __init__(self, parts: list[tuple]):
+        self.parts = parts
+        self.model_max_length = sum(length for _, length in parts)
+
+    def __call__(self, text: str, **_) -> dict[str, list]:
+        """`input_ids`, `attention_mask` and `offset_mapping` of a prompt, column by column."""
+        found = {"input_ids": [], "attention_mask": [], "offset_mapping": []}
+        padding = {"input_ids": None, "attention_mask": 0, "offset_mapping": (0, 0)}
+        end = 0
+        for i, (tokenizer, length) in enumerate(self.parts):
+            end += length
+            last = i == len(self.parts) - 1
+            cut = {} if last else {"truncation": True, "max_length": length}
+            part = tokenizer(text, return_offsets_mapping=True, **cut) if tokenizer else {}
+            for name, values in found.items():
+                values += part.get(name, [])
+                values += [] if last else [padding[name]] * (end - len(values))
+        return found
+
+    def convert_ids_to_tokens(self, ids: list[int | None]) -> list[str]:
+        """The tokens of `input_ids`; padding is empty."""
+        tokens, start = [], 0
+        for tokenizer, length in self.parts:
+            part, start = ids[start : start + length], start + length
+            tokens += ["" if i is None else tokenizer.convert_ids_to_tokens(i) for i in part]
+        return tokens

@@ -64,11 +64,17 @@ class PaintWithWords(Guidance):
         return chosen
 
     def edit_attention(self, step: Step, branch: Branch, call: AttentionCall) -> None:
-        """Biases the logits (B, H, N, T) by the areas (B, N, T)."""
+        """Biases the logits (B, H, N, T) of pixels and text by the areas (B, N, T)."""
         if call.index > 0:  # an IP-Adapter's image tokens
             return
-        amount = self.scale * self._level_factor(step) * self._statistic(call)
-        call.bias(amount * self._areas[call.site][:, None])
+        areas, shape = self._areas[call.site], (call.query.shape[2], call.key.shape[2])
+        family, n_text = step.run.denoiser.family, areas.shape[2]
+        rows, keys = family.rows(shape[0], n_text), family.text_keys(shape[1], n_text)
+        statistic = self._statistic(call, rows, keys)
+        if areas.shape[1:] != shape:
+            block, areas = areas, areas.new_zeros(len(areas), *shape)
+            areas[:, rows, keys] = block
+        call.bias(self.scale * self._level_factor(step) * statistic * areas[:, None])
         step.run.account.edit(self.name)
 
     def _level_factor(self, step: Step) -> float:
@@ -82,17 +88,18 @@ class PaintWithWords(Guidance):
         sigma = level.sigma if level.a else step.next_level.sigma
         return math.log1p(sigma if self.schedule == "log" else sigma**2)
 
-    def _statistic(self, call: AttentionCall) -> Tensor:
+    def _statistic(self, call: AttentionCall, rows: slice, keys: slice) -> Tensor:
         """Maximum or deviation of each picture's scaled logits, (B, 1, 1, 1), without gradient.
 
-        Head by head, so that the logits are never all in memory.
+        Of pixels and text; head by head, so that the logits are never all in memory.
         """
+        query, key = call.query[:, :, rows], call.key[:, :, keys]
         scale = call.query.shape[-1] ** -0.5 if call.scale is None else call.scale
         wide = torch.promote_types(call.query.dtype, torch.float32)
         with torch.no_grad():
             heads = [
                 self._reduced((q.to(wide) @ k.to(wide).mT).flatten(1) * scale)
-                for q, k in zip(call.query.unbind(1), call.key.unbind(1), strict=True)
+                for q, k in zip(query.unbind(1), key.unbind(1), strict=True)
             ]
             if self.statistic == "max":
                 return torch.stack(heads).amax(0)[:, None, None, None]

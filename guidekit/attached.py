@@ -1,0 +1,399 @@
+"""The engine inside an unmodified diffusers pipeline.
+
+    with guidekit.attach(pipe, [Zest()], segments=[Segment("red circle", mask)]) as attached:
+        images = pipe("a red circle", generator=generators).images
+
+Five methods are wrapped inside the context and nothing else is changed: `check_inputs` begins a
+call, `encode_prompt` says the prompts, the denoiser's `forward` evaluates the guidances,
+`scheduler.step` takes their change of the prediction, and `scale_model_input` shows the latents
+before they are scaled. Text encoders, VAE, ControlNet, LoRA, IP-Adapter, offloading and callbacks
+stay the pipeline's. Steps at which no guidance is active are the pipeline's own. The module is not
+called attach, because once imported it would hide the function `guidekit.attach`.
+"""
+
+import contextlib
+import copy
+import inspect
+import weakref
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from diffusers import DiffusionPipeline
+from diffusers.models.modeling_outputs import Transformer2DModelOutput
+from torch import Tensor, nn
+
+from guidekit.account import Account
+from guidekit.conditions import Condition, Layouts, spread_layouts, with_prompts
+from guidekit.denoiser import frozen
+from guidekit.engine import Engine
+from guidekit.guidance import Guidance
+from guidekit.replay import Replay
+from guidekit.run import Run
+from guidekit.step import Step
+from guidekit.taps import Patch
+from guidekit.tokens import segment_columns
+
+_ATTACHED: "weakref.WeakSet[nn.Module]" = weakref.WeakSet()  # denoisers, shared by pipelines
+
+
+@contextlib.contextmanager
+def attach(
+    pipe: DiffusionPipeline,
+    guidances: Sequence[Guidance],
+    *,
+    segments: Layouts = (),
+    seeds: Sequence[int] | None = None,
+    cfg: float | None = None,
+    memory: str = "fast",
+    nonfinite: str = "raise",
+    attention: str | None = None,
+) -> Iterator["Attached"]:
+    """Calls of `pipe` inside the context are guided; afterwards it is as it was.
+
+    segments: those of every picture, or a list with one entry per prompt or per picture; Conditions
+    are taken as layouts whose prompt, if they have one, must be that of the call. seeds: one per
+    picture for the noise that guidances draw, default 0, 1, ...; the latents come from the call's
+    own `generator`. cfg: the call's guidance_scale, only for pipelines that do not keep it
+    (PixArt), default their own. memory, nonfinite, attention: as for `Sampling`.
+
+    With a list of generators the pictures are those of `guidekit.sample` with the same seeds, bit
+    for bit on Stable Diffusion. Raises ValueError for what cannot work in a pipeline: recurrence,
+    acceptance, an own start, phrases together with `prompt_embeds`, prompts that the pipeline has
+    not encoded, and denoiser calls in another form than [cond] or [null, cond].
+    """
+    if cfg is not None and not 1 < cfg < float("inf"):
+        raise ValueError(f"cfg is the call's guidance_scale, a number above 1, not {cfg}")
+    options = {"memory": memory, "nonfinite": nonfinite, "attention": attention}
+    attached = Attached(pipe, guidances, segments, seeds, cfg, options)
+    if not attached.guidances:  # the pipeline itself
+        yield attached
+        return
+    with attached._opened():
+        yield attached
+
+
+class Attached:
+    """What is known of the pipeline's latest call: `run`, `account`, `step` with its maps."""
+
+    def __init__(
+        self,
+        pipe: DiffusionPipeline,
+        guidances: Sequence[Guidance],
+        segments: Layouts,
+        seeds: Sequence[int] | None,
+        cfg: float | None,
+        options: dict[str, Any],
+    ):
+        self.pipe, self.guidances = pipe, [g for g in guidances if g.scale != 0]
+        self.segments, self.seeds, self.cfg, self.options = segments, seeds, cfg, options
+        self.run: Run | None = None
+        self.step: Step | None = None  # the latest guided one
+        self._call: _Call | None = None
+        self._stepped: list[Patch] = []  # on the scheduler, which users exchange between calls
+        for guidance in self.guidances:
+            _refuse_loop(guidance)
+
+    @property
+    def account(self):
+        """What every guidance did in the latest call."""
+        return Account() if self.run is None else self.run.account
+
+    @contextlib.contextmanager
+    def _opened(self) -> Iterator[None]:
+        """Wraps the pipeline's methods; undoes it whatever happens, in any order with others."""
+        self.denoiser = Replay(self.pipe)
+        model = self.denoiser.model
+        if model in _ATTACHED:
+            raise ValueError(
+                "this pipeline, or another one with the same denoiser, is attached already; give "
+                "all guidances to one attach"
+            )
+        for name in ("check_inputs", "encode_prompt"):
+            if not hasattr(self.pipe, name):
+                raise ValueError(f"{type(self.pipe).__name__} has no {name}, which attach needs")
+        patches = []
+        with frozen(model, self.denoiser.vae):
+            try:
+                _ATTACHED.add(model)
+                patches.append(Patch(model, self._around_forward))
+                for name in ("check_inputs", "encode_prompt", "prepare_extra_step_kwargs"):
+                    if hasattr(self.pipe, name):
+                        patches.append(Patch(self.pipe, getattr(self, f"_around_{name}"), name))
+                yield
+            finally:
+                _ATTACHED.discard(model)
+                for patch in reversed([*patches, *self._stepped]):
+                    patch.remove()
+                self._stepped, self._call = [], None
+
+    def _around_check_inputs(self, original, args, kwargs):
+        """A call of the pipeline begins."""
+        self._call, self.run, self.step = _Call(self), None, None
+        for patch in self._stepped:
+            patch.remove()
+        scheduler = self.pipe.scheduler
+        self._stepped = [Patch(scheduler, self._around_step, "step")]
+        if hasattr(scheduler, "scale_model_input"):
+            self._stepped.append(Patch(scheduler, self._around_scale, "scale_model_input"))
+        return original(*args, **kwargs)
+
+    def _around_encode_prompt(self, original, args, kwargs):
+        """Its prompts; phrases are looked up before the text encoders run."""
+        if self._call:
+            given = inspect.signature(original).bind(*args, **kwargs)
+            given.apply_defaults()
+            self._call.prompted(given.arguments)
+        return original(*args, **kwargs)
+
+    def _around_prepare_extra_step_kwargs(self, original, args, kwargs):
+        """What the scheduler's step will be given, known before the first denoiser call."""
+        found = original(*args, **kwargs)
+        if self._call:
+            self._call.step_kwargs = dict(found)
+        return found
+
+    def _around_scale(self, original, args, kwargs):
+        """The latents as the scheduler carries them."""
+        if self._call:
+            self._call.carried = args[0] if args else kwargs["sample"]
+        return original(*args, **kwargs)
+
+    def _around_forward(self, original, args, kwargs):
+        """The guided evaluation in place of the denoiser's call."""
+        if not self._call or not self._call.acts:
+            return original(*args, **kwargs)
+        with _plainly():
+            rows = self._call.evaluate(original, args, kwargs)
+        return Transformer2DModelOutput(rows) if kwargs.get("return_dict", True) else (rows,)
+
+    def _around_step(self, original, args, kwargs):
+        """The scheduler's step on the guided prediction."""
+        call = self._call
+        if not call or not call.pending:
+            result = original(*args, **kwargs)
+        else:
+            given = inspect.signature(original).bind(*args, **kwargs)
+            with _plainly():
+                given.arguments["model_output"] = call.inject(given.arguments)
+            result = original(*given.args, **given.kwargs)
+            with _plainly():
+                result = call.edited(result)
+        if call and call.stepped():
+            self._call = None
+        return result
+
+
+class _Call:
+    """One call of the pipeline, from `check_inputs` to its last step."""
+
+    def __init__(self, attached: Attached):
+        self.attached, self.pipe, self.denoiser = attached, attached.pipe, attached.denoiser
+        self.conditions: list[Condition] | None = None
+        self.engine: Engine | None = None
+        self.step_kwargs: dict = {}
+        self.carried: Tensor | None = None
+        self.pending: Step | None = None
+        self.index = 0
+
+    def prompted(self, given: dict[str, Any]) -> None:
+        """Conditions, one per picture, of the arguments of `encode_prompt`."""
+        if self.conditions is not None:
+            raise ValueError(
+                f"{type(self.pipe).__name__} encodes two prompts for two denoiser calls a step "
+                "(true_cfg_scale); attach knows pipelines with one: leave the second prompt out"
+            )
+        prompts, negatives = self._texts(given)
+        count = given.get("num_images_per_prompt") or 1
+        layouts = spread_layouts(self.attached.segments, len(prompts), count)
+        if given.get("prompt_embeds") is not None and any(c.segments for c in layouts):
+            raise ValueError(
+                "phrases are looked up in a prompt, and the call gives prompt_embeds; give the "
+                "prompt itself"
+            )
+        prompts = [p for p in prompts for _ in range(count)]
+        negatives = [n for n in negatives for _ in range(count)]
+        self.conditions = [
+            with_prompts(*both) for both in zip(layouts, prompts, negatives, strict=True)
+        ]
+        self.denoiser.start(prompts, negatives)
+        for condition in self.conditions:
+            segment_columns(self.denoiser.tokenizers, condition)
+
+    def _texts(self, given: dict[str, Any]) -> tuple[list[str], list[str]]:
+        """The prompts that the phrases are looked up in, and the negative ones."""
+        if (embeds := given.get("prompt_embeds")) is not None:
+            return [""] * len(embeds), [""] * len(embeds)
+        prompts, name = _listed(given["prompt"]), self.denoiser.family.name
+        for other in ("prompt_2", "prompt_3"):
+            if given.get(other) and _listed(given[other]) != prompts:
+                if name == "flux":  # its T5 reads the second; the first is pooled
+                    prompts = _listed(given[other])
+                elif self.attached.segments:
+                    raise ValueError(f"phrases need one prompt; leave {other} out")
+        if name == "pixart":  # lower case, and cleaned if the call asks for it
+            clean = given["clean_caption"]
+            prompts = self.pipe._text_preprocessing(prompts, clean_caption=clean)
+        negatives = _listed(given.get("negative_prompt") or "")
+        return prompts, negatives * (len(prompts) // len(negatives))
+
+    @property
+    def n(self) -> int:
+        """Number of steps of the call."""
+        return getattr(self.pipe, "num_timesteps", 0) or len(self.pipe.scheduler.timesteps)
+
+    @property
+    def acts(self) -> bool:
+        return any(g.active(self.index / self.n) for g in self.attached.guidances)
+
+    def evaluate(self, forward, args: tuple, kwargs: dict) -> Tensor:
+        """The denoiser's output for all rows of the pipeline's call, guided."""
+        if self.pending:
+            raise ValueError(
+                f"{type(self.pipe).__name__} calls its denoiser twice in one step, as skip-layer "
+                "guidance does; attach knows pipelines with one call"
+            )
+        if self.conditions is None:
+            raise ValueError(f"{type(self.pipe).__name__} has encoded no prompt before it denoises")
+        denoiser, scheduler = self.denoiser, self._bare_scheduler()
+        denoiser.record(forward, args, kwargs)
+        copies = denoiser.copies
+        seen = denoiser.input if self.carried is None else self.carried
+        z = denoiser.unpack(_plain(seen[: len(self.conditions)]))
+        timestep = denoiser.begin(scheduler, z)
+        cfg = self._cfg() if copies == 2 else 1.0
+        if self.engine is None:
+            self._prepare(z, scheduler, cfg)
+        run = self.engine.run
+        run.scheduler, run.cfg = scheduler, cfg
+        step = self.engine.evaluate(z, timestep, self.index, self.n)
+        self.pending = self.attached.step = step
+        return self._rows(step, copies)
+
+    def _prepare(self, z: Tensor, scheduler, cfg: float) -> None:
+        """The run and the engine, once the shape of the latents is known."""
+        seeds = self.attached.seeds
+        seeds = list(range(len(z))) if seeds is None else list(seeds)
+        if len(seeds) != len(z):
+            raise ValueError(f"{len(seeds)} seeds for {len(z)} pictures; give one per picture")
+        run = Run(
+            self.denoiser, self.conditions, seeds, tuple(z.shape[1:]), scheduler, cfg=cfg,
+            step_kwargs=self.step_kwargs, **self.attached.options,
+        )  # fmt: skip
+        self.attached.run = run
+        self.engine = Engine(run, self.attached.guidances)
+
+    def _cfg(self) -> float:
+        """The guidance scale with which the pipeline combines null and cond."""
+        if self.attached.cfg is not None:
+            return self.attached.cfg
+        kept = getattr(self.pipe, "guidance_scale", None)
+        own = inspect.signature(type(self.pipe).__call__).parameters["guidance_scale"].default
+        return own if kept is None else kept
+
+    def _bare_scheduler(self):
+        """The scheduler as it stands, without the wrappers: probes take steps with copies of it."""
+        bare = copy.copy(self.pipe.scheduler)
+        for name in ("step", "scale_model_input"):
+            vars(bare).pop(name, None)
+        return bare
+
+    def _rows(self, step: Step, copies: int) -> Tensor:
+        """What the pipeline is given for [null, cond]: their outputs, to combine as it does.
+
+        Where guidances combine otherwise it is their result in every row, which passes through
+        null + scale * (cond - null) unchanged.
+        """
+        own = any(
+            type(g).combine is not Guidance.combine or type(g).branches is not Guidance.branches
+            for g in step.active
+        )
+        if own and getattr(self.pipe, "guidance_rescale", 0.0):
+            names = ", ".join(g.name for g in step.active)
+            raise ValueError(
+                f"guidance_rescale has no effect beside a plugin that combines branches ({names}); "
+                "leave it at 0"
+            )
+        names = ["cond"] if copies == 1 else ["null", "cond"]
+        outs = [step.out] * copies if own else [step.evals[name].out for name in names]
+        rows = self.denoiser.pack(torch.cat([out.detach() for out in outs]))
+        # PixArt's pipeline cuts the learned variance off.
+        missing = self.denoiser.model.config.out_channels - rows.shape[1] if rows.ndim == 4 else 0
+        return F.pad(rows, (0, 0, 0, 0, 0, missing))
+
+    def inject(self, given: dict[str, Any]) -> Tensor:
+        """The guided prediction for the pipeline's own combination of the outputs."""
+        step, out = self.pending, self.denoiser.unpack(_plain(given["model_output"]))
+        fixed = ("model_output", "timestep", "sample", "generator", "return_dict")
+        more = {k: v for k, v in given.items() if k not in fixed}
+        if more != {k: v for k, v in self.step_kwargs.items() if k not in fixed}:
+            raise ValueError(f"scheduler.step is given {more}, which attach did not foresee")
+        self._check_combination(step, out)
+        self.engine.inject(step, out)
+        return self.denoiser.pack(step.prediction)
+
+    def _check_combination(self, step: Step, out: Tensor) -> None:
+        """Raises ValueError if energies saw another x0 than the pipeline's.
+
+        Energies of attention and features do not read it; of guidance_rescale they see the x0
+        before it.
+        """
+        reads = any(g.has_energy and g.graph == "x0" for g in step.active)
+        if not reads or getattr(self.pipe, "guidance_rescale", 0.0):
+            return
+        own = step.out.detach()
+        if (out - own).abs().max() > 1e-2 * own.abs().max():
+            raise ValueError(
+                f"{type(self.pipe).__name__} does not combine null and cond with the scale "
+                f"{self.engine.run.cfg:g}; give attach the guidance_scale of the call as cfg"
+            )
+
+    def edited(self, result: Any) -> Any:
+        """The scheduler's result with the next z as the guidances leave it."""
+        step, z = self.pending, result[0]
+        edited = self.engine.edit_sample(step, self.denoiser.unpack(_plain(z)))
+        edited = self.denoiser.pack(edited)
+        if isinstance(result, tuple):
+            return (edited, *result[1:])
+        return replace(result, prev_sample=edited)
+
+    def stepped(self) -> bool:
+        """Counts a step; True after the last one, when idle guidances are warned of."""
+        self.index, self.pending, self.carried = self.index + 1, None, None
+        if self.index < self.n:
+            return False
+        self.attached.account.warn_idle(self.attached.guidances)
+        return True
+
+
+def _refuse_loop(guidance: Guidance) -> None:
+    """Raises ValueError for a guidance that needs a loop of its own."""
+    kind = type(guidance)
+    why = {
+        "repeats steps": kind.repeats is not Guidance.repeats,
+        "rejects finished pictures": kind.accept is not Guidance.accept,
+        "needs its own loop": guidance.own_loop,
+    }
+    for what, true in why.items():
+        if true:
+            raise ValueError(
+                f"{guidance.name} {what}, which a pipeline's own loop cannot do; draw with "
+                "guidekit.sample instead"
+            )
+
+
+def _listed(prompt: str | list[str]) -> list[str]:
+    return [prompt] if isinstance(prompt, str) else list(prompt)
+
+
+@contextlib.contextmanager
+def _plainly() -> Iterator[None]:
+    """Outside of inference mode, whose tensors cannot be saved for backward."""
+    with torch.inference_mode(False), torch.no_grad():
+        yield
+
+
+def _plain(x: Tensor) -> Tensor:
+    return x.clone() if x.is_inference() else x
