@@ -348,16 +348,15 @@ def implementations() -> dict[str, str]:
 
 
 def choose(name: str | None = None) -> str:
-    """The implementation to use: `name`, else GUIDEKIT_ATTENTION, else the best available.
+    """The implementation to use: `name`, else GUIDEKIT_ATTENTION, else sdpa.
 
-    Automatic is triton where its kernel can run, else sdpa; xformers only when named. The
-    result belongs in run.json. Raises ValueError for an unknown name and RuntimeError for one
-    that cannot run here.
+    triton and xformers are used only when named. The result belongs in run.json. Raises ValueError
+    for an unknown name and RuntimeError for one that cannot run here.
     """
     name = name or os.environ.get("GUIDEKIT_ATTENTION")
     if not name:
-        # xformers is not asked: its import alone takes seconds and prints.
-        return "triton" if _state("triton") == "available" else "sdpa"
+        # The kernels of `triton` have not been timed on a GPU yet, so they have to be named.
+        return "sdpa"
     if name not in IMPLEMENTATIONS:
         raise ValueError(f"no attention implementation {name!r}; there are {IMPLEMENTATIONS}")
     if _state(name) != "available":

@@ -117,7 +117,8 @@ def predict(pipe, guidances, **options):
         Features,
         Input,
         KeepZest,
-        lambda: KeepZest(aggregate="head", loss="power4", tokens="real"),
+        # The loss jumps at the edge of its dead zone, where a difference is no derivative.
+        lambda: KeepZest(aggregate="head", loss="power4", tokens="real", dead_zone=0.0),
         lambda: KeepZest(aggregate="top", top=3, loss="mse", negatives="green"),
         lambda: KeepZest(aggregate="layer", loss="bce_normalised"),
     ],

@@ -2,7 +2,7 @@
 
 import pytest
 
-from guidekit import Condition, Sampling, Segment, box_mask
+from guidekit import Condition, Sampling, Segment, box_mask, miniatures
 from guidekit.tokens import (
     append_phrases,
     real_tokens,
@@ -83,7 +83,7 @@ def test_both_tokenizers_of_sdxl_must_agree(words, monkeypatch):
     tokenizers = Sampling(pipe, condition, steps=1).denoiser.tokenizers
     assert len(tokenizers) == 2 and segment_columns(tokenizers, condition) == [[2, 3]]
 
-    monkeypatch.setattr(tiny, "WORDS", ("red",))  # `circle` falls into letters
+    monkeypatch.setattr(miniatures, "WORDS", ("red",))  # `circle` falls into letters
     other = tiny.tokenizer()
     with pytest.raises(ValueError, match="cut 'red circle' into different tokens"):
         segment_columns([words, other], condition)
