@@ -5,14 +5,17 @@
     python benchmarks/layout.py --quick          minutes on two cores
 
 The judge (`scenes-judge`) never guided. mIoU is over classes of the whole set; "labelled" counts
-only pixels that some mask covers, as in ZestGuide's Table 1.
+only pixels that some mask covers, as in ZestGuide's Table 1. Every row runs in a process of its
+own with one thread; cost is that process's time on the CPU, which other programs disturb little,
+and the growth of its resident set while it draws.
 """
 
 import json
+import multiprocessing
 import os
 import platform
 import time
-from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass
 
 import click
@@ -28,8 +31,41 @@ from guidekit.registry import Registry
 
 from memory import PeakMemory
 
-PAPER = {"scale": 1.0, "stop": 0.5}
+CEILINGS = "ceilings"
 REFERENCE = 2000  # real scenes for the Frechet and kernel distances, from number 100,000 on
+
+# Guidances of a row: plugin and the fields that differ from the model's tuned defaults.
+METHODS = {
+    "unguided": [],
+    "Paint-with-Words": [("pww", {})],
+    "Zest": [("zest", {})],
+    # Beside Paint-with-Words Zest has the paper's own strength and window.
+    "Zest + PwW": [("pww", {}), ("zest", {"scale": 1.0, "stop": 0.5})],
+    "MultiDiffusion": [("multidiffusion", {})],
+}
+
+# Zest alone with one field changed at a time, as in the lecture's slides.
+FIELDS = {
+    "loss per head": {"aggregate": "head"},
+    "loss per layer": {"aggregate": "layer"},
+    "maps 16 only": {"resolutions": "16"},
+    "maps 8 only": {"resolutions": "8"},
+    "guided share 0.1": {"stop": 0.1},
+    "guided share 0.25": {"stop": 0.25},
+    "guided share 0.5": {"stop": 0.5},
+    "guided share 1": {"stop": 1.0},
+    "scale 0.375": {"scale": 0.375},
+    "scale 0.75": {"scale": 0.75},
+    "scale 3": {"scale": 3.0},
+    "scale 6": {"scale": 6.0},
+    "loss bce_plain": {"loss": "bce_plain"},
+    "loss bce_normalised": {"loss": "bce_normalised"},
+    "loss mse": {"loss": "mse"},
+    "loss power4": {"loss": "power4"},
+    "gradient not normalised": {"normaliser": "none", "scale": 30.0},
+}
+ABLATIONS = {"unguided": [], "Zest (scale 1.5, share 0.75)": [("zest", {})]}
+ABLATIONS |= {name: [("zest", fields)] for name, fields in FIELDS.items()}
 
 
 @dataclass(frozen=True)
@@ -72,47 +108,63 @@ def background_only(conditions: list[Condition], plans: list[scenes.Scene]) -> l
     ]
 
 
+@dataclass(frozen=True)
+class Setting:
+    """What all rows share."""
+
+    model: str
+    n: int
+    steps: int
+    cfg: float
+    batch: int
+    seed: int
+
+
 class Bench:
     """One model, one set of layouts, rows of measures."""
 
-    def __init__(self, model: str, n: int, steps: int, batch: int, seed: int, cfg: float | None):
-        self.pipeline = guidekit.load(model)
-        self.defaults = model_defaults(model)
-        self.layouts = held_out(n)
+    def __init__(self, setting: Setting):
+        self.setting = setting
+        self.pipeline = guidekit.load(setting.model)
+        self.defaults = model_defaults(setting.model)
+        self.layouts = held_out(setting.n)
         self.judge = evaluate.load_judge()
-        self.n, self.batch, self.seed = n, batch, seed
-        self.steps = steps or self.defaults.get("steps", 50)
-        self.cfg = cfg or self.defaults.get("cfg", 7.5)
         reference = [scenes.scene(100_000 + i, "test") for i in range(REFERENCE)]
         pictures = (scenes.batch(reference, 64)[0] + 1) / 2
         self.reference = evaluate.see(self.judge, pictures).features
 
-    def plugin(self, name: str, **options):
-        """A plugin with the model's tuned defaults and the given options."""
-        tuned = self.defaults.get("plugin", {}).get(name, {})
-        return Registry().make_guidance(name, tuned | options)
+    def guidances(self, method: str) -> list:
+        """Fresh guidances of a row: the model's tuned defaults with the row's own fields."""
+        tuned = self.defaults.get("plugin", {})
+        made = (METHODS | ABLATIONS)[method]
+        return [Registry().make_guidance(name, tuned.get(name, {}) | own) for name, own in made]
 
-    def draw(self, make: Callable[[], list], conditions: list[Condition]) -> tuple[Tensor, dict]:
-        """Pictures of all layouts, and seconds per picture and peak memory."""
-        images = []
-        start = time.perf_counter()
+    def draw(self, method: str, conditions: list[Condition]) -> tuple[Tensor, dict]:
+        """Pictures of all layouts, seconds of CPU (or GPU) per picture and peak memory."""
+        images, s = [], self.setting
+        clock = time.perf_counter if torch.cuda.is_available() else time.process_time
+        start = clock()
         with PeakMemory() as peak:
-            for i in tqdm(range(0, self.n, self.batch), leave=False):
-                part = conditions[i : i + self.batch]
-                seeds = range(self.seed + i, self.seed + i + len(part))
+            for i in tqdm(range(0, s.n, s.batch), leave=False):
+                part = conditions[i : i + s.batch]
+                seeds = range(s.seed + i, s.seed + i + len(part))
                 run = guidekit.sample(
-                    self.pipeline, part, make(), seeds=seeds, steps=self.steps, cfg=self.cfg
-                )
+                    self.pipeline, part, self.guidances(method), seeds=seeds, steps=s.steps,
+                    cfg=s.cfg,
+                )  # fmt: skip
                 images.append(run.finish().images)
-        seconds = (time.perf_counter() - start) / self.n
-        return torch.cat(images), {"s/image": seconds, "peak MiB": peak.mebibytes}
+        cost = {"s/image": (clock() - start) / s.n, "peak MiB": peak.mebibytes}
+        return torch.cat(images), cost
 
-    def row(self, method: str, make: Callable[[], list], conditions=None) -> dict:
-        """One row of the table."""
-        images, cost = self.draw(make, conditions or self.layouts.conditions)
-        row = self.judged(method, images) | cost
-        click.echo(f"{method}: mIoU {row['mIoU']:.3f}, presence {row['presence']:.3f}", err=True)
-        return row
+    def rows(self, method: str) -> list[dict]:
+        """The row of a method, or both of the judge's ceilings."""
+        if method == CEILINGS:
+            return self.ceilings()
+        conditions = self.layouts.conditions
+        if method == "MultiDiffusion":
+            conditions = background_only(conditions, self.layouts.plans)
+        images, cost = self.draw(method, conditions)
+        return [self.judged(method, images) | cost]
 
     def judged(self, method: str, images: Tensor) -> dict:
         """The measures of pictures (n, 3, 64, 64), with 95% bootstrap intervals over layouts."""
@@ -126,8 +178,8 @@ class Bench:
             def statistic(i, inter=inter, union=union):
                 return evaluate.mean_iou(inter[i], union[i], asked[i])
 
-            row[name] = statistic(np.arange(self.n))
-            row[f"{name} 95%"] = evaluate.interval(statistic, self.n)
+            row[name] = statistic(np.arange(len(images)))
+            row[f"{name} 95%"] = evaluate.interval(statistic, len(images))
         found, objects = evaluate.presence(verdict.classes, wanted)
         groups = {"presence": objects > 0, "presence 1": objects == 1, "presence 2-3": objects > 1}
         for name, chosen in groups.items():
@@ -148,40 +200,25 @@ class Bench:
             back = torch.cat([denoiser.decode(denoiser.latents(p * 2 - 1)) for p in real.split(32)])
         return [self.judged("real scenes", real), self.judged("reconstructed", back)]
 
-    def main(self) -> list[dict]:
-        """The README's table."""
-        plain = self.layouts.conditions
-        regions = background_only(plain, self.layouts.plans)
-        rows = {
-            "unguided": (lambda: [], plain),
-            "Paint-with-Words": (lambda: [self.plugin("pww")], plain),
-            "Zest": (lambda: [self.plugin("zest")], plain),
-            # Beside Paint-with-Words Zest has the paper's own strength and window.
-            "Zest + PwW": (lambda: [self.plugin("pww"), self.plugin("zest", **PAPER)], plain),
-            "MultiDiffusion": (lambda: [self.plugin("multidiffusion")], regions),
-        }
-        return self.ceilings() + [self.row(name, *row) for name, row in rows.items()]
 
-    def ablations(self) -> list[dict]:
-        """Zest alone with one field changed at a time, as in the lecture's slides."""
-        scale = self.plugin("zest").scale
-        variants = [("unguided", None), ("Zest (default)", {})]
-        variants += [(f"loss per {kind}", {"aggregate": kind}) for kind in ("head", "layer")]
-        variants += [(f"maps {r} only", {"resolutions": r}) for r in ("16", "8")]
-        variants += [(f"guided share {s:g}", {"stop": s}) for s in (0.1, 0.25, 0.75, 1.0)]
-        variants += [(f"scale x{f:g}", {"scale": f * scale}) for f in (0.25, 0.5, 2.0)]
-        variants += [
-            (f"loss {kind}", {"loss": kind})
-            for kind in ("bce_plain", "bce_normalised", "mse", "power4")
-        ]
-        variants += [("gradient not normalised", {"normaliser": "none", "scale": 20 * scale})]
-        rows = []
-        for name, options in variants:
-            make = (
-                (lambda: []) if options is None else (lambda o=options: [self.plugin("zest", **o)])
-            )
-            rows.append(self.row(name, make))
-        return rows
+def run_row(setting: Setting, method: str) -> list[dict]:
+    """One row, in a process of its own."""
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    return Bench(setting).rows(method)
+
+
+def all_rows(setting: Setting, methods: list[str], workers: int) -> dict[str, list[dict]]:
+    """Rows by method, some at a time; those that are done are told as they come."""
+    done = {}
+    spawn = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(workers, mp_context=spawn, max_tasks_per_child=1) as pool:
+        futures = {pool.submit(run_row, setting, method): method for method in methods}
+        for future in as_completed(futures):
+            done[futures[future]] = future.result()
+            for row in future.result():
+                click.echo(json.dumps(row), err=True)
+    return done
 
 
 def table(rows: list[dict]) -> str:
@@ -210,17 +247,26 @@ def _cell(row: dict, name: str) -> str:
 @click.option("--batch", default=20, show_default=True)
 @click.option("--seed", default=0, show_default=True, help="Seed of the first picture.")
 @click.option("--ablations", is_flag=True, help="Zest's fields one at a time.")
+@click.option(
+    "--only", multiple=True, type=click.Choice([CEILINGS, *METHODS, *ABLATIONS]), help="A row."
+)
 @click.option("--quick", is_flag=True, help="40 layouts, 15 steps.")
+@click.option("--workers", default=2, show_default=True, help="Rows at a time, a thread each.")
 @click.option("--json", "json_file", type=click.Path(), help="Also write the rows here.")
-def main(model, n, steps, cfg, batch, seed, ablations, quick, json_file):
+def main(model, n, steps, cfg, batch, seed, ablations, only, quick, workers, json_file):
     """Prints mIoU, presence and distances of layout guidance on held-out scenes."""
+    defaults = model_defaults(model)
     n = n or (40 if quick else 100 if ablations else 500)
-    bench = Bench(model, n, steps or (15 if quick else 0), batch, seed, cfg)
-    rows = bench.ablations() if ablations else bench.main()
+    steps = steps or (15 if quick else defaults.get("steps", 50))
+    setting = Setting(model, n, steps, cfg or defaults.get("cfg", 7.5), batch, seed)
+    methods = list(only) or ([*ABLATIONS] if ablations else [CEILINGS, *METHODS])
+    # MultiDiffusion takes longest: first, so that no worker waits for it at the end.
+    done = all_rows(setting, sorted(methods, key=lambda m: m != "MultiDiffusion"), workers)
+    rows = [row for method in methods for row in done[method]]
     print(table(rows))
     print(
-        f"\nn = {n}, seeds {seed} to {seed + n - 1}, {bench.steps} steps, cfg {bench.cfg:g}, batch "
-        f"{batch}, {torch.get_num_threads()} threads of {os.cpu_count()} {platform.machine()} "
+        f"\nn = {n}, seeds {seed} to {seed + n - 1}, {steps} steps, cfg {setting.cfg:g}, batch "
+        f"{batch}, one thread a row on {os.cpu_count()} {platform.machine()} "
         f"cores, torch {torch.__version__}; 95% bootstrap intervals over layouts"
     )
     if json_file:
