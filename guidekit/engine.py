@@ -20,7 +20,7 @@ from guidekit.guidance import AttentionRead, Branch, Eval, Guidance, combination
 from guidekit.noise import NoPushError
 from guidekit.run import Run
 from guidekit.step import Step
-from guidekit.taps import tap_attention, tap_blocks
+from guidekit.taps import open_attention, open_blocks
 
 # Gradients of maps underflow in half precision; the scale is divided out again in float32.
 LOSS_SCALE = {torch.float16: 2.0**12}
@@ -137,9 +137,9 @@ class Engine:
         with contextlib.ExitStack() as stack:
             if attention:
                 show = self._show("attention")
-                stack.enter_context(tap_attention(model, show, sorted(attention), run.attention))
+                stack.enter_context(open_attention(model, show, sorted(attention), run.attention))
             if blocks:
-                stack.enter_context(tap_blocks(model, self._show("block"), sorted(blocks)))
+                stack.enter_context(open_blocks(model, self._show("block"), sorted(blocks)))
             yield
 
     def _show(self, kind: str) -> Callable:

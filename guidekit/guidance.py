@@ -86,7 +86,7 @@ class AttentionRead:
 
 @dataclass(eq=False, frozen=True)
 class FeatureRead:
-    """A wish for features of the conditional branch at the named blocks."""
+    """A wish for features of the conditional branch at the blocks that the wildcards name."""
 
     sites: tuple[str, ...]
 

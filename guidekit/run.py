@@ -63,10 +63,16 @@ class Run:
         return tuple(side * factor for side in self.grid)
 
     def read(self, guidance: Guidance, read: AttentionRead | FeatureRead, main: bool = True):
-        """Asks for maps or features while `guidance` is active, and returns the read.
+        """Asks for maps or features while `guidance` is active, and returns the read to use.
 
-        With main=False they are read only in the guidance's own calls of `step.denoise`.
+        Wildcards among the blocks of a FeatureRead are resolved in it. With main=False it is read
+        only in the guidance's own calls of `step.denoise`. Raises ValueError for a site that the
+        model does not have.
         """
+        kind = "block" if isinstance(read, FeatureRead) else "attention"
+        names = find_sites(self.denoiser.model, list(read.sites), kind)
+        if isinstance(read, FeatureRead):
+            read = FeatureRead(tuple(names))
         self.reads.append((guidance, read, main))
         return read
 

@@ -165,7 +165,15 @@ def tap_attention(
     Raises ValueError for sites that match nothing, and RuntimeError when a chosen module runs
     without any SDPA call.
     """
-    implementation = choose(implementation)
+    names = find_sites(model, sites)
+    with open_attention(model, edit, names, choose(implementation)):
+        yield names
+
+
+def open_attention(
+    model: nn.Module, edit: Callable, names: Sequence[str], implementation: str
+) -> contextlib.AbstractContextManager[None]:
+    """`tap_attention` for names that `find_sites` gave before: nothing is searched or checked."""
 
     def around(site, module, original, args, kwargs):
         boundary = _Boundary(site, module, edit, implementation)
@@ -175,9 +183,7 @@ def tap_attention(
             raise RuntimeError(_no_call(site, module))
         return out
 
-    names = find_sites(model, sites)
-    with _patched(model, names, around):
-        yield names
+    return _patched(model, names, around)
 
 
 def _no_call(site: str, module: nn.Module) -> str:
@@ -261,6 +267,15 @@ def tap_blocks(
     `call.output`, run if `edit` did not. `block_features` reads an output. Yields the names that
     `sites` matched. As for `tap_attention`, the context stays open until backward is done.
     """
+    names = find_sites(model, sites, kind="block")
+    with open_blocks(model, edit, names):
+        yield names
+
+
+def open_blocks(
+    model: nn.Module, edit: Callable, names: Sequence[str]
+) -> contextlib.AbstractContextManager[None]:
+    """`tap_blocks` for names that `find_sites` gave before: nothing is searched or checked."""
 
     def around(site, module, original, args, kwargs):
         call = BlockCall(site, module, args, kwargs, original)
@@ -269,9 +284,7 @@ def tap_blocks(
             out = call.run() if call.output is None else call.output
         return out
 
-    names = find_sites(model, sites, kind="block")
-    with _patched(model, names, around):
-        yield names
+    return _patched(model, names, around)
 
 
 def block_features(
