@@ -284,6 +284,11 @@ def _learned(scheduler: SchedulerMixin, timestep: Tensor | float, variance: Tens
     return found.exp() if scheduler.config.variance_type == "learned_range" else found
 
 
+def is_flow(scheduler: SchedulerMixin) -> bool:
+    """Whether the scheduler carries z = (1 - sigma) * x0 + sigma * eps, as flow models need it."""
+    return _family(scheduler) == "flow" or bool(scheduler.config.get("use_flow_sigmas", False))
+
+
 def _family(scheduler: SchedulerMixin) -> str:
     """Where the scheduler keeps its levels, also for subclasses of a known class."""
     for cls in type(scheduler).__mro__:

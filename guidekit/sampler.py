@@ -17,6 +17,7 @@ from guidekit.conditions import Condition
 from guidekit.denoiser import Denoiser, frozen
 from guidekit.engine import Engine
 from guidekit.guidance import Guidance
+from guidekit.noise import is_flow
 from guidekit.run import Run, derived_seed
 from guidekit.step import Step
 
@@ -63,7 +64,9 @@ class Sampling:
         _check_numbers(steps, cfg=cfg, eta=eta, embedded_cfg=embedded_cfg or 0.0)
         denoiser.check_cfg(cfg)
         denoiser.check(self.conditions)
-        scheduler = denoiser.pipeline.scheduler if scheduler is None else scheduler
+        own = denoiser.pipeline.scheduler
+        scheduler = own if scheduler is None else scheduler
+        _check_scheduler(scheduler, own)
         # Schedulers keep state from step to step; this run has its own.
         scheduler = type(scheduler).from_config(scheduler.config)
         shape = denoiser.latent_shape(height, width)
@@ -209,6 +212,16 @@ def _check_numbers(steps: int, **numbers: float) -> None:
     for name, value in numbers.items():
         if not 0 <= value < float("inf"):
             raise ValueError(f"{name} must be a finite number of at least 0, not {value}")
+
+
+def _check_scheduler(scheduler, own) -> None:
+    """Raises ValueError for a flow scheduler where the pipeline's own is none, or the reverse."""
+    if is_flow(scheduler) != is_flow(own):
+        raise ValueError(
+            f"{type(scheduler).__name__} and the pipeline's {type(own).__name__} differ in what "
+            "the model's output means to them: one is for flow models, the other is not; DPM++ and "
+            "UniPC are both, by use_flow_sigmas"
+        )
 
 
 def _step_kwargs(scheduler, eta: float, generators: list[torch.Generator]) -> dict:

@@ -189,7 +189,7 @@ class Denoiser:
 
         (B, C, h, w), or (B, 2C, h, w) where the model learned the variance.
         """
-        return self.model(z, timestep, return_dict=False, **text.kwargs())[0]
+        return self.model(z, timestep=timestep, return_dict=False, **text.kwargs())[0]
 
     def unpack(self, x: Tensor, grid: tuple[int, int]) -> Tensor:
         """Latents (B, C, h, w) with `grid` (h, w) out of what the pipeline carries."""

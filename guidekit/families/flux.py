@@ -1,6 +1,7 @@
 """Flux: packed latents, joint attention with T5, the guidance scale as an input."""
 
 import copy
+import inspect
 
 import numpy as np
 import torch
@@ -55,6 +56,8 @@ class Flux(TextDenoiser, families=("flux",)):
         config = scheduler.config
         given = {}
         if not config.get("use_flow_sigmas", False):
+            if "sigmas" not in inspect.signature(scheduler.set_timesteps).parameters:
+                raise ValueError(f"{type(scheduler).__name__} takes no sigmas, which Flux sets")
             given["sigmas"] = np.linspace(1.0, 1 / steps, steps)
         if config.get("use_dynamic_shifting", False):
             tokens = (shape[1] // 2) * (shape[2] // 2)
