@@ -36,6 +36,11 @@ class Engine:
         self.backwards = 0  # for the account and the tests
         self._capture: Capture | None = None
         for guidance in guidances:
+            if "text" in guidance.needs and not run.denoiser.reads_text:
+                raise ValueError(
+                    f"{guidance.name} needs a prompt that pixels attend to, and "
+                    f"{type(run.denoiser.pipeline).__name__} has none"
+                )
             guidance.prepare(run)
 
     def predict(self, z: Tensor, timestep: Tensor, index: int, n: int, repeat: int = 0) -> Step:

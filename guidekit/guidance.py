@@ -127,6 +127,8 @@ class Guidance:
     graph: ClassVar[str] = "x0"
     # Whether the method needs the own loop: repeats, accept or its own start.
     own_loop: ClassVar[bool] = False
+    # What it needs of a model: "text", tokens that pixels attend to. Others are refused.
+    needs: ClassVar[tuple[str, ...]] = ()
     # Checks of `guidekit.testing` that do not hold by design, each with the reason.
     waived: ClassVar[dict[str, str]] = {}
 

@@ -49,6 +49,7 @@ class Replay:
             )
         self.own, self.pipeline, self.models = own, pipeline, own.models
         self.model, self.family, self.factor = own.model, own.family, own.factor
+        self.reads_text = own.reads_text
         self.pixels, self.latents, self.check = own.pixels, own.latents, own.check
         # The class's, because the instance's may be a wrapper of offloading.
         names = list(inspect.signature(type(self.model).forward).parameters)[1:]

@@ -118,7 +118,7 @@ SEGMENT = Segment("red", box_mask((0, 0, 0.5, 1)))
         (ANY, [], {"cfg": 3.0}, "no classifier-free guidance; leave cfg at 1"),
         (ANY, [], {"embedded_cfg": 3.0}, "no guidance scale as an input"),
         (ANY, [], {"height": 15}, "multiples of 2"),
-        (ANY, [Zest()], {}, "needs segments"),
+        (ANY, [Zest()], {}, "zest needs a prompt that pixels attend to, and DDPMPipeline has none"),
     ],
 )
 def test_what_has_no_meaning_is_refused(condition, guidances, options, message):

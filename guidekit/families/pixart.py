@@ -3,6 +3,7 @@
 from dataclasses import replace
 
 import torch
+from diffusers.utils import is_bs4_available, is_ftfy_available
 from torch import Tensor
 
 from guidekit.conditions import Condition
@@ -26,7 +27,7 @@ class PixArt(TextDenoiser, families=("pixart",)):
     def prepared(self, condition: Condition) -> Condition:
         """The condition with its texts as T5 reads them."""
         texts = [condition.prompt, condition.negative]
-        clean = self.pipeline_default("clean_caption")
+        clean = is_bs4_available() and is_ftfy_available()  # else the pipeline warns and does not
         prompt, negative = self.pipeline._text_preprocessing(texts, clean_caption=clean)
         return replace(condition, prompt=prompt, negative=negative)
 
