@@ -194,6 +194,16 @@ FAMILIES = [
         order="text first",
         encoders={"qwen": _WHOLE},
     ),
+    Family(
+        name="lumina2",
+        matches=_is("Lumina2Transformer2DModel"),
+        # Before these the text and the pixels are refined apart.
+        cross_sites=("layers.*.attn",),
+        self_sites=("layers.*.attn",),
+        blocks=("layers.*",),
+        order="text first",  # each picture's own number of tokens, without padding
+        encoders={"gemma": _WHOLE},
+    ),
 ]
 
 

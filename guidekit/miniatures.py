@@ -249,8 +249,10 @@ def flux_pipeline() -> FluxPipeline:
         axes_dims_rope=(4, 4, 8), guidance_embeds=True,
     )  # fmt: skip
     clip, t5 = tokenizer(), t5_tokenizer()
-    return FluxPipeline(
+    pipe = FluxPipeline(
         transformer=frozen_model(model), scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
         vae=_flow_autoencoder(), tokenizer=clip, tokenizer_2=t5,
         text_encoder=text_encoder(clip), text_encoder_2=t5_encoder(t5),
     )  # fmt: skip
+    pipe.default_sample_size = 16  # the class's is 128
+    return pipe

@@ -1,6 +1,8 @@
 """The own loop on every family of transformers: the bare pipeline's pictures, phrases, refusals."""
 
+from dataclasses import dataclass
 from functools import cache
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -11,17 +13,45 @@ from diffusers import (
     FlowMatchHeunDiscreteScheduler,
 )
 
-from guidekit import Condition, Denoiser, Sampling, Segment, box_mask, miniatures
+from guidekit import (
+    AttentionCall,
+    Condition,
+    Denoiser,
+    FeatureRead,
+    Guidance,
+    Sampling,
+    Segment,
+    box_mask,
+    miniatures,
+)
+from guidekit.backbones import family_of
 from guidekit.loading import make_scheduler
 from guidekit.tokens import segment_columns
+from guidekit_pag import PerturbedAttention
 from guidekit_pww import PaintWithWords
 from guidekit_zest import Zest
+
+import tiny
 
 SEGMENTS = (Segment("red circle", box_mask((0, 0, 0.5, 1))),)
 RED = Condition("a red circle", "blue", SEGMENTS)
 BLUE = Condition("a blue square", "", (Segment("square", box_mask((0, 0, 1, 0.5))),))
 CLASSES = (Condition(label=207), Condition(label=3))
 SEEDS = (5, 6)
+
+
+@dataclass(kw_only=True)
+class Features(Guidance):
+    """Reads the first block."""
+
+    graph = "features"
+
+    def prepare(self, run):
+        self.read = run.read(self, FeatureRead(("transformer_blocks.0",)))
+
+    def energy(self, step):
+        (self.found,) = step.cond.features(self.read).values()
+        return self.found.float().mean((1, 2, 3))
 
 
 @cache
@@ -160,3 +190,33 @@ def test_a_class_may_be_named():
 def test_what_cannot_work_is_refused(family, condition, options, message):
     with pytest.raises(ValueError, match=message):
         Sampling(pipeline(family), condition, steps=1, **options)
+
+
+@pytest.mark.parametrize("name", ["sana", "lumina2", "qwen"])
+def test_families_without_a_loop_say_why(name):
+    model, _, _ = tiny.MODELS[name]()
+    with pytest.raises(ValueError, match=r"cannot be used yet \(it .*\); this takes pipelines"):
+        Denoiser(SimpleNamespace(transformer=model))
+
+
+@pytest.mark.parametrize("family", ["dit", "sd3", "flux"])
+def test_features_of_transformer_blocks_have_grids(family):
+    """Also where a block returns the text beside them."""
+    pipe = pipeline(family)
+    guidance = Features()
+    condition = CLASSES[0] if family == "dit" else RED
+    Sampling(pipe, condition, [guidance], steps=1).finish()
+    assert guidance.found.shape[2:] == (8, 8)
+
+
+def test_joint_attention_of_pag_keeps_the_text():
+    """The text's queries and the pixels' reading of it are as they were."""
+    call = AttentionCall("s", None, 0, *torch.randn(3, 1, 2, 5, 4).unbind(0))
+    plain = call.read(torch.eye(5)[None])[0]
+    run = SimpleNamespace(denoiser=SimpleNamespace(family=family_of(pipeline("sd3").transformer)))
+    run.text_length = 2
+    PerturbedAttention().edit_attention(SimpleNamespace(run=run), None, call)
+    maps = call.read(torch.eye(5)[None])[0]  # (key, query); three pixels, then two tokens
+    assert torch.equal(maps[:3, :3], torch.diag(maps[:3, :3].diagonal()))
+    torch.testing.assert_close(maps[:, 3:], plain[:, 3:])
+    assert (maps[3:, :3] > 0).all()

@@ -18,6 +18,13 @@ from torch import Tensor, nn
 from guidekit.backbones import Family, family_of, layout_sites
 from guidekit.conditions import Condition
 
+# Families that taps and layout records know and the loops do not, each with the reason.
+WHY_NOT = {
+    "sana": "it puts an instruction before the prompt, which moves the tokens of every phrase",
+    "lumina2": "it packs each prompt at its own length before the pixels, and runs time backwards",
+    "qwen": "it pads prompts to the longest of a batch, and rescales what it combines",
+}
+
 
 @dataclass(frozen=True)
 class Text:
@@ -73,8 +80,9 @@ class Denoiser:
         model = denoiser_of(pipeline)
         family = None if model is None else family_of(model).name
         if family not in Denoiser._kinds:
+            why = f" ({WHY_NOT[family]})" if family in WHY_NOT else ""
             raise ValueError(
-                f"{type(pipeline).__name__} cannot be used yet; this takes pipelines of the "
+                f"{type(pipeline).__name__} cannot be used yet{why}; this takes pipelines of the "
                 f"families {', '.join(Denoiser._kinds)}"
             )
         return Denoiser._kinds[family]
