@@ -13,59 +13,23 @@ import json
 import re
 import warnings
 from collections.abc import Callable, Sequence
-from functools import cached_property
-from typing import Any
 
 import torch
-from diffusers import DiffusionPipeline
-from torch import Tensor, nn
+from diffusers.utils import logging
+from torch import Tensor
 
-from guidekit.conditions import Condition
+from guidekit.denoiser import Denoiser
 from guidekit.guidance import Branch, Guidance
 from guidekit.miniatures import sd_pipeline, sdxl_pipeline
 from guidekit.registry import Registry
-from guidekit.sampler import Sampling
 from guidekit.step import Step
+from guidekit.subject import SEEDS, Subject, same, state
 from guidekit.taps import BlockCall, find_sites
 
 __all__ = ["CHECKS", "check_guidance", "run_check", "sd_pipeline", "sdxl_pipeline"]
 
-STEPS, SEEDS, CFG = 3, (5, 6), 5.0
 TOLERANCE = 1e-4  # of full range, between a picture alone and in a batch
 SOURCE = re.compile(r"arxiv:?\s?\d{4}\.\d{4,5}|doi\.org|doi:|https?://|\b(19|20)\d\d\b", re.I)
-
-
-class Subject:
-    """A guidance class, its example on two pictures, and the tiny pipeline that draws them."""
-
-    def __init__(self, cls: type[Guidance], build: Callable[[], DiffusionPipeline] = sd_pipeline):
-        self.cls, self.build = cls, build
-
-    @cached_property
-    def pipe(self) -> DiffusionPipeline:
-        """A pipeline of this check's own: a guidance that spoils it spoils no other check."""
-        return self.build()
-
-    @cached_property
-    def conditions(self) -> list[Condition]:
-        """The class's example and another one, so that mixing up pictures shows."""
-        first = self.cls.example_condition()
-        mirrored = [dataclasses.replace(s, mask=s.mask.flip(-1)) for s in first.segments]
-        return [first, dataclasses.replace(first, prompt=f"{first.prompt} and blue",
-                                           segments=tuple(mirrored))]  # fmt: skip
-
-    def example(self, **changes: Any) -> Guidance:
-        """The class's example with some fields changed."""
-        return dataclasses.replace(self.cls.example(), **changes)
-
-    def sampling(
-        self, *guidances: Guidance, pictures: tuple[int, ...] = (0, 1), pipe=None
-    ) -> Sampling:
-        """A short run, not yet begun."""
-        return Sampling(
-            pipe or self.pipe, [self.conditions[i] for i in pictures], guidances,
-            seeds=[SEEDS[i] for i in pictures], steps=STEPS, cfg=CFG,
-        )  # fmt: skip
 
 
 def constructs(subject: Subject) -> None:
@@ -134,7 +98,7 @@ def _recorded(guidance: Guidance) -> list[tuple[Tensor, Tensor]]:
 
 def scale_0(subject: Subject) -> None:
     """Scale 0 is bit-identical to no plugin."""
-    without = subject.sampling().finish()
+    without = subject.plain
     idle = subject.sampling(subject.example(scale=0.0)).finish()
     assert torch.equal(idle.images, without.images), "pictures differ from those without it"
 
@@ -158,7 +122,7 @@ def batch(subject: Subject) -> None:
     Within 1e-4 of full range, and within a hundredth of what the guidance does to it, so that a
     weak example hides nothing.
     """
-    together, plain = subject.sampling(subject.example()).finish(), subject.sampling().finish()
+    together, plain = subject.sampling(subject.example()).finish(), subject.plain
     for i in range(len(SEEDS)):
         alone = subject.sampling(subject.example(), pictures=(i,)).finish()
         for kind in ("images", "latents"):
@@ -188,21 +152,21 @@ def repeatable(subject: Subject) -> None:
 
 def restored(subject: Subject) -> None:
     """The model is as it was, also after an exception in the middle and an abandoned run."""
-    pipe = subject.pipe
-    for model in (pipe.unet, pipe.vae):  # flags that a run must put back
+    pipe, _ = subject.pipe, subject.plain  # text encoders install hooks at their first use
+    for model in Denoiser(pipe).models:  # flags that a run must put back
         model.train().requires_grad_(True)
-    before = _state(pipe)
+    before = state(pipe)
     subject.sampling(subject.example()).finish()
-    _same(before, _state(pipe), "after a run")
+    same(before, state(pipe), "after a run")
     try:
         subject.sampling(subject.example(), _Interruption()).finish()
     except _Interrupted:
         pass
-    _same(before, _state(pipe), "after an exception in the middle of a run")
+    same(before, state(pipe), "after an exception in the middle of a run")
     steps = iter(subject.sampling(subject.example()))
     next(steps)
     steps.close()
-    _same(before, _state(pipe), "after a run that was given up")
+    same(before, state(pipe), "after a run that was given up")
 
 
 class _Interrupted(Exception):
@@ -221,44 +185,6 @@ class _Interruption(Guidance):
     def edit_block(self, step: Step, branch: Branch, call: BlockCall) -> None:
         if step.index == 1:
             raise _Interrupted
-
-
-def _state(pipe: DiffusionPipeline) -> dict[str, Any]:
-    """All that a run could leave behind: weights, flags, hooks, wrapped methods, processors."""
-    state = {}
-    for part, model in pipe.components.items():
-        if not isinstance(model, nn.Module):
-            continue
-        for name, module in model.named_modules():
-            for key, value in vars(module).items():
-                if key not in ("_parameters", "_buffers", "_modules"):
-                    state[f"{part}.{name}.{key}"] = _frozen(value)
-        for name, weight in [*model.named_parameters(), *model.named_buffers()]:
-            state[f"{part}.{name}"] = weight.detach().clone()
-            state[f"{part}.{name} requires_grad"] = weight.requires_grad
-            state[f"{part}.{name} has a gradient"] = weight.grad is not None
-    return state
-
-
-def _frozen(value: Any) -> Any:
-    """What tells two states of an attribute apart."""
-    if isinstance(value, dict):  # hooks
-        return tuple((key, id(item)) for key, item in value.items())
-    return value if isinstance(value, bool | int | float | str | None) else id(value)
-
-
-def _same(before: dict[str, Any], after: dict[str, Any], when: str) -> None:
-    """Raises AssertionError that names the first things that differ."""
-    changed = [
-        key
-        for key in before.keys() | after.keys()
-        if key not in before or key not in after or not _equal(before[key], after[key])
-    ]
-    assert not changed, f"{when} the pipeline differs in {', '.join(sorted(changed)[:3])}"
-
-
-def _equal(one: Any, two: Any) -> bool:
-    return torch.equal(one, two) if isinstance(one, Tensor) else one == two
 
 
 def config(subject: Subject) -> None:
@@ -284,53 +210,68 @@ class _Just(Registry):
 
 
 def half(subject: Subject) -> None:
-    """It runs in bfloat16, and the pictures are finite."""
-    drawn = subject.sampling(subject.example(), pipe=subject.build().to(torch.bfloat16)).finish()
-    for kind in ("latents", "images"):
-        assert torch.isfinite(getattr(drawn, kind)).all(), f"{kind} are not finite in bfloat16"
+    """It runs in bfloat16 and float16, and the pictures are finite."""
+    for dtype in (torch.bfloat16, torch.float16):
+        before = logging.get_verbosity()
+        logging.set_verbosity_error()  # diffusers warns of float16 in general
+        try:
+            pipe = subject.build().to(dtype)
+        finally:
+            logging.set_verbosity(before)
+        drawn = subject.sampling(subject.example(), pipe=pipe).finish()
+        for kind in ("latents", "images"):
+            assert torch.isfinite(getattr(drawn, kind)).all(), f"{kind} are not finite in {dtype}"
 
 
 def acts(subject: Subject) -> None:
     """It says in the account that it acted, and the pictures show it."""
-    _acts(subject)
-
-
-def acts_on_sdxl(subject: Subject) -> None:
-    """The same with SDXL, its two text encoders and a scheduler of another kind."""
-    _acts(Subject(subject.cls, sdxl_pipeline))
-
-
-def _acts(subject: Subject) -> None:
     guidance = subject.example()
     drawn = subject.sampling(guidance).finish()
     assert drawn.account.acted(guidance.name), "the account has no gradient and no edit of it"
     if subject.cls.accept is Guidance.accept:
-        plain = subject.sampling().finish()
-        assert not torch.equal(drawn.latents, plain.latents), "the pictures are those without it"
+        assert not torch.equal(drawn.latents, subject.plain.latents), (
+            "the pictures are those without it"
+        )
 
 
 # A check returns the reason for which it does not apply, or None.
-CHECKS: dict[str, Callable[[Subject], str | None]] = {
-    check.__name__: check
-    for check in (
-        constructs, documented, config, energy, scale_0, window, batch, repeatable, restored, half,
-        acts, acts_on_sdxl,
-    )
-}  # fmt: skip
+_ON_SD = (
+    constructs, documented, config, energy, scale_0, window, batch, repeatable, restored, half, acts
+)  # fmt: skip
+# Two text encoders; classes in place of text; joint attention, flow matching, three text encoders.
+_ON_OTHERS = {
+    "sdxl": (acts, scale_0, energy, restored),
+    "dit": (acts, scale_0, energy, restored),
+    "sd3": (acts, scale_0, energy, restored, window, batch),
+}
+# Name: the check, the family of the pipeline.
+CHECKS: dict[str, tuple[Callable[[Subject], str | None], str]] = {
+    **{check.__name__: (check, "sd") for check in _ON_SD},
+    **{
+        f"{check.__name__}_on_{family}": (check, family)
+        for family, checks in _ON_OTHERS.items()
+        for check in checks
+    },
+}
 
 
 def run_check(cls: type[Guidance], name: str) -> str | None:
     """Runs one check; returns the reason for which it does not apply, None if it holds.
 
-    Raises AssertionError if it does not hold, or whatever the guidance raised.
+    A check that is waived is so on every family. A family without what the class says it needs must
+    be refused, and the refusal is the reason. Raises AssertionError if the check does not hold, or
+    whatever the guidance raised.
     """
-    if name in cls.waived:
-        return cls.waived[name]
+    check, family = CHECKS[name]
+    for waived in (name, check.__name__):
+        if waived in cls.waived:
+            return cls.waived[waived]
     with warnings.catch_warnings():
         # An empty window warns by design; what matters else is asserted.
         warnings.simplefilter("ignore")
         with torch.random.fork_rng(devices=[]):
-            return CHECKS[name](Subject(cls))
+            subject = Subject(cls, family)
+            return subject.refusal() or check(subject)
 
 
 def check_guidance(cls: type[Guidance], checks: Sequence[str] = tuple(CHECKS)) -> dict[str, str]:

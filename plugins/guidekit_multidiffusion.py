@@ -54,6 +54,11 @@ class MultiDiffusion(Guidance):
         if self.window < 0 or self.stride < 1:
             raise ValueError("multidiffusion.window is at least 0 and stride at least 1")
 
+    @property
+    def needs(self) -> tuple[str, ...]:
+        """Text, as regions have prompts; windows alone need none."""
+        return () if self.window else ("text",)
+
     def prepare(self, run: Run) -> None:
         """Cuts the masks, encodes the surroundings for bootstrapping, lays out the windows."""
         if not self.window:
@@ -73,7 +78,7 @@ class MultiDiffusion(Guidance):
 
         A picture with fewer regions than others has empty texts there, and no share of the output.
         """
-        main = ("main", [c.prompt for c in conditions], [c.negative for c in conditions])
+        main = ("main", [c.content for c in conditions], [c.negative for c in conditions])
         most = max(len(c.segments) for c in conditions)
         regions = [(f"region{s}", *zip(*(self._pair(c, s) for c in conditions), strict=True))
                    for s in range(most)]  # fmt: skip

@@ -8,6 +8,7 @@ batch; the code that circulates (cloneofsimo/paint-with-words-sd) takes it over 
 
 import math
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -31,6 +32,8 @@ class PaintWithWords(Guidance):
     sites: str = ""  # comma-separated wildcards; "" is every module where pixels read text
     schedule: str = "log"  # log, log(1 + sigma) | log2, log(1 + sigma^2) | noise | constant, 1
     statistic: str = "max"  # of each picture's logits: max | std
+
+    needs: ClassVar[tuple[str, ...]] = ("text",)
 
     def __post_init__(self):
         super().__post_init__()

@@ -60,6 +60,7 @@ class Zest(Guidance):
     preset: str = ""  # paper | sd14 | sdxl: fields that still have their default take the preset's
 
     graph: ClassVar[str] = "attention"
+    needs: ClassVar[tuple[str, ...]] = ("text",)
 
     def __post_init__(self):
         self._apply_preset()

@@ -130,7 +130,7 @@ def test_a_site_without_level_is_refused():
 
 FAMILIES = dict(
     sd15="sd", sdxl="sdxl", unet2d="unet2d", dit="dit", pixart="pixart", sd3="sd3", flux="flux",
-    sana="sana", qwen="qwen",
+    sana="sana", qwen="qwen", lumina2="lumina2",
 )  # fmt: skip
 
 
@@ -168,7 +168,7 @@ def test_families_without_text_have_no_layout(name):
         layout_sites(model, 16, 16)
 
 
-@pytest.mark.parametrize("name", ["pixart", "sana", "sd3", "flux", "qwen"])
+@pytest.mark.parametrize("name", ["pixart", "sana", "sd3", "flux", "qwen", "lumina2"])
 def test_transformer_rows_and_grids(name):
     """Pixels and text fill the call exactly, and the pixels fill the grid."""
     model, inputs, _ = tiny.MODELS[name]()
@@ -179,7 +179,7 @@ def test_transformer_rows_and_grids(name):
         assert len(rows) == 64 and sites[site] == family.grid(64, *size) == (8, 8)
 
 
-@pytest.mark.parametrize("name", ["pixart", "sana", "sd3", "flux", "qwen"])
+@pytest.mark.parametrize("name", ["pixart", "sana", "sd3", "flux", "qwen", "lumina2"])
 def test_text_keys_are_those_that_change_with_the_text(name):
     """In the first block only the text keys, and only the text rows, depend on the text."""
     model, inputs, _ = tiny.MODELS[name]()
