@@ -70,21 +70,24 @@ class AttentionCall:
         """
         self._extensions.append((key, value, scale))
 
-    def identity(self) -> None:
+    def identity(self, rows: slice = slice(None)) -> None:
         """Replace P by the identity: the output is `value` (PAG, Ahn et al. 2024, 2403.17377).
 
-        Raises ValueError unless queries and keys are the same tokens (N = T).
+        With `rows`, the pixels of joint attention, only other pixels are shut, as in diffusers'
+        PAG of SD3. Raises ValueError unless queries and keys are the same tokens (N = T).
         """
         n, t = self.query.shape[2], self.key.shape[2]
         if n != t:
             raise ValueError(f"{self.site}: P = I needs self-attention, not {n} queries, {t} keys")
-        self._identity = True
+        self._identity = rows.indices(n) == (0, n, 1)
+        if not self._identity:
+            shut = self.query.new_zeros(1, 1, n, n)
+            shut[..., rows, rows] = float("-inf")
+            shut.diagonal(dim1=-2, dim2=-1).zero_()
+            self.bias(shut)
 
     def read(self, weights: Tensor, rows: slice | None = None, reduce: str = "mean") -> Tensor:
-        """Maps (B, S, rows) of this call as it stands, its mask and bias included.
-
-        See `token_maps` for `weights`, `rows` and `reduce`.
-        """
+        """Maps (B, S, rows) of this call with its mask and bias; for the rest see `token_maps`."""
         rows = slice(None) if rows is None else rows
         return token_maps(self.query, self.key, weights, _read_mask(self), self.scale, rows, reduce)
 

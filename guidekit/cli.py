@@ -73,7 +73,7 @@ def _one_line_errors() -> Iterator[None]:
         if error.errno == errno.EPIPE:  # `guidekit plugins | head`
             sys.stdout = None
             sys.exit(1)
-        _fail(str(error))
+        _fail(_file_error(error))
     except (ValueError, ArithmeticError) as error:
         _fail(str(error))
     except RuntimeError as error:
@@ -82,6 +82,13 @@ def _one_line_errors() -> Iterator[None]:
         if not str(error).startswith("attention "):  # an implementation that cannot run here
             raise
         _fail(str(error))
+
+
+def _file_error(error: OSError) -> str:
+    """What went wrong with which file, and what to do if the disk is full."""
+    text = f"{error.filename}: {error.strerror}" if error.filename else str(error)
+    full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+    return f"{text}; free some space, or choose another folder with --out" if full else text
 
 
 def _out_of_memory(error: RuntimeError) -> bool:
@@ -194,9 +201,10 @@ def _draw(studio: Any, silent: bool) -> dict[str, Any]:
             bar.close()
             click.echo(f"stopped: {done()}", err=True)
             sys.exit(130)
-        except (ValueError, ArithmeticError) as error:
+        except (ValueError, ArithmeticError, OSError) as error:
             bar.close()
-            raise ValueError(f"{error}; {done()}" if studio.finished else str(error)) from error
+            text = _file_error(error) if isinstance(error, OSError) else str(error)
+            raise ValueError(f"{text}; {done()}" if studio.finished else text) from error
 
 
 def _introduction(studio: Any) -> str:
@@ -241,9 +249,16 @@ def _next(studio: Any) -> str:
     """A command worth trying after this run."""
     if not studio.guidances:
         return "guidekit plugins"
+    import dataclasses
+
     first = studio.guidances[0]
+    scale = 2 * first.scale or 1
+    try:
+        dataclasses.replace(first, scale=scale)
+    except ValueError:  # it has no strength to double
+        return f"guidekit plugins show {first.name}"
     again = f"guidekit sample --config {studio.folder / 'run.json'}"
-    return f"{again} --set {first.name}.scale={2 * first.scale or 1:g}"
+    return f"{again} --set {first.name}.scale={scale:g}"
 
 
 @main.group(invoke_without_command=True)
@@ -326,8 +341,9 @@ def train(recipe: str, out: Path, settings: tuple[str, ...], quiet: bool, as_jso
 @main.command()
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 def doctor(as_json: bool) -> None:
-    """Say what is installed and what works on this machine."""
+    """Say what is installed and what works on this machine; exit code 1 if a model is damaged."""
     from guidekit.describe import doctor_facts, doctor_text
 
     facts = doctor_facts()
     click.echo(json.dumps(facts) if as_json else doctor_text(facts))
+    sys.exit(0 if facts["healthy"] else 1)

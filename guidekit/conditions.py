@@ -184,7 +184,7 @@ def load_layout(path: str | Path) -> Condition:
     """
     path = Path(path)
     try:
-        layout = json.loads(path.read_text())
+        layout = json.loads(path.read_text(encoding="utf-8-sig"))  # some editors mark the start
     except FileNotFoundError:
         raise ValueError(f"layout {path}: no such file") from None
     except (OSError, UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
@@ -246,7 +246,10 @@ def _parse_entry(entry: object, picture: np.ndarray | None, folder: Path, where:
     box = None
     if places == ["box"]:
         box = _box(entry["box"], where)
-        mask = box_mask(box)
+        try:
+            mask = box_mask(box)
+        except ValueError as error:
+            raise ValueError(f"{where}: {error}") from None
     elif places == ["mask"]:
         mask = load_mask(folder / entry["mask"])
     else:

@@ -256,7 +256,7 @@ def read_config(path: str | Path) -> dict[str, Any]:
 def _read_tables(path: Path, where: str) -> object:
     """What the file holds."""
     try:
-        text = path.read_text(encoding="utf-8")
+        text = path.read_text(encoding="utf-8-sig")  # some editors put a mark in front
         return json.loads(text) if path.suffix == ".json" else tomllib.loads(text)
     except FileNotFoundError:
         raise ValueError(f"{where}: no such file") from None

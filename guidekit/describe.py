@@ -3,6 +3,7 @@
 import dataclasses
 import inspect
 import io
+import shlex
 import tokenize
 from typing import Any
 
@@ -21,8 +22,13 @@ def describe_plugin(name: str) -> dict[str, Any]:
         **dataclasses.asdict(entry),
         "guidances": [describe_guidance(n, registry.guidance_class(n)) for n in names],
         "backbones": [f"{namespace}:{backbone}" for backbone in offers.backbones],
-        "commands": [command.name for command in offers.commands],
+        "commands": _invocations(namespace, [command.name for command in offers.commands]),
     }
+
+
+def _invocations(namespace: str, names: list[str]) -> list[str]:
+    """How a plugin's commands are called: the only one by the plugin's name, several in a group."""
+    return [namespace] if len(names) == 1 else [f"{namespace} {name}" for name in names]
 
 
 def describe_guidance(name: str, cls: type) -> dict[str, Any]:
@@ -39,16 +45,31 @@ def describe_guidance(name: str, cls: type) -> dict[str, Any]:
         for field in dataclasses.fields(cls)
         if field.init
     ]
-    example = f"guidekit sample --plugin {name}"
-    if options:
-        example += f" --set {name}.{options[0]['option']}={options[0]['default']}"
     return {
         "name": name,
         "about": inspect.getdoc(cls) or "",
         "paper": module,
         "options": options,
-        "example": example,
+        "example": _example(name, cls),
     }
+
+
+def _example(name: str, cls: type) -> str:
+    """A command that works: what the class's own example sets, else its first option."""
+    example = cls.example()
+    values = {f.name: (getattr(example, f.name), _default(f)) for f in dataclasses.fields(cls)}
+    own = {option: value for option, (value, default) in values.items() if value != default}
+    first = next(iter(values))
+    settings = own or {first: values[first][0]}
+    words = [f"--set {shlex.quote(f'{name}.{k}={_text(v)}')}" for k, v in settings.items()]
+    return " ".join([f"guidekit sample --plugin {name}", *words])
+
+
+def _text(value: Any) -> str:
+    """A value as `--set` takes it."""
+    if isinstance(value, list | tuple):
+        return ",".join(map(str, value))
+    return str(value).lower() if isinstance(value, bool) else str(value)
 
 
 def _default(field: dataclasses.Field) -> Any:
@@ -99,9 +120,8 @@ def plugin_text(facts: dict[str, Any]) -> str:
             cells = "  ".join(c.ljust(w) for c, w in zip(row, widths, strict=True))
             lines.append(f"  {cells}  {option['comment']}".rstrip())
         lines += ["", f"example: {guidance['example']}"]
-    for kind in ("backbones", "commands"):
-        if facts[kind]:
-            lines += ["", f"{kind}: {', '.join(facts[kind])}"]
+    lines += [f"\nbackbone: guidekit sample --model {name}" for name in facts["backbones"]]
+    lines += [f"\ncommand: guidekit {name} --help" for name in facts["commands"]]
     return "\n".join(lines)
 
 
@@ -109,34 +129,67 @@ def doctor_facts() -> dict[str, Any]:
     """Versions, devices, attention implementations and built-in models."""
     import torch
 
-    from guidekit.attention import choose, implementations
+    from guidekit.attention import choose
     from guidekit.outputs import machine, versions
 
     devices = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+    models = _models()
     return {
         "versions": versions(),
         "machine": machine(),
         "devices": ["cpu", *(f"cuda:{i} {name}" for i, name in enumerate(devices))],
-        "attention": implementations(),
+        "attention": _attention(),
         "chosen": choose(),
-        "models": _models(),
+        "models": models,
         "plugins": [entry.name for entry in entries()],
+        "healthy": all(state.startswith("intact") for state in models.values()),
     }
 
 
+def _attention() -> dict[str, str]:
+    """Every implementation: "works" after a call of it here, or why it does not."""
+    from guidekit.attention import implementations
+
+    return {
+        name: _tried(name) if state == "available" else state
+        for name, state in implementations().items()
+    }
+
+
+def _tried(name: str) -> str:
+    """ "works" if one call of the implementation agrees with eager attention."""
+    import torch
+
+    from guidekit.attention import AttentionCall, attend
+
+    device, dtype = ("cuda", torch.float16) if torch.cuda.is_available() else ("cpu", torch.float32)
+    draws = torch.Generator().manual_seed(0)
+    query, key, value = torch.randn(3, 1, 2, 16, 32, generator=draws).to(device, dtype)
+    weights = torch.eye(16, device=device)[None, :, :4]
+    try:
+        call = AttentionCall("", None, 0, query, key, value, implementation=name)
+        out = call.run() if name == "xformers" else attend(call, weights, name)[0]
+        gap = float((out - attend(call, weights, "eager")[0]).abs().max())
+    except (ImportError, OSError, RuntimeError, NotImplementedError) as error:
+        return f"fails: {(str(error) or type(error).__name__).splitlines()[0]}"
+    return "works" if gap < 1e-2 else f"wrong: it differs from eager attention by {gap:.2g}"
+
+
 def _models() -> dict[str, str]:
-    """Every built-in model: "loads", or why it does not."""
+    """Every built-in model: "intact", "intact, loads" for a pipeline, or what is wrong."""
+    from guidekit.integrity import damages
     from guidekit.loading import built_in, load
     from guidekit.studio import quiet_libraries
 
     quiet_libraries()
-    states = {}
+    states = {name: damage or "intact" for name, damage in damages().items()}
     for name in built_in():
-        try:
-            load(name, "cpu")
-            states[name] = "loads"
-        except ValueError as error:
-            states[name] = str(error)
+        if states[name] == "intact":
+            try:
+                load(name, "cpu")
+                states[name] = "intact, loads"
+            except ValueError as error:
+                states[name] = f"{error} (its files are as shipped)"
     return states
 
 

@@ -9,6 +9,9 @@ from diffusers import DiffusionPipeline
 from guidekit.noise import is_flow
 
 ZOO = Path(__file__).parent / "zoo"
+# What diffusers and transformers raise for files that are missing, cut short or not theirs.
+LOAD_ERRORS = (OSError, ValueError, TypeError, KeyError, AttributeError, RuntimeError, ImportError)
+VOCABULARIES = ("tokenizer.json", "vocab.*", "*.model")
 SCHEDULERS = {
     "ddim": "DDIMScheduler",
     "ddpm": "DDPMScheduler",
@@ -59,7 +62,8 @@ def load(
     path = ZOO / name if own.exists() else Path(name)
     if dtype is None:
         dtype = torch.float32 if device == "cpu" or own.exists() else torch.float16
-    if path.exists():
+    there = bool(name) and path.exists()
+    if there:
         _check_directory(path)
     elif name.count("/") != 1:
         raise ValueError(
@@ -68,11 +72,12 @@ def load(
         )
     try:
         pipeline = DiffusionPipeline.from_pretrained(
-            path if path.exists() else name, dtype=dtype, use_safetensors=True
+            path if there else name, dtype=dtype, use_safetensors=True
         )
-    except (OSError, ValueError) as error:
-        first = str(error).strip().splitlines()[0]
-        raise ValueError(f"model {name!r} cannot be loaded: {first}") from None
+    except LOAD_ERRORS as error:
+        first = (str(error).strip() or type(error).__name__).splitlines()[0]
+        remedy = "download it again" if there else f"check its name, or run hf download {name}"
+        raise ValueError(f"model {name!r} cannot be loaded: {first}; {remedy}") from None
     pipeline.set_progress_bar_config(disable=True)
     return pipeline.to(device)
 
@@ -93,6 +98,9 @@ def _check_directory(path: Path) -> None:
         if not folder.is_dir():
             raise ValueError(f"{path} lacks the folder {part!r}; download the model again")
         _check_weights(folder)
+        # transformers makes a tokenizer without words of a folder that has none.
+        if "Tokenizer" in str(kind[1]) and not any(any(folder.glob(v)) for v in VOCABULARIES):
+            raise ValueError(f"{folder} lacks its vocabulary; download the model again")
 
 
 def _check_weights(folder: Path) -> None:
@@ -104,8 +112,17 @@ def _check_weights(folder: Path) -> None:
             f"{pickled[0]} is a pickle, which can run code when it is read; convert it to "
             "safetensors (save_pretrained(..., safe_serialization=True))"
         )
+    if safe and not (folder / "config.json").exists():
+        raise ValueError(f"{folder} lacks config.json; download the model again")
     for file in safe:
         _check_safetensors(file)
+    for index in folder.glob("*.safetensors.index.json"):
+        try:
+            parts = set(json.loads(index.read_text())["weight_map"].values())
+        except (OSError, ValueError, KeyError, TypeError, AttributeError):
+            raise ValueError(f"{index} is damaged; download it again") from None
+        if lost := sorted(part for part in parts if not (folder / part).exists()):
+            raise ValueError(f"{folder} lacks {', '.join(lost)}; download the model again")
 
 
 def _check_safetensors(file: Path) -> None:

@@ -1,5 +1,6 @@
 """The folder of a run: pictures, masks and run.json, written as soon as they exist."""
 
+import contextlib
 import datetime
 import hashlib
 import importlib.metadata
@@ -7,6 +8,7 @@ import json
 import os
 import platform
 import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +32,11 @@ def new_folder(out: Path | None, prompt: str) -> Path:
 
     An empty folder that exists is used as it is. Raises ValueError if it cannot be made.
     """
-    base = out or Path("out") / f"{datetime.date.today().isoformat()}-{slug(prompt)}"
+    today = datetime.date.today().isoformat()
+    base = Path("out") / f"{today}-{slug(prompt)}" if out is None else out
+    if not base.name or base.is_file():
+        what = "is a file" if base.name else "has no name of its own"
+        raise ValueError(f"output folder {base}: it {what}; choose another with --out")
     folder, number = base, 1
     try:
         while _taken(folder):
@@ -46,7 +52,7 @@ def new_folder(out: Path | None, prompt: str) -> Path:
 
 
 def _taken(folder: Path) -> bool:
-    return folder.exists() and (not folder.is_dir() or any(folder.iterdir()))
+    return folder.exists() and any(folder.iterdir())
 
 
 def discard_empty(folder: Path) -> None:
@@ -55,15 +61,25 @@ def discard_empty(folder: Path) -> None:
         folder.rmdir()
 
 
+@contextlib.contextmanager
+def _replacing(path: Path) -> Iterator[Path]:
+    """A file to write, which takes the place of `path` when it is complete and is gone if not."""
+    part = path.with_name(f"{path.name}.part")
+    try:
+        yield part
+        part.replace(path)
+    finally:
+        part.unlink(missing_ok=True)
+
+
 def save_picture(image: Image.Image, path: Path, settings: dict[str, Any] | None = None) -> None:
     """Writes a PNG, with the settings in its text chunk `guidekit`."""
     path.parent.mkdir(exist_ok=True)
     info = PngInfo()
     if settings is not None:
         info.add_itxt("guidekit", json.dumps(settings))
-    part = path.with_suffix(".part")  # a stopped run leaves no half picture
-    image.save(part, format="PNG", pnginfo=info)
-    part.replace(path)
+    with _replacing(path) as part:
+        image.save(part, format="PNG", pnginfo=info)
 
 
 def save_segments(segments: tuple[Segment, ...], folder: Path) -> list[dict[str, Any]]:
@@ -85,9 +101,8 @@ def save_segments(segments: tuple[Segment, ...], folder: Path) -> list[dict[str,
 
 def write_record(record: dict[str, Any], folder: Path) -> None:
     """Writes run.json; the old one stays until the new one is complete."""
-    part = folder / "run.json.part"
-    part.write_text(json.dumps(record, indent=1, allow_nan=False) + "\n", encoding="utf-8")
-    part.replace(folder / "run.json")
+    with _replacing(folder / "run.json") as part:
+        part.write_text(json.dumps(record, indent=1, allow_nan=False) + "\n", encoding="utf-8")
 
 
 def versions() -> dict[str, str]:

@@ -7,9 +7,12 @@ their weight w = 1 + scale.
 """
 
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 
-from torch import Tensor
+from torch import Tensor, nn
 
+from guidekit.attention import AttentionCall
+from guidekit.backbones import Family
 from guidekit.guidance import Branch, Guidance
 from guidekit.run import Run
 from guidekit.step import Step
@@ -45,35 +48,76 @@ class Perturbed(Guidance):
         amount = self.scale * self.weight(step.frac)
         return combined + amount * (outs["cond"] - outs[self.name])
 
-    def possible_sites(self, run: Run, kind: str) -> list[str]:
-        """Sites that the method can perturb: self-attention ("attention") or blocks ("block").
+    def attention_sites(self, run: Run, wanted: str) -> list[str]:
+        """Self-attention that the comma-separated wildcards `wanted` name; the middle's if empty.
 
-        Raises ValueError for a model whose self-attention cannot be seen.
+        Raises ValueError for a site that has none, and for a model without any.
         """
-        family = run.denoiser.family
-        patterns = family.self_sites if kind == "attention" else family.blocks
-        if not patterns:
+        model = run.denoiser.model
+        possible = self_attention(model, run.denoiser.family)
+        if not possible:
             raise ValueError(
-                f"{self.name} perturbs self-attention, and that of {family.name!r} makes no call "
-                "of scaled_dot_product_attention"
+                f"{self.name} perturbs self-attention with a softmax, and {type(model).__name__} "
+                "has none; use slg or autoguidance"
             )
-        return find_sites(run.denoiser.model, patterns, kind)
+        return self._chosen(model, wanted, "attention", possible) or _middle(model, possible)
 
-    def middle_sites(self, run: Run, wanted: str, kind: str) -> list[str]:
-        """Sites of the comma-separated wildcards `wanted`; if empty those in the middle.
+    def layer_sites(self, run: Run, wanted: str) -> list[str]:
+        """Layers that the comma-separated wildcards `wanted` name; the middle ones if empty.
 
-        That is the middle block of a UNet, or the middle one of a transformer's blocks. kind:
-        "attention" or "block". Raises ValueError for a site that the method cannot perturb.
+        Raises ValueError for a site that is no layer.
         """
-        possible = self.possible_sites(run, kind)
+        model = run.denoiser.model
+        possible = layers(model)
+        return self._chosen(model, wanted, "block", possible) or _middle(model, possible)
+
+    def _chosen(self, model: nn.Module, wanted: str, kind: str, possible: list[str]) -> list[str]:
+        """Sites of the wildcards, which must be among the possible ones; none if there are none."""
         patterns = [part.strip() for part in wanted.split(",") if part.strip()]
-        if not patterns:
-            middle = [site for site in possible if site.startswith("mid_block.")]
-            return middle or [possible[len(possible) // 2]]
-        chosen = find_sites(run.denoiser.model, patterns, kind)
+        chosen = find_sites(model, patterns, kind)
         if others := [site for site in chosen if site not in possible]:
             raise ValueError(
                 f"{self.name}.sites: {', '.join(others)} cannot be perturbed by it; those that "
                 f"can: {', '.join(possible)}"
             )
         return chosen
+
+
+def layers(model: nn.Module) -> list[str]:
+    """The smallest blocks that hold attention: transformer blocks, a UNet2DModel's attentions."""
+    blocks = find_sites(model, "*", "block")
+    sites = find_sites(model, "*")
+    holders = {site if site in blocks else site.rpartition(".")[0] for site in sites}
+    return [block for block in blocks if block in holders]
+
+
+def self_attention(model: nn.Module, family: Family) -> list[str]:
+    """Attention sites with a softmax where pixels attend to pixels; joint attention is among them.
+
+    Sana's linear attention has no map that could be perturbed.
+    """
+    sites = find_sites(model, "*")
+    if family.order == "cross" and family.cross_sites:
+        cross = find_sites(model, family.cross_sites)
+        sites = [site for site in sites if site not in cross]
+    kind = lambda site: type(model.get_submodule(site).processor).__name__  # noqa: E731
+    return [site for site in sites if "Linear" not in kind(site)]
+
+
+def pixel_rows(run: Run, call: AttentionCall) -> slice:
+    """The queries of a self-attention call that are pixels; the others are text."""
+    family = run.denoiser.family
+    joint = family.order != "cross" and any(fnmatchcase(call.site, s) for s in family.cross_sites)
+    return family.rows(call.query.shape[2], run.text_length) if joint else slice(None)
+
+
+def _middle(model: nn.Module, possible: list[str]) -> list[str]:
+    """The sites in a UNet's middle block, else those of the layer half-way through the model."""
+    if inner := [site for site in possible if site.startswith("mid_block.")]:
+        return inner
+    holders = [block for block in layers(model) if any(_within(s, block) for s in possible)]
+    return [site for site in possible if _within(site, holders[len(holders) // 2])]
+
+
+def _within(site: str, block: str) -> bool:
+    return site == block or site.startswith(f"{block}.")

@@ -52,15 +52,23 @@ class Offers:
 
 
 class Registry:
-    """Imports plugins by name and hands out what they registered; `blocked` names stay out."""
+    """Imports plugins by name and hands out what they registered; `blocked` names stay out.
+
+    Raises ValueError for a blocked name that does not exist: it may be a misspelt one.
+    """
 
     def __init__(self, blocked: Iterable[str] = ()):
         self._manager = pluggy.PluginManager(hookspecs.GROUP)
         self._manager.add_hookspecs(hookspecs)
         self._blocked = set(blocked)
         self._offers: dict[str, Offers] = {}
-        for name in self._blocked:
-            self._manager.set_blocked(name)
+        if self._blocked:
+            exist = {entry.name for entry in entries()}
+            for name in self._blocked:
+                if name not in exist:
+                    there = ", ".join(sorted(exist))
+                    raise ValueError(f"--no-plugin {name}: no such plugin; there are {there}")
+                self._manager.set_blocked(name)
 
     def load(self, name: str) -> Offers:
         """What the entry `name` offers; imports it at its first use.
@@ -120,7 +128,7 @@ class Registry:
 
     def guidance_class(self, name: str) -> type["Guidance"]:
         """The guidance class registered as `name`."""
-        offers = self.load(name.partition(".")[0]).guidances
+        offers = self.load(name.partition(".")[0] or name).guidances
         if name not in offers:
             raise ValueError(f"no guidance {name!r}; {_list(name.partition('.')[0], offers)}")
         return offers[name]

@@ -30,7 +30,10 @@ def new_plugin(name: str, folder: Path | None = None) -> Path:
     if folder.exists():
         raise ValueError(f"{folder} exists already; name another folder with --out")
     texts = {file: (template() / file).read_text() for file in FILES}
-    folder.mkdir(parents=True)
+    try:
+        folder.mkdir(parents=True)
+    except OSError as error:
+        raise ValueError(f"{folder}: {error.strerror}; name another folder with --out") from None
     for file, text in texts.items():
         (folder / _renamed(file, name)).write_text(_renamed(text, name))
     return folder

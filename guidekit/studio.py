@@ -13,7 +13,7 @@ from huggingface_hub import try_to_load_from_cache
 from torch import Tensor
 
 from guidekit import outputs, pictures
-from guidekit.account import Account
+from guidekit.account import Account, NonFiniteError
 from guidekit.conditions import (
     Condition,
     Segment,
@@ -197,6 +197,7 @@ class Studio:
 
     def _save(self, seeds: list[int], sampling: Sampling) -> None:
         """The pictures of a batch, with masks drawn over, and the attention maps."""
+        _check_finite(seeds, sampling.images)
         self.record.setdefault("attention", sampling.run.attention)
         self.record.setdefault("sites", _sites(sampling))
         masks = [segment.mask for segment in self.condition.segments]
@@ -264,6 +265,16 @@ def with_defaults(settings: Settings) -> Settings:
     )
 
 
+def _check_finite(seeds: list[int], images: Tensor) -> None:
+    """Raises NonFiniteError for pictures (B, 3, H, W) with NaN, which would be black files."""
+    finite = torch.isfinite(images).flatten(1).all(1).tolist()
+    if bad := [seed for seed, fine in zip(seeds, finite, strict=True) if not fine]:
+        raise NonFiniteError(
+            f"the pictures of seeds {bad} are not finite; lower the scale of a plugin, cfg or eta, "
+            "or use --dtype float32"
+        )
+
+
 def _all_options(registry: Registry, settings: Settings, name: str) -> dict[str, Any]:
     """A plugin's options: the file's or the model's, then those by --set."""
     options = registry.read_options(name, settings.plugin[name], settings.folder)
@@ -277,6 +288,9 @@ def _check(settings: Settings) -> None:
     for name in ("steps", "batch", "tries"):
         if getattr(settings, name) < 1:
             raise ValueError(f"{name} must be at least 1, not {getattr(settings, name)}")
+    for name in ("height", "width"):
+        if getattr(settings, name) is not None and getattr(settings, name) < 1:
+            raise ValueError(f"{name} must be at least 1, not {getattr(settings, name)}")
     choices = {"memory": MEMORY, "nonfinite": POLICIES, "dtype": (None, *DTYPES)}
     for name, allowed in choices.items():
         if getattr(settings, name) not in allowed:
@@ -288,7 +302,7 @@ def _check(settings: Settings) -> None:
 
 def _check_device(name: str) -> None:
     try:
-        torch.zeros(1, device=name)
+        torch.zeros(1, device=name).item()  # "meta" has no numbers
     except (RuntimeError, AssertionError, NotImplementedError):
         count = torch.cuda.device_count()
         exist = ", ".join(["cpu", *(f"cuda:{i}" for i in range(count))])

@@ -251,7 +251,7 @@ class BlockCall:
 
         Only for blocks whose input and output have one shape; raises ValueError for others.
         """
-        self.output = _skipped(self.module, self.args, self.kwargs)
+        self.output = _skipped(self)
         return self.output
 
 
@@ -309,25 +309,28 @@ def _features_index(output: Sequence) -> int:
     return 0 if isinstance(output[0], Tensor) and output[0].ndim == 4 else -1
 
 
-def _skipped(module: nn.Module, args: tuple, kwargs: dict) -> Any:
-    """Input hidden states in the format that diffusers' own table gives for the block."""
+def _skipped(call: BlockCall) -> Any:
+    """Input hidden states in the format that diffusers' own table gives for the block.
+
+    Blocks that the table lacks (Sana's, attentions, resnets) are run, to see that they keep shape.
+    """
     from diffusers.hooks._helpers import TransformerBlockRegistry
-    from diffusers.models.attention_processor import Attention
-    from diffusers.models.resnet import ResnetBlock2D
     from diffusers.models.transformers.transformer_2d import Transformer2DModel
 
-    hidden = kwargs.get("hidden_states", args[0] if args else None)
-    if isinstance(module, Transformer2DModel):
+    args, kwargs = call.args, call.kwargs
+    hidden = args[0] if args else kwargs.get("hidden_states", kwargs.get("input_tensor"))
+    if isinstance(call.module, Transformer2DModel):
         return (hidden,)
-    if isinstance(module, Attention) and module.residual_connection:  # of a UNet2DModel
-        return hidden
-    if isinstance(module, ResnetBlock2D) and module.in_channels == module.out_channels:
-        return args[0] if args else kwargs["input_tensor"]
     try:
-        meta = TransformerBlockRegistry.get(type(module))
+        meta = TransformerBlockRegistry.get(type(call.module))
     except ValueError:
-        raise ValueError(f"a {type(module).__name__} cannot be skipped; a transformer block or "
-                         "a resnet that keeps its channels can") from None  # fmt: skip
+        out = call.run()
+        if isinstance(out, Tensor) and out.shape == hidden.shape:
+            return hidden
+        raise ValueError(
+            f"a {type(call.module).__name__} cannot be skipped; a transformer block, or one whose "
+            "output has the shape of its input, can"
+        ) from None
     hidden = meta._get_parameter_from_args_kwargs(meta.hidden_states_argument_name, args, kwargs)
     if meta.return_encoder_hidden_states_index is None:
         return hidden

@@ -3,8 +3,8 @@
 Karras, Aittala, Kynkaanniemi, Lehtinen, Aila, Laine: Guiding a diffusion model with a bad version
 of itself, NeurIPS 2024, arXiv:2406.02507. Their bad version is a smaller, less trained model; where
 there is none, the same model with dropout, one of the degradations that they try, takes its place.
-diffusers drops feed-forward outputs; here what a transformer block adds to its input is dropped, so
-that every model with such blocks is degraded.
+diffusers drops feed-forward outputs; here what a layer (a transformer block, an attention block of
+a UNet2DModel) adds to its input is dropped, so that every model with attention is degraded.
 """
 
 from dataclasses import dataclass
@@ -13,11 +13,12 @@ import torch
 from torch import Tensor
 
 from guidekit import BlockCall, Branch, Perturbed, Run, Step, hookimpl
+from guidekit.perturbation import layers
 
 
 @dataclass(kw_only=True)
 class Autoguidance(Perturbed):
-    """Pushes away from the output of the model with dropout in its transformer blocks.
+    """Pushes away from the output of the model with dropout in its layers.
 
     The paper's weight is 1 + scale. What is dropped depends on the picture's seed, the step and the
     site alone.
@@ -25,7 +26,7 @@ class Autoguidance(Perturbed):
 
     scale: float = 1.0  # w - 1, added to classifier-free guidance
     dropout: float = 0.1  # share of what a block adds that is dropped; 1 skips the block
-    sites: str = ""  # comma-separated wildcards of transformer blocks; "" is all of them
+    sites: str = ""  # comma-separated wildcards of layers; "" is every layer
 
     def __post_init__(self):
         super().__post_init__()
@@ -34,8 +35,8 @@ class Autoguidance(Perturbed):
 
     def prepare(self, run: Run) -> None:
         """Finds the blocks."""
-        every = ",".join(self.possible_sites(run, "block"))
-        run.tap_blocks(self, self.middle_sites(run, self.sites or every, "block"))
+        every = ",".join(layers(run.denoiser.model))
+        run.tap_blocks(self, self.layer_sites(run, self.sites or every))
 
     def edit_block(self, step: Step, branch: Branch, call: BlockCall) -> object:
         """Drops numbers of the block's change and scales the rest up (B, N, C)."""
@@ -45,11 +46,10 @@ class Autoguidance(Perturbed):
             return kept
         if isinstance(whole, Tensor):
             return self._dropped(step, call, kept, whole)
-        pairs = zip(kept, whole, strict=True)  # text and pixels of joint blocks
-        # SD3's last block returns no text.
+        pairs = zip(kept, whole, strict=True)  # text and pixels of joint blocks; no text at the end
         return tuple(
-            whole if whole is None else self._dropped(step, call, kept, whole, i)
-            for i, (kept, whole) in enumerate(pairs)
+            None if new is None else self._dropped(step, call, old, new, i)
+            for i, (old, new) in enumerate(pairs)
         )
 
     def _dropped(

@@ -37,9 +37,7 @@ class MultiDiffusion(Guidance):
 
     scale: float = 1.0  # 1 on, 0 off
     template: str = "{}"  # prompt of a region whose segment has none; {} is the phrase
-    bootstrap: float = (
-        0.4  # first part of the steps, in which regions see one-coloured surroundings
-    )
+    bootstrap: float = 0.4  # share of the steps, the first, with one-coloured surroundings
     window: int = 0  # side of the windows in latent pixels, the model's own size; 0: no windows
     stride: int = 8  # between windows, in latent pixels
 

@@ -2,14 +2,15 @@
 
 Ahn, Cho, Min, Jang, Kim, Kim, Park, Jin, Kim: Self-rectifying diffusion sampling with
 perturbed-attention guidance, ECCV 2024, arXiv:2403.17377. In the perturbed branch the map of
-self-attention in the middle block is the identity, so each pixel keeps its own value.
+self-attention in the middle block is the identity, so each pixel keeps its own value. In joint
+attention (SD3, Flux) that holds among pixels, and pixels still read the text, as in diffusers'
+StableDiffusion3PAGPipeline.
 """
 
 from dataclasses import dataclass
 
-import torch
-
 from guidekit import AttentionCall, Branch, Perturbed, Run, Step, hookimpl
+from guidekit.perturbation import pixel_rows
 
 
 @dataclass(kw_only=True)
@@ -17,23 +18,15 @@ class PerturbedAttention(Perturbed):
     """Pushes away from the output under identity self-attention."""
 
     scale: float = 3.0  # s, added to classifier-free guidance
-    sites: str = ""  # comma-separated wildcards of self-attention; "" is the middle
+    sites: str = ""  # comma-separated wildcards of self-attention; "" is the middle of the model
 
     def prepare(self, run: Run) -> None:
         """Finds the self-attention sites."""
-        run.tap_attention(self, self.middle_sites(run, self.sites, "attention"))
+        run.tap_attention(self, self.attention_sites(run, self.sites))
 
     def edit_attention(self, step: Step, branch: Branch, call: AttentionCall) -> None:
-        """P = I; in joint attention among the pixels, which still read the text."""
-        family, count = step.run.denoiser.family, call.query.shape[2]
-        if family.order == "cross":
-            call.identity()
-            return
-        pixels = family.rows(count, step.run.text_length)
-        shut = torch.zeros(count, count, device=call.query.device)
-        shut[pixels, pixels] = float("-inf")
-        shut.fill_diagonal_(0)
-        call.bias(shut[None, None])
+        """P = I among the pixels."""
+        call.identity(pixel_rows(step.run, call))
 
 
 @hookimpl

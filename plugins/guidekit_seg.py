@@ -2,8 +2,10 @@
 
 Hong: Smoothed energy guidance: Guiding diffusion models with reduced energy curvature of attention,
 NeurIPS 2024, arXiv:2408.00760. In the perturbed branch the queries of self-attention in the middle
-block are blurred by a Gaussian over the pixels, which blurs the attention weights. The released
-code takes every grid for a square; here it is the site's own.
+block are blurred by a Gaussian over the pixels, which blurs the logits over their query pixels. The
+released code takes every grid for a square; here it is the site's own. In joint attention (SD3,
+Flux) the queries of pixels are blurred and those of text left alone; rotary positions are in them
+already, so that there too it is the logits that are blurred.
 """
 
 import math
@@ -14,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from guidekit import AttentionCall, Branch, Perturbed, Run, Step, hookimpl
+from guidekit.perturbation import pixel_rows
 
 
 @dataclass(kw_only=True)
@@ -22,7 +25,7 @@ class SmoothedEnergy(Perturbed):
 
     scale: float = 3.0  # gamma, added to classifier-free guidance
     blur: float | None = None  # standard deviation in pixels of the site; none is infinite, a mean
-    sites: str = ""  # comma-separated wildcards of self-attention; "" is the middle
+    sites: str = ""  # comma-separated wildcards of self-attention; "" is the middle of the model
 
     def __post_init__(self):
         super().__post_init__()
@@ -31,20 +34,21 @@ class SmoothedEnergy(Perturbed):
 
     def prepare(self, run: Run) -> None:
         """Finds the self-attention sites and their grids."""
-        names = self.middle_sites(run, self.sites, "attention")
+        names = self.attention_sites(run, self.sites)
         self._grids = run.sites(run.tap_attention(self, names))
 
     def edit_attention(self, step: Step, branch: Branch, call: AttentionCall) -> None:
         """Blurs the pixels' queries (B, H, N, d) over their grid."""
-        family, count = step.run.denoiser.family, call.query.shape[2]
-        rows = range(count)[family.rows(count, step.run.text_length)]
-        before, pixels, after = call.query.split([rows.start, len(rows), count - rows.stop], 2)
+        rows = pixel_rows(step.run, call)
+        query = call.query.clone()
+        query[:, :, rows] = self._blurred(query[:, :, rows], self._grids[call.site])
+        call.query = query
+
+    def _blurred(self, rows: Tensor, grid: tuple[int, int]) -> Tensor:
         if self.blur is None:
-            pixels = pixels.mean(2, keepdim=True).expand_as(pixels)
-        else:
-            grid = pixels.unflatten(2, self._grids[call.site]).movedim(-1, 2)  # (B, H, d, h, w)
-            pixels = blurred(grid, self.blur).movedim(2, -1).flatten(2, 3)
-        call.query = torch.cat([before, pixels, after], 2)
+            return rows.mean(2, keepdim=True)
+        picture = rows.unflatten(2, grid).movedim(-1, 2)  # (B, H, d, h, w)
+        return blurred(picture, self.blur).movedim(2, -1).flatten(2, 3)
 
 
 def blurred(x: Tensor, sigma: float) -> Tensor:

@@ -1,7 +1,6 @@
 """The engine inside unmodified pipelines: the own loop's pictures, no trace, clear refusals."""
 
 import contextlib
-import functools
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -23,8 +22,8 @@ from guidekit_multidiffusion import MultiDiffusion
 from guidekit_pww import PaintWithWords
 from guidekit_zest import Zest
 
-import pipelines
 import tiny
+from drawing import draw, draw_family, transformer
 
 SEGMENTS = (Segment("red circle", box_mask((0, 0, 0.5, 1))),)
 RED = Condition("a red circle", "blue", SEGMENTS)
@@ -34,16 +33,6 @@ BLUE = Condition("a blue square", "blue", (Segment("blue", box_mask((0, 0, 1, 0.
 @pytest.fixture(scope="module")
 def pipe():
     return tiny.sd_pipeline()
-
-
-def draw(pipe, seeds=(5, 6), **options):
-    """Pictures of the pipeline's own call."""
-    given = {
-        "prompt": ["a red circle"] * len(seeds), "negative_prompt": ["blue"] * len(seeds),
-        "num_inference_steps": 3, "guidance_scale": 5.0, "height": 32, "width": 48,
-        "output_type": "pt", "generator": [torch.Generator().manual_seed(seed) for seed in seeds],
-    }  # fmt: skip
-    return pipe(**given | options).images
 
 
 def own_loop(pipe, guidances, conditions=RED, seeds=(5, 6), **options):
@@ -147,18 +136,6 @@ def test_a_new_scheduler_inside_the_context_and_a_second_call(pipe):
     finally:
         pipe.scheduler = before
     assert torch.equal(first, own_loop(pipe, [Zest()]))
-
-
-@functools.cache
-def transformer(family):
-    return getattr(pipelines, f"{family}_pipeline")()
-
-
-def draw_family(family, **options):
-    more = {"pixart": {"use_resolution_binning": False, "clean_caption": False}}.get(family, {})
-    if family == "flux":
-        more["negative_prompt"] = None
-    return draw(transformer(family), max_sequence_length=24, **more | options)
 
 
 FAMILIES = ["sd3", "flux", "pixart"]

@@ -235,6 +235,20 @@ def test_identity_outputs_the_values(hk):
         make_call().identity()
 
 
+@pytest.mark.parametrize("kind", ["none", "boolean", "additive"])
+def test_identity_of_some_rows_leaves_the_others(kind):
+    call, pixels = make_call(t=12), slice(2, 9)
+    shut = torch.zeros(1, 1, 12, 12)
+    shut[..., 0] = float("-inf")  # a padded text token
+    if kind != "none":
+        call.mask = shut == 0 if kind == "boolean" else shut
+    inside = torch.zeros(12, 12)
+    inside[pixels, pixels] = torch.where(torch.eye(7) == 1, 0.0, float("-inf"))
+    p = softmax_of(call, inside + (0 if kind == "none" else shut))
+    call.identity(pixels)
+    torch.testing.assert_close(call.run(), p @ call.value, rtol=0, atol=2e-6)
+
+
 def test_extend_equals_diffusers_ip_adapter():
     torch.manual_seed(0)
     module = Attention(query_dim=32, cross_attention_dim=24, heads=4, dim_head=8).eval()

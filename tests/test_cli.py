@@ -19,14 +19,6 @@ PROMPT = "a red circle and a blue square on white"
 SEGMENTS = ("red circle=0,0,0.5,0.5", "blue square=0.5,0.5,1,1")
 
 
-@pytest.fixture(scope="module")
-def model(tmp_path_factory):
-    """The directory of a tiny Stable Diffusion pipeline."""
-    folder = tmp_path_factory.mktemp("model")
-    tiny.sd_pipeline().save_pretrained(folder)
-    return folder
-
-
 @pytest.fixture(autouse=True)
 def own_folder(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
@@ -72,7 +64,8 @@ def test_help_is_quick_and_needs_no_torch():
 
 def test_a_guided_run(model, tmp_path):
     result = draw(model, "--plugin", "zest", "--seeds", "0-2", "--batch", 2)
-    assert "energy   zest" in result.stdout and "next     guidekit sample" in result.stdout
+    assert "energy   zest" in result.stdout
+    assert "next     guidekit sample --config o/run.json --set zest.scale=2" in result.stdout
     out = tmp_path / "o"
     names = set(pictures(out))
     assert names == {
@@ -331,11 +324,6 @@ def test_too_little_memory_names_the_remedy(model, monkeypatch):
     fails(stopped(model), "try --batch 1 or --memory low (CUDA out of memory.)")
 
 
-def test_a_full_disk_is_one_line(model, monkeypatch):
-    interrupt(monkeypatch, 1, OSError(28, "No space left on device"))
-    fails(stopped(model), "No space left on device")
-
-
 def test_rejected_pictures_are_drawn_again(model, tmp_path, monkeypatch):
     from guidekit import Guidance
 
@@ -357,19 +345,11 @@ def test_a_plugin_is_shown():
     text = run("plugins", "show", "zest").stdout
     assert "arXiv:2306.13754" in text and "keeps the logarithms finite" in text
     assert "fraction of the steps, from the noisy end" in text  # an inherited option
-    assert "guidekit sample --plugin zest --set zest.scale=1.0" in text
     facts = json.loads(run("plugins", "show", "zest", "--json").stdout)
     options = {o["option"]: o for o in facts["guidances"][0]["options"]}
     assert options["top"]["default"] == 20 and options["top"]["type"] == "a whole number"
     assert all(option["comment"] for option in options.values())
     fails(run("plugins", "show", "nope"), "no plugin 'nope'")
-
-
-def test_doctor():
-    facts = json.loads(run("doctor", "--json").stdout)
-    assert facts["versions"]["torch"].partition("+")[0] == torch.__version__.partition("+")[0]
-    assert facts["attention"]["sdpa"] == "available" and facts["devices"][0] == "cpu"
-    assert "attention" in run("doctor").stdout
 
 
 def test_commands_of_a_plugin_are_imported_when_named(monkeypatch):

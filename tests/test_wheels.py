@@ -1,23 +1,30 @@
 """Real wheels: strangers that are good, broken and in the way, and guidekit's own."""
 
+import json
 import os
 import shutil
 import subprocess
 import sys
-import zipfile
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 
 from guidekit import pytest_plugin
+from guidekit.integrity import damages, shipped_hashes
 from guidekit.scaffold import FILES, new_plugin
-
-import tiny
 
 ROOT = Path(__file__).parent.parent
 
-COMMAND = '''
+MORE = '''
+
+@hookimpl
+def register_backbones(register):
+    """Offers `--model frame:tiny`."""
+    from guidekit.testing import sd_pipeline
+
+    register("tiny", sd_pipeline)
+
 
 @hookimpl
 def register_commands(register):
@@ -61,7 +68,7 @@ def strangers(tmp_path_factory):
     folder = tmp_path_factory.mktemp("strangers")
     sources = {name: folder / name for name in ("good", "broken", "clash")}
     with open(new_plugin("frame", sources["good"]) / "guidekit_frame.py", "a") as file:
-        file.write(COMMAND)
+        file.write(MORE)
     new_plugin("broken", sources["broken"])
     (sources["broken"] / "guidekit_broken.py").write_text("raise RuntimeError('on import')\n")
     new_plugin("frame", sources["clash"])
@@ -74,13 +81,6 @@ def strangers(tmp_path_factory):
                                ("clash", "other_frame")):  # fmt: skip
         install((folder / "wheels").glob(f"{distribution}-*.whl"), folder / "on" / name)
     return {name: folder / "on" / name for name in sources} | {"source": sources["good"]}
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("model")
-    tiny.sd_pipeline().save_pretrained(folder)
-    return folder
 
 
 def fails(done, *texts):
@@ -98,14 +98,17 @@ def test_a_good_stranger_and_a_broken_one_are_listed(strangers):
     assert rows["broken"][2] == "third-party" and rows["zest"][2] == "first-party"
 
 
-def test_a_good_stranger_runs_beside_a_broken_one(strangers, model, tmp_path):
-    done = python(
-        "-m", "guidekit", "sample", "--model", model, "--prompt", "a red circle", "--plugin",
-        "frame", "--seeds", "0", "--steps", "2", "--out", "o",
-        path=[strangers["good"], strangers["broken"]], cwd=tmp_path,
-    )  # fmt: skip
+def test_a_good_stranger_draws_its_own_model_and_a_broken_one_is_kept_out(strangers, tmp_path):
+    (tmp_path / "run.toml").write_text("[plugin.frame]\n[plugin.broken]\n")
+    command = ["-m", "guidekit", "sample", "--config", "run.toml", "--model", "frame:tiny",
+               "--prompt", "a red circle", "--seeds", 0, "--steps", 2, "--out", "o"]  # fmt: skip
+    where = {"path": [strangers["good"], strangers["broken"]], "cwd": tmp_path}
+    fails(python(*command, **where), "guidekit-broken 0.1.0", "RuntimeError: on import")
+    assert not (tmp_path / "o").exists()
+    done = python(*command, "--no-plugin", "broken", **where)
     assert done.returncode == 0, done.stderr
     assert "energy   frame" in done.stdout and (tmp_path / "o" / "run.json").is_file()
+    fails(python(*command, "--plugin", "broken", "--no-plugin", "broken", **where), "--no-plugin")
 
 
 def test_a_strangers_command(strangers):
@@ -114,9 +117,15 @@ def test_a_strangers_command(strangers):
 
 
 def test_a_stranger_that_raises_is_named_with_its_distribution(strangers):
-    for command in (["broken"], ["plugins", "show", "broken"]):
-        done = python("-m", "guidekit", *command, path=[strangers["broken"]])
-        fails(done, "guidekit-broken 0.1.0", "RuntimeError: on import")
+    done = python("-m", "guidekit", "broken", path=[strangers["broken"]])
+    fails(done, "guidekit-broken 0.1.0", "RuntimeError: on import")
+
+
+def test_what_a_stranger_offers_is_shown_with_the_commands_to_type(strangers):
+    done = python("-m", "guidekit", "plugins", "show", "frame", path=[strangers["good"]])
+    for command in ("sample --plugin frame --set frame.scale=30.0", "sample --model frame:tiny",
+                    "frame --help"):  # fmt: skip
+        assert f"guidekit {command}" in done.stdout
 
 
 def test_a_clash_names_both(strangers):
@@ -168,15 +177,31 @@ def test_new_refuses(args, says, tmp_path):
     fails(python("-m", "guidekit", "plugins", "new", *args, cwd=tmp_path), says)
 
 
-def test_guidekits_own_wheel_holds_every_plugin_and_the_template(tmp_path):
-    source, wheels, site = tmp_path / "source", tmp_path / "wheels", tmp_path / "site"
-    left = shutil.ignore_patterns(".git", "*.egg-info", "build", "__pycache__", "zoo", ".*_cache")
-    shutil.copytree(ROOT, source, ignore=left)
-    build([source], wheels)
-    (wheel,) = wheels.glob("guidekit-*.whl")
-    with zipfile.ZipFile(wheel) as archive:
-        names = set(archive.namelist())
-        archive.extractall(site)
+@pytest.fixture(scope="module")
+def site(tmp_path_factory):
+    """A folder with guidekit installed from its wheel."""
+    folder = tmp_path_factory.mktemp("own")
+    left = shutil.ignore_patterns(".git", "*.egg-info", "build", "__pycache__", "runs", ".*_cache")
+    shutil.copytree(ROOT, folder / "source", ignore=left)
+    build([folder / "source"], folder / "wheels")
+    install((folder / "wheels").glob("guidekit-*.whl"), folder / "site")
+    shutil.rmtree(folder / "source")
+    return folder / "site"
+
+
+def test_the_wheel_draws_with_the_built_in_model_from_anywhere(site, tmp_path):
+    command = ["-m", "guidekit", "sample", "--plugin", "zest", "--steps", "2", "--seeds", "0"]
+    done = python(*command, "--json", path=[site], cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    run = json.loads(done.stdout)
+    assert run["record"]["model"]["path"] == str(site / "guidekit" / "zoo" / "scenes")
+    assert run["record"]["finished"] == [0] and run["record"]["energy"]["zest"]
+    assert (tmp_path / run["folder"] / "0.png").is_file()
+    assert damages(site / "guidekit" / "zoo") == dict.fromkeys(shipped_hashes(), "")
+
+
+def test_the_wheel_holds_every_plugin_and_the_template(site, tmp_path):
+    names = {path.relative_to(site).as_posix() for path in site.rglob("*.*")}
     assert {f"guidekit/example_plugin/{file}" for file in FILES} <= names
     assert {path.name for path in (ROOT / "plugins").glob("guidekit_*.py")} <= names
     made = python("-m", "guidekit", "plugins", "new", "my_own", path=[site], cwd=tmp_path)
