@@ -179,6 +179,7 @@ class Studio:
     def _save(self, seeds: list[int], sampling: Sampling) -> None:
         """The pictures of a batch, with masks drawn over, and the attention maps."""
         self.record.setdefault("attention", sampling.run.attention)
+        self.record.setdefault("attention_ran", _by_value(sampling.account.attention))
         self.record.setdefault("sites", _sites(sampling))
         masks = [segment.mask for segment in self.condition.segments]
         for i, seed in enumerate(seeds):
@@ -352,3 +353,8 @@ def _sites(sampling: Sampling) -> dict[str, list[str]]:
 
 def _numbered(progress: Progress | None, part: int, parts: int) -> Callable[[Step], None] | None:
     return None if progress is None else lambda step: progress(step, part, parts)
+
+
+def _by_value(found: dict[str, str]) -> dict[str, list[str]]:
+    """Every value with the sorted keys that have it."""
+    return {value: sorted(k for k in found if found[k] == value) for value in found.values()}
