@@ -5,6 +5,7 @@ Imported when an operator first runs, so that without triton only that call fail
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 import torch.nn.functional as F
@@ -136,11 +137,16 @@ def _mask(mask: Tensor | None, shape: tuple[int, ...]) -> tuple[Tensor | None, s
 
 
 def _tile(kernel: str, tensors: Sequence[Tensor | None]) -> tiles.Tile:
-    """The table's; with a bias or a mask of rows, which take registers, always the smaller ones."""
+    """The table's; a bias or a mask with rows takes registers, so then a smaller one."""
     query, key, _, _, mask, segments, _ = tensors
-    large = segments is None and (mask is None or mask.ndim < 2 or mask.shape[-2] == 1)
-    arch = tiles.architecture(query.device) if large else 80
-    return tiles.tile(kernel, query.shape[3], key.shape[2], query.itemsize, arch)
+    sizes = query.shape[3], key.shape[2], query.itemsize
+    arch = tiles.architecture(query.device)
+    if arch == 80 or segments is None and (mask is None or mask.ndim < 2 or mask.shape[-2] == 1):
+        return tiles.tile(kernel, *sizes, arch)
+    if kernel == "query":  # one block must go on holding all keys
+        tile = tiles.tile(kernel, *sizes, arch)
+        return replace(tile, rows=max(16, tile.rows // 2))
+    return tiles.tile(kernel, *sizes, 80)
 
 
 def _strides(name: str, tensor: Tensor | None, axes: str) -> dict:
