@@ -2,17 +2,20 @@
 
     python benchmarks/attention_map.py            on a GPU: time and peak memory of every shape
     python benchmarks/attention_map.py --quick    few turns; without a GPU, small torch rivals
+    python benchmarks/attention_map.py --timings kernels/timings.json    rows that the core reads
 
 Without a GPU it prints a model in place of measurements: bytes moved, multiplications and the
 time that the slower of the two takes at the rates of an H200.
 """
 
 import json
+import os
 import platform
 import statistics
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import click
 import torch
@@ -20,44 +23,19 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import guidekit_kernels.attention_map as kernels
+import guidekit_kernels.attention_map_joint as joint
 from guidekit.attention import token_maps
+from guidekit_kernels import tiles
 
+from attention_model import BANDWIDTH, CHOSEN, COLUMNS, RATE, SHAPES, Shape, modelled
 from memory import PeakMemory
 
-BANDWIDTH = 4.8e12  # bytes a second of an H200
-RATE = 8e14  # bf16 FLOP a second that large products reach on it, of 9.9e14 on paper
-COLUMNS = 4  # maps
-
-
-@dataclass(frozen=True)
-class Shape:
-    """Attention of one kind of layer; in joint attention, maps of the first `text` keys."""
-
-    name: str
-    layers: int
-    h: int
-    n: int
-    t: int
-    d: int
-    text: int = 0
-    mask: bool = False
-
-    @property
-    def joint(self) -> bool:
-        return self.text > 0
-
-
-SHAPES = [
-    Shape("SD 1.5, 64x64", 5, 8, 4096, 77, 40),
-    Shape("SD 1.5, 32x32", 5, 8, 1024, 77, 80),
-    Shape("SD 1.5, 16x16", 5, 8, 256, 77, 160),
-    Shape("SDXL, 64x64", 10, 10, 4096, 77, 64),
-    Shape("SDXL, 32x32", 60, 20, 1024, 77, 64),
-    Shape("PixArt, 64x64", 28, 16, 4096, 300, 72, mask=True),
-    Shape("SD 1.5, 128x128", 5, 8, 16384, 77, 40),
-    Shape("SD 3 medium", 24, 24, 4096 + 333, 4096 + 333, 64, text=333),
-    Shape("Flux", 57, 24, 4096 + 512, 4096 + 512, 128, text=512),
-]
+# The core's name of a way to compute both, and the row it is read from: measured, modelled.
+ROUTES = {
+    "sdpa": ("SDPA + token_maps", "SDPA + second softmax"),
+    "fused": ("fused", "fused"),
+    "vendor": ("vendor + columns", "vendor + columns"),
+}
 
 
 @dataclass
@@ -157,11 +135,21 @@ def fused(x: Inputs) -> tuple[Tensor, Tensor]:
     return kernels.attend(x.query, x.key, x.value, x.weights, mask=x.mask, rows=x.rows, keys=x.keys)
 
 
+def vendor(x: Inputs) -> tuple[Tensor, Tensor]:
+    """Stock kernels for the output, the chosen columns beside them."""
+    columns = torch.tensor(CHOSEN, device=x.key.device)
+    return joint.attend(x.query, x.key, x.value, x.weights, columns, rows=x.rows)
+
+
 METHODS = {
     "SDPA, no maps": floor, "eager": eager, "SDPA + second softmax": second_softmax,
     "SDPA + token_maps": chunked, "SDPA, augmented V": augmented, "FlexAttention + lse": flex,
-    "fused": fused,
+    "fused": fused, "vendor + columns": vendor,
 }  # fmt: skip
+
+
+# Where compilation helps: chains of pointwise work. The other rows are one kernel each.
+COMPILED = ("eager", "SDPA + second softmax", "FlexAttention + lse", "vendor + columns")
 
 
 def backward(function: Callable, x: Inputs) -> Callable[[], None]:
@@ -204,7 +192,9 @@ def measured(shape: Shape, dtype: torch.dtype, device: str, repeats: int, seed: 
         if not cuda and name in ("FlexAttention + lse", "fused"):
             continue  # no backward on a CPU; no GPU for the kernels
         row = {"shape": shape.name, "method": name}
-        if cuda and name in ("eager", "SDPA + second softmax", "FlexAttention + lse"):
+        if name == "vendor + columns" and (shape.mask or not shape.joint):
+            continue  # takes no mask; in cross-attention it would compute dK and dV for nothing
+        if cuda and name in COMPILED:
             function = torch.compile(function)
         try:
             maps = function(x)[1]
@@ -225,51 +215,79 @@ def measured(shape: Shape, dtype: torch.dtype, device: str, repeats: int, seed: 
     return rows
 
 
-def modelled(shape: Shape) -> list[dict]:
-    """A row per method: megabytes, GFLOP and the roofline time of one layer. A model.
+def timings(rows: list[dict]) -> list[dict]:
+    """Rows of `kernels/timings.json`: per shape the microseconds of every route of the core."""
+    cuda, found = torch.cuda.is_available(), []
+    source = dict(source="model", device="H200", arch=90)
+    if cuda:
+        arch = tiles.architecture(torch.device("cuda"))
+        source = dict(source="measured", device=torch.cuda.get_device_name(), arch=arch)
+    for shape in SHAPES:
+        times = {r["method"]: r for r in rows if r["shape"] == shape.name}
+        us = {}
+        for route, names in ROUTES.items():
+            row = times.get(names[0 if cuda else 1], {})
+            value = 1000 * (row.get("both ms") or 0) if cuda else row.get("model us")
+            if value:
+                us[route] = round(value, 2)
+        sizes = dict(joint=shape.joint, h=shape.h, n=shape.n, t=shape.t, d=shape.d)
+        found.append(dict(shape=shape.name, **sizes, **source, date=time.strftime("%F"), us=us))
+    return found
 
-    16-bit tensors; P of eager methods in 16 bits, each pass over it counted; a product with P has
-    2 H N T d FLOP. Stock backward kernels always compute dQ, dK and dV (five products of this
-    size), ours dQ alone (three) in cross-attention, and in joint attention dQ and dK/dV (three
-    and four, P and dP twice). Launches are not counted, and every product runs at one rate: a
-    kernel that pads its head size is slower than its row (flash attention runs 72 as 96 and 136 as
-    160, ours 40 as 64 and 72 or 80 as 128).
-    """
-    p, q, k = shape.h * shape.n * shape.t, shape.h * shape.n * shape.d, shape.h * shape.t * shape.d
-    d, both = shape.d, 1 + shape.joint
-    seen = shape.h * (shape.n - shape.text) * (shape.text or shape.t)  # part of P that maps read
-    maps, small = 4 * shape.h * shape.n * COLUMNS, 3 * 2 * 16 * seen
-    wide, one = (d + 8) / d, shape.t <= 128 and d <= 128  # one block of keys in backward
-    stored = 2 * q + 4 * k if shape.joint else 2 * q + 2 * k  # gradients written, tensors read
-    forward = {  # bytes, FLOP
-        "SDPA, no maps": (4 * q + 4 * k, 4 * p * d),
-        "eager": (4 * q + 4 * k + 10 * p, 4 * p * d + 2 * p),
-        "SDPA + second softmax": (6 * q + 6 * k + 8 * p, 6 * p * d),
-        "SDPA, augmented V": (wide * (8 * q + 10 * k) + maps, 4 * p * (d + 8)),
-        "FlexAttention + lse": (6 * q + 4 * k + 4 * maps, 4 * p * d),
-        "fused": (4 * q + 4 * k + maps, 4 * p * d + small),
-    }
-    back = {
-        "SDPA, no maps": (6 * q + 4 * k + stored, 10 * p * d),
-        "eager": (6 * q + 4 * k + stored + 12 * p, both * 4 * p * d),
-        "SDPA + second softmax": (8 * q + 8 * k + 2 * stored + 10 * p, (10 + 2 * both) * p * d),
-        "SDPA, augmented V": (wide * (10 * q + 8 * k + 2 * stored), 10 * p * (d + 8)),
-        "FlexAttention + lse": (10 * q + 4 * k + stored + 8 * maps, 14 * p * d),
-        "fused": (
-            (4 if one else 6) * q + 4 * k + stored + maps + shape.joint * (4 * q + 4 * k),
-            (14 if shape.joint else 6) * p * d + both * small,
-        ),
-    }
-    rows = []
-    for name in forward:
-        (fb, ff), (bb, bf) = forward[name], back[name]
-        roof = max(fb / BANDWIDTH, ff / RATE) + max(bb / BANDWIDTH, bf / RATE)
-        rows.append({
-            "shape": shape.name, "method": name, "forward MB": fb / 1e6, "forward GFLOP": ff / 1e9,
-            "backward MB": bb / 1e6, "backward GFLOP": bf / 1e9, "model us": 1e6 * roof,
-            "all layers, model ms": 1e3 * shape.layers * roof,
-        })  # fmt: skip
-    return rows
+
+def write_timings(path: Path, rows: list[dict]) -> None:
+    """Replaces the rows of this architecture and keeps those of others."""
+    new = timings(rows)
+    kept = json.loads(path.read_text()) if path.exists() else []
+    kept = [row for row in kept if row["arch"] != new[0]["arch"]]
+    lines = ",\n".join(json.dumps(row) for row in kept + new)
+    path.write_text(f"[\n{lines}\n]\n")
+
+
+def goals(rows: list[dict]) -> list[str]:
+    """What is asked of the kernels on an H200, shape by shape: met or missed."""
+    lines = []
+    for shape in SHAPES:
+        found = {r["method"]: r for r in rows if r["shape"] == shape.name and r["both ms"]}
+        ours = [found[m] for m in ("fused", "vendor + columns") if m in found]
+        rivals = [r for m, r in found.items() if r not in ours and m != "SDPA, no maps"]
+        if not (ours and rivals and "SDPA, no maps" in found):
+            lines.append(f"{shape.name}: not measured")
+            continue
+        best, floor_row = min(ours, key=lambda r: r["both ms"]), found["SDPA, no maps"]
+        gain = min(r["both ms"] for r in rivals) / best["both ms"]
+        over = best["both ms"] / floor_row["both ms"]
+        memory = best["peak MiB"] / floor_row["peak MiB"]
+        wanted = gain >= 1 and over <= 1.25 if shape.joint else gain >= 1.5
+        lines.append(
+            f"{shape.name}: {best['method']} {gain:.2f} times the best rival, {over:.2f} of the "
+            f"floor's time: {'met' if wanted else 'MISSED'}; {memory:.2f} of its memory: "
+            f"{'met' if memory <= 1.1 else 'MISSED'}"
+        )
+    return lines
+
+
+def end_to_end(repeats: int) -> list[str]:
+    """A guided SDXL step with random weights against the CFG step, by implementation."""
+    from guidekit_zest import Zest
+
+    from overhead import Guided, fastest, random_pipeline
+
+    pipeline = random_pipeline(True, torch.bfloat16).to("cuda")
+    steps = {"CFG": Guided(pipeline, [0], [])}
+    before = os.environ.get("GUIDEKIT_ATTENTION")
+    for name in ("sdpa", "triton"):
+        os.environ["GUIDEKIT_ATTENTION"] = name
+        steps[name] = Guided(pipeline, [0], [Zest()])
+    times = fastest(steps, repeats)
+    os.environ.pop("GUIDEKIT_ATTENTION") if before is None else os.environ.update(
+        GUIDEKIT_ATTENTION=before
+    )
+    return [
+        f"SDXL step, {name}: {times[name] / times['CFG']:.2f} times the CFG step: "
+        f"{'met' if times[name] <= 2.2 * times['CFG'] else 'MISSED'}"
+        for name in ("sdpa", "triton")
+    ]
 
 
 def table(rows: list[dict]) -> str:
@@ -292,7 +310,13 @@ def small(shape: Shape) -> Shape:
 @click.option("--quick", is_flag=True, help="10 turns in place of 100; a CPU: cut shapes, fp32.")
 @click.option("--seed", default=0, help="Of the inputs.")
 @click.option("--json", "json_file", type=click.Path(), help="Also write the rows here.")
-def main(quick, seed, json_file):
+@click.option(
+    "--timings",
+    "timings_file",
+    type=click.Path(path_type=Path),
+    help="Also put the rows that the core chooses by into this file.",
+)
+def main(quick, seed, json_file, timings_file):
     """Prints time and memory of attention with maps, or a model of them without a GPU."""
     rows = []
     cuda = torch.cuda.is_available()
@@ -301,12 +325,15 @@ def main(quick, seed, json_file):
                                                     seed)]  # fmt: skip
         print(table(rows))
         print(f"\nmeasured: {torch.cuda.get_device_name()}, bf16, torch {torch.__version__}, "
-              f"median, cache flushed; {time.strftime('%Y-%m-%d')}")  # fmt: skip
+              f"median, cache flushed; {time.strftime('%Y-%m-%d')}\n")  # fmt: skip
+        print("\n".join(goals(rows) + end_to_end(3 if quick else 20)))
     else:
         rows = [r for shape in SHAPES for r in modelled(shape)]
         print("MODEL, nothing measured: one layer, one image, 16 bits, at "
               f"{BANDWIDTH / 1e12} TB/s and {RATE / 1e12:.0f} TFLOP/s\n")  # fmt: skip
         print(table(rows))
+    if timings_file:
+        write_timings(timings_file, rows)
     if quick and not cuda:
         cut = [r for s in SHAPES for r in measured(small(s), torch.float32, "cpu", 3, seed)]
         print(f"\nmeasured: {platform.machine()} CPU, {torch.get_num_threads()} threads, fp32, "

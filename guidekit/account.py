@@ -19,6 +19,7 @@ class Account:
     rows: list[dict] = field(default_factory=list)
     edits: dict[str, int] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
+    attention: dict[str, str] = field(default_factory=dict)  # site read: implementation
     pictures: dict[str, Tensor] = field(default_factory=dict)  # maps kept for the report
     started: float = field(default_factory=time.monotonic)
 
@@ -30,6 +31,10 @@ class Account:
     def edit(self, plugin: str) -> None:
         """Counts one change that a gradient-free guidance made."""
         self.edits[plugin] = self.edits.get(plugin, 0) + 1
+
+    def attended(self, site: str, implementation: str) -> None:
+        """Keeps which implementation of attention ran where maps were read."""
+        self.attention[site] = implementation
 
     def note(self, text: str) -> None:
         """Keeps a remark for run.json, once."""

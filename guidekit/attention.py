@@ -6,23 +6,21 @@ the identity, or run by another implementation. The maps never keep P = softmax(
 Letters: B batch, H heads, N queries, T keys, S map columns, d head size.
 """
 
-import functools
 import importlib
-import importlib.util
-import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from guidekit.implementations import automatic, choose
+
 # Numbers in one chunk of P in `token_maps`. On a CPU 2**19 to 2**20 was measured fastest (backward
 # at N = T = 1100 is 1.3 times slower with 2**23, out of cache); a GPU wants few launches.
 CHUNK = 2**20
 CHUNK_GPU = 2**25
-IMPLEMENTATIONS = ("eager", "sdpa", "triton", "xformers")
-KERNEL = "guidekit_kernels.attention_map"
+KERNELS = "guidekit_kernels.routes"
 
 
 @dataclass(eq=False)
@@ -274,6 +272,7 @@ def _run_xformers(call: AttentionCall) -> Tensor:
 
 _RUN = {
     "sdpa": _run_sdpa,
+    "auto": _run_sdpa,
     "triton": _run_sdpa,  # without maps to read its kernel has nothing over stock SDPA
     "eager": lambda call: _eager(call)[0],
     "xformers": _run_xformers,
@@ -286,6 +285,7 @@ def attend(
     implementation: str | None = None,
     rows: slice | None = None,
     reduce: str = "mean",
+    columns: Sequence[int] | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Output and maps of one call: (B, H, N, d) and what `token_maps` returns.
 
@@ -293,15 +293,18 @@ def attend(
     sdpa    in fp32 and fp64 stock SDPA with `weights` appended to V as columns (the output
             within rounding of the untouched call); in half precision, where such maps would
             have three digits, stock SDPA and `token_maps`.
-    triton  one fused kernel, when `guidekit_kernels` has it.
-    None means `call.implementation`. Raises ValueError for xformers, which returns no maps,
-    and RuntimeError for one that is not available here.
+    triton  the kernels of `guidekit_kernels`; `columns`, the keys with weight where they are known,
+            let joint attention take the vendor's kernels if its table favours them.
+    None means `call.implementation`, which afterwards names the one that ran. Raises ValueError for
+    xformers, which returns no maps, and RuntimeError for one that is not available here.
 
     Measured on one CPU core, fp32, S = 4, forward and backward to the query in ms (and MiB
     saved), for SDPA alone, eager, appended, SDPA with token_maps. H8 N4096 T77 d40: 28 (10),
     23 (10), 32 (12), 51 (11); H4 N = T = 1100 d64, all gradients: 55 (4), 68 (26), 64 (5), 109 (9).
     """
     name = choose(implementation or call.implementation)
+    name = automatic(call.query, call.key) if name == "auto" else name
+    call.implementation = name
     rows = slice(None) if rows is None else rows
     if name == "xformers":
         raise ValueError("xformers returns no maps; read with: eager, sdpa, triton")
@@ -309,7 +312,8 @@ def attend(
     half = half or torch.is_autocast_enabled(call.query.device.type)
     if call._identity or (half and name == "sdpa"):
         return call.run(), call.read(weights, rows, reduce)
-    out, maps = _ATTEND[name](call, weights, rows, reduce)
+    known = {"columns": columns} if name == "triton" and columns is not None else {}
+    out, maps = _ATTEND[name](call, weights, rows, reduce, **known)
     return call._extended(out), maps
 
 
@@ -335,66 +339,13 @@ def _attend_sdpa(call, weights, rows, reduce) -> tuple[Tensor, Tensor]:
     return both[..., :d], maps.mean(1) if reduce == "mean" else maps
 
 
-def _attend_triton(call, weights, rows, reduce) -> tuple[Tensor, Tensor]:
-    return importlib.import_module(KERNEL).attend(
+def _attend_triton(call, weights, rows, reduce, columns=None) -> tuple[Tensor, Tensor]:
+    if columns is not None:
+        columns = torch.tensor(columns, device=call.key.device)
+    return importlib.import_module(KERNELS).attend(
         call.query, call.key, call.value, weights, mask=_read_mask(call), scale=call.scale,
-        rows=rows, reduce=reduce,
+        rows=rows, reduce=reduce, columns=columns,
     )  # fmt: skip
 
 
 _ATTEND = {"eager": _attend_eager, "sdpa": _attend_sdpa, "triton": _attend_triton}
-
-
-def implementations() -> dict[str, str]:
-    """Name to "available" or the reason why not, on this machine's default device."""
-    return {name: _state(name) for name in IMPLEMENTATIONS}
-
-
-def choose(name: str | None = None) -> str:
-    """The implementation to use: `name`, else GUIDEKIT_ATTENTION, else sdpa.
-
-    triton and xformers are used only when named. The result belongs in run.json. Raises ValueError
-    for an unknown name and RuntimeError for one that cannot run here.
-    """
-    name = name or os.environ.get("GUIDEKIT_ATTENTION")
-    if not name:
-        # The kernels of `triton` have not been timed on a GPU yet, so they have to be named.
-        return "sdpa"
-    if name not in IMPLEMENTATIONS:
-        raise ValueError(f"no attention implementation {name!r}; there are {IMPLEMENTATIONS}")
-    if _state(name) != "available":
-        there = ", ".join(n for n, state in implementations().items() if state == "available")
-        raise RuntimeError(f"attention {name!r} cannot run: {_state(name)}; available: {there}")
-    return name
-
-
-def _state(name: str) -> str:
-    if name in ("eager", "sdpa"):
-        return "available"
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    return _triton_state(device) if name == "triton" else _xformers_state(device)
-
-
-@functools.cache
-def _triton_state(device: str) -> str:
-    if importlib.util.find_spec(KERNEL) is None:
-        return f"{KERNEL} does not exist yet"
-    if importlib.util.find_spec("triton") is None:
-        return "triton is not installed"
-    if device != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
-        return "no CUDA device"
-    return "available"
-
-
-@functools.cache
-def _xformers_state(device: str) -> str:
-    """Availability by a real one-token call: an importable xformers often has no operator."""
-    if importlib.util.find_spec("xformers") is None:
-        return 'xformers is not installed: pip install "guidekit[xformers]"'
-    dtype = torch.float16 if device == "cuda" else torch.float32
-    one = torch.zeros(1, 1, 1, 8, device=device, dtype=dtype)
-    try:
-        _run_xformers(AttentionCall("", None, 0, one, one, one))
-    except (ImportError, OSError, RuntimeError, NotImplementedError) as error:
-        return f"a one-token call on {device} failed: {str(error).splitlines()[0]}"
-    return "available"

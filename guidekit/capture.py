@@ -50,6 +50,7 @@ class Capture:
         if not reads or call.index > 0:  # further calls are an IP-Adapter's image tokens
             return None
         out = self._read(call, reads)
+        self.step.run.account.attended(call.site, call.implementation)
         self._done(call.site)
         return out
 
@@ -103,7 +104,7 @@ class Capture:
         ]
         if plain:
             weights = torch.cat([_placed(r.weights, family, call) for r in plain], -1)
-            out, maps = attend(call, weights, rows=rows)
+            out, maps = attend(call, weights, rows=rows, columns=_columns(plain, family, call))
             for read, part in zip(
                 plain, maps.split([r.weights.shape[-1] for r in plain], 1), strict=True
             ):
@@ -128,6 +129,13 @@ def _placed(weights: Tensor, family, call: AttentionCall) -> Tensor:
     full = weights.new_zeros(len(weights), keys, weights.shape[2])
     full[:, family.text_keys(keys, n_text)] = weights
     return full
+
+
+def _columns(reads: list[AttentionRead], family, call: AttentionCall) -> list[int]:
+    """The call's keys that have weight in some read."""
+    keys, n_text = call.key.shape[2], reads[0].weights.shape[1]
+    text = range(keys) if keys == n_text else range(keys)[family.text_keys(keys, n_text)]
+    return [text[i] for i in sorted(frozenset().union(*(read.columns for read in reads)))]
 
 
 def _variant(call: AttentionCall, read: AttentionRead, family, rows: slice) -> Tensor:

@@ -129,7 +129,7 @@ def doctor_facts() -> dict[str, Any]:
     """Versions, devices, attention implementations and built-in models."""
     import torch
 
-    from guidekit.attention import choose
+    from guidekit.implementations import choose, measured_on
     from guidekit.outputs import machine, versions
 
     devices = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
@@ -140,6 +140,7 @@ def doctor_facts() -> dict[str, Any]:
         "devices": ["cpu", *(f"cuda:{i} {name}" for i, name in enumerate(devices))],
         "attention": _attention(),
         "chosen": choose(),
+        "kernel times": measured_on() or "a model: not measured on a GPU of this kind",
         "models": models,
         "plugins": [entry.name for entry in entries()],
         "healthy": all(state.startswith("intact") for state in models.values()),
@@ -148,7 +149,7 @@ def doctor_facts() -> dict[str, Any]:
 
 def _attention() -> dict[str, str]:
     """Every implementation: "works" after a call of it here, or why it does not."""
-    from guidekit.attention import implementations
+    from guidekit.implementations import implementations
 
     return {
         name: _tried(name) if state == "available" else state
@@ -201,6 +202,9 @@ def doctor_text(facts: dict[str, Any]) -> str:
     for name, state in facts["attention"].items():
         mark = ", chosen" if name == facts["chosen"] else ""
         lines.append(f"{'attention':<14}{name}: {state}{mark}")
+    if facts["chosen"] == "auto":
+        lines.append(f"{'attention':<14}sdpa or triton call by call, whichever was faster")
+    lines.append(f"{'kernel times':<14}{facts['kernel times']}")
     models = [f"{'model':<14}{name}: {state}" for name, state in facts["models"].items()]
     lines += models or [f"{'model':<14}none built in; guidekit train scenes makes one"]
     lines.append(f"{'plugins':<14}{', '.join(facts['plugins'])}")

@@ -6,6 +6,7 @@ guidances chain in the order in which the user named them.
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, ClassVar
@@ -83,6 +84,11 @@ class AttentionRead:
     per_head: bool = False
     tokens: Tensor | None = None
     extra: Tensor | None = None
+
+    @functools.cached_property
+    def columns(self) -> frozenset[int]:
+        """Tokens that have weight in some picture; looked up once, as that waits for the GPU."""
+        return frozenset(self.weights.ne(0).any(0).any(-1).nonzero().flatten().tolist())
 
 
 @dataclass(eq=False, frozen=True)

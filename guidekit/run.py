@@ -6,11 +6,11 @@ import torch
 from torch import Tensor
 
 from guidekit.account import Account
-from guidekit.attention import choose
 from guidekit.backbones import layout_sites, site_grid
 from guidekit.conditions import Condition
 from guidekit.denoiser import Denoiser, Text
 from guidekit.guidance import AttentionRead, FeatureRead, Guidance
+from guidekit.implementations import choose
 from guidekit.taps import find_sites
 
 MEMORY = ("fast", "low")

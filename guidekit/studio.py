@@ -199,6 +199,7 @@ class Studio:
         """The pictures of a batch, with masks drawn over, and the attention maps."""
         _check_finite(seeds, sampling.images)
         self.record.setdefault("attention", sampling.run.attention)
+        self.record.setdefault("attention_ran", _by_value(sampling.account.attention))
         self.record.setdefault("sites", _sites(sampling))
         masks = [segment.mask for segment in self.condition.segments]
         for i, seed in enumerate(seeds):
@@ -390,3 +391,8 @@ def _sites(sampling: Sampling) -> dict[str, list[str]]:
 
 def _numbered(progress: Progress | None, part: int, parts: int) -> Callable[[Step], None] | None:
     return None if progress is None else lambda step: progress(step, part, parts)
+
+
+def _by_value(found: dict[str, str]) -> dict[str, list[str]]:
+    """Every value with the sorted keys that have it."""
+    return {value: sorted(k for k in found if found[k] == value) for value in found.values()}

@@ -9,6 +9,18 @@ import triton.language as tl
 
 
 @triton.jit
+def place(H, N, BLOCK: tl.constexpr):
+    """Block of rows, image and head of a program in a grid (blocks of N rows * B * H,).
+
+    Blocks come first, so that programs which run together read the same keys. One grid dimension:
+    the others end at 65,535. Image and head in 64 bits: offsets may pass 2**31 numbers.
+    """
+    blocks = tl.cdiv(N, BLOCK)
+    pair = tl.program_id(0) // blocks
+    return tl.program_id(0) % blocks, (pair // H).to(tl.int64), (pair % H).to(tl.int64)
+
+
+@triton.jit
 def load_tile(base, offset, index, stride, count, D: tl.constexpr, BD: tl.constexpr, ALIGN):
     """Rows `index` of a (count, D) matrix as (len(index), BD), zeros outside.
 
@@ -39,10 +51,13 @@ def store_tile(base, offset, index, stride, count, tile, D: tl.constexpr, BD: tl
 
 @triton.jit
 def load_columns(base, index, stride, count, step, S, BS: tl.constexpr):
-    """Few columns of the rows `index`: (len(index), BS), zeros outside (count, S)."""
+    """Few columns of the rows `index`: (len(index), BS), zeros outside (count, S).
+
+    A negative index is outside too: queries before the range of the maps.
+    """
     columns = tl.arange(0, BS)
-    inside = (index < count)[:, None] & (columns < S)[None, :]
-    at = base + index.to(tl.int64)[:, None] * stride + columns[None, :] * step
+    inside = ((index >= 0) & (index < count))[:, None] & (columns < S)[None, :]
+    at = base + index.to(tl.int64)[:, None] * stride + columns.to(tl.int64)[None, :] * step
     return tl.load(at, mask=inside, other=0.0)
 
 
@@ -79,14 +94,16 @@ def scores(
     if bias_a is not None:
         s = fine_dot(bias_a * log2e, tl.trans(bias_b), s, SPLIT, DOT)
     if MASKED != "none":
-        at = MASK + mask_offset + keys.to(tl.int64) * mask_t
+        steps = keys * mask_t
         inside = keys < T
         if mask_n is not None:
-            at = at + rows.to(tl.int64) * mask_n
+            steps = steps + rows * mask_n
             inside = inside & (rows < N)
-        given = tl.load(at, mask=inside, other=0)
+        given = tl.load(MASK + mask_offset + steps, mask=inside, other=0)
         if MASKED == "boolean":
             s = tl.where(given != 0, s, float("-inf"))
         else:
-            s += given.to(tl.float32) * log2e
+            # finfo.min times log2(e) would be -inf, and a row of nothing else an empty one.
+            given = given.to(tl.float32)
+            s += tl.where(given == float("-inf"), given, tl.maximum(given, -2e38)) * log2e
     return tl.where(keys < T, s, float("-inf"))

@@ -53,8 +53,8 @@ def attend(
 
     Returns also the mean over heads (B, S, rows), or (B, H, S, rows) with reduce="none". Gradients
     of both reach query, key and value. A row without any allowed key gives zeros. Under autocast
-    the inputs take its dtype, as in SDPA. fp32 products are exact unless
-    torch.get_float32_matmul_precision() allows tf32. More than 32 maps take several launches.
+    the inputs take its dtype, as in SDPA. fp32 products are exact unless tf32 is allowed for
+    torch's own (torch.set_float32_matmul_precision). More than 32 maps take several launches.
     """
     query, key, value = _autocast(query, key, value)
     _check(query, key, value, weights, mask, reduce, bias)
@@ -108,6 +108,9 @@ def _check(query, key, value, weights, mask, reduce, bias) -> None:
         sizes = zip(reversed(mask.shape), (t, n, h, b), strict=False)
         if mask.ndim > 4 or any(given not in (1, size) for given, size in sizes):
             raise ValueError(f"mask {tuple(mask.shape)} does not broadcast to {(b, h, n, t)}")
+    if max(n, t) * h * d >= 2**31 or mask is not None and mask.shape[-2:].numel() >= 2**31:
+        raise ValueError(f"{n} queries, {t} keys: a tensor of one image has 2**31 numbers or more; "
+                         "'sdpa' takes others")  # fmt: skip
     segments, words = bias or (None, None)
     fixed = dict(weights=weights, mask=mask, segments=segments, words=words)
     for name, tensor in fixed.items():

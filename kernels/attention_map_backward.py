@@ -19,7 +19,46 @@ queries are cut in parts, summed outside.
 import triton
 import triton.language as tl
 
-from guidekit_kernels.attention_blocks import fine_dot, load_columns, load_tile, scores, store_tile
+from guidekit_kernels.attention_blocks import (
+    fine_dot,
+    load_columns,
+    load_tile,
+    place,
+    scores,
+    store_tile,
+)
+
+
+@triton.jit
+def whole_rows(s):
+    """P and its log-sum-exp for logits in base 2 that hold all keys of their rows.
+
+    Scaled by their sums, rows of P sum to one closer than exp(s - lse), and dP - delta may cancel.
+    """
+    top = tl.max(s, 1)
+    top = tl.where(top == float("-inf"), 0.0, top)
+    p = tl.exp2(s - top[:, None])
+    total = tl.sum(p, 1)
+    total = tl.where(total == 0.0, 1.0, total)
+    return p * (1.0 / total)[:, None], top + tl.log2(total)
+
+
+@triton.jit
+def saved_row_sums(
+    OUT, out_offset, out_n, MAPS, do, g, rows, row_start, span, N, S,
+    D: tl.constexpr, BD: tl.constexpr, BS: tl.constexpr, ALIGN: tl.constexpr,
+):  # fmt: skip
+    """delta = rowsum(dO * O) + rowsum(g * P W), from what forward wrote; do or g may be None.
+
+    MAPS (S, span) are of one head, and multiplied by map_scale already: g must not be.
+    """
+    delta = tl.zeros_like(rows).to(tl.float32)
+    if do is not None:
+        o = load_tile(OUT, out_offset, rows, out_n, N, D, BD, ALIGN)
+        delta += tl.sum(o.to(tl.float32) * do.to(tl.float32), 1)
+    if g is not None:
+        delta += tl.sum(g * load_columns(MAPS, rows - row_start, 1, span, span, S, BS), 1)
+    return delta
 
 
 @triton.jit
@@ -33,45 +72,37 @@ def query_kernel(
     BM: tl.constexpr, BN: tl.constexpr, BS: tl.constexpr, BC: tl.constexpr,
     MASKED: tl.constexpr, ALIGN: tl.constexpr, DOT: tl.constexpr, SPLIT: tl.constexpr,
 ):  # fmt: skip
-    """Grid (blocks of BM queries, B * H). DOUT or DMAPS None: that gradient is zero.
+    """Grid (blocks of BM queries * B * H,). DOUT or DMAPS None: that gradient is zero.
 
     ONE: BN holds all keys; OUT and MAPS are not read, and LSE, if not None, is written. Else
     MAPS (B, H, S, rows) and LSE are forward's. DELTA (B, H, N) is written if not None.
     """
-    block, pair = tl.program_id(0), tl.program_id(1)
-    image, head = (pair // H).to(tl.int64), pair % H
+    block, image, head = place(H, N, BM)
     k_head = head // SHARED
     first = block * BM
     rows = first + tl.arange(0, BM)
-    in_map = (rows >= row_start) & (rows < row_stop)
+    row = (image * H + head) * N + rows
+    span = row_stop - row_start
     reads = (first < row_stop) & (first + BM > row_start)
     q = load_tile(Q, image * q_b + head * q_h, rows, q_n, N, D, BD, ALIGN)
     segments = None
-    words = None
     if SEGMENTS is not None:
         segments = load_columns(SEGMENTS + image * seg_b, rows, seg_n, N, seg_s, C, BC)
-
-    delta = tl.zeros([BM], tl.float32)
-    lse = tl.zeros([BM], tl.float32)
+    do = None
+    g = None
     if DOUT is not None:
         do = load_tile(DOUT, image * do_b + head * do_h, rows, do_n, N, D, BD, ALIGN)
     if DMAPS is not None:
-        index = rows - row_start
-        span = row_stop - row_start
-        columns = tl.arange(0, BS)
-        inside = in_map[:, None] & (columns < S)[None, :]
-        at = image * dm_b + head * dm_h
-        at = at + index.to(tl.int64)[:, None] * dm_n + columns[None, :] * dm_s
-        g = tl.load(DMAPS + at, mask=inside, other=0.0)
+        at = DMAPS + image * dm_b + head * dm_h
+        g = load_columns(at, rows - row_start, dm_n, span, dm_s, S, BS)
+    lse = tl.zeros([BM], tl.float32)
+    delta = tl.zeros([BM], tl.float32)
     if not ONE:
-        lse = tl.load(LSE + (image * H + head) * N + rows, mask=rows < N, other=0.0)
-        if DOUT is not None:
-            o = load_tile(OUT, image * o_b + head * o_h, rows, o_n, N, D, BD, ALIGN)
-            delta += tl.sum(o.to(tl.float32) * do.to(tl.float32), 1)
-        if DMAPS is not None:
-            at = (image * H + head) * S * span + columns[None, :].to(tl.int64) * span
-            read = tl.load(MAPS + at + index[:, None], mask=inside, other=0.0)
-            delta += tl.sum(g * read, 1)  # forward has multiplied its maps by map_scale
+        lse = tl.load(LSE + row, mask=rows < N, other=0.0)
+        delta = saved_row_sums(
+            OUT, image * o_b + head * o_h, o_n, MAPS + (image * H + head) * S * span, do, g,
+            rows, row_start, span, N, S, D, BD, BS, ALIGN,
+        )  # fmt: skip
     if DMAPS is not None:
         g = g * map_scale
 
@@ -79,6 +110,7 @@ def query_kernel(
     for start in range(0, T, BN):
         keys = start + tl.arange(0, BN)
         k = load_tile(K, image * k_b + k_head * k_h, keys, k_t, T, D, BD, ALIGN)
+        words = None
         if SEGMENTS is not None:
             words = load_columns(WORDS + image * word_b, keys, word_t, T, word_s, C, BC)
         s = scores(
@@ -94,20 +126,17 @@ def query_kernel(
                 w = load_columns(W + image * w_b, keys, w_t, T, w_s, S, BS)
                 dp = fine_dot(g, tl.trans(w), dp, SPLIT, DOT)
         if ONE:
-            top = tl.max(s, 1)
-            top = tl.where(top == float("-inf"), 0.0, top)
-            total = tl.sum(tl.exp2(s - top[:, None]), 1)
-            lse = top + tl.log2(tl.where(total == 0.0, 1.0, total))
-        p = tl.exp2(s - lse[:, None])
-        if ONE:
+            p, lse = whole_rows(s)
             delta = tl.sum(p * dp, 1)
+        else:
+            p = tl.exp2(s - lse[:, None])
         ds = p * (dp - delta[:, None])
         dq = tl.dot(ds.to(k.dtype), k, dq, input_precision=DOT)
     store_tile(DQ, image * dq_b + head * dq_h, rows, dq_n, N, dq * scale, D, BD, ALIGN)
     if DELTA is not None:
-        tl.store(DELTA + (image * H + head) * N + rows, delta, mask=rows < N)
+        tl.store(DELTA + row, delta, mask=rows < N)
         if ONE:
-            tl.store(LSE + (image * H + head) * N + rows, lse, mask=rows < N)
+            tl.store(LSE + row, lse, mask=rows < N)
 
 
 @triton.jit
@@ -120,20 +149,17 @@ def key_kernel(
     BN: tl.constexpr, BS: tl.constexpr, BC: tl.constexpr, MASKED: tl.constexpr,
     ALIGN: tl.constexpr, DOT: tl.constexpr, SPLIT: tl.constexpr,
 ):  # fmt: skip
-    """Grid (blocks of BN keys, B * H / SHARED, parts of part_rows queries, a multiple of BM).
+    """Grid (blocks of BN keys * B * H / SHARED, parts of part_rows queries, a multiple of BM).
 
     DK and DV (parts, B, H / SHARED, T, D) have one set of strides. Everything is computed
     transposed, P^T = exp(K Q^T - lse), so that P^T and dS^T enter their products as they are.
     """
-    block, pair, part = tl.program_id(0), tl.program_id(1), tl.program_id(2)
-    k_heads = H // SHARED
-    image, k_head = (pair // k_heads).to(tl.int64), pair % k_heads
+    block, image, k_head = place(H // SHARED, T, BN)
+    part = tl.program_id(1)
     first = block * BN
     keys = first + tl.arange(0, BN)
     k = load_tile(K, image * k_b + k_head * k_h, keys, k_t, T, D, BD, ALIGN)
     v = load_tile(V, image * v_b + k_head * v_h, keys, v_t, T, D, BD, ALIGN)
-    columns = tl.arange(0, BS)
-    segments = None
     words = None
     if SEGMENTS is not None:
         words = load_columns(WORDS + image * word_b, keys, word_t, T, word_s, C, BC)
@@ -148,6 +174,7 @@ def key_kernel(
         for start in range(part * part_rows, min(N, (part + 1) * part_rows), BM):
             rows = start + tl.arange(0, BM)
             q = load_tile(Q, image * q_b + head * q_h, rows, q_n, N, D, BD, ALIGN)
+            segments = None
             if SEGMENTS is not None:
                 segments = load_columns(SEGMENTS + image * seg_b, rows, seg_n, N, seg_s, C, BC)
             s = scores(
@@ -166,14 +193,12 @@ def key_kernel(
                 dp = tl.dot(v, tl.trans(do), dp, input_precision=DOT)
             if DMAPS is not None:
                 if in_map & (start < row_stop) & (start + BM > row_start):
-                    inside = (rows >= row_start) & (rows < row_stop)
-                    at = image * dm_b + head * dm_h + columns[None, :] * dm_s
-                    at = at + (rows - row_start).to(tl.int64)[:, None] * dm_n
-                    inside = inside[:, None] & (columns < S)[None, :]
-                    g = tl.load(DMAPS + at, mask=inside, other=0.0) * map_scale
+                    at = DMAPS + image * dm_b + head * dm_h
+                    span = row_stop - row_start
+                    g = load_columns(at, rows - row_start, dm_n, span, dm_s, S, BS) * map_scale
                     dp = fine_dot(w, tl.trans(g), dp, SPLIT, DOT)
             ds = p * (dp - delta[None, :])
             dk = tl.dot(ds.to(q.dtype), q, dk, input_precision=DOT)
-    offset = part * dk_p + image * dk_b + k_head * dk_h
-    store_tile(DK, offset, keys, dk_t, T, dk * scale, D, BD, 1)
-    store_tile(DV, offset, keys, dk_t, T, dv, D, BD, 1)
+    offset = part.to(tl.int64) * dk_p + image * dk_b + k_head * dk_h
+    store_tile(DK, offset, keys, dk_t, T, dk * scale, D, BD, ALIGN)
+    store_tile(DV, offset, keys, dk_t, T, dv, D, BD, ALIGN)

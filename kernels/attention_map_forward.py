@@ -15,7 +15,14 @@ fixed order. Float atomics would give another sum on every run.
 import triton
 import triton.language as tl
 
-from guidekit_kernels.attention_blocks import fine_dot, load_columns, load_tile, scores, store_tile
+from guidekit_kernels.attention_blocks import (
+    fine_dot,
+    load_columns,
+    load_tile,
+    place,
+    scores,
+    store_tile,
+)
 
 
 @triton.jit
@@ -28,23 +35,21 @@ def forward_kernel(
     BN: tl.constexpr, BS: tl.constexpr, BC: tl.constexpr, MASKED: tl.constexpr,
     ALIGN: tl.constexpr, DOT: tl.constexpr, SPLIT: tl.constexpr,
 ):  # fmt: skip
-    """Grid (blocks of BM queries, B * H / G).
+    """Grid (blocks of BM queries * B * H / G,).
 
     MAPS (B, H / G, S, rows) receives map_scale times the group's sum; LSE (B, H, N), in base 2,
     or None. SHARED query heads read one key head. SEGMENTS (B, C, N) and WORDS (B, T, C), or
     None, are the factors of an additive bias. Maps are computed for queries row_start to
     row_stop, from keys key_start to key_stop.
     """
-    block, pair = tl.program_id(0), tl.program_id(1)
     groups = H // G
-    image, group = (pair // groups).to(tl.int64), pair % groups
+    block, image, group = place(groups, N, BM)
     first = block * BM
     rows = first + tl.arange(0, BM)
     columns = tl.arange(0, BS)
     reads = (first < row_stop) & (first + BM > row_start)
     maps = tl.zeros([BM, BS], tl.float32)
     segments = None
-    words = None
     if SEGMENTS is not None:
         segments = load_columns(SEGMENTS + image * seg_b, rows, seg_n, N, seg_s, C, BC)
 
@@ -59,6 +64,7 @@ def forward_kernel(
         for start in range(0, T, BN):
             keys = start + tl.arange(0, BN)
             k = load_tile(K, image * k_b + k_head * k_h, keys, k_t, T, D, BD, ALIGN)
+            words = None
             if SEGMENTS is not None:
                 words = load_columns(WORDS + image * word_b, keys, word_t, T, word_s, C, BC)
             s = scores(

@@ -5,8 +5,10 @@ Imported when an operator first runs, so that without triton only that call fail
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
+import torch.nn.functional as F
 import triton.language as tl
 from torch import Tensor
 
@@ -27,9 +29,9 @@ def launch_forward(
     query, key, *_ = tensors
     b, h, n, d = query.shape
     out, maps, lse = results
-    tile = _tile("forward", query, key)
+    tile = _tile("forward", tensors)
     target = _computed(out)
-    forward_kernel[(-(-n // tile.rows), b * maps.shape[1])](
+    forward_kernel[(-(-n // tile.rows) * b * maps.shape[1],)](
         OUT=target, MAPS=maps, LSE=lse if lse.numel() else None,
         **_arguments(tensors, given, tile), **_strides("o", target, "bhn"),
         G=h // maps.shape[1],
@@ -56,9 +58,9 @@ def launch_backward(
     one = lse is None
     delta = query.new_empty(query.shape[:3], dtype=torch.float32) if keys else None
     lse = torch.empty_like(delta) if one and keys else lse
-    out = None if one else _computed(out)
-    tile = _tile("query", query, key)
-    query_kernel[(-(-query.shape[2] // tile.rows), query.shape[0] * query.shape[1])](
+    out = None if one else _unit_stride(_computed(out))
+    tile = _tile("query", tensors)
+    query_kernel[(-(-query.shape[2] // tile.rows) * query.shape[0] * query.shape[1],)](
         OUT=out, MAPS=maps, LSE=lse, DELTA=delta, DQ=dq, ONE=one, **shared,
         **_arguments(tensors, given, tile, grad_out), **_strides("o", out, "bhn"),
         **_strides("dq", dq, "bhn"),
@@ -73,7 +75,7 @@ def _launch_key(tensors, given, shared) -> tuple[Tensor, Tensor]:
     query, key, *_ = tensors
     b, _, n, _ = query.shape
     _, hk, t, d = key.shape
-    tile = _tile("key", query, key)
+    tile = _tile("key", tensors)
     blocks = -(-t // tile.keys)
     parts = tiles.parts(blocks * b * hk, n, tile.rows, tiles.processors(query.device))
     part_rows = -(-n // (parts * tile.rows)) * tile.rows
@@ -83,7 +85,7 @@ def _launch_key(tensors, given, shared) -> tuple[Tensor, Tensor]:
     dk, dv = (
         key.new_empty(parts, b, t, hk, d, dtype=dtype).transpose(2, 3) for _ in range(2)
     )  # both (parts, B, Hk, T, d), in the memory order of the projections
-    key_kernel[(blocks, b * hk, parts)](
+    key_kernel[(blocks * b * hk, parts)](
         DK=dk, DV=dv, part_rows=part_rows, **shared,
         **_arguments(tensors, given, tile, shared["DOUT"]),
         **_strides("dk", dk, "pbht"),
@@ -125,15 +127,26 @@ def _arguments(tensors, given, tile, grad_out=None) -> dict:
 def _mask(mask: Tensor | None, shape: tuple[int, ...]) -> tuple[Tensor | None, str]:
     if mask is None:
         return None, "none"
+    if mask.ndim > 1 and mask.shape[-2] > 1 and mask.stride(-2) % 16:
+        # Rows of 77 or 300 numbers start at odd places: read one by one, their addresses spill.
+        mask = F.pad(mask, (0, -shape[3] % 16))[..., : mask.shape[-1]]
     mask = mask.expand(shape)
     if mask.dtype == torch.bool:
         return mask.view(torch.uint8), "boolean"
     return _computed(mask), "additive"
 
 
-def _tile(kernel: str, query: Tensor, key: Tensor) -> tiles.Tile:
+def _tile(kernel: str, tensors: Sequence[Tensor | None]) -> tiles.Tile:
+    """The table's; a bias or a mask with rows takes registers, so then a smaller one."""
+    query, key, _, _, mask, segments, _ = tensors
+    sizes = query.shape[3], key.shape[2], query.itemsize
     arch = tiles.architecture(query.device)
-    return tiles.tile(kernel, query.shape[3], key.shape[2], query.itemsize, arch)
+    if arch == 80 or segments is None and (mask is None or mask.ndim < 2 or mask.shape[-2] == 1):
+        return tiles.tile(kernel, *sizes, arch)
+    if kernel == "query":  # one block must go on holding all keys
+        tile = tiles.tile(kernel, *sizes, arch)
+        return replace(tile, rows=max(16, tile.rows // 2))
+    return tiles.tile(kernel, *sizes, 80)
 
 
 def _strides(name: str, tensor: Tensor | None, axes: str) -> dict:
@@ -158,7 +171,9 @@ def _computed(tensor: Tensor) -> Tensor:
 
 
 def _unit_stride(tensor: Tensor) -> Tensor:
-    return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
+    """A tile's rows are found by 32-bit steps from its head's start, its numbers are adjacent."""
+    near = tensor.shape[2] * tensor.stride(2) < 2**31
+    return tensor if near and tensor.stride(-1) == 1 else tensor.contiguous()
 
 
 def _alignment(*tensors: Tensor | None) -> int:
@@ -178,6 +193,6 @@ def _precision(query: Tensor) -> tuple[str, tl.dtype | None]:
     bf16 has the range of fp32, which small weights and gradients need; the interpreter has no
     bf16 product and shows the same arithmetic in fp16.
     """
-    if query.dtype == torch.float32 and torch.get_float32_matmul_precision() == "highest":
+    if query.dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision != "tf32":
         return "ieee", None
     return "tf32", tl.float16 if INTERPRETED else tl.bfloat16

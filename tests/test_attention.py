@@ -10,7 +10,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from guidekit import attention
-from guidekit.attention import AttentionCall, attend, choose, implementations, token_maps
+from guidekit import implementations as chosen
+from guidekit.attention import AttentionCall, attend, token_maps
+from guidekit.implementations import choose, implementations
 from guidekit.taps import tap_attention
 
 import tiny
@@ -320,10 +322,17 @@ def test_choice_of_implementation(monkeypatch):
     states = implementations()
     assert list(states) == ["eager", "sdpa", "triton", "xformers"]
     monkeypatch.delenv("GUIDEKIT_ATTENTION", raising=False)
-    assert choose() == ("triton" if states["triton"] == "available" else "sdpa")
+    assert choose() == choose("auto") == "sdpa"  # nothing is measured on a CPU
     monkeypatch.setenv("GUIDEKIT_ATTENTION", "eager")
     assert choose() == "eager"
     assert choose("sdpa") == "sdpa"
+    for name, state in states.items():
+        monkeypatch.setenv("GUIDEKIT_ATTENTION", name)
+        if state == "available":
+            assert choose() == name
+        else:
+            with pytest.raises(RuntimeError, match=f"attention '{name}' cannot run"):
+                choose()
     with pytest.raises(ValueError, match="no attention implementation 'flash'"):
         choose("flash")
     with pytest.raises(ValueError, match="no attention implementation 'eger'"):
@@ -333,16 +342,16 @@ def test_choice_of_implementation(monkeypatch):
 
 def test_an_implementation_that_is_missing_says_why(monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    attention._triton_state.cache_clear()
-    attention._xformers_state.cache_clear()
+    chosen._triton_state.cache_clear()
+    chosen._xformers_state.cache_clear()
     try:
-        with pytest.raises(RuntimeError, match="does not exist yet; available: eager, sdpa$"):
+        with pytest.raises(RuntimeError, match="is not installed; available: eager, sdpa$"):
             choose("triton")
         with pytest.raises(RuntimeError, match=r"guidekit\[xformers\]"):
             attend(make_call(), segments(7), "xformers")
     finally:
-        attention._triton_state.cache_clear()
-        attention._xformers_state.cache_clear()
+        chosen._triton_state.cache_clear()
+        chosen._xformers_state.cache_clear()
 
 
 def test_the_chosen_implementation_runs(monkeypatch):

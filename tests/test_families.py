@@ -207,16 +207,3 @@ def test_features_of_transformer_blocks_have_grids(family):
     condition = CLASSES[0] if family == "dit" else RED
     Sampling(pipe, condition, [guidance], steps=1).finish()
     assert guidance.found.shape[2:] == (8, 8)
-
-
-def test_joint_attention_of_pag_keeps_the_text():
-    """The text's queries and the pixels' reading of it are as they were."""
-    call = AttentionCall("s", None, 0, *torch.randn(3, 1, 2, 5, 4).unbind(0))
-    plain = call.read(torch.eye(5)[None])[0]
-    run = SimpleNamespace(denoiser=SimpleNamespace(family=family_of(pipeline("sd3").transformer)))
-    run.text_length = 2
-    PerturbedAttention().edit_attention(SimpleNamespace(run=run), None, call)
-    maps = call.read(torch.eye(5)[None])[0]  # (key, query); three pixels, then two tokens
-    assert torch.equal(maps[:3, :3], torch.diag(maps[:3, :3].diagonal()))
-    torch.testing.assert_close(maps[:, 3:], plain[:, 3:])
-    assert (maps[3:, :3] > 0).all()

@@ -63,13 +63,20 @@ def drawn_mask(case: Case, dtype, generator) -> Tensor | None:
     mask = torch.randn(shape[form], generator=generator)
     if kind == "pixart":  # 0 for words, -10000 for padding
         mask = torch.where(mask > 0, 0.0, -10000.0)
+    if kind == "lowest":  # transformers' padding; the last image has nothing else
+        mask = torch.where(mask > 0, 0.0, torch.finfo(dtype).min)
+        mask[-1] = torch.finfo(dtype).min
     return mask.to(dtype)
 
 
 def check(case: Case, dtype: torch.dtype, device: str = "cpu", seed: int = 0, floor=4e-7) -> None:
     """Output, maps and gradients against float64, within twice the error of torch in `dtype`.
 
-    `floor` is allowed besides, as a part of the largest number.
+    The error is the root mean square over the tensor: the largest of a few thousand rounding
+    errors varies by half from seed to seed, for torch as for the kernel, and fails an honest run
+    now and then. So that no single wrong number hides in the mean, the largest error may be
+    four times torch's largest. `floor` is allowed besides, as a part of the truth's own size: torch
+    may make no error at all, as where one key has all the attention.
     """
     generator = torch.Generator().manual_seed(seed)
     hk = case.hk or case.h
@@ -92,9 +99,14 @@ def check(case: Case, dtype: torch.dtype, device: str = "cpu", seed: int = 0, fl
     same = _results(reference.attention_map, tensors, weights, options, case, noise, dtype)
     for name in truth:
         assert ours[name].shape == truth[name].shape
-        error, torchs = (_largest(x[name].double() - truth[name]) for x in (ours, same))
-        allowed = 2 * torchs + floor * _largest(truth[name])
-        assert error <= allowed, f"{name}: {error:.1e}, allowed {allowed:.1e}"
+        for size, times in ((_root_mean_square, 2), (_largest, 4)):
+            error, torchs = (size(x[name].double() - truth[name]) for x in (ours, same))
+            allowed = times * torchs + floor * size(truth[name])
+            assert error <= allowed, f"{name}, {size.__name__}: {error:.1e} > {allowed:.1e}"
+
+
+def _root_mean_square(x: Tensor) -> float:
+    return x.square().mean().sqrt().item() if x.numel() else 0.0
 
 
 def _largest(x: Tensor) -> float:

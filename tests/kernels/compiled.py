@@ -106,7 +106,8 @@ def main() -> None:
         options["dtype"] = getattr(torch, options["dtype"])
         for name, arguments in launched(int(arch), **options).items():
             row = compiled(KERNELS[name], arguments, int(arch))
-            print(json.dumps(dict(case=json.loads(case), arch=int(arch), kernel=name) | row))
+            about = dict(case=json.loads(case), arch=int(arch), kernel=name)
+            print(json.dumps(about | dict(triton=triton.__version__) | row), flush=True)
 
 
 if __name__ == "__main__":

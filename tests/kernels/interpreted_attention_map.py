@@ -21,13 +21,14 @@ WHOLE = [
     Case(d=32, grads="q"),
     Case(d=40, t=33, b=2, grads="q"),
     Case(d=72, t=1),
-    Case(n=1, t=2, h=1),
+    Case(n=1, t=2, h=8, b=4),
     Case(d=64, t=40, n=70, batched=True, b=2, reduce="none"),
     Case(d=80, t=17, s=9, rows=(5, 31), grads="q"),
     Case(d=32, h=4, hk=2, b=2),
     Case(d=32, h=3, hk=1, mask="pixart keys"),
     Case(d=32, mask="boolean rows", b=2),
     Case(d=32, mask="additive all", grads="q"),
+    Case(d=32, mask="lowest keys", b=2, grads="q"),
     Case(d=32, bias=True, b=2),
     Case(d=32, unused="out"),
     Case(d=32, unused="maps"),
@@ -74,13 +75,16 @@ def test_bf16_is_computed_in_fp32_here(case):
 
 
 @pytest.mark.parametrize("t", [20, 140])
-def test_tf32_has_16_bits_in_maps_and_bias(t, monkeypatch):
+def test_tf32_has_16_bits_in_maps_and_bias(t):
     """With tf32 allowed, the products with weights and bias are split in halves.
 
     The interpreter computes the large products of tf32 exactly.
     """
-    monkeypatch.setattr(torch, "get_float32_matmul_precision", lambda: "high")
-    check(Case(t=t, bias=True), torch.float32, floor=1e-4)
+    torch.set_float32_matmul_precision("high")
+    try:
+        check(Case(t=t, bias=True), torch.float32, floor=1e-4)
+    finally:
+        torch.set_float32_matmul_precision("highest")
 
 
 @pytest.mark.parametrize("count", [1, 3, 1000])

@@ -25,7 +25,9 @@ CASES = [
     *(Case(n=200, t=t, d=72, layout=layout) for t in (77, 300) for layout in ("odd", "columns")),
     *(Case(n=200, t=t, unused=unused) for t in (77, 300) for unused in ("out", "maps")),
     *(Case(n=200, t=t, d=64, grads=grads) for t in (77, 300) for grads in ("", "q")),
-    Case(n=1, t=2),
+    Case(n=1, t=2, h=8, b=4),
+    Case(b=2, n=200, t=300, d=64, mask="lowest keys"),
+    Case(n=64, t=20, h=70_000, d=32, grads="q"),  # more heads than a grid's second dimension
     Case(n=600, t=600, d=128, rows=(88, 600), keys=(0, 88)),
     Case(n=600, t=600, d=64, rows=(0, 512), keys=(512, 600)),
     Case(n=16384 + 3, t=77, h=1, d=40),

@@ -1,0 +1,91 @@
+"""The implementations of attention: which there are, which can run here, and which is used."""
+
+import functools
+import importlib
+import importlib.util
+import os
+
+import torch
+from torch import Tensor
+
+IMPLEMENTATIONS = ("eager", "sdpa", "triton", "xformers")
+KERNELS = "guidekit_kernels"
+
+
+def implementations() -> dict[str, str]:
+    """Name to "available" or the reason why not, on this machine's default device."""
+    return {name: _state(name) for name in IMPLEMENTATIONS}
+
+
+def choose(name: str | None = None) -> str:
+    """The implementation to use: `name`, else GUIDEKIT_ATTENTION, else by measurement.
+
+    By measurement is "auto", sdpa or triton call by call as `automatic` says, on a GPU for whose
+    architecture the table of `guidekit_kernels` holds measured times; elsewhere it is sdpa.
+    xformers is used only when named. The result belongs in run.json. Raises ValueError for an
+    unknown name and RuntimeError for one that cannot run here.
+    """
+    name = name or os.environ.get("GUIDEKIT_ATTENTION") or "auto"
+    if name == "auto":
+        timed = _state("triton") == "available" and torch.cuda.is_available() and measured_on()
+        return "auto" if timed else "sdpa"
+    if name not in IMPLEMENTATIONS:
+        raise ValueError(f"no attention implementation {name!r}; there are {IMPLEMENTATIONS}")
+    if _state(name) != "available":
+        there = ", ".join(n for n, state in implementations().items() if state == "available")
+        raise RuntimeError(f"attention {name!r} cannot run: {_state(name)}; available: {there}")
+    return name
+
+
+def automatic(query: Tensor, key: Tensor) -> str:
+    """sdpa or triton for one call with maps, whichever was measured faster at such sizes."""
+    half = query.dtype in (torch.float16, torch.bfloat16)
+    if not (query.is_cuda and half and query.shape[-1] <= 256):  # only halves are measured
+        return "sdpa"
+    routes = importlib.import_module(f"{KERNELS}.routes")
+    return "sdpa" if routes.fastest(query, key, ("sdpa", "fused", "vendor")) == "sdpa" else "triton"
+
+
+def measured_on() -> str | None:
+    """The GPU on which the kernels were measured, if it is of this one's architecture."""
+    if not torch.cuda.is_available():
+        return None
+    tiles = importlib.import_module(f"{KERNELS}.tiles")
+    routes = importlib.import_module(f"{KERNELS}.routes")
+    return routes.measured(tiles.architecture(torch.device("cuda")))
+
+
+def _state(name: str) -> str:
+    if name in ("eager", "sdpa"):
+        return "available"
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    return _triton_state(device) if name == "triton" else _xformers_state(device)
+
+
+@functools.cache
+def _triton_state(device: str) -> str:
+    if importlib.util.find_spec(KERNELS) is None:
+        return f"{KERNELS} is not installed"
+    if importlib.util.find_spec("triton") is None:
+        return "triton is not installed"
+    if device == "cuda" and torch.cuda.get_device_capability()[0] < 8:
+        return "the GPU's compute capability is below 8.0"
+    if device != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
+        return "no CUDA device"
+    return "available"
+
+
+@functools.cache
+def _xformers_state(device: str) -> str:
+    """Availability by a real one-token call: an importable xformers often has no operator."""
+    if importlib.util.find_spec("xformers") is None:
+        return 'xformers is not installed: pip install "guidekit[xformers]"'
+    dtype = torch.float16 if device == "cuda" else torch.float32
+    one = torch.zeros(1, 1, 1, 8, device=device, dtype=dtype)
+    try:
+        from xformers.ops import memory_efficient_attention
+
+        memory_efficient_attention(one, one, one)
+    except (ImportError, OSError, RuntimeError, NotImplementedError) as error:
+        return f"a one-token call on {device} failed: {str(error).splitlines()[0]}"
+    return "available"
