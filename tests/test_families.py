@@ -14,7 +14,6 @@ from diffusers import (
 )
 
 from guidekit import (
-    AttentionCall,
     Condition,
     Denoiser,
     FeatureRead,
@@ -24,10 +23,8 @@ from guidekit import (
     box_mask,
     miniatures,
 )
-from guidekit.backbones import family_of
 from guidekit.loading import make_scheduler
 from guidekit.tokens import segment_columns
-from guidekit_pag import PerturbedAttention
 from guidekit_pww import PaintWithWords
 from guidekit_zest import Zest
 
