@@ -316,11 +316,13 @@ def table(rows: list[dict]) -> str:
 @click.option("--xl", is_flag=True, help="SDXL's configuration, one step in bfloat16.")
 @click.option("--repeats", default=0, help="Turns of which the fastest counts; 20, full size 3.")
 @click.option("--quick", is_flag=True, help="5 turns.")
+@click.option("--threads", default=0, help="Of torch; by default its own choice.")
 @click.option("--seed", default=0, help="Of random weights.")
 @click.option("--json", "json_file", type=click.Path(), help="Also write the rows here.")
-def main(model, full, xl, repeats, quick, seed, json_file):
+def main(model, full, xl, repeats, quick, threads, seed, json_file):
     """Prints what guidance costs."""
     torch.manual_seed(seed)
+    torch.set_num_threads(threads or torch.get_num_threads())
     repeats = repeats or (5 if quick else 3 if full else 20)
     if xl:
         tables = [xl_rows(torch.bfloat16)]
