@@ -12,6 +12,7 @@ from typing import Any
 import click
 
 from guidekit import __version__
+from guidekit.cli_heads import augment, fit
 
 EPILOG = "Plugins add commands under their own names; `guidekit plugins` lists the plugins."
 
@@ -105,6 +106,10 @@ def _fail(text: str) -> None:
 @click.version_option(__version__, prog_name="guidekit")
 def main() -> None:
     """Steer frozen diffusion backbones while they sample."""
+
+
+main.add_command(fit)
+main.add_command(augment)
 
 
 # The options of `sample` have no defaults here, so that a config file shows through.
