@@ -103,7 +103,7 @@ def guided(pipeline, seeds: list[int], guidances: list, memory: str = "fast") ->
     z = run._start()
 
     def step() -> Tensor:
-        with guidekit.denoiser.frozen(*run._models()):
+        with guidekit.denoiser.frozen(*run.denoiser.models):
             return run.engine.predict(z, timestep, 0, 50).prediction
 
     return step
