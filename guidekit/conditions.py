@@ -178,9 +178,9 @@ def load_layout(path: str | Path) -> Condition:
     """A condition from a JSON file.
 
     `{"prompt": ..., "negative": ..., "label": 3, "map": "layout.png", "segments": [{"phrase": "red
-    circle", "box": [l, t, r, b] | "mask": "left.png" | "value": 3 | "#ff0000", "strength": 1.0}]}`; `value`
-    is an index or a colour of the picture `map`. Paths are relative to the file. Raises ValueError
-    that names the key at fault.
+    circle", "box": [l, t, r, b] | "mask": "left.png" | "value": 3 | "#ff0000", "strength":
+    1.0}]}`; `value` is an index or a colour of the picture `map`. Paths are relative to the file.
+    Raises ValueError that names the key at fault.
     """
     path = Path(path)
     try:

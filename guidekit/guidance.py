@@ -29,9 +29,10 @@ class Branch:
 
     prompts: one text per picture, or one class (`Condition.content`). weight: the default
     combination is base + sum of weight * (out - base) over the branches with a weight; the base is
-    the branch whose weight is None. x: own carried input (B, C, h, w) in place of z. view: window (top, left, height, width) of the
-    latents that this branch sees. group: branches combine with those of their own group; the
-    combinations of other groups than "main" are for the guidance that made them to use.
+    the branch whose weight is None. x: own carried input (B, C, h, w) in place of z. view: window
+    (top, left, height, width) of the latents that this branch sees. group: branches combine with
+    those of their own group; the combinations of other groups than "main" are for the guidance that
+    made them to use.
     """
 
     name: str

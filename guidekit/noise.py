@@ -256,9 +256,9 @@ class Move:
 
         grad: d log p(y | z) / dz (B, C, H, W). var: variance in units of z^2 that broadcasts,
         default that of the step, learned or noise_std^2. Dhariwal & Nichol 2021, Algorithm 1; SDG
-        (Liu et al. 2023). With many steps it leads to the posterior if they are fully ancestral (DDPM, eta = 1, Euler a); at
-        0 < eta < 1 noise_std^2 is too small for that. Without noise it is `score(grad)`, and
-        `fallback` says so. Raises as `score` and `shift` do.
+        (Liu et al. 2023). With many steps it leads to the posterior if they are fully ancestral
+        (DDPM, eta = 1, Euler a); at 0 < eta < 1 noise_std^2 is too small for that. Without noise it
+        is `score(grad)`, and `fallback` says so. Raises as `score` and `shift` do.
         """
         self.fallback = None
         if self.noise_std < TINY:

@@ -28,8 +28,9 @@ class Sampling:
     seeds: one picture each; a picture does not depend on its batch. cfg: diffusers' guidance
     scale, 1 for none, default the family's (1 without a condition). embedded_cfg: the scale that
     distilled models take as an input (Flux), default the pipeline's. eta: DDIM's noise. scheduler:
-    an instance to copy, by default the pipeline's. memory: "fast", or "low" for gradient checkpointing. nonfinite: "raise" or "zero"
-    for gradients that are not finite. attention: eager | sdpa | triton | xformers.
+    an instance to copy, by default the pipeline's. memory: "fast", or "low" for gradient
+    checkpointing. nonfinite: "raise" or "zero" for gradients that are not finite. attention: eager
+    | sdpa | triton | xformers.
 
     Raises ValueError for settings that cannot work, before anything is computed.
     """

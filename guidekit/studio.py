@@ -140,8 +140,9 @@ class Studio:
         s = self.settings
         return Sampling(
             self.denoiser, self.condition, guidances, seeds=seeds, steps=s.steps, cfg=s.cfg,
-            embedded_cfg=s.embedded_cfg, eta=s.eta, height=s.height, width=s.width, scheduler=self.scheduler, memory=s.memory,
-            nonfinite=s.nonfinite, attention=s.attention,
+            embedded_cfg=s.embedded_cfg, eta=s.eta, height=s.height, width=s.width,
+            scheduler=self.scheduler, memory=s.memory, nonfinite=s.nonfinite,
+            attention=s.attention,
         )  # fmt: skip
 
     @property
