@@ -1,4 +1,4 @@
-"""What few-shot guidance is compared with: classifiers of pixels, a random denoiser, a segmenter."""
+"""What few-shot guidance is compared with: pixel classifiers, a random denoiser, a segmenter."""
 
 from collections.abc import Callable
 from dataclasses import dataclass

@@ -74,7 +74,7 @@ def _fitted(report: Any, model: str, out: Path, head: Any) -> str:
         for c in report.candidates[:8]
     ]
     lines += [
-        f"features {' + '.join(reading.sites)} at {', '.join(map(str, reading.timesteps))}, {input_}",
+        f"features {' + '.join(reading.sites)} at {list(reading.timesteps)}, {input_}",
         f"head     {report.estimator}, {head.config.channels} features, {report.seconds:.1f} s",
         f"scores   {_scores(report.scores)}",
         *(f"note     {note}" for note in report.notes),
