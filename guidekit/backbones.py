@@ -9,9 +9,9 @@ import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from torch import nn
+from torch import Tensor, nn
 
-from guidekit.taps import find_sites
+from guidekit.taps import block_features, find_sites
 
 _WHOLE = slice(None)
 
@@ -219,3 +219,10 @@ def site_grid(
     packed = family_of(model).order == "text first"
     patch = 2 if packed else model.config.patch_size
     return latent_height // patch, latent_width // patch
+
+
+def site_features(model: nn.Module, site: str, output: object, grid: tuple[int, int]) -> Tensor:
+    """Features (B, C, h, w) out of a block's output, for latents of the grid (h, w)."""
+    if hasattr(model.config, "down_block_types"):
+        return block_features(output)
+    return block_features(output, site_grid(model, site, *grid))

@@ -6,8 +6,9 @@ import torch
 from torch import Tensor
 
 from guidekit.attention import AttentionCall, attend, token_maps
+from guidekit.backbones import site_features
 from guidekit.guidance import AttentionRead, Branch, FeatureRead, Guidance
-from guidekit.taps import BlockCall, block_features
+from guidekit.taps import BlockCall
 
 if TYPE_CHECKING:
     from guidekit.step import Step
@@ -62,9 +63,10 @@ class Capture:
         reads = [r for r in self.blocks if call.site in r.sites]
         if not reads:
             return None
-        output = call.run()
+        output, run = call.run(), self.step.run
+        features = site_features(run.denoiser.model, call.site, output, run.grid)
         for read in reads:
-            self.found.setdefault((id(read), call.site), block_features(output))
+            self.found.setdefault((id(read), call.site), features)
         self._done(call.site)
         return output
 

@@ -234,6 +234,8 @@ def _conclusion(studio: Any, run: dict[str, Any]) -> str:
     for plugin, energy in record["energy"].items():
         if energy is not None:
             lines.append(f"energy   {plugin} {energy[0]:.4g} -> {energy[1]:.4g}")
+    for plugin, both in record.get("acceptance", {}).items():
+        lines.append(f"accepted {plugin} {both['accepted']} of {both['drawn']} drawn")
     lines.append(
         f"wrote    {folder}{'/'}: {len(record['finished'])} pictures, index.html, run.json "
         f"in {record['seconds']:.1f} s"

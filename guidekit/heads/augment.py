@@ -51,7 +51,7 @@ def accepted_pictures(
     """
     kept, drawn, limit = [], 0, tries * count
     while sum(map(len, kept)) < count and drawn < limit:
-        size = min(batch, limit - drawn)
+        size = min(batch, limit - drawn, count)
         seeds = [derived_seed(seed, guidance.name, drawn + i) for i in range(size)]
         images = Sampling(denoiser, Condition(), [guidance], seeds=seeds, **options).finish().images
         kept.append(images[accepted([guidance], images)])

@@ -18,11 +18,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from guidekit.backbones import site_grid
+from guidekit.backbones import site_features
 from guidekit.capture import StopForward
 from guidekit.conditions import Condition
 from guidekit.denoiser import Denoiser, frozen
-from guidekit.taps import BlockCall, block_features, find_sites, tap_blocks
+from guidekit.taps import BlockCall, find_sites, tap_blocks
 
 Maps = dict[str, Tensor]  # features (B, C, h, w) by site
 
@@ -84,13 +84,6 @@ def noised(denoiser: Denoiser, x0: Tensor, timestep: int, eps: Tensor) -> Tensor
     return a * x0 + s * eps.to(x0)
 
 
-def site_features(denoiser: Denoiser, site: str, output: object, grid: tuple[int, int]) -> Tensor:
-    """Features (B, C, h, w) out of a block's output, in float32."""
-    tokens = not hasattr(denoiser.model.config, "down_block_types")
-    shape = site_grid(denoiser.model, site, *grid) if tokens else None
-    return block_features(output, shape).float()
-
-
 def read_features(
     denoiser: Denoiser, x: Tensor, timestep: int, sites: Sequence[str], prompt: str = ""
 ) -> Maps:
@@ -101,7 +94,8 @@ def read_features(
     found: Maps = {}
 
     def keep(call: BlockCall) -> None:
-        found[call.site] = site_features(denoiser, call.site, call.run(), tuple(x.shape[-2:]))
+        grid = tuple(x.shape[-2:])
+        found[call.site] = site_features(denoiser.model, call.site, call.run(), grid).float()
         if len(found) == len(sites):
             raise StopForward
 

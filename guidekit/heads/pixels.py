@@ -112,8 +112,8 @@ def train_mlp(
             loss.backward()
             optimizer.step()
         if progress:
-            progress(epoch, float(loss))
-    return float(loss)
+            progress(epoch, float(loss.detach()))
+    return float(loss.detach())
 
 
 def _pixel_loss(logits: Tensor, target: Tensor) -> Tensor:
