@@ -1,4 +1,4 @@
-"""Few-shot guidance: the paper's step by hand, its cheaper forms, composition, rejection, commands."""
+"""Few-shot guidance: the paper's step by hand, its cheaper forms, rejection, commands."""
 
 import json
 
@@ -71,7 +71,7 @@ def features(model, x, timestep):
 
 
 def by_hand(pipe, head, z, timestep, loss):
-    """eps - s * d(-25 loss)/dz with both calls in the graph (Graikos et al. 2023), epsilon model."""
+    """eps - s * d(-25 loss)/dz with both calls in the graph, for an epsilon model."""
     alpha_bar = pipe.scheduler.alphas_cumprod[timestep].double()
     a, s = alpha_bar.sqrt(), (1 - alpha_bar).sqrt()
     z = z.clone().requires_grad_()
