@@ -11,9 +11,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from guidekit import Condition, FeatureRead, Guidance, Run, Step, hookimpl
+from guidekit import Branch, Condition, FeatureRead, Guidance, Run, Step, hookimpl
 from guidekit.heads.data import class_map, read_mask, soft_masks
-from guidekit.heads.features import noised
+from guidekit.heads.features import noised, told
 from guidekit.heads.head import RANDOM, Head, load_head, random_head
 
 FORMS = ("paper", "stopped", "detached", "first")
@@ -30,9 +30,9 @@ class Fewshot(Guidance):
     """
 
     scale: float = 25.0  # the paper's lambda, for a cross-entropy that is a mean over pixels
-    head: Path = Path("")  # folder that guidekit fit wrote
+    head: Path | None = None  # folder that guidekit fit wrote
     label: str = ""  # class to draw; of a head of labels "a,-b": with a, without b
-    mask: Path = Path("")  # indexed PNG with the values of the masks that the head was fitted on
+    mask: Path | None = None  # indexed PNG with the values of the masks that the head was fitted on
     form: str = "stopped"  # paper | stopped | detached | first
     threshold: float = 0.2  # least probability of the class in a finished picture, to be accepted
     targets: Tensor | None = field(default=None, init=False, repr=False, compare=False)
@@ -68,11 +68,13 @@ class Fewshot(Guidance):
                 "fewshot.form=first reads features of noisy pictures, and the head was fitted on "
                 "clean ones: guidekit fit ... --noised"
             )
+        content, null = told(run.denoiser, reading.prompt)
+        self._branch = Branch("head", [content] * len(run.seeds), null=null)
         self._read = run.read(self, FeatureRead(reading.sites), main=self.form == "first")
         self._target = self._wanted(run).to(run.device)
 
     def _load(self, run: Run) -> Head:
-        if self.head == Path(""):
+        if self.head is None:
             raise ValueError("fewshot needs a head: --set fewshot.head=FOLDER, from guidekit fit")
         if self.head.name == RANDOM and not self.head.exists():
             return random_head(run.denoiser)
@@ -107,7 +109,7 @@ class Fewshot(Guidance):
         return row
 
     def _from_file(self, size: tuple[int, int]) -> Tensor:
-        if self.mask == Path(""):
+        if self.mask is None:
             raise ValueError("fewshot needs a mask: --set fewshot.mask=FILE.png, indexed")
         values = self._head.config.values
         found = class_map(read_mask(self.mask), values, size)
@@ -132,7 +134,7 @@ class Fewshot(Guidance):
                 x = noised(step.run.denoiser, x0, timestep, step.noise(f"{self.name}.{timestep}"))
             found = step.denoise(
                 x.to(step.run.denoiser.dtype), torch.as_tensor(timestep, device=x.device), self,
-                branch="null" if "null" in step.evals else "cond", stop=self.form != "paper",
+                branch=self._branch, stop=self.form != "paper",
             )  # fmt: skip
             rows.append(self._wide(found.features(self._read)))
         return self._head(rows)

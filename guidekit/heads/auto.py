@@ -1,11 +1,13 @@
 """`guidekit fit --auto`: site, timestep and pooling by cross-validation within a time budget."""
 
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
+import torch.nn.functional as F
 
 from guidekit.denoiser import Denoiser
 from guidekit.heads.data import Examples
@@ -65,26 +67,28 @@ def _at(
     denoiser: Denoiser, examples: Examples, reading: Reading, sites: tuple[str, ...],
     timestep: int, folder: Path, pool: int,
 ) -> list[Candidate]:  # fmt: skip
-    """Candidates of one timestep: the denoiser is called once for all sites."""
+    """Candidates of one timestep: the denoiser is called once for all sites and poolings."""
     masks = examples.kind == "masks"
-    found = []
-    for side in (0,) if masks else (pool,) if pool else POOLS:
-        whole = Reading(sites, (timestep,), reading.noised, side, reading.prompt)
-        key = f"{examples.key} auto"
-        arrays = collect(denoiser, examples.load, len(examples), whole, folder, key)
-        score = _pixel_score if masks else _picture_score
-        singles = [score(arrays, examples, _only(whole, (s,))) for s in sites]
+    sides = (0,) if masks else (pool,) if pool else POOLS
+    whole = replace(reading, sites=sites, timesteps=(timestep,), pool=max(sides))
+    key = f"{examples.key} auto"
+    arrays = collect(denoiser, examples.load, len(examples), whole, folder, key)
+    score, found = _pixel_score if masks else _picture_score, []
+    for side in sides:
+        known = arrays if masks else {n: coarser(a, max(sides), side) for n, a in arrays.items()}
+        singles = [score(known, examples, replace(whole, sites=(s,), pool=side)) for s in sites]
         found += singles
-        two = sorted(singles, key=lambda c: c.log_loss)[:2]
+        two = [c.reading.sites[0] for c in sorted(singles, key=lambda c: c.log_loss)[:2]]
         if len(two) == 2:
-            pair = [c.reading.sites[0] for c in two]
-            ordered = tuple(s for s in sites if s in pair)
-            found.append(score(arrays, examples, _only(whole, ordered)))
+            both = tuple(s for s in sites if s in two)
+            found.append(score(known, examples, replace(whole, sites=both, pool=side)))
     return found
 
 
-def _only(reading: Reading, sites: tuple[str, ...]) -> Reading:
-    return Reading(sites, reading.timesteps, reading.noised, reading.pool, reading.prompt)
+def coarser(x: np.ndarray, side: int, wanted: int) -> np.ndarray:
+    """Averages on side x side cells (n, C * side^2) as those on `wanted` x `wanted` ones."""
+    cells = torch.from_numpy(np.asarray(x)).unflatten(1, (-1, side, side))
+    return F.adaptive_avg_pool2d(cells, wanted).flatten(1).numpy()
 
 
 def _picture_score(arrays: dict, examples: Examples, reading: Reading) -> Candidate:

@@ -84,6 +84,11 @@ def noised(denoiser: Denoiser, x0: Tensor, timestep: int, eps: Tensor) -> Tensor
     return a * x0 + s * eps.to(x0)
 
 
+def told(denoiser: Denoiser, prompt: str) -> tuple[str | int, bool]:
+    """Content and null flag of what a head's calls tell the model: the prompt, or its null."""
+    return Condition(prompt).content, not prompt and denoiser.cfg > 1
+
+
 def read_features(
     denoiser: Denoiser, x: Tensor, timestep: int, sites: Sequence[str], prompt: str = ""
 ) -> Maps:
@@ -99,9 +104,9 @@ def read_features(
         if len(found) == len(sites):
             raise StopForward
 
-    content = [Condition(prompt).content] * len(x)
+    content, null = told(denoiser, prompt)
     size = tuple(side * denoiser.factor for side in x.shape[-2:])
-    text = denoiser.text(content, size)
+    text = denoiser.text([content] * len(x), size, null)
     step = torch.as_tensor(timestep, device=x.device)
     with tap_blocks(denoiser.model, keep, list(sites)):
         try:
