@@ -8,12 +8,15 @@ import torch.nn.functional as F
 from click.testing import CliRunner
 from diffusers import DDIMScheduler
 
-from guidekit import Condition, Denoiser, Sampling, Segment, box_mask, digits, draw
+from guidekit import Condition, Denoiser, Sampling, Segment, box_mask, digits, draw, load
 from guidekit.cli import main
 from guidekit.heads import Examples, FitOptions, Reading, fit
 from guidekit.heads.features import fingerprint
 from guidekit.heads.head import Head, HeadConfig
+from guidekit.heads.linear import fit_linear
+from guidekit.loading import ZOO
 from guidekit.miniatures import ddpm_pipeline, sd_pipeline
+from guidekit.train.digits import DigitJudge
 from guidekit_fewshot import FORMS, Fewshot
 from guidekit_zest import Zest
 
@@ -250,6 +253,40 @@ def test_what_cannot_work_raises_before_the_run(pipe, tmp_path, options, message
 def test_wrong_values_raise(options):
     with pytest.raises(ValueError, match="fewshot"):
         Fewshot(**options)
+
+
+# The built-in model
+
+
+@pytest.fixture(scope="module")
+def real():
+    """The built-in digits, and a head on twenty of them."""
+    denoiser = Denoiser(load("digits-ddpm"))
+    names = [str(digit) for digit in range(10)]
+    head, report = fit(denoiser, Examples.of(*digits.shots(2), names))
+    assert report.seconds < 60
+    return denoiser, head
+
+
+def test_twenty_labels_beat_the_pixels(real):
+    denoiser, head = real
+    pictures, labels = digits.split("test")
+    shots, targets = digits.shots(2)
+    pixels = fit_linear(shots.flatten(1).double().numpy(), targets.numpy(), 10)
+    by_pixels = pixels.logits(pictures.flatten(1).double().numpy()).argmax(1) == labels.numpy()
+    by_features = (head.predict(denoiser, pictures).argmax(1) == labels).float().mean()
+    assert by_features > 0.85 and by_features > by_pixels.mean() + 0.1
+
+
+def test_a_judge_sees_the_digit_that_was_asked_for(real, tmp_path):
+    denoiser, head = real
+    guidance = Fewshot(head=head.save(tmp_path / "head"), label="0")
+    drawn = Sampling(denoiser, Condition(), [guidance], seeds=range(8), steps=12).finish()
+    judge = DigitJudge.from_pretrained(ZOO / "digits-judge", dtype=torch.float32).eval()
+    with torch.no_grad():
+        found = judge(drawn.images * 2 - 1)[0].argmax(1)
+    assert (found == 0).sum() >= 6
+    assert guidance.accept(drawn.images).sum() >= 6
 
 
 # Commands

@@ -84,9 +84,10 @@ class Head(nn.Module):
             raise ValueError(f"no kind of head {config.kind!r}; there are {', '.join(KINDS)}")
         self.config = config
         count = len(config.reading.timesteps) if config.reading.noised else 1
-        self.readouts = nn.ModuleList(
-            Readout(config.channels, config.hidden, len(config.classes)) for _ in range(count)
-        )
+        with torch.random.fork_rng(devices=[]):  # first weights leave the global generator alone
+            self.readouts = nn.ModuleList(
+                Readout(config.channels, config.hidden, len(config.classes)) for _ in range(count)
+            )
 
     @property
     def classes(self) -> tuple[str, ...]:
