@@ -24,7 +24,7 @@ from guidekit.heads import Examples, FitOptions, fit
 from guidekit.loading import ZOO, model_defaults
 from guidekit_fewshot import FORMS, Fewshot
 
-from fewshot_digits import METHODS, NAMES, Digits, augmented_rows, load_judge
+from fewshot_digits import METHODS, NAMES, SWEEP, Digits, augmented_rows, load_judge
 from fewshot_scenes import Scenes
 from fewshot_store import Store, table
 
@@ -56,8 +56,10 @@ def digit_bench(setting: Setting) -> Digits:
 
 def digit_rows(setting: Setting) -> list[list[dict]]:
     """Ten-way guidance from 10, 20 and 50 labels."""
-    labels = (20,) if setting.quick else (20, 10, 50)
-    return [digit_bench(setting).rows(labels, METHODS)]
+    bench = digit_bench(setting)
+    if setting.quick:
+        return [bench.rows((20,), METHODS)]
+    return [bench.rows((20, 10, 50), METHODS), bench.rows((20,), SWEEP)]
 
 
 def augment_rows(setting: Setting) -> list[list[dict]]:

@@ -1,7 +1,7 @@
 """Digits: ten-way guidance from 10, 20 and 50 labels, and augmentation of a small classifier."""
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +12,7 @@ from torch import Tensor
 from guidekit import Condition, Denoiser, Guidance, Sampling, digits, evaluate, load
 from guidekit.heads import Examples, FitOptions, Head, fit
 from guidekit.heads.augment import accepted_pictures
+from guidekit.loading import model_defaults
 from guidekit.run import derived_seed
 from guidekit.train.digits import DigitJudge
 from guidekit_fewshot import Fewshot
@@ -29,6 +30,8 @@ METHODS = (
     "unguided", *(f"ours, {form}" for form in OURS), "ours, paper + accept", "clean pixels",
     "noised pixels", "random denoiser", "rejection only", "oracle, all labels",
 )  # fmt: skip
+# The same at other scales, to compare methods at equal diversity; of 20 labels.
+SWEEP = tuple(f"{m} x{s}" for m in ("ours, paper", "clean pixels") for s in (1, 3, 10, 25))
 
 
 @dataclass
@@ -43,20 +46,25 @@ class Digits:
     steps: int = 50
     batch: int = 50
     seed: int = 0
-    scales: dict[str, float] = field(default_factory=dict)  # by method, where not 25
 
     def __post_init__(self):
+        tuned = model_defaults(self.model).get("plugin", {}).get("fewshot", {})
+        self.scale = tuned.get("scale", 25.0)
+        self.heads: dict[tuple, Head] = {}
         self.denoiser = Denoiser(load(self.model))
         self.real = digits.split("test")
         self.real_features = self.see(self.real[0])[1].numpy()
         self.spread = within_class(self.real_features, self.real[1].numpy())
-        self.heads: dict[tuple, Head] = {}
 
     @torch.no_grad()
     def see(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
         """The judge's classes and features of pictures (n, 1, 8, 8) in [-1, 1]."""
         logits, features = self.judge(pixels)
         return logits.argmax(1), features
+
+    def scale_of(self, method: str) -> float:
+        """The scale in a method's name, else the model's tuned one."""
+        return float(method.partition(" x")[2] or self.scale)
 
     def head(self, labels: int | None, draw: int, options: FitOptions) -> Head:
         """The head of a draw of the shots; with labels None that of the whole split."""
@@ -83,7 +91,7 @@ class Digits:
     def cell(self, method: str, labels: int | None, draw: int) -> dict[str, np.ndarray]:
         """Judged pictures of one method, number of labels and draw of the shots."""
         key = {"method": method, "labels": labels, "draw": draw, "n": self.per_draw,
-               "steps": self.steps, "scale": self.scales.get(method, 25.0),
+               "steps": self.steps, "scale": self.scale_of(method),
                "seed": self.seed, "model": self.model}  # fmt: skip
         return self.store.cell(key, lambda: self._make_cell(method, labels, draw))
 
@@ -118,7 +126,8 @@ class Digits:
 
     def maker(self, method: str, labels: int | None, draw: int) -> Callable[[int], Guidance | None]:
         """A function from a digit to the guidance of a method."""
-        scale = self.scales.get(method, 25.0)
+        scale = self.scale_of(method)
+        method = method.partition(" x")[0]
         if method == "unguided":
             return lambda digit: None
         if method.startswith("oracle"):

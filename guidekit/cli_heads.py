@@ -120,6 +120,7 @@ def augment(
     from guidekit.config import parse_setting
     from guidekit.heads import load_head
     from guidekit.heads.augment import augment as harvest
+    from guidekit.loading import model_defaults
     from guidekit.registry import Registry
 
     registry, denoiser = Registry(), _denoiser(model, device)
@@ -127,7 +128,7 @@ def augment(
     if found.config.kind != "classes":
         raise ValueError(f"{head} is a head of {found.config.kind}; augment needs one of classes")
     chosen = [found.classes[found.index(name)] for name in classes] or list(found.classes)
-    own = {}
+    own = dict(model_defaults(model).get("plugin", {}).get(plugin, {}))
     for name, option, value in map(parse_setting, changes):
         if name != plugin:
             raise ValueError(f"--set {name}.{option}: the plugin of this run is {plugin}")
