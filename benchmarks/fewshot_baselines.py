@@ -37,9 +37,11 @@ class ByLogits(Guidance):
         return F.cross_entropy(self.logits(step), target, reduction="none")
 
 
-def by_logits(logits: Callable[[Step], Tensor], target: int, scale: float, source: str) -> ByLogits:
+def by_logits(
+    logits: Callable[[Step], Tensor], target: int, scale: float, source: str, start: float = 0.0
+) -> ByLogits:
     """A guidance from a function of a step to logits (B, classes)."""
-    guidance = ByLogits(scale=scale, target=target, source=source)
+    guidance = ByLogits(scale=scale, target=target, source=source, start=start)
     guidance.logits = logits
     return guidance
 

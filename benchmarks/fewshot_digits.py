@@ -22,16 +22,17 @@ from fewshot_store import Store, over_draws
 
 NAMES = [str(digit) for digit in range(10)]
 OURS = {
-    "paper": FitOptions(),
+    "paper": FitOptions(),  # scale 25 in all steps; the other rows have the model's tuned fields
+    "stopped": FitOptions(),
     "detached": FitOptions(),
     "first": FitOptions(noised=True),
 }
 METHODS = (
-    "unguided", *(f"ours, {form}" for form in OURS), "ours, paper + accept", "clean pixels",
+    "unguided", *(f"ours, {form}" for form in OURS), "ours, detached + accept", "clean pixels",
     "noised pixels", "random denoiser", "rejection only", "oracle, all labels",
 )  # fmt: skip
 # The same at other scales, to compare methods at equal diversity; of 20 labels.
-SWEEP = tuple(f"{m} x{s}" for m in ("ours, paper", "clean pixels") for s in (1, 3, 10, 25))
+SWEEP = tuple(f"{m} x{s}" for m in ("ours, detached", "clean pixels") for s in (1, 3, 10, 25))
 
 
 @dataclass
@@ -49,7 +50,7 @@ class Digits:
 
     def __post_init__(self):
         tuned = model_defaults(self.model).get("plugin", {}).get("fewshot", {})
-        self.scale = tuned.get("scale", 25.0)
+        self.scale, self.start = tuned.get("scale", 25.0), tuned.get("start", 0.0)
         self.heads: dict[tuple, Head] = {}
         self.denoiser = Denoiser(load(self.model))
         self.real = digits.split("test")
@@ -117,7 +118,7 @@ class Digits:
 
     def _accepted(self, labels: int, draw: int, digit: int, each: int) -> Tensor:
         """Guided pictures that the head gives their digit at least 0.2; three tries each."""
-        guidance = self.maker("ours, paper", labels, draw)(digit)
+        guidance = self.maker("ours, detached", labels, draw)(digit)
         images, _, _ = accepted_pictures(
             self.denoiser, guidance, each, batch=self.batch, steps=self.steps,
             seed=derived_seed(self.seed, labels, draw, digit),
@@ -131,27 +132,36 @@ class Digits:
         if method == "unguided":
             return lambda digit: None
         if method.startswith("oracle"):
-            return self._fewshot(self.head(None, 0, OURS["paper"]), "stopped", scale)
+            return self._fewshot(self.head(None, 0, OURS["paper"]), "detached", scale)
         if method.startswith("ours"):
             form = method.removeprefix("ours, ")
             head = self.head(labels, draw, OURS[form])
-            return self._fewshot(head, "stopped" if form == "paper" else form, scale)
+            if form == "paper":  # ends the second call early, which changes no number
+                return self._fewshot(head, "stopped", 25.0, 0.0)
+            return self._fewshot(head, form, scale)
         pictures, targets = digits.shots(labels // 10, draw)
         if method == "clean pixels":
             found = clean_pixels(pictures, targets, 10)
-            return lambda digit: by_logits(lambda step: found(step.x0), digit, scale, "x0")
+            return lambda digit: by_logits(
+                lambda step: found(step.x0), digit, scale, "x0", self.start
+            )
         if method == "noised pixels":
             logits = noised_pixels(self.denoiser, pictures, targets, 10)
-            return lambda digit: by_logits(logits, digit, scale, "input")
+            return lambda digit: by_logits(logits, digit, scale, "input", self.start)
         twin = random_twin(self.denoiser)
         head, _ = fit(twin, Examples.of(pictures, targets, NAMES), OURS["paper"])
         logits = other_features(head, twin)
-        return lambda digit: by_logits(logits, digit, scale, "x0")
+        return lambda digit: by_logits(logits, digit, scale, "x0", self.start)
 
-    def _fewshot(self, head: Head, form: str, scale: float) -> Callable[[int], Guidance]:
+    def _fewshot(
+        self, head: Head, form: str, scale: float, start: float | None = None
+    ) -> Callable[[int], Guidance]:
+        start = self.start if start is None else start
         folder = self.store.folder / "heads" / f"{id(head)}"
         head.save(folder)
-        return lambda digit: Fewshot(head=folder, label=str(digit), form=form, scale=scale)
+        return lambda digit: Fewshot(
+            head=folder, label=str(digit), form=form, scale=scale, start=start
+        )
 
     def row(self, method: str, labels: int | None) -> dict:
         """Accuracy, diversity and Frechet distance of a method over the draws of the shots."""
