@@ -9,9 +9,9 @@ import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from torch import nn
+from torch import Tensor, nn
 
-from guidekit.taps import find_sites
+from guidekit.taps import block_features, find_sites
 
 _WHOLE = slice(None)
 
@@ -242,3 +242,19 @@ def site_grid(
     packed = family_of(model).order == "text first"
     patch = 2 if packed else model.config.patch_size
     return latent_height // patch, latent_width // patch
+
+
+def site_features(
+    model: nn.Module, site: str, output: object, grid: tuple[int, int], n_text: int = 0
+) -> Tensor:
+    """Features (B, C, h, w) of the pixels out of a block's output, for latents of the grid (h, w).
+
+    n_text: the text tokens that a transformer packs into one sequence with the pixels.
+    """
+    if hasattr(model.config, "down_block_types"):
+        return block_features(output)
+    own = site_grid(model, site, *grid)
+    tokens = output if isinstance(output, Tensor) else output[-1]
+    packed = tokens.shape[1] != own[0] * own[1]
+    rows = family_of(model).rows(tokens.shape[1], n_text) if packed else slice(None)
+    return block_features(output, own, rows)

@@ -12,6 +12,7 @@ from typing import Any
 import click
 
 from guidekit import __version__
+from guidekit.cli_heads import augment, fit
 
 EPILOG = "Plugins add commands under their own names; `guidekit plugins` lists the plugins."
 
@@ -112,6 +113,10 @@ def _fail(text: str) -> None:
 @click.version_option(__version__, prog_name="guidekit")
 def main() -> None:
     """Steer frozen diffusion backbones while they sample."""
+
+
+main.add_command(fit)
+main.add_command(augment)
 
 
 # The options of `sample` have no defaults here, so that a config file shows through.
@@ -237,6 +242,8 @@ def _conclusion(studio: Any, run: dict[str, Any]) -> str:
     for plugin, energy in record["energy"].items():
         if energy is not None:
             lines.append(f"energy   {plugin} {energy[0]:.4g} -> {energy[1]:.4g}")
+    for plugin, both in record.get("acceptance", {}).items():
+        lines.append(f"accepted {plugin} {both['accepted']} of {both['drawn']} drawn")
     lines.append(
         f"wrote    {folder}{'/'}: {len(record['finished'])} pictures, index.html, run.json "
         f"in {record['seconds']:.1f} s"

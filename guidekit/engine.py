@@ -221,7 +221,8 @@ class Engine:
 
     def second_call(self, step, x, timestep, guidance, branch, graph, stop) -> Eval:
         """See `Step.denoise`."""
-        found = next(b for b in step.branches if b.name == branch)
+        known = {b.name: b for b in step.branches}
+        found = branch if isinstance(branch, Branch) else known[branch]
         reads = [r for g, r, main in self.run.reads if g is guidance and not main]
         capture = Capture(step, found, reads, [], cut=False, stop=stop)
         text = self.run.text(found.prompts, found.null)

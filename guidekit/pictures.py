@@ -12,7 +12,9 @@ SHOWN = 256  # least long side of pictures that are made to be looked at
 
 
 def to_image(picture: Tensor) -> Image.Image:
-    """A picture (3, H, W) in [0, 1] in 8 bits, rounded as diffusers does it."""
+    """A picture (3, H, W), or grey (1, H, W), in [0, 1] in 8 bits, rounded as diffusers does it."""
+    if len(picture) == 1:
+        return mask_image(picture[0].clamp(0, 1))
     values = picture.detach().float().clamp(0, 1).permute(1, 2, 0).cpu().numpy()
     return Image.fromarray((values * 255).round().astype("uint8"))
 

@@ -64,13 +64,14 @@ class Step:
         x: Tensor,
         timestep: Tensor | int,
         guidance: Guidance,
-        branch: str = "cond",
+        branch: str | Branch = "cond",
         graph: bool = True,
         stop: bool = False,
     ) -> Eval:
         """A second denoiser call on model input x, with the guidance's own reads (main=False).
 
-        stop=True ends the call after the last site; the output is then None.
+        branch: one of this step by name, or another one, for what the model is told. stop=True
+        ends the call after the last site; the output is then None.
         """
         return self._engine.second_call(self, x, timestep, guidance, branch, graph, stop)
 

@@ -24,6 +24,7 @@ from guidekit.conditions import (
 )
 from guidekit.config import Settings, dump
 from guidekit.denoiser import Denoiser
+from guidekit.guidance import Guidance
 from guidekit.loading import SCHEDULERS, ZOO, load, make_scheduler, model_defaults
 from guidekit.registry import Registry
 from guidekit.report import write_report
@@ -183,10 +184,21 @@ class Studio:
             self._merge(sampling.account, own)
             self._save(left, sampling)
             kept = accepted(sampling.guidances, sampling.images).tolist()
+            self._count(kept)
             left = [seed for seed, keep in zip(left, kept, strict=True) if not keep]
             if not left:
                 return
         self.account.note(f"no try was accepted for seeds {left}; their last ones were kept")
+
+    def _count(self, kept: list[bool]) -> None:
+        """Adds to how many pictures were drawn and accepted, where a guidance may reject them."""
+        judges = [g.name for g in self.guidances if type(g).accept is not Guidance.accept]
+        for name in judges:
+            both = self.record.setdefault("acceptance", {}).setdefault(
+                name, {"drawn": 0, "accepted": 0}
+            )
+            both["drawn"] += len(kept)
+            both["accepted"] += sum(kept)
 
     def _draw_unguided(self, seeds: list[int], progress: Callable[[Step], None] | None) -> None:
         """The same seeds without guidance."""

@@ -11,8 +11,10 @@ import torch
 from diffusers import StableDiffusionPipeline
 from safetensors.torch import load_file
 
-from guidekit import scenes
+from guidekit import Condition, Sampling, digits, load, scenes
+from guidekit.train.digits import DigitJudge
 from guidekit.train.loop import Options, lr_at
+from guidekit.train.pixels import jitter
 from guidekit.train.recipe import read_recipe, recipes, train
 from guidekit.train.text import TextOptions, train_tokenizer, varied_caption
 
@@ -148,3 +150,55 @@ def test_varied_captions_keep_every_phrase():
         texts.add(text)
         assert all(thing.phrase in text for thing in plan.things)
     assert len({t.split()[0] for t in texts}) > 2
+
+
+PIXELS = """
+model = "small"
+size = {size}
+[[stage]]
+task = "pixels"
+data = "{data}"
+channels = [16, 32]
+jitter = 0.5
+steps = 2
+batch = 4
+"""
+
+
+@pytest.mark.parametrize(("data", "size"), [("digits", 8), ("scenes", 16)])
+def test_pixel_recipes_end_in_an_unconditional_pipeline(tmp_path, data, size):
+    path = tmp_path / "small.toml"
+    path.write_text(PIXELS.format(data=data, size=size))
+    model = train(path, tmp_path, quiet=True)
+    drawn = Sampling(load(str(model)), Condition(), seeds=[0], steps=2).finish().images
+    assert drawn.shape == (1, 1 if data == "digits" else 3, size, size)
+
+
+def test_jitter_keeps_the_border_and_moves_the_picture():
+    pictures = -torch.ones(2, 1, 8, 8)
+    pictures[:, :, 2:6, 3:5] = 1
+    moved = jitter(pictures, 1.0, torch.Generator().manual_seed(0))
+    assert not torch.equal(moved[0], moved[1]) and float(moved[..., 0, 0].max()) == -1
+    torch.testing.assert_close(moved.mean((1, 2, 3)), pictures.mean((1, 2, 3)), atol=0.1, rtol=0)
+    assert jitter(pictures, 0.0, torch.Generator()) is pictures
+
+
+def test_splits_of_the_digits_share_no_picture():
+    parts = {name: {p.numpy().tobytes() for p in digits.split(name)[0]} for name in digits.SPLITS}
+    counts = {name: len(digits.split(name)[0]) for name in digits.SPLITS}
+    assert counts == {"train": 1000, "judge": 400, "test": 397}
+    assert not parts["train"] & parts["judge"] and not parts["train"] & parts["test"]
+    pictures, labels = digits.shots(2, draw=1)
+    assert labels.tolist() == sorted(list(range(10)) * 2)
+    assert {p.numpy().tobytes() for p in pictures} <= parts["train"]
+    assert not torch.equal(pictures, digits.shots(2, draw=2)[0])
+
+
+def test_digits_judge_trains(tmp_path):
+    path = tmp_path / "small.toml"
+    path.write_text('model = "j"\nsize = 8\n[[stage]]\ntask = "digits"\nsteps = 120\nlr = 3e-3\n')
+    judge = DigitJudge.from_pretrained(train(path, tmp_path, quiet=True), dtype=torch.float32)
+    pictures, labels = digits.split("test")
+    with torch.no_grad():
+        found = judge.eval()(pictures)[0].argmax(1)
+    assert (found == labels).float().mean() > 0.8

@@ -1,7 +1,7 @@
 """Recipes: a TOML file names a model, its picture size and the stages that train it.
 
-A stage is a task (vae, text, denoiser, judge), the loop's options and the task's own. Later stages
-read what earlier ones exported; a run that is started again continues where it was.
+A stage is a task (vae, text, denoiser, pixels, judge, digits), the loop's options and its own.
+Later stages read what earlier ones exported; a run that is started again continues where it was.
 """
 
 import dataclasses
@@ -15,8 +15,10 @@ from diffusers import AutoencoderKL
 
 from guidekit.loading import ZOO
 from guidekit.train.denoiser import DenoiserOptions, DenoiserTask
+from guidekit.train.digits import DigitsOptions, DigitsTask
 from guidekit.train.judge import JudgeOptions, JudgeTask
 from guidekit.train.loop import Loop, Options, Task
+from guidekit.train.pixels import PixelsOptions, PixelsTask
 from guidekit.train.text import TextOptions, TextTask
 from guidekit.train.vae import VAEOptions, VAETask
 
@@ -36,7 +38,9 @@ TASKS: dict[str, tuple[type, Make]] = {
     "vae": (VAEOptions, _vae),
     "text": (TextOptions, lambda options, folder, size: TextTask(options)),
     "denoiser": (DenoiserOptions, _denoiser),
+    "pixels": (PixelsOptions, lambda options, folder, size: PixelsTask(options, size)),
     "judge": (JudgeOptions, lambda options, folder, size: JudgeTask(options)),
+    "digits": (DigitsOptions, lambda options, folder, size: DigitsTask(options)),
 }
 
 

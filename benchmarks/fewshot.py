@@ -1,0 +1,173 @@
+"""A condition from a handful of labels: prints the tables of few-shot guidance.
+
+    python benchmarks/fewshot.py                      all tables; hours on two cores
+    python benchmarks/fewshot.py --part digits        one of them
+    python benchmarks/fewshot.py --quick              minutes
+
+The judges never guided and saw none of the shots. Finished cells lie in --cells, so that a stopped
+run goes on; intervals are 95%, draws of the shots and their pictures resampled. One thread.
+"""
+
+import json
+import os
+import platform
+import tempfile
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import click
+import torch
+
+from guidekit import Condition, Denoiser, Sampling, digits, load
+from guidekit.heads import Examples, FitOptions, fit
+from guidekit.loading import ZOO, model_defaults
+from guidekit_fewshot import FORMS, Fewshot
+
+from fewshot_digits import METHODS, NAMES, SWEEP, Digits, augmented_rows, load_judge
+from fewshot_scenes import Scenes
+from fewshot_store import Store, table
+
+PARTS = ("digits", "scenes", "latents", "attribute", "augment", "cost")
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What all parts share."""
+
+    digits_model: str
+    scenes_model: str
+    judge: Path
+    cells: Path
+    n: int  # pictures a row
+    draws: int
+    steps: int
+    seed: int
+    quick: bool
+
+
+def digit_bench(setting: Setting) -> Digits:
+    """The digits with their judge."""
+    return Digits(
+        setting.digits_model, load_judge(setting.judge), Store(setting.cells),
+        setting.n // setting.draws // 10 * 10, setting.draws, setting.steps, seed=setting.seed,
+    )  # fmt: skip
+
+
+def digit_rows(setting: Setting) -> list[list[dict]]:
+    """Ten-way guidance from 10, 20 and 50 labels."""
+    bench = digit_bench(setting)
+    if setting.quick:
+        return [bench.rows((20,), METHODS)]
+    return [bench.rows((20, 10, 50), METHODS), bench.rows((20,), SWEEP)]
+
+
+def augment_rows(setting: Setting) -> list[list[dict]]:
+    """A small classifier with generated pictures."""
+    counts, seeds = ((10,), 2) if setting.quick else ((10, 50), 5)
+    return [augmented_rows(digit_bench(setting), counts, seeds, 200 if setting.quick else 800)]
+
+
+def scene_bench(setting: Setting, model: str, **options) -> Scenes:
+    """A model of scenes with their judge."""
+    return Scenes(
+        model, Store(setting.cells), setting.n // setting.draws, setting.draws,
+        steps=setting.steps, seed=setting.seed, **options,
+    )  # fmt: skip
+
+
+def scene_rows(setting: Setting) -> list[list[dict]]:
+    """Masks from 20 pairs, and the heads' own segmentation."""
+    bench = scene_bench(setting, setting.scenes_model)
+    return [bench.mask_rows(), bench.segmentation_rows(20 if setting.quick else 200)]
+
+
+def latent_rows(setting: Setting) -> list[list[dict]]:
+    """Masks from 30 pairs in the latents of `scenes`, without a prompt (one draw)."""
+    draws = 1
+    bench = Scenes("scenes", Store(setting.cells), setting.n // setting.draws, draws, shots=30,
+                   steps=setting.steps, seed=setting.seed, cfg=1.0)  # fmt: skip
+    return [bench.mask_rows(("unguided", "ours, paper"))]
+
+
+def red_rows(setting: Setting) -> list[list[dict]]:
+    """Has a red object."""
+    bench = scene_bench(setting, setting.scenes_model)
+    return [bench.attribute_rows(10 if setting.quick else 50)]
+
+
+def cost_rows(setting: Setting) -> list[list[dict]]:
+    """Seconds of a fit on twenty examples, and of a guided step beside an unguided one."""
+    denoiser = Denoiser(load(setting.digits_model))
+    examples, rows = Examples.of(*digits.shots(2), NAMES), []
+    heads = {}
+    with tempfile.TemporaryDirectory() as folder:
+        for name, options in {"clean": FitOptions(), "noised": FitOptions(noised=True),
+                              "auto": FitOptions(auto=True, budget=20)}.items():  # fmt: skip
+            clock, cpu = time.perf_counter(), time.process_time()
+            head, _ = fit(denoiser, examples, options)
+            rows.append({"fit": f"20 digits, {name}", "s": time.perf_counter() - clock,
+                         "s of CPU": time.process_time() - cpu})  # fmt: skip
+            heads[name] = head.save(Path(folder) / name)
+        made = {form: Fewshot(head=heads["noised" if form == "first" else "clean"], label="7",
+                              form=form) for form in FORMS}  # fmt: skip
+        steps = {
+            name: step_seconds(denoiser, guidances, 4 if setting.quick else 10)
+            for name, guidances in {"unguided": [], **{f: [g] for f, g in made.items()}}.items()
+        }
+    return [rows, [
+        {"step": name, "batch": 8, "ms of CPU": 1000 * s, "over unguided": s / steps["unguided"]}
+        for name, s in steps.items()
+    ]]  # fmt: skip
+
+
+def step_seconds(denoiser: Denoiser, guidances: list, repeats: int) -> float:
+    """Least CPU seconds of a step, of a few runs."""
+    best = float("inf")
+    for _ in range(3):
+        start = time.process_time()
+        Sampling(denoiser, Condition(), guidances, seeds=range(8), steps=repeats).finish()
+        best = min(best, (time.process_time() - start) / repeats)
+    return best
+
+
+TABLES = {
+    "digits": digit_rows, "scenes": scene_rows, "latents": latent_rows, "attribute": red_rows,
+    "augment": augment_rows, "cost": cost_rows,
+}  # fmt: skip
+
+
+@click.command()
+@click.option("--part", "parts", multiple=True, type=click.Choice(PARTS), help="All by default.")
+@click.option("--model", default="digits-ddpm", show_default=True, help="Model of the digits.")
+@click.option("--scenes", "scenes_model", default="scenes-ddpm", show_default=True)
+@click.option("--judge", type=click.Path(path_type=Path), default=ZOO / "digits-judge")
+@click.option("--cells", type=click.Path(path_type=Path), help="Where finished cells are kept.")
+@click.option("--n", default=0, help="Pictures a row; 500.")
+@click.option("--draws", default=0, help="Draws of the shots; 5.")
+@click.option("--steps", default=0, help="Sampling steps; 50.")
+@click.option("--seed", default=0, show_default=True)
+@click.option("--quick", is_flag=True, help="20 pictures a row, one draw, 10 steps.")
+@click.option("--json", "json_file", type=click.Path(), help="Also write the rows here.")
+def main(parts, model, scenes_model, judge, cells, n, draws, steps, seed, quick, json_file):
+    """Prints accuracy, mIoU, rates and costs of guidance by heads fitted on a few labels."""
+    torch.set_num_threads(1)
+    steps = steps or (10 if quick else model_defaults(model).get("steps", 50))
+    cells = cells or Path(tempfile.mkdtemp(prefix="fewshot-"))
+    setting = Setting(model, scenes_model, judge, cells, n or (20 if quick else 500),
+                      draws or (1 if quick else 5), steps, seed, quick)  # fmt: skip
+    everything = []
+    for part in parts or PARTS:
+        for rows in TABLES[part](setting):
+            print(f"\n{table(rows)}", flush=True)
+            everything += [{"part": part} | row for row in rows]
+            if json_file:
+                Path(json_file).write_text(json.dumps(everything, indent=1) + "\n")
+    print(
+        f"\nn = {setting.n} a row, {setting.draws} draws of the shots, {steps} steps, seed {seed}, "
+        f"one thread on {os.cpu_count()} {platform.machine()} cores, torch {torch.__version__}"
+    )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,91 @@
+"""`guidekit augment`: a class-folder data set of generated pictures that their head accepts.
+
+Rejection as in Graikos et al. 2023, section 4.3: a picture is kept if the probability of its class
+exceeds a threshold; tries are bounded.
+"""
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from guidekit.conditions import Condition
+from guidekit.denoiser import Denoiser
+from guidekit.guidance import Guidance
+from guidekit.pictures import to_image
+from guidekit.run import derived_seed
+from guidekit.sampler import Sampling, accepted
+
+
+@dataclass(frozen=True)
+class Harvest:
+    """What came of one class: pictures wanted, drawn, accepted and kept."""
+
+    label: str
+    wanted: int
+    drawn: int
+    accepted: int
+
+    @property
+    def rate(self) -> float:
+        """Share of the drawn pictures that were accepted."""
+        return self.accepted / self.drawn
+
+
+def accepted_pictures(
+    denoiser: Denoiser,
+    guidance: Guidance,
+    count: int,
+    tries: int = 3,
+    batch: int = 16,
+    seed: int = 0,
+    **options: Any,
+) -> tuple[Tensor | None, int, int]:
+    """Up to `count` accepted pictures (n, 3, H, W), the number drawn and the number accepted.
+
+    At most tries * count pictures are drawn. options: of `Sampling`.
+    """
+    kept, drawn, limit = [], 0, tries * count
+    while sum(map(len, kept)) < count and drawn < limit:
+        size = min(batch, limit - drawn, count)
+        seeds = [derived_seed(seed, guidance.name, drawn + i) for i in range(size)]
+        images = Sampling(denoiser, Condition(), [guidance], seeds=seeds, **options).finish().images
+        kept.append(images[accepted([guidance], images)])
+        drawn += size
+    total = sum(map(len, kept))
+    return (None if total == 0 else torch.cat(kept)[:count]), drawn, total
+
+
+def augment(
+    denoiser: Denoiser,
+    make: Callable[[str], Guidance],
+    classes: Sequence[str],
+    per_class: int,
+    out: Path,
+    seed: int = 0,
+    progress: Callable[[Harvest], None] | None = None,
+    **options: Any,
+) -> list[Harvest]:
+    """Writes out/CLASS/NUMBER.png and augment.json; `make(label)` is the guidance of a class.
+
+    options: tries and batch of `accepted_pictures`, and those of `Sampling`.
+    """
+    found = []
+    for number, label in enumerate(classes):
+        images, drawn, total = accepted_pictures(
+            denoiser, make(label), per_class, seed=derived_seed(seed, number), **options
+        )
+        folder = out / label
+        folder.mkdir(parents=True, exist_ok=True)
+        for i, image in enumerate([] if images is None else images):
+            to_image(image).save(folder / f"{i:05d}.png")
+        found.append(Harvest(label, per_class, drawn, total))
+        rows = [asdict(h) | {"rate": h.rate} for h in found]
+        (out / "augment.json").write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
+        if progress:
+            progress(found[-1])
+    return found

@@ -1,0 +1,332 @@
+"""Labelled pictures as people have them: class folders, masks by stem, tables of labels.
+
+    shots/cat/1.png shots/dog/2.png            a folder per class
+    shots/positive/... shots/negative/...      an attribute and its absence
+    shots/images/1.png shots/masks/1.png       indexed masks by stem; 255 is unlabelled
+    shots/metadata.jsonl or shots/labels.csv   a column file_name, and the labels
+
+A table's column `label` holds one class, or several joined by semicolons or as a list; without it
+every column of zeros and ones is a label of its own. Pictures are read when they are needed.
+"""
+
+import csv
+import hashlib
+import json
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import Tensor
+
+from guidekit.conditions import PICTURE_ERRORS
+
+KINDS = ("classes", "labels", "masks")
+PICTURES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff"}
+TABLES = ("metadata.jsonl", "metadata.csv", "labels.csv")
+UNLABELLED = 255  # value of a mask's pixels that nobody labelled
+FILE_COLUMNS = ("file_name", "file", "image", "path")
+LABEL_COLUMNS = ("label", "labels", "class")
+
+
+@dataclass(frozen=True)
+class Examples:
+    """Pictures with what is known of them; `pictures` and `masks` are read by index.
+
+    kind: "classes" (targets (n,) are indices), "labels" (targets (n, L) are zeros and ones) or
+    "masks". pictures(i): (C, H, W) in [-1, 1]. masks(i): (h, w) of class indices, -1 unlabelled.
+    key: what tells these examples from others, for the cache of features.
+    """
+
+    kind: str
+    classes: tuple[str, ...]
+    count: int
+    pictures: Callable[[int], Tensor]
+    targets: np.ndarray | None = None
+    masks: Callable[[int], Tensor] | None = None
+    values: tuple[int, ...] = ()  # of the classes in the files of masks
+    key: str = ""
+
+    def __len__(self) -> int:
+        return self.count
+
+    def load(self, indices: Sequence[int]) -> Tensor:
+        """Some pictures (B, C, H, W) in [-1, 1]."""
+        return torch.stack([self.pictures(i) for i in indices])
+
+    @property
+    def per_class(self) -> dict[str, int]:
+        """Number of pictures that have each class; of masks, that show it."""
+        if self.kind == "masks":
+            seen = Counter(int(c) for i in range(self.count) for c in self.masks(i).unique())
+        elif self.kind == "classes":
+            seen = Counter(self.targets.tolist())
+        else:
+            seen = Counter(dict(enumerate(self.targets.sum(0).tolist())))
+        return {name: int(seen[index]) for index, name in enumerate(self.classes)}
+
+    @staticmethod
+    def of(
+        pictures: Tensor,
+        targets: Tensor | np.ndarray,
+        classes: Sequence[str],
+        kind: str = "classes",
+    ) -> "Examples":
+        """Examples that are in memory: pictures (n, C, H, W) in [-1, 1] and their targets.
+
+        targets: (n,) indices of classes, (n, L) zeros and ones, or masks (n, H, W) of indices.
+        """
+        targets = np.asarray(targets)
+        key = hashlib.sha256(pictures.numpy().tobytes()).hexdigest()
+        if kind == "masks":
+            masks = torch.from_numpy(targets).long()
+            return Examples(
+                kind, tuple(classes), len(pictures), pictures.__getitem__,
+                masks=masks.__getitem__, values=tuple(range(len(classes))), key=key,
+            )  # fmt: skip
+        return Examples(kind, tuple(classes), len(pictures), pictures.__getitem__, targets, key=key)
+
+
+def read_examples(path: str | Path, size: tuple[int, int], channels: int = 3) -> Examples:
+    """The examples in a folder or a table, their pictures cropped and resized to `size` (H, W).
+
+    Raises ValueError that names the file at fault: nothing there, no labels, a mask without its
+    picture or of another size, a file that is no picture, a class with no example.
+    """
+    path = Path(path)
+    if not path.exists():
+        raise ValueError(f"{path} does not exist; give a folder of labelled pictures or a table")
+    layout = _layout(path)
+    examples = layout(path, size, channels)
+    if len(examples.classes) < 2 and examples.kind == "classes":
+        raise ValueError(
+            f"{path} has one class only ({examples.classes[0]}); add pictures of another one, for "
+            "an attribute a folder `negative` beside `positive`"
+        )
+    return examples
+
+
+def _layout(path: Path) -> Callable[[Path, tuple[int, int], int], Examples]:
+    """How the examples lie there."""
+    if path.is_file():
+        return _from_table
+    if any((path / name).exists() for name in TABLES):
+        return lambda folder, *rest: _from_table(
+            next(folder / name for name in TABLES if (folder / name).exists()), *rest
+        )
+    if (path / "masks").is_dir() or (path / "images").is_dir():
+        return _from_masks
+    return _from_folders
+
+
+def _pictures_in(folder: Path) -> list[Path]:
+    return sorted(p for p in folder.iterdir() if p.suffix.lower() in PICTURES)
+
+
+def _from_folders(path: Path, size: tuple[int, int], channels: int) -> Examples:
+    """A folder per class; its name is the class."""
+    folders = sorted(p for p in path.iterdir() if p.is_dir() and not p.name.startswith("."))
+    if not folders:
+        found = _pictures_in(path)
+        if found:
+            raise ValueError(
+                f"the {len(found)} pictures in {path} have no labels; put them into a folder per "
+                "class, add masks/ beside images/, or add a metadata.jsonl"
+            )
+        raise ValueError(f"{path} is empty; put a folder of pictures per class into it")
+    files, targets = [], []
+    for index, folder in enumerate(folders):
+        found = _pictures_in(folder)
+        if not found:
+            raise ValueError(f"the class folder {folder} has no pictures; fill or remove it")
+        files += found
+        targets += [index] * len(found)
+    names = tuple(folder.name for folder in folders)
+    if set(names) == {"negative", "positive"}:
+        names = ("negative", "positive")
+    return _of_files("classes", names, files, np.array(targets), size, channels)
+
+
+def _from_table(path: Path, size: tuple[int, int], channels: int) -> Examples:
+    """A CSV or JSON-lines file with one row per picture."""
+    rows = _rows(path)
+    column = next((c for c in FILE_COLUMNS if c in rows[0]), None)
+    if column is None:
+        raise ValueError(f"{path} has no column file_name, which says where each picture is")
+    files = [path.parent / str(row[column]) for row in rows]
+    if missing := [str(f) for f in files if not f.is_file()]:
+        raise ValueError(f"{path} names {len(missing)} files that do not exist, first {missing[0]}")
+    label = next((c for c in LABEL_COLUMNS if c in rows[0]), None)
+    others = [c for c in rows[0] if c != column]
+    if label is None and not others:
+        raise ValueError(f"{path} has no labels; add a column `label`, or one of 0 and 1 per label")
+    if label is None:
+        names = tuple(others)
+        targets = np.array([[_zero_or_one(row[c], c, path) for c in others] for row in rows])
+        return _of_files("labels", names, files, targets, size, channels)
+    sets = [_several(row[label]) for row in rows]
+    if empty := [str(f) for f, found in zip(files, sets, strict=True) if not found]:
+        raise ValueError(f"{path}: {empty[0]} and {len(empty) - 1} others have no label")
+    names = tuple(sorted({name for found in sets for name in found}))
+    if all(len(found) == 1 for found in sets):
+        targets = np.array([names.index(found[0]) for found in sets])
+        return _of_files("classes", names, files, targets, size, channels)
+    targets = np.array([[int(name in found) for name in names] for found in sets])
+    return _of_files("labels", names, files, targets, size, channels)
+
+
+def _rows(path: Path) -> list[dict]:
+    """Rows of a table as dicts; ValueError for a file that is none or has none."""
+    try:
+        text = path.read_text(encoding="utf-8")
+        if path.suffix == ".csv":
+            rows = list(csv.DictReader(text.splitlines()))
+        else:
+            rows = [json.loads(line) for line in text.splitlines() if line.strip()]
+    except (OSError, ValueError, csv.Error) as error:
+        raise ValueError(f"{path} is not a readable table ({error})") from None
+    if not rows or not all(isinstance(row, dict) for row in rows):
+        raise ValueError(f"{path} has no rows; give a CSV with a header or one JSON object a line")
+    if any(row.keys() != rows[0].keys() for row in rows):
+        raise ValueError(f"{path}: the rows have different columns")
+    return rows
+
+
+def _several(value: object) -> list[str]:
+    parts = value if isinstance(value, list) else str(value if value is not None else "").split(";")
+    return [str(part).strip() for part in parts if str(part).strip()]
+
+
+def _zero_or_one(value: object, column: str, path: Path) -> int:
+    known = {"0": 0, "1": 1, "-1": 0, "false": 0, "true": 1}
+    try:
+        return known[str(value).strip().lower()]
+    except KeyError:
+        raise ValueError(f"{path}: column {column} holds {value!r}; labels are 0 or 1") from None
+
+
+def _from_masks(path: Path, size: tuple[int, int], channels: int) -> Examples:
+    """images/ and masks/ with the same stems; a mask's pixel values are class indices."""
+    pictures, masks = path / "images", path / "masks"
+    for folder in (pictures, masks):
+        if not folder.is_dir() or not _pictures_in(folder):
+            raise ValueError(f"{folder} has no pictures; images/ and masks/ go together by stem")
+    by_stem = {p.stem: p for p in _pictures_in(masks)}
+    files = _pictures_in(pictures)
+    stems = {f.stem for f in files}
+    if lonely := sorted(stems.symmetric_difference(by_stem)):
+        raise ValueError(f"{path}: {lonely[0]!r} and {len(lonely) - 1} others lack picture or mask")
+    values = [_mask_values(by_stem[f.stem], f) for f in files]
+    known = sorted({int(v) for found in values for v in np.unique(found)} - {UNLABELLED})
+    if len(known) < 2:
+        raise ValueError(f"the masks in {masks} hold one value only ({known}); label two classes")
+    names = _mask_names(path, known)
+
+    def mask(i: int) -> Tensor:
+        return class_map(read_mask(by_stem[files[i].stem]), tuple(known), size)
+
+    examples = _of_files("masks", names, files, None, size, channels)
+    return replace(examples, masks=mask, values=tuple(known))
+
+
+def _mask_names(path: Path, known: list[int]) -> tuple[str, ...]:
+    """Names of mask values from classes.txt, a line per value from 0 on, else the numbers."""
+    table = path / "classes.txt"
+    if not table.exists():
+        return tuple(map(str, known))
+    lines = table.read_text(encoding="utf-8").splitlines()
+    if max(known) >= len(lines):
+        raise ValueError(
+            f"{table} names {len(lines)} classes, the masks hold the value {known[-1]}"
+        )
+    return tuple(lines[v].strip() for v in known)
+
+
+def read_mask(path: Path) -> np.ndarray:
+    """Class values (h, w) of an indexed or grey mask; ValueError for one in colour."""
+    image = _open(path)
+    if image.mode not in ("P", "L", "1", "I", "I;16"):
+        raise ValueError(f"{path} is in colour ({image.mode}); save it as an indexed PNG")
+    return np.asarray(image).astype(np.int64)
+
+
+def _mask_values(path: Path, picture: Path) -> np.ndarray:
+    """Values of the mask of a picture; ValueError for one of another size."""
+    values = read_mask(path)
+    height, width = values.shape
+    with _open(picture) as other:
+        if other.size != (width, height):
+            raise ValueError(
+                f"{path} has {width}x{height} pixels, its picture {other.width}x{other.height}; "
+                "they must be the same"
+            )
+    return values
+
+
+def _open(path: Path) -> Image.Image:
+    try:
+        image = Image.open(path)
+        image.load()
+        return image
+    except PICTURE_ERRORS as error:
+        raise ValueError(f"{path} is not a readable picture ({error})") from None
+
+
+def _of_files(
+    kind: str,
+    classes: tuple[str, ...],
+    files: list[Path],
+    targets: np.ndarray | None,
+    size: tuple[int, int],
+    channels: int,
+) -> Examples:
+    """Examples whose pictures are read from files when they are needed."""
+    for file in files:
+        _open(file)
+    key = repr([(str(f.resolve()), f.stat().st_mtime_ns, f.stat().st_size) for f in files])
+    return Examples(
+        kind, classes, len(files), lambda i: read_picture(files[i], size, channels), targets,
+        key=f"{key} {size} {channels}",
+    )  # fmt: skip
+
+
+def read_picture(path: Path, size: tuple[int, int], channels: int = 3) -> Tensor:
+    """A picture (channels, H, W) in [-1, 1], its middle cut out and resized to `size`."""
+    image = _open(path).convert("L" if channels == 1 else "RGB")
+    height, width = size
+    scale = max(width / image.width, height / image.height)
+    if scale != 1:
+        whole = (max(width, round(image.width * scale)), max(height, round(image.height * scale)))
+        image = image.resize(whole, Image.Resampling.BICUBIC)
+    left, top = (image.width - width) // 2, (image.height - height) // 2
+    image = image.crop((left, top, left + width, top + height))
+    values = torch.from_numpy(np.asarray(image).copy()).float() / 127.5 - 1
+    return values[None] if channels == 1 else values.permute(2, 0, 1)
+
+
+def class_map(found: np.ndarray, values: tuple[int, ...], size: tuple[int, int]) -> Tensor:
+    """Class indices (H, W) of a mask's values, -1 for others, cut and resized like its picture."""
+    mask = np.full(found.shape, -1, np.int64)
+    for index, value in enumerate(values):
+        mask[found == value] = index
+    height, width = size
+    scale = max(width / mask.shape[1], height / mask.shape[0])
+    whole = (max(height, round(mask.shape[0] * scale)), max(width, round(mask.shape[1] * scale)))
+    resized = F.interpolate(torch.from_numpy(mask)[None, None].float(), whole, mode="nearest-exact")
+    top, left = (whole[0] - height) // 2, (whole[1] - width) // 2
+    return resized[0, 0, top : top + height, left : left + width].long()
+
+
+def soft_masks(masks: Tensor, classes: int, grid: tuple[int, int]) -> Tensor:
+    """Share of every class (B, classes, h, w) in each cell of a grid, for masks (B, H, W).
+
+    Unlabelled pixels (-1) count for no class; a cell of nothing else is all zero. At the masks' own
+    size it is one-hot.
+    """
+    one_hot = F.one_hot(masks.clamp(min=0), classes).movedim(-1, 1).float()
+    one_hot = one_hot * (masks >= 0)[:, None]
+    return F.interpolate(one_hot, grid, mode="area")
