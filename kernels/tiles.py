@@ -1,8 +1,8 @@
 """Tile sizes of the attention kernels per head size, number of keys and architecture.
 
-A static table in place of an autotuner: the first call runs what the thousandth runs, and every
-entry is compiled ahead of time by the tests, within the shared memory of its architecture. The
-numbers come from those compilations (registers, spills, shared memory), not from timings: no GPU
+A static table in place of an autotuner: the first call runs what the thousandth runs. A slow test
+compiles every entry ahead of time, within the shared memory of its architecture. The numbers
+come from those compilations (registers, spills, shared memory), not from timings: no GPU
 was at hand.
 """
 
