@@ -22,8 +22,9 @@ from guidekit.run import Run
 from guidekit.step import Step
 from guidekit.taps import open_attention, open_blocks
 
-# Gradients of maps underflow in half precision; the scale is divided out again in float32.
-LOSS_SCALE = {torch.float16: 2.0**12}
+# Gradients of maps underflow in half precision, those through two calls overflow; the scale is
+# divided out again in float32, and what overflowed is tried with the next one.
+LOSS_SCALES = {torch.float16: (2.0**12, 2.0**6, 1.0, 2.0**-6)}
 # Branches in one denoiser call: a panorama has hundreds of windows.
 CALL_BRANCHES = 8
 
@@ -306,13 +307,17 @@ class Engine:
 
     def _gradient(self, step: Step, total: Tensor, members: list[Guidance], keep: bool) -> Tensor:
         """d total / dz (B, C, h, w); what is not finite follows the policy."""
-        scale = LOSS_SCALE.get(self.run.denoiser.dtype, 1.0)
-        self.backwards += 1
-        (grad,) = torch.autograd.grad(total.sum() * scale, step.z, retain_graph=keep)
-        grad = grad / scale
-        finite = torch.isfinite(grad).flatten(1).all(1)
-        if finite.all():
-            return grad
+        scales = LOSS_SCALES.get(self.run.denoiser.dtype, (1.0,))
+        grad, finite = torch.full_like(step.z, torch.nan), torch.zeros(len(step.z), dtype=bool)
+        for scale in scales:
+            again = keep or scale != scales[-1]
+            self.backwards += 1
+            (found,) = torch.autograd.grad(total.sum() * scale, step.z, retain_graph=again)
+            # Row by row, so that no picture depends on its batch.
+            grad = torch.where(finite[:, None, None, None].to(grad.device), grad, found / scale)
+            finite = torch.isfinite(grad).flatten(1).all(1).cpu()
+            if finite.all():
+                return grad
         names = " + ".join(g.name for g in members)
         bad = [self.run.seeds[b] for b in (~finite).nonzero().flatten().tolist()]
         text = f"gradient of {names} is not finite at step {step.index} for seeds {bad}"
@@ -321,7 +326,7 @@ class Engine:
                 f"{text}; lower its scale, run in float32, or set nonfinite to 'zero' to skip"
             )
         self.run.account.note(f"{text}; those pictures were not pushed at that step")
-        return torch.where(finite[:, None, None, None], grad, torch.zeros_like(grad))
+        return torch.where(finite[:, None, None, None].to(grad.device), grad, 0.0)
 
 
 class _Capturing:

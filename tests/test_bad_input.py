@@ -67,7 +67,7 @@ def fails(result, *texts, code=2):
         (["--config", "half.json"], ["config half.json: not a readable JSON file"]),
         (["--height", "0"], ["height must be at least 1"]),
         (["--device", "meta"], ["no device 'meta'; there are cpu"]),
-        (["--model", ""], ["no model ''", "not a built-in (scenes"]),
+        (["--model", ""], ["no model ''", "not a built-in (digits-ddpm, scenes"]),
         (["--model", "nobody/nothing"], ["'nobody/nothing' cannot be loaded", "check its name"]),
         (["--model", "nope:x"], ["no plugin 'nope'"]),
         (["--model", "zest:x"], ["no backbone 'zest:x'; zest registers none"]),
@@ -212,6 +212,8 @@ def test_ctrl_c_in_the_middle(model, tmp_path):
     process = subprocess.Popen(
         [sys.executable, "-m", "guidekit", *map(str, words)], cwd=tmp_path, text=True,
         stdout=subprocess.DEVNULL, stderr=subprocess.PIPE,
+        # Processes that a shell started in the background ignore the signal, and so would this one.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )  # fmt: skip
     while not (tmp_path / "o/1.png").exists() and process.poll() is None:
         time.sleep(0.05)
