@@ -186,13 +186,16 @@ class Digits:
 
 
 def within_class(features: np.ndarray, labels: np.ndarray) -> float:
-    """Mean distance of two pictures of one class in features (n, d), over the classes."""
+    """Mean distance of two pictures of one class in features (n, d), over the classes.
+
+    A picture that a resample holds twice is no pair.
+    """
     means = []
     for label in np.unique(labels):
         x = features[labels == label]
         if len(x) > 1:
             distances = np.sqrt(((x[:, None] - x[None]) ** 2).sum(-1))
-            means.append(distances.sum() / (len(x) * (len(x) - 1)))
+            means.append(distances.sum() / max((distances > 0).sum(), 1))
     return float(np.mean(means)) if means else 0.0
 
 
