@@ -87,7 +87,7 @@ def _at(
 
 def coarser(x: np.ndarray, side: int, wanted: int) -> np.ndarray:
     """Averages on side x side cells (n, C * side^2) as those on `wanted` x `wanted` ones."""
-    cells = torch.from_numpy(np.asarray(x)).unflatten(1, (-1, side, side))
+    cells = torch.from_numpy(np.array(x)).unflatten(1, (-1, side, side))
     return F.adaptive_avg_pool2d(cells, wanted).flatten(1).numpy()
 
 
