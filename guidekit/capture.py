@@ -1,5 +1,6 @@
 """What one denoiser call passes to guidances and what is read from it."""
 
+from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING
 
 import torch
@@ -8,6 +9,7 @@ from torch import Tensor
 from guidekit.attention import AttentionCall, attend, token_maps
 from guidekit.backbones import site_grid
 from guidekit.guidance import AttentionRead, Branch, FeatureRead, Guidance
+from guidekit.packing import aligned, reorder, taken
 from guidekit.taps import BlockCall, block_features
 
 if TYPE_CHECKING:
@@ -43,16 +45,35 @@ class Capture:
     def attention(self, call: AttentionCall) -> Tensor | None:
         """Shows the call to the editors, then reads it; None leaves running it to the tap."""
         edits = self.step.run.edits
-        for guidance in self.editors:
-            if call.site in edits[id(guidance)].get("attention", ()):
-                guidance.edit_attention(self.step, self.branch, call)
+        editors = [g for g in self.editors if call.site in edits[id(g)].get("attention", ())]
         reads = [r for r in self.maps if call.site in r.sites]
+        order = self._order(call.site, call.query.shape[2]) if editors or reads else None
+        if order is None:
+            return self._shown(call, editors, reads)
+        reorder(call, order)
+        out = self._shown(call, editors, reads)
+        return taken(call.run() if out is None else out, order.argsort(1))
+
+    def _shown(
+        self, call: AttentionCall, editors: list[Guidance], reads: list[AttentionRead]
+    ) -> Tensor | None:
+        """Edits and reads of a call in which every picture's text has the same columns."""
+        for guidance in editors:
+            guidance.edit_attention(self.step, self.branch, call)
         if not reads or call.index > 0:  # further calls are an IP-Adapter's image tokens
             return None
         out = self._read(call, reads)
         self.step.run.account.attended(call.site, call.implementation)
         self._done(call.site)
         return out
+
+    def _order(self, site: str, count: int) -> Tensor | None:
+        """Order (B, count) that gives all pictures the same columns; None if they have them."""
+        run = self.step.run
+        joint = any(fnmatchcase(site, pattern) for pattern in run.denoiser.family.cross_sites)
+        if len(set(run.text_lengths)) == 1 or not joint:
+            return None
+        return aligned(run.text_lengths, count)
 
     def block(self, call: BlockCall) -> object | None:
         """Shows the block to the editors, each after what the one before made, and reads it."""
@@ -79,8 +100,10 @@ class Capture:
         tokens = output if isinstance(output, Tensor) else output[-1]
         family, count = run.denoiser.family, tokens.shape[1]
         packed = count != grid[0] * grid[1]  # text and pixels in one sequence
+        order = self._order(f"{site}.attn", count) if packed else None
+        tokens = tokens if order is None else taken(tokens, order)
         rows = family.rows(count, run.text_length) if packed else slice(None)
-        return block_features(output, grid, rows)
+        return block_features(tokens, grid, rows)
 
     def _done(self, site: str) -> None:
         """After the last site nothing needs a graph, or the call is over."""

@@ -237,6 +237,8 @@ class Engine:
             groups.setdefault(branch.group, []).append(branch)
         step.groups = {name: combination(members, outs) for name, members in groups.items()}
         combined = step.groups.pop("main", None)
+        if [b.name for b in groups.get("main", [])] == ["null", "cond"]:
+            combined = self.run.denoiser.rescaled(combined, outs["cond"])
         for guidance in active:
             combined = guidance.combine(step, outs, combined)
         return combined
@@ -305,7 +307,7 @@ class Engine:
 
     def _gradient(self, step: Step, total: Tensor, members: list[Guidance], keep: bool) -> Tensor:
         """d total / dz (B, C, h, w); what is not finite follows the policy."""
-        scale = LOSS_SCALE.get(self.run.denoiser.dtype, 1.0)
+        scale = LOSS_SCALE.get(self.run.denoiser.model.dtype, 1.0)
         self.backwards += 1
         (grad,) = torch.autograd.grad(total.sum() * scale, step.z, retain_graph=keep)
         grad = grad / scale
