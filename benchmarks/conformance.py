@@ -34,6 +34,9 @@ FAMILIES = {
     "PixArt": "pixart",
     "SD3": "sd3",
     "Flux": "flux",
+    "Sana": "sana",
+    "Lumina2": "lumina2",
+    "QwenImage": "qwen",
 }
 QUICK = {False: ("ddim", "unipc"), True: ("flow-euler", "unipc")}  # by: is it a flow model
 

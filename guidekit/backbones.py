@@ -199,7 +199,7 @@ FAMILIES = [
         matches=_is("Lumina2Transformer2DModel"),
         # Before these the text and the pixels are refined apart.
         cross_sites=("layers.*.attn",),
-        self_sites=("layers.*.attn",),
+        self_sites=("noise_refiner.*.attn", "layers.*.attn"),
         blocks=("layers.*",),
         order="text first",  # each picture's own number of tokens, without padding
         encoders={"gemma": _WHOLE},

@@ -1,13 +1,15 @@
 """What one denoiser call passes to guidances and what is read from it."""
 
+from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from guidekit.attention import AttentionCall, attend, token_maps
-from guidekit.backbones import site_features
+from guidekit.backbones import site_features, site_grid
 from guidekit.guidance import AttentionRead, Branch, FeatureRead, Guidance
+from guidekit.packing import aligned, reorder, taken
 from guidekit.taps import BlockCall
 
 if TYPE_CHECKING:
@@ -43,16 +45,35 @@ class Capture:
     def attention(self, call: AttentionCall) -> Tensor | None:
         """Shows the call to the editors, then reads it; None leaves running it to the tap."""
         edits = self.step.run.edits
-        for guidance in self.editors:
-            if call.site in edits[id(guidance)].get("attention", ()):
-                guidance.edit_attention(self.step, self.branch, call)
+        editors = [g for g in self.editors if call.site in edits[id(g)].get("attention", ())]
         reads = [r for r in self.maps if call.site in r.sites]
+        order = self._order(call.site, call.query.shape[2]) if editors or reads else None
+        if order is None:
+            return self._shown(call, editors, reads)
+        reorder(call, order)
+        out = self._shown(call, editors, reads)
+        return taken(call.run() if out is None else out, order.argsort(1))
+
+    def _shown(
+        self, call: AttentionCall, editors: list[Guidance], reads: list[AttentionRead]
+    ) -> Tensor | None:
+        """Edits and reads of a call in which every picture's text has the same columns."""
+        for guidance in editors:
+            guidance.edit_attention(self.step, self.branch, call)
         if not reads or call.index > 0:  # further calls are an IP-Adapter's image tokens
             return None
         out = self._read(call, reads)
         self.step.run.account.attended(call.site, call.implementation)
         self._done(call.site)
         return out
+
+    def _order(self, site: str, count: int) -> Tensor | None:
+        """Order (B, count) that gives all pictures the same columns; None if they have them."""
+        run = self.step.run
+        joint = any(fnmatchcase(site, pattern) for pattern in run.denoiser.family.cross_sites)
+        if len(set(run.text_lengths)) == 1 or not joint:
+            return None
+        return aligned(run.text_lengths, count)
 
     def block(self, call: BlockCall) -> object | None:
         """Shows the block to the editors, each after what the one before made, and reads it."""
@@ -64,12 +85,23 @@ class Capture:
         reads = [r for r in self.blocks if call.site in r.sites]
         if not reads:
             return None
-        output, run = call.run(), self.step.run
-        features = site_features(run.denoiser.model, call.site, output, run.grid, run.text_length)
+        output = call.run()
+        features = self._features(output, call.site)
         for read in reads:
             self.found.setdefault((id(read), call.site), features)
         self._done(call.site)
         return output
+
+    def _features(self, output: object, site: str) -> Tensor:
+        """Features (B, C, h, w) of the pixels out of a block's output."""
+        run, model = self.step.run, self.step.run.denoiser.model
+        if not hasattr(model.config, "down_block_types"):
+            tokens = output if isinstance(output, Tensor) else output[-1]
+            h, w = site_grid(model, site, *run.grid)
+            packed = tokens.shape[1] != h * w  # text and pixels in one sequence
+            order = self._order(f"{site}.attn", tokens.shape[1]) if packed else None
+            output = tokens if order is None else taken(tokens, order)
+        return site_features(model, site, output, run.grid, run.text_length)
 
     def _done(self, site: str) -> None:
         """After the last site nothing needs a graph, or the call is over."""

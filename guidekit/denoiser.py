@@ -3,8 +3,11 @@
 # Importing a kind is what makes `Denoiser` know it.
 import guidekit.families.dit
 import guidekit.families.flux
+import guidekit.families.lumina2
 import guidekit.families.pixart
 import guidekit.families.pixel
+import guidekit.families.qwen
+import guidekit.families.sana
 import guidekit.families.sd3
 import guidekit.families.unet  # noqa: F401
 from guidekit.families.base import Denoiser, Text, frozen

@@ -239,6 +239,8 @@ class Engine:
             groups.setdefault(branch.group, []).append(branch)
         step.groups = {name: combination(members, outs) for name, members in groups.items()}
         combined = step.groups.pop("main", None)
+        if [b.name for b in groups.get("main", [])] == ["null", "cond"]:
+            combined = self.run.denoiser.rescaled(combined, outs["cond"])
         for guidance in active:
             combined = guidance.combine(step, outs, combined)
         return combined
@@ -307,7 +309,7 @@ class Engine:
 
     def _gradient(self, step: Step, total: Tensor, members: list[Guidance], keep: bool) -> Tensor:
         """d total / dz (B, C, h, w); what is not finite follows the policy."""
-        scales = LOSS_SCALES.get(self.run.denoiser.dtype, (1.0,))
+        scales = LOSS_SCALES.get(self.run.denoiser.model.dtype, (1.0,))
         grad, finite = torch.full_like(step.z, torch.nan), torch.zeros(len(step.z), dtype=bool)
         for scale in scales:
             again = keep or scale != scales[-1]

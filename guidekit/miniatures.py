@@ -10,7 +10,9 @@ from collections.abc import Callable
 
 import torch
 from diffusers import (
+    AutoencoderDC,
     AutoencoderKL,
+    AutoencoderKLQwenImage,
     DDIMScheduler,
     DDPMPipeline,
     DDPMScheduler,
@@ -22,8 +24,14 @@ from diffusers import (
     FlowMatchEulerDiscreteScheduler,
     FluxPipeline,
     FluxTransformer2DModel,
+    Lumina2Pipeline,
+    Lumina2Transformer2DModel,
     PixArtAlphaPipeline,
     PixArtTransformer2DModel,
+    QwenImagePipeline,
+    QwenImageTransformer2DModel,
+    SanaPipeline,
+    SanaTransformer2DModel,
     SD3Transformer2DModel,
     StableDiffusion3Pipeline,
     StableDiffusionPipeline,
@@ -38,12 +46,20 @@ from transformers import (
     CLIPTextModel,
     CLIPTextModelWithProjection,
     CLIPTokenizer,
+    Gemma2Config,
+    Gemma2Model,
+    GemmaTokenizer,
+    Qwen2_5_VLConfig,
+    Qwen2_5_VLForConditionalGeneration,
+    Qwen2Tokenizer,
     T5Config,
     T5EncoderModel,
     T5Tokenizer,
 )
 
 WORDS = ("a", "and", "red", "blue", "green", "circle", "square", "on", "white")
+# Merges in this order leave no word a part of another's: the "re" of "red" splits "green".
+LONGEST = sorted(WORDS, key=len, reverse=True)
 
 # Topologies of Stable Diffusion 1.x and of SDXL with two levels.
 SD_UNET = dict(
@@ -66,17 +82,20 @@ def frozen_model(model: nn.Module) -> nn.Module:
     return model.eval().requires_grad_(False)
 
 
+def joins(parts: list[str]) -> list[tuple[str, str]]:
+    """Merges of byte-pair encoding that make one token of the parts, from left to right."""
+    return [("".join(parts[:i]), parts[i]) for i in range(1, len(parts))]
+
+
 def tokenizer() -> CLIPTokenizer:
     """A CLIP tokenizer over bytes, with merges for `WORDS` only: others fall into letters."""
     letters = sorted(ByteLevel.alphabet())
     vocab = letters + [letter + "</w>" for letter in letters]
     merges = []
     for word in WORDS:
-        parts = [*word[:-1], word[-1] + "</w>"]
-        while len(parts) > 1:  # left to right: r e d</w> -> re d</w> -> red</w>
-            merges.append((parts[0], parts[1]))
-            parts = [parts[0] + parts[1], *parts[2:]]
-            vocab.append(parts[0])
+        pairs = joins([*word[:-1], word[-1] + "</w>"])  # r e d</w> -> re d</w> -> red</w>
+        merges += pairs
+        vocab += map("".join, pairs)
     vocab = [*dict.fromkeys(vocab), "<|startoftext|>", "<|endoftext|>"]
     return CLIPTokenizer(
         vocab={token: i for i, token in enumerate(vocab)},
@@ -109,6 +128,55 @@ def t5_encoder(tokenizer: T5Tokenizer) -> T5EncoderModel:
         vocab_size=len(tokenizer), d_model=64, d_kv=16, d_ff=64, num_layers=1, num_heads=2
     )
     return frozen_model(T5EncoderModel(config))
+
+
+def gemma_tokenizer() -> GemmaTokenizer:
+    """A Gemma tokenizer of `WORDS`, with the space before them; others fall into letters."""
+    special = ["<pad>", "<eos>", "<bos>", "<unk>", "<mask>"]
+    letters = ["\u2581", "\n", *map(chr, range(33, 127)), *(f"<0x{i:02X}>" for i in range(256))]
+    merges = [pair for word in LONGEST for pair in joins([*word])]
+    merges += [("\u2581", word) for word in WORDS]
+    vocab = dict.fromkeys([*special, *letters, *map("".join, merges)])
+    return GemmaTokenizer(
+        vocab={token: i for i, token in enumerate(vocab)}, merges=list(dict.fromkeys(merges)),
+        add_bos_token=True,
+    )  # fmt: skip
+
+
+def gemma_encoder(tokenizer: GemmaTokenizer) -> Gemma2Model:
+    """A Gemma 2 decoder of two layers with 32 channels."""
+    config = Gemma2Config(
+        vocab_size=len(tokenizer), hidden_size=32, intermediate_size=64, num_hidden_layers=2,
+        num_attention_heads=2, num_key_value_heads=1, head_dim=16,
+    )  # fmt: skip
+    return frozen_model(Gemma2Model(config))
+
+
+def qwen_tokenizer() -> Qwen2Tokenizer:
+    """A Qwen 2 tokenizer over bytes, with merges for `WORDS` only."""
+    special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+    merges = [pair for word in LONGEST for pair in joins([*word])]
+    merges += [("\u0120", word) for word in WORDS]  # a space before the word
+    vocab = dict.fromkeys([*sorted(ByteLevel.alphabet()), *map("".join, merges), *special])
+    return Qwen2Tokenizer(
+        vocab={token: i for i, token in enumerate(vocab)}, merges=list(dict.fromkeys(merges)),
+        extra_special_tokens=special[1:],
+    )  # fmt: skip
+
+
+def qwen_encoder(tokenizer: Qwen2Tokenizer) -> Qwen2_5_VLForConditionalGeneration:
+    """A Qwen 2.5 VL of two layers with 32 channels and an eye of one layer."""
+    ends = {"bos_token_id": tokenizer.eos_token_id, "eos_token_id": tokenizer.eos_token_id}
+    text = dict(
+        vocab_size=len(tokenizer), hidden_size=32, intermediate_size=64, num_hidden_layers=2,
+        num_attention_heads=2, num_key_value_heads=1, max_position_embeddings=2048,
+        rope_parameters={
+            "rope_type": "default", "mrope_section": [2, 3, 3], "rope_theta": 10000.0
+        }, **ends,
+    )  # fmt: skip
+    eye = dict(depth=1, hidden_size=16, intermediate_size=32, num_heads=2, out_hidden_size=32)
+    config = Qwen2_5_VLConfig(text_config=text, vision_config=eye, **ends)
+    return frozen_model(Qwen2_5_VLForConditionalGeneration(config))
 
 
 def autoencoder(**config) -> AutoencoderKL:
@@ -254,5 +322,67 @@ def flux_pipeline() -> FluxPipeline:
         vae=_flow_autoencoder(), tokenizer=clip, tokenizer_2=t5,
         text_encoder=text_encoder(clip), text_encoder_2=t5_encoder(t5),
     )  # fmt: skip
+    pipe.default_sample_size = 16  # the class's is 128
+    return pipe
+
+
+@_seeded
+def sana_pipeline() -> SanaPipeline:
+    """Sana: linear attention, cross-attention to Gemma 2, an AutoencoderDC of factor 4, DPM++."""
+    model = SanaTransformer2DModel(
+        in_channels=4, out_channels=4, num_attention_heads=2, attention_head_dim=16, num_layers=2,
+        num_cross_attention_heads=2, cross_attention_head_dim=16, cross_attention_dim=32,
+        caption_channels=32, sample_size=8, patch_size=1,
+    )  # fmt: skip
+    levels = dict.fromkeys(("encoder_block_out_channels", "decoder_block_out_channels"), (16,) * 3)
+    depths = dict.fromkeys(("encoder_layers_per_block", "decoder_layers_per_block"), (1,) * 3)
+    scales = dict.fromkeys(("encoder_qkv_multiscales", "decoder_qkv_multiscales"), ((),) * 3)
+    vae = AutoencoderDC(latent_channels=4, scaling_factor=0.5, **levels, **depths, **scales)
+    gemma = gemma_tokenizer()
+    return SanaPipeline(
+        transformer=frozen_model(model), vae=frozen_model(vae), tokenizer=gemma,
+        text_encoder=gemma_encoder(gemma),
+        scheduler=DPMSolverMultistepScheduler(
+            prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0
+        ),
+    )  # fmt: skip
+
+
+@_seeded
+def lumina2_pipeline() -> Lumina2Pipeline:
+    """Lumina2: pixels packed after Gemma 2's tokens, each picture's own number; time runs up."""
+    model = Lumina2Transformer2DModel(
+        sample_size=16, patch_size=2, in_channels=4, hidden_size=32, num_layers=2,
+        num_refiner_layers=1, num_attention_heads=2, num_kv_heads=1, multiple_of=16,
+        scaling_factor=1.0, axes_dim_rope=(4, 4, 8), axes_lens=(300, 64, 64), cap_feat_dim=32,
+    )  # fmt: skip
+    gemma = gemma_tokenizer()
+    pipe = Lumina2Pipeline(
+        transformer=frozen_model(model), scheduler=FlowMatchEulerDiscreteScheduler(shift=6.0),
+        vae=_flow_autoencoder(), tokenizer=gemma, text_encoder=gemma_encoder(gemma),
+    )  # fmt: skip
+    pipe.vae_scale_factor = 2  # the class's is 8, whatever the autoencoder's
+    return pipe
+
+
+@_seeded
+def qwen_pipeline() -> QwenImagePipeline:
+    """Qwen-Image: packed latents, joint attention with Qwen 2.5 VL, a video autoencoder."""
+    model = QwenImageTransformer2DModel(
+        patch_size=2, in_channels=16, out_channels=4, num_layers=2, attention_head_dim=16,
+        num_attention_heads=2, joint_attention_dim=32, axes_dims_rope=(4, 4, 8),
+    )  # fmt: skip
+    vae = AutoencoderKLQwenImage(
+        base_dim=8, z_dim=4, dim_mult=[1, 2], num_res_blocks=1, temperal_downsample=[False],
+        latents_mean=[-0.7, 0.1, 0.5, 0.0], latents_std=[2.8, 1.4, 2.3, 1.0],
+    )  # fmt: skip
+    words = qwen_tokenizer()
+    pipe = QwenImagePipeline(
+        transformer=frozen_model(model), vae=frozen_model(vae), tokenizer=words,
+        text_encoder=qwen_encoder(words),
+        scheduler=FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True),
+    )  # fmt: skip
+    before = pipe.prompt_template_encode.partition("{}")[0]
+    pipe.prompt_template_encode_start_idx = len(words(before)["input_ids"])
     pipe.default_sample_size = 16  # the class's is 128
     return pipe

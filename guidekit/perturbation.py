@@ -96,6 +96,8 @@ def self_attention(model: nn.Module, family: Family) -> list[str]:
 
     Sana's linear attention has no map that could be perturbed.
     """
+    if family.order == "text first":  # Lumina2 also refines the text by itself
+        return find_sites(model, family.self_sites)
     sites = find_sites(model, "*")
     if family.order == "cross" and family.cross_sites:
         cross = find_sites(model, family.cross_sites)

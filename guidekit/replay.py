@@ -51,6 +51,7 @@ class Replay:
         self.model, self.family, self.factor = own.model, own.family, own.factor
         self.reads_text = own.reads_text
         self.pixels, self.latents, self.check = own.pixels, own.latents, own.check
+        self.rescaled = own.rescaled
         # The class's, because the instance's may be a wrapper of offloading.
         names = list(inspect.signature(type(self.model).forward).parameters)[1:]
         self.names, self.input_name = names, names[0]
@@ -118,6 +119,10 @@ class Replay:
     def text_length(self) -> int:
         """Number of text tokens in the call; before it is made, more than there can be."""
         return self._given["encoder_hidden_states"].shape[1] if self._given else 10**6
+
+    def text_lengths(self, prompts: list[str]) -> list[int]:
+        """Number of text tokens that the pixels of each picture attend to."""
+        return [self.text_length] * len(prompts)
 
     @property
     def tokenizers(self) -> list:

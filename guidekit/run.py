@@ -1,6 +1,7 @@
 """What stays the same over all steps of a run; guidances say in `prepare` what they need."""
 
 import hashlib
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -101,10 +102,15 @@ class Run:
             return layout_sites(model, *self.grid)
         return {s: site_grid(model, s, *self.grid) for s in find_sites(model, patterns)}
 
+    @cached_property
+    def text_lengths(self) -> list[int]:
+        """Number of text tokens that the pixels of each picture attend to."""
+        return self.denoiser.text_lengths([c.content for c in self.conditions])
+
     @property
     def text_length(self) -> int:
-        """Number of text tokens that the denoiser attends to."""
-        return self.denoiser.text_length
+        """Number of text tokens in a call of the denoiser, with the padding of shorter ones."""
+        return max(self.text_lengths)
 
     def text(self, prompts: list[str | int], null: bool = False) -> Text:
         """The encoded prompts or classes, one per picture; the same ones are encoded once."""

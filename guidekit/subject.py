@@ -51,12 +51,16 @@ class Subject:
         return dataclasses.replace(self.cls.example(), **changes)
 
     def sampling(
-        self, *guidances: Guidance, pictures: tuple[int, ...] = (0, 1), pipe=None
+        self,
+        *guidances: Guidance,
+        pictures: tuple[int, ...] = (0, 1),
+        pipe=None,
+        steps: int = STEPS,
     ) -> Sampling:
         """A short run, not yet begun."""
         return Sampling(
             pipe or self.pipe, [self.conditions[i] for i in pictures], guidances,
-            seeds=[SEEDS[i] for i in pictures], steps=STEPS, cfg=CFG,
+            seeds=[SEEDS[i] for i in pictures], steps=steps, cfg=CFG,
         )  # fmt: skip
 
     @cached_property
@@ -99,6 +103,8 @@ def _frozen(value: Any) -> Any:
     """What tells two states of an attribute apart."""
     if isinstance(value, dict):  # hooks
         return tuple((key, id(item)) for key, item in value.items())
+    if isinstance(value, list | tuple):
+        return tuple(_frozen(item) for item in value)
     return value if isinstance(value, bool | int | float | str | None) else id(value)
 
 

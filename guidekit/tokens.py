@@ -128,3 +128,40 @@ class KeyTokenizer:
             part, start = ids[start : start + length], start + length
             tokens += ["" if i is None else tokenizer.convert_ids_to_tokens(i) for i in part]
         return tokens
+
+
+class TemplateTokenizer:
+    """The tokenizer of a text encoder that reads each prompt inside a text of the pipeline's own.
+
+    before, after: what stands around the prompt. lead, start: the model sees the first `lead`
+    tokens and those from `start` on. length: the most tokens that it sees. It answers for these
+    tokens, with places in the prompt alone; those of the text around lie outside of it.
+    """
+
+    def __init__(
+        self,
+        tokenizer,
+        length: int,
+        before: str = "",
+        after: str = "",
+        lead: int = 0,
+        start: int = 0,
+    ):
+        self.tokenizer, self.model_max_length = tokenizer, length
+        self.before, self.after, self.lead, self.start = before, after, lead, start
+
+    def __call__(self, text: str, **_) -> dict[str, list]:
+        """`input_ids`, `attention_mask` and `offset_mapping` of a prompt, column by column."""
+        around = f"{self.before}{text}{self.after}"
+        found = self.tokenizer(around, return_offsets_mapping=True)
+        seen = {name: self._seen(found[name]) for name in ("input_ids", "attention_mask")}
+        places = self._seen(found["offset_mapping"])
+        own = [(first - len(self.before), last - len(self.before)) for first, last in places]
+        return seen | {"offset_mapping": own}
+
+    def _seen(self, values: list) -> list:
+        return [*values[: self.lead], *values[self.start :]]
+
+    def convert_ids_to_tokens(self, ids: list[int]) -> list[str]:
+        """The tokens of `input_ids`."""
+        return self.tokenizer.convert_ids_to_tokens(ids)

@@ -2,7 +2,6 @@
 
 from dataclasses import dataclass
 from functools import cache
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -27,8 +26,6 @@ from guidekit.loading import make_scheduler
 from guidekit.tokens import segment_columns
 from guidekit_pww import PaintWithWords
 from guidekit_zest import Zest
-
-import tiny
 
 SEGMENTS = (Segment("red circle", box_mask((0, 0, 0.5, 1))),)
 RED = Condition("a red circle", "blue", SEGMENTS)
@@ -187,13 +184,6 @@ def test_a_class_may_be_named():
 def test_what_cannot_work_is_refused(family, condition, options, message):
     with pytest.raises(ValueError, match=message):
         Sampling(pipeline(family), condition, steps=1, **options)
-
-
-@pytest.mark.parametrize("name", ["sana", "lumina2", "qwen"])
-def test_families_without_a_loop_say_why(name):
-    model, _, _ = tiny.MODELS[name]()
-    with pytest.raises(ValueError, match=r"cannot be used yet \(it .*\); this takes pipelines"):
-        Denoiser(SimpleNamespace(transformer=model))
 
 
 @pytest.mark.parametrize("family", ["dit", "sd3", "flux"])

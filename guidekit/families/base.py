@@ -18,13 +18,6 @@ from torch import Tensor, nn
 from guidekit.backbones import Family, family_of, layout_sites
 from guidekit.conditions import Condition
 
-# Families that taps and layout records know and the loops do not, each with the reason.
-WHY_NOT = {
-    "sana": "it puts an instruction before the prompt, which moves the tokens of every phrase",
-    "lumina2": "it packs each prompt at its own length before the pixels, and runs time backwards",
-    "qwen": "it pads prompts to the longest of a batch, and rescales what it combines",
-}
-
 
 @dataclass(frozen=True)
 class Text:
@@ -80,10 +73,9 @@ class Denoiser:
         model = denoiser_of(pipeline)
         family = None if model is None else family_of(model).name
         if family not in Denoiser._kinds:
-            why = f" ({WHY_NOT[family]})" if family in WHY_NOT else ""
             raise ValueError(
-                f"{type(pipeline).__name__} cannot be used yet{why}; this takes pipelines of the "
-                f"families {', '.join(Denoiser._kinds)}"
+                f"{type(pipeline).__name__} cannot be used; this takes pipelines of the families "
+                f"{', '.join(Denoiser._kinds)}"
             )
         return Denoiser._kinds[family]
 
@@ -116,6 +108,13 @@ class Denoiser:
     def text_length(self) -> int:
         """Number of text tokens that pixels attend to."""
         return self.tokenizers[0].model_max_length if self.tokenizers else 0
+
+    def text_lengths(self, prompts: list) -> list[int]:
+        """Number of text tokens that the pixels of each picture attend to in a call for `prompts`.
+
+        It differs between pictures only where a model packs text and pixels without padding.
+        """
+        return [self.text_length] * len(prompts)
 
     @property
     def factor(self) -> int:
@@ -198,6 +197,10 @@ class Denoiser:
         (B, C, h, w), or (B, 2C, h, w) where the model learned the variance.
         """
         return self.model(z, timestep=timestep, return_dict=False, **text.kwargs())[0]
+
+    def rescaled(self, combined: Tensor, cond: Tensor) -> Tensor:
+        """What the pipeline makes of classifier-free guidance's combination (B, C, h, w)."""
+        return combined
 
     def unpack(self, x: Tensor, grid: tuple[int, int]) -> Tensor:
         """Latents (B, C, h, w) with `grid` (h, w) out of what the pipeline carries."""

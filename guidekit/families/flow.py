@@ -1,6 +1,11 @@
-"""Steps of flow models whose shift depends on the size of the picture."""
+"""Steps of flow models whose shift depends on the size of the picture, and their packed latents."""
 
+import inspect
+
+import numpy as np
+import torch
 from diffusers.pipelines.flux.pipeline_flux import calculate_shift
+from torch import Tensor
 
 
 def dynamic_shift(scheduler, tokens: int, max_shift: float) -> float:
@@ -16,3 +21,43 @@ def dynamic_shift(scheduler, tokens: int, max_shift: float) -> float:
         config.get("base_shift", 0.5),
         config.get("max_shift", max_shift),
     )
+
+
+def set_flow_timesteps(
+    scheduler, steps: int, device: torch.device, tokens: int, own: bool, who: str
+) -> None:
+    """Lays out the steps from 1 to 1 / steps, shifted for so many image tokens.
+
+    own: a scheduler with use_flow_sigmas keeps its own sigmas even where it takes others, as in
+    FluxPipeline. Raises ValueError, for the model `who`, for a scheduler that takes none and has
+    none.
+    """
+    config, given = scheduler.config, {}
+    takes = "sigmas" in inspect.signature(scheduler.set_timesteps).parameters
+    has = config.get("use_flow_sigmas", False)
+    if not (takes or has):
+        raise ValueError(f"{type(scheduler).__name__} takes no sigmas, which {who} sets")
+    if takes and not (own and has):
+        given["sigmas"] = np.linspace(1.0, 1 / steps, steps)
+    if config.get("use_dynamic_shifting", False):
+        given["mu"] = dynamic_shift(scheduler, tokens, max_shift=1.15)
+    count = {} if "sigmas" in given else {"num_inference_steps": steps}
+    scheduler.set_timesteps(device=device, **count, **given)
+
+
+def unpacked(x: Tensor, grid: tuple[int, int]) -> Tensor:
+    """Latents (B, C, h, w) out of 2x2 patches (B, N, 4C)."""
+    x = x.unflatten(1, (grid[0] // 2, grid[1] // 2)).unflatten(3, (-1, 2, 2))
+    return x.permute(0, 3, 1, 4, 2, 5).flatten(4).flatten(2, 3)  # from (B, h, w, C, 2, 2)
+
+
+def packed(z: Tensor) -> Tensor:
+    """2x2 patches (B, N, 4C) of latents (B, C, h, w)."""
+    z = z.unflatten(3, (-1, 2)).unflatten(2, (-1, 2))  # (B, C, h, 2, w, 2)
+    return z.permute(0, 2, 4, 1, 3, 5).flatten(3).flatten(1, 2)
+
+
+def rescaled(combined: Tensor, cond: Tensor) -> Tensor:
+    """The combination with the norms that the conditional output has along the last side."""
+    norms = [torch.norm(x, dim=-1, keepdim=True) for x in (cond, combined)]
+    return combined * (norms[0] / norms[1])

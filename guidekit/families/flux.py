@@ -1,14 +1,12 @@
 """Flux: packed latents, joint attention with T5, the guidance scale as an input."""
 
 import copy
-import inspect
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from guidekit.families.base import Text
-from guidekit.families.flow import dynamic_shift
+from guidekit.families.flow import packed, set_flow_timesteps, unpacked
 from guidekit.families.text import TextDenoiser
 from guidekit.tokens import KeyTokenizer
 
@@ -53,17 +51,8 @@ class Flux(TextDenoiser, families=("flux",)):
 
     def set_timesteps(self, scheduler, steps: int, shape: tuple[int, int, int]) -> None:
         """Lays out the steps from 1 to 1 / steps, shifted by the size of the picture."""
-        config = scheduler.config
-        given = {}
-        if not config.get("use_flow_sigmas", False):
-            if "sigmas" not in inspect.signature(scheduler.set_timesteps).parameters:
-                raise ValueError(f"{type(scheduler).__name__} takes no sigmas, which Flux sets")
-            given["sigmas"] = np.linspace(1.0, 1 / steps, steps)
-        if config.get("use_dynamic_shifting", False):
-            tokens = (shape[1] // 2) * (shape[2] // 2)
-            given["mu"] = dynamic_shift(scheduler, tokens, max_shift=1.15)
-        count = {} if "sigmas" in given else {"num_inference_steps": steps}
-        scheduler.set_timesteps(device=self.device, **count, **given)
+        tokens = (shape[1] // 2) * (shape[2] // 2)
+        set_flow_timesteps(scheduler, steps, self.device, tokens, own=True, who="Flux")
 
     def text(self, prompts: list[str], size: tuple[int, int], null: bool = False) -> Text:
         """The states of T5, CLIP's pooled ones, and the scale for models that read it."""
@@ -94,10 +83,8 @@ class Flux(TextDenoiser, families=("flux",)):
 
     def unpack(self, x: Tensor, grid: tuple[int, int]) -> Tensor:
         """Latents (B, C, h, w) out of 2x2 patches (B, N, 4C)."""
-        x = x.unflatten(1, (grid[0] // 2, grid[1] // 2)).unflatten(3, (-1, 2, 2))
-        return x.permute(0, 3, 1, 4, 2, 5).flatten(4).flatten(2, 3)  # from (B, h, w, C, 2, 2)
+        return unpacked(x, grid)
 
     def pack(self, z: Tensor) -> Tensor:
         """2x2 patches (B, N, 4C) of latents (B, C, h, w)."""
-        z = z.unflatten(3, (-1, 2)).unflatten(2, (-1, 2))  # (B, C, h, 2, w, 2)
-        return z.permute(0, 2, 4, 1, 3, 5).flatten(3).flatten(1, 2)
+        return packed(z)

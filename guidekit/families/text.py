@@ -33,6 +33,11 @@ class TextDenoiser(LatentDenoiser):
         """`tokenizers` for a call with `length` text tokens."""
         raise NotImplementedError
 
+    @property
+    def negative_tokenizer(self):
+        """That of negative prompts, which some pipelines give another form than prompts."""
+        return self.tokenizers[0]
+
     def pipeline_default(self, name: str):
         """The default of an argument of the pipeline's call."""
         return inspect.signature(type(self.pipeline).__call__).parameters[name].default
@@ -40,11 +45,14 @@ class TextDenoiser(LatentDenoiser):
     def check(self, conditions: list[Condition]) -> None:
         """Raises ValueError for what the text encoders would silently cut off, and for labels."""
         super().check(conditions)
-        tokenizer = self.tokenizers[0]
-        for text in {text for c in conditions for text in (c.prompt, c.negative)}:
-            count = len(tokenizer(text)["input_ids"])
-            if count > tokenizer.model_max_length:
-                raise ValueError(
-                    f"the prompt has {count} tokens, the text encoder reads "
-                    f"{tokenizer.model_max_length}; shorten {text!r}"
-                )
+        for tokenizer, texts in (
+            (self.tokenizers[0], {c.prompt for c in conditions}),
+            (self.negative_tokenizer, {c.negative for c in conditions}),
+        ):
+            for text in texts:
+                count = len(tokenizer(text)["input_ids"])
+                if count > tokenizer.model_max_length:
+                    raise ValueError(
+                        f"the prompt has {count} tokens, the text encoder reads "
+                        f"{tokenizer.model_max_length}; shorten {text!r}"
+                    )
