@@ -1,4 +1,4 @@
-"""Which plugin acts on which family under which scheduler: tiny random models, three steps.
+"""Which plugin acts on which family under which scheduler: tiny random models, four steps.
 
     python benchmarks/conformance.py             every family, scheduler and first-party plugin
     python benchmarks/conformance.py --quick     two schedulers a family
@@ -23,7 +23,7 @@ from guidekit import Condition, Denoiser, Guidance, Sampling, miniatures
 from guidekit.loading import make_scheduler, schedulers_for
 from guidekit.registry import Registry, entries
 
-STEPS, CFG, LABEL = 3, 5.0, 207
+STEPS, CFG, LABEL = 4, 5.0, 207  # PNDM begins with four
 
 # Family: its builder in guidekit.miniatures. Its schedulers are those of `schedulers_for`.
 FAMILIES = {
@@ -114,12 +114,14 @@ def draw(pipe, name: str, seed: int, wanted: Condition, *guidances: Guidance) ->
 def cell(pipe, family: str, name: str, plugin: str, cls, seed: int, kept: dict) -> Cell:
     """What one plugin does; `kept` holds the unguided runs of this family and scheduler."""
     guidance, wanted = cls.example(), cls.example_condition()
+    guidance._name = plugin  # as the registry does it
     texts = wanted.prompt, wanted.negative
     try:
         plain = kept.get(texts) or kept.setdefault(texts, draw(pipe, name, seed, wanted))
-        drawn = draw(pipe, name, seed, wanted, guidance)
-    except ValueError as error:
-        return Cell(family, name, plugin, "refused", str(error))
+        try:
+            drawn = draw(pipe, name, seed, wanted, guidance)
+        except ValueError as error:
+            return Cell(family, name, plugin, "refused", str(error))
     except Exception as error:
         return Cell(family, name, plugin, "failed", f"{type(error).__name__}: {error}")
     for true, what in (

@@ -66,7 +66,7 @@ class Sampling:
         denoiser.check(self.conditions)
         own = denoiser.pipeline.scheduler
         scheduler = own if scheduler is None else scheduler
-        _check_scheduler(scheduler, own)
+        _check_scheduler(scheduler, own, steps)
         # Schedulers keep state from step to step; this run has its own.
         scheduler = type(scheduler).from_config(scheduler.config)
         shape = denoiser.latent_shape(height, width)
@@ -214,8 +214,14 @@ def _check_numbers(steps: int, **numbers: float) -> None:
             raise ValueError(f"{name} must be a finite number of at least 0, not {value}")
 
 
-def _check_scheduler(scheduler, own) -> None:
-    """Raises ValueError for a flow scheduler where the pipeline's own is none, or the reverse."""
+def _check_scheduler(scheduler, own, steps: int) -> None:
+    """Raises ValueError for too few steps, and for a flow scheduler for a model that is none.
+
+    And for the reverse. PNDM's Runge-Kutta start takes its `pndm_order` last steps.
+    """
+    least = getattr(scheduler, "pndm_order", 0)
+    if steps < least and not scheduler.config.get("skip_prk_steps", True):
+        raise ValueError(f"{type(scheduler).__name__} needs at least {least} steps, not {steps}")
     if is_flow(scheduler) != is_flow(own):
         raise ValueError(
             f"{type(scheduler).__name__} and the pipeline's {type(own).__name__} differ in what "

@@ -248,3 +248,9 @@ def test_eta_of_a_scheduler_without_it_raises(pipe):
     scheduler = EulerDiscreteScheduler.from_config(pipe.scheduler.config)
     with pytest.raises(ValueError, match="has no eta"):
         Sampling(pipe, RED, eta=0.5, scheduler=scheduler)
+
+
+def test_too_few_steps_for_pndm():
+    scheduler = PNDMScheduler(skip_prk_steps=False)
+    with pytest.raises(ValueError, match="PNDMScheduler needs at least 4 steps, not 3"):
+        Sampling(tiny.sd_pipeline(), Condition("a"), steps=3, scheduler=scheduler)
