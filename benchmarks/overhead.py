@@ -2,7 +2,7 @@
 
     python benchmarks/overhead.py            the built-in model, batch 1 and 4
     python benchmarks/overhead.py --full     Stable Diffusion 1.5's configuration, random weights
-    python benchmarks/overhead.py --xl       SDXL's, one guided step and its peak memory
+    python benchmarks/overhead.py --peak     one guided step of it and of SDXL's, peak memory
 
 "plain" is Zest as public code has it, written out below: eager attention processors that store
 every map, one batch of null and conditional rows with a graph through all of it.
@@ -287,17 +287,18 @@ def _text(tokenizer, width: int, projection: bool):
     return (CLIPTextModelWithProjection if projection else CLIPTextModel)(config)
 
 
-def xl_rows(dtype: torch.dtype) -> list[dict]:
-    """One guided step of full SDXL: seconds and peak memory, weights included."""
+def peak_row(xl: bool, dtype: torch.dtype) -> dict:
+    """One guided step of a full-size model: seconds and peak memory, weights included."""
     with PeakMemory() as peak:
-        pipeline = random_pipeline(True, dtype)
+        pipeline = random_pipeline(xl, dtype)
         step = Guided(pipeline, [0], [Zest(stop=1.0)], "low")
         start = time.perf_counter()
         with step:
             finite = bool(torch.isfinite(step()).all())
     seconds = time.perf_counter() - start
-    return [{"method": "SDXL, Zest step, memory low", "batch": 1, "s": seconds,
-             "peak GiB with weights": peak.mebibytes / 1024, "finite": str(finite)}]  # fmt: skip
+    return {"method": f"{'SDXL' if xl else 'SD 1.5'}, Zest step, memory low", "batch": 1,
+            "s": seconds, "peak GiB with weights": peak.mebibytes / 1024,
+            "finite": str(finite)}  # fmt: skip
 
 
 def table(rows: list[dict]) -> str:
@@ -313,19 +314,19 @@ def table(rows: list[dict]) -> str:
 @click.command()
 @click.option("--model", default="scenes", show_default=True, help="Built-in, directory or hub id.")
 @click.option("--full", is_flag=True, help="Stable Diffusion 1.5's configuration, random weights.")
-@click.option("--xl", is_flag=True, help="SDXL's configuration, one step in bfloat16.")
+@click.option("--peak", is_flag=True, help="Peak memory of full-size SD 1.5 and SDXL (bfloat16).")
 @click.option("--repeats", default=0, help="Turns of which the fastest counts; 20, full size 3.")
 @click.option("--quick", is_flag=True, help="5 turns.")
 @click.option("--threads", default=0, help="Of torch; by default its own choice.")
 @click.option("--seed", default=0, help="Of random weights.")
 @click.option("--json", "json_file", type=click.Path(), help="Also write the rows here.")
-def main(model, full, xl, repeats, quick, threads, seed, json_file):
+def main(model, full, peak, repeats, quick, threads, seed, json_file):
     """Prints what guidance costs."""
     torch.manual_seed(seed)
     torch.set_num_threads(threads or torch.get_num_threads())
-    repeats = repeats or (5 if quick else 3 if full else 20)
-    if xl:
-        tables = [xl_rows(torch.bfloat16)]
+    repeats = 1 if peak else repeats or (5 if quick else 3 if full else 20)
+    if peak:
+        tables = [[peak_row(False, torch.float32), peak_row(True, torch.bfloat16)]]
     else:
         pipeline = random_pipeline(False, torch.float32) if full else guidekit.load(model)
         batches = (1,) if full else (1, 4)
