@@ -87,7 +87,8 @@ def _one_line_errors() -> Iterator[None]:
 
 def _file_error(error: OSError) -> str:
     """What went wrong with which file, and what to do if the disk is full."""
-    text = f"{error.filename}: {error.strerror}" if error.filename else str(error)
+    told = (error.filename, error.strerror)  # the name may be a Path
+    text = ": ".join(str(part) for part in told if part) or str(error)
     full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
     return f"{text}; free some space, or choose another folder with --out" if full else text
 
