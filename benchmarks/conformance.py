@@ -102,13 +102,29 @@ def condition(pipe: DiffusionPipeline, wanted: Condition) -> tuple[Condition, fl
     return (Condition(label=LABEL), CFG) if denoiser.family.name == "dit" else (Condition(), 1.0)
 
 
-def draw(pipe, name: str, seed: int, wanted: Condition, *guidances: Guidance) -> Sampling:
-    """A finished short run."""
+def sampling(pipe, name: str, seed: int, wanted: Condition, *guidances: Guidance) -> Sampling:
+    """A short run, not yet begun."""
     given, cfg = condition(pipe, wanted)
     return Sampling(
         pipe, given, guidances, seeds=[seed], steps=STEPS, cfg=cfg,
         scheduler=make_scheduler(pipe, name),
-    ).finish()  # fmt: skip
+    )  # fmt: skip
+
+
+def draw(*args) -> Sampling:
+    """A finished short run."""
+    return sampling(*args).finish()
+
+
+def refused(pipe, name: str, seed: int, wanted: Condition) -> str:
+    """Why the family cannot have the scheduler, in a sentence that names it; "" if it can."""
+    try:
+        sampling(pipe, name, seed, wanted)
+    except ValueError as error:
+        if type(make_scheduler(pipe, name)).__name__ in str(error):
+            return str(error)
+        raise
+    return ""
 
 
 def cell(pipe, family: str, name: str, plugin: str, cls, seed: int, kept: dict) -> Cell:
@@ -117,6 +133,8 @@ def cell(pipe, family: str, name: str, plugin: str, cls, seed: int, kept: dict) 
     guidance._name = plugin  # as the registry does it
     texts = wanted.prompt, wanted.negative
     try:
+        if refusal := refused(pipe, name, seed, wanted):
+            return Cell(family, name, plugin, "refused", refusal)
         plain = kept.get(texts) or kept.setdefault(texts, draw(pipe, name, seed, wanted))
         try:
             drawn = draw(pipe, name, seed, wanted, guidance)

@@ -244,17 +244,17 @@ def site_grid(
     return latent_height // patch, latent_width // patch
 
 
-def site_features(
-    model: nn.Module, site: str, output: object, grid: tuple[int, int], n_text: int = 0
-) -> Tensor:
+def site_features(model: nn.Module, site: str, output: object, grid: tuple[int, int]) -> Tensor:
     """Features (B, C, h, w) of the pixels out of a block's output, for latents of the grid (h, w).
 
-    n_text: the text tokens that a transformer packs into one sequence with the pixels.
+    Raises ValueError for a block of a transformer that sees text alone.
     """
     if hasattr(model.config, "down_block_types"):
         return block_features(output)
     own = site_grid(model, site, *grid)
     tokens = output if isinstance(output, Tensor) else output[-1]
-    packed = tokens.shape[1] != own[0] * own[1]
-    rows = family_of(model).rows(tokens.shape[1], n_text) if packed else slice(None)
+    count, pixels = tokens.shape[1], own[0] * own[1]
+    if count < pixels:
+        raise ValueError(f"{site} holds {count} tokens of text and no pixels; choose another block")
+    rows = family_of(model).rows(count, count - pixels) if count > pixels else slice(None)
     return block_features(output, own, rows)

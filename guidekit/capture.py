@@ -101,7 +101,7 @@ class Capture:
             packed = tokens.shape[1] != h * w  # text and pixels in one sequence
             order = self._order(f"{site}.attn", tokens.shape[1]) if packed else None
             output = tokens if order is None else taken(tokens, order)
-        return site_features(model, site, output, run.grid, run.text_length)
+        return site_features(model, site, output, run.grid)
 
     def _done(self, site: str) -> None:
         """After the last site nothing needs a graph, or the call is over."""

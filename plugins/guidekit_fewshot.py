@@ -30,9 +30,9 @@ class Fewshot(Guidance):
     """
 
     scale: float = 25.0  # the paper's lambda, for a cross-entropy that is a mean over pixels
-    head: Path | None = None  # folder that guidekit fit wrote
+    head: Path | None = None  # folder that guidekit fit wrote; there is none to begin with
     label: str = ""  # class to draw; of a head of labels "a,-b": with a, without b
-    mask: Path | None = None  # indexed PNG with the values of the masks that the head was fitted on
+    mask: Path | None = None  # indexed PNG with the values that the head was fitted on; or none
     form: str = "stopped"  # paper | stopped | detached | first
     threshold: float = 0.2  # least probability of the class in a finished picture, to be accepted
     targets: Tensor | None = field(default=None, init=False, repr=False, compare=False)

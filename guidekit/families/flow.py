@@ -11,9 +11,15 @@ from torch import Tensor
 def dynamic_shift(scheduler, tokens: int, max_shift: float) -> float:
     """`mu` for pictures of so many image tokens, from the scheduler's config.
 
-    max_shift: the pipeline's own default, for configs without it.
+    max_shift: the pipeline's own default, for configs without it. Raises ValueError for a scheduler
+    that takes none.
     """
     config = scheduler.config
+    if "mu" not in inspect.signature(scheduler.set_timesteps).parameters:
+        raise ValueError(
+            f"{type(scheduler).__name__} takes no shift by the picture's size, which the model's "
+            "own scheduler has (use_dynamic_shifting)"
+        )
     return calculate_shift(
         tokens,
         config.get("base_image_seq_len", 256),

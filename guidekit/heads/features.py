@@ -100,9 +100,7 @@ def read_features(
 
     def keep(call: BlockCall) -> None:
         grid = tuple(x.shape[-2:])
-        found[call.site] = site_features(
-            denoiser.model, call.site, call.run(), grid, denoiser.text_length
-        ).float()
+        found[call.site] = site_features(denoiser.model, call.site, call.run(), grid).float()
         if len(found) == len(sites):
             raise StopForward
 
