@@ -25,6 +25,7 @@ from guidekit import (
     miniatures,
     tap_attention,
 )
+from guidekit.loading import make_scheduler
 from guidekit.packing import aligned, taken
 from guidekit.subject import Subject
 from guidekit.testing import restored
@@ -251,6 +252,12 @@ def test_prompts_that_would_be_cut_are_refused():
     for family, most in (("sana", 300), ("qwen", 512)):
         with pytest.raises(ValueError, match=f"the text encoder reads {most}"):
             drawing(family, conditions=[Condition("red " * 700)], seeds=[0])
+
+
+def test_a_scheduler_that_cannot_shift_by_size_is_refused():
+    """Where the pipeline's own does."""
+    with pytest.raises(ValueError, match="SASolverScheduler cannot shift its steps by the size"):
+        drawing("qwen", scheduler=make_scheduler(pipeline("qwen"), "sa"))
 
 
 @pytest.mark.parametrize("family", ["lumina2", "qwen"])

@@ -182,16 +182,13 @@ def test_the_middle_of_a_transformer_is_the_default():
     assert sites == [{"single_transformer_blocks.0.attn"}, {"single_transformer_blocks.0"}]
 
 
-PERTURBABLE = [name for name in tiny.MODELS if name != "lumina2"]  # which has no family yet
-
-
 def output(model, inputs):
     with torch.no_grad():
         out = model(**inputs)
     return out[0] if isinstance(out, tuple) else out.sample
 
 
-@pytest.mark.parametrize("name", PERTURBABLE)
+@pytest.mark.parametrize("name", tiny.MODELS)
 def test_each_layer_of_every_family_can_be_skipped(name):
     model, inputs, _ = tiny.MODELS[name]()
     before = output(model, inputs)
@@ -200,7 +197,7 @@ def test_each_layer_of_every_family_can_be_skipped(name):
             assert not torch.allclose(output(model, inputs), before), layer
 
 
-@pytest.mark.parametrize("name", [name for name in PERTURBABLE if name != "sana"])
+@pytest.mark.parametrize("name", [name for name in tiny.MODELS if name != "sana"])
 def test_each_self_attention_of_every_family_can_be_perturbed(name):
     model, inputs, _ = tiny.MODELS[name]()
     family, before = family_of(model), output(model, inputs)

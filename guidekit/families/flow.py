@@ -8,25 +8,28 @@ from diffusers.pipelines.flux.pipeline_flux import calculate_shift
 from torch import Tensor
 
 
-def dynamic_shift(scheduler, tokens: int, max_shift: float) -> float:
-    """`mu` for pictures of so many image tokens, from the scheduler's config.
+def dynamic_shift(scheduler, tokens: int, max_shift: float) -> dict[str, float]:
+    """`mu` of `set_timesteps` for pictures of so many image tokens; empty for a fixed shift.
 
     max_shift: the pipeline's own default, for configs without it. Raises ValueError for a scheduler
-    that takes none.
+    that has the setting from another's config and cannot follow it.
     """
     config = scheduler.config
+    if not config.get("use_dynamic_shifting", False):
+        return {}
     if "mu" not in inspect.signature(scheduler.set_timesteps).parameters:
         raise ValueError(
-            f"{type(scheduler).__name__} takes no shift by the picture's size, which the model's "
-            "own scheduler has (use_dynamic_shifting)"
+            f"{type(scheduler).__name__} cannot shift its steps by the size of the picture, as the "
+            "pipeline's own does (use_dynamic_shifting); use flow-euler, dpm++ or unipc"
         )
-    return calculate_shift(
+    mu = calculate_shift(
         tokens,
         config.get("base_image_seq_len", 256),
         config.get("max_image_seq_len", 4096),
         config.get("base_shift", 0.5),
         config.get("max_shift", max_shift),
     )
+    return {"mu": mu}
 
 
 def set_flow_timesteps(
@@ -38,15 +41,13 @@ def set_flow_timesteps(
     FluxPipeline. Raises ValueError, for the model `who`, for a scheduler that takes none and has
     none.
     """
-    config, given = scheduler.config, {}
+    given = dynamic_shift(scheduler, tokens, max_shift=1.15)
     takes = "sigmas" in inspect.signature(scheduler.set_timesteps).parameters
-    has = config.get("use_flow_sigmas", False)
+    has = scheduler.config.get("use_flow_sigmas", False)
     if not (takes or has):
         raise ValueError(f"{type(scheduler).__name__} takes no sigmas, which {who} sets")
     if takes and not (own and has):
         given["sigmas"] = np.linspace(1.0, 1 / steps, steps)
-    if config.get("use_dynamic_shifting", False):
-        given["mu"] = dynamic_shift(scheduler, tokens, max_shift=1.15)
     count = {} if "sigmas" in given else {"num_inference_steps": steps}
     scheduler.set_timesteps(device=device, **count, **given)
 

@@ -33,11 +33,9 @@ class StableDiffusion3(TextDenoiser, families=("sd3",)):
 
     def set_timesteps(self, scheduler, steps: int, shape: tuple[int, int, int]) -> None:
         """Lays out the steps; their shift depends on the size where the scheduler says so."""
-        given = {}
-        if scheduler.config.get("use_dynamic_shifting", None):
-            patch = self.model.config.patch_size
-            tokens = (shape[1] // patch) * (shape[2] // patch)
-            given["mu"] = dynamic_shift(scheduler, tokens, max_shift=1.16)
+        patch = self.model.config.patch_size
+        tokens = (shape[1] // patch) * (shape[2] // patch)
+        given = dynamic_shift(scheduler, tokens, max_shift=1.16)
         scheduler.set_timesteps(steps, device=self.device, **given)
 
     def text(self, prompts: list[str], size: tuple[int, int], null: bool = False) -> Text:
