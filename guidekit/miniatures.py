@@ -9,10 +9,13 @@ import torch
 from diffusers import (
     AutoencoderKL,
     DDIMScheduler,
+    DDPMPipeline,
+    DDPMScheduler,
     EulerDiscreteScheduler,
     StableDiffusionPipeline,
     StableDiffusionXLPipeline,
     UNet2DConditionModel,
+    UNet2DModel,
 )
 from tokenizers.pre_tokenizers import ByteLevel
 from torch import nn
@@ -126,5 +129,21 @@ def sdxl_pipeline() -> StableDiffusionXLPipeline:
             ),
             add_watermarker=False,
         )  # fmt: skip
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def ddpm_pipeline(learned: bool = False) -> DDPMPipeline:
+    """An unconditional pixel model at 16x16 with DDPM; `learned`: with learned variance."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        unet = UNet2DModel(
+            sample_size=16, in_channels=3, out_channels=6 if learned else 3,
+            block_out_channels=(32, 64), layers_per_block=1, attention_head_dim=8,
+            down_block_types=("DownBlock2D", "AttnDownBlock2D"),
+            up_block_types=("AttnUpBlock2D", "UpBlock2D"), norm_num_groups=8,
+        )  # fmt: skip
+        kind = "learned_range" if learned else "fixed_small"
+        pipe = DDPMPipeline(frozen_model(unet), DDPMScheduler(variance_type=kind))
     pipe.set_progress_bar_config(disable=True)
     return pipe
