@@ -15,6 +15,7 @@ from diffusers import AutoencoderKL
 from PIL import Image
 from torch import Tensor, nn
 
+from guidekit.config import ZOO
 from guidekit.noisy_clip.data import open_data
 from guidekit.noisy_clip.files import load_clip
 from guidekit.noisy_clip.loss import info_nce
@@ -31,7 +32,7 @@ class NoisyClipOptions:
     clip: str = "scenes-clip"  # a built-in, a folder, or ARCHITECTURE/TAG of open_clip
     data: str = "scenes"  # scenes, or a folder of pictures
     width: int = 256  # of the level's embedding
-    autoencoder: str = ""  # folder of an AutoencoderKL, for an encoder of latents with a stem
+    autoencoder: str = ""  # folder of an AutoencoderKL, or scenes/vae: for latents
 
 
 class Alignment(nn.Module):
@@ -58,9 +59,9 @@ class NoisyClipTask:
         self.size, self.data, self.vae = size, open_data(options.data), None
         latents = {}
         if options.autoencoder:
-            self.vae = (
-                AutoencoderKL.from_pretrained(options.autoencoder).eval().requires_grad_(False)
-            )
+            built_in = ZOO / options.autoencoder
+            path = built_in if built_in.exists() else options.autoencoder
+            self.vae = AutoencoderKL.from_pretrained(path).eval().requires_grad_(False)
             factor = 2 ** (len(self.vae.config.block_out_channels) - 1)
             latents = {"channels": self.vae.config.latent_channels, "factor": factor}
         encoder = NoisyClip(clip, options.width, **latents)
