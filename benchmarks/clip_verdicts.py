@@ -92,6 +92,7 @@ def said(what: str, holds: bool, value: float) -> str:
 
 def ordering(what: str, values: list[float]) -> str:
     """Whether values rise as the paper's do."""
-    rising = all(a <= b for a, b in itertools.pairwise(values))
+    rising = all(a < b for a, b in itertools.pairwise(values))
+    falling = any(a > b for a, b in itertools.pairwise(values))
     numbers = ", ".join(f"{abs(v):.3f}" for v in values)
-    return f"{'confirmed' if rising else 'refuted'}: {what} ({numbers})"
+    return f"{'confirmed' if rising else 'refuted' if falling else 'undecided'}: {what} ({numbers})"

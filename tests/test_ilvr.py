@@ -17,7 +17,7 @@ SCENE = Path("scene-3")
 @pytest.fixture(scope="module")
 def pipe():
     pipe = ddpm_pipeline()
-    pipe.scheduler.register_to_config(clip_sample=False)
+    pipe.scheduler = type(pipe.scheduler).from_config(pipe.scheduler.config, clip_sample=False)
     return pipe
 
 
@@ -44,9 +44,10 @@ def test_low_frequencies_are_those_of_the_reference_at_the_next_level(pipe):
         y = step.next_level.a * reference + step.next_level.s * step.noise("kept")
         torch.testing.assert_close(after, before + low_pass(y, 4) - low_pass(before, 4))
     assert torch.equal(drawn.latents, guidance.kept[-1][2])
-    # The last level has no noise: the picture's coarse colours are the reference's.
-    coarse = [torch.nn.functional.avg_pool2d(x, 8) for x in (drawn.latents, reference)]
-    assert (coarse[0] - coarse[1]).abs().mean() < 0.1
+    # The last level has no noise: the picture's coarse colours are nearly the reference's.
+    plain = run(pipe).finish().latents
+    found, plain = (low_pass(x - reference, 4).norm() for x in (drawn.latents, plain))
+    assert found < 0.3 * plain
 
 
 def test_low_pass_keeps_what_is_flat_and_drops_what_is_fine():
