@@ -45,7 +45,7 @@ class Clip(Guidance):
     text: str = ""  # texts, separated by |, each with @WEIGHT if not 1; without any the prompt
     negative: str = ""  # texts to move away from
     image: tuple[Path, ...] = ()  # reference pictures; scene-3 is a built-in one
-    text_weight: float = 120.0
+    text_weight: float = 120.0  # weight of the cosines of z and texts
     content: float = 100.0  # weight of the cosine of embeddings of z and reference
     structure: float = 0.0  # weight of the distance of their maps
     style: float = 0.0  # weight of the distance of their Gram matrices
@@ -214,7 +214,7 @@ class Clip(Guidance):
         if self.units == "seed":
             change = step.move.mean(-self.scale * grad)
             if step.move.fallback:
-                step.run.account.note(f"{self.name}: steps without noise are pushed by the score")
+                step.run.account.note(f"{self.name}: a step without noise is pushed by the score")
             return change
         # eps' = eps - s * score, and the noise of n numbers has the length sqrt(n).
         length = grad.flatten(1).norm(dim=1).clamp(min=torch.finfo(grad.dtype).tiny)
