@@ -1,5 +1,6 @@
 """Noise-aware CLIP: it begins as the frozen one, knows levels, survives the disk, and trains."""
 
+import dataclasses
 import json
 import math
 import subprocess
@@ -16,9 +17,10 @@ from guidekit.noise import Level
 from guidekit.noisy_clip.data import Folder, open_data
 from guidekit.noisy_clip.files import load_clip
 from guidekit.noisy_clip.loss import info_nce
-from guidekit.noisy_clip.model import NoisyClip, look
+from guidekit.noisy_clip.model import CleanClip, NoisyClip, look
 from guidekit.noisy_clip.norms import LevelEmbedding
 from guidekit.noisy_clip.train import NoisyClipOptions, NoisyClipTask, logsnr_at, noised
+from guidekit.train import recipe
 from guidekit.train.loop import Loop, Options
 
 import clips
@@ -193,12 +195,50 @@ def test_a_folder_shows_every_picture_once_in_a_round(photos):
 def train(folder, photos, steps):
     torch.manual_seed(0)
     clips.clip().save(folder / "base")
-    task = NoisyClipTask(NoisyClipOptions(clip="base", data=str(photos), width=8), folder, 32)
+    task = NoisyClipTask(NoisyClipOptions(base="base", data=str(photos), width=8), folder, 32)
     options = Options(steps=4, batch=5, lr=1e-3, warmup=1, log_every=1, save_every=2)
     loop = Loop(task, options, folder / "run", quiet=True)
     loop.options.steps = steps
     loop.run()
     return loop
+
+
+RECIPE = """
+model = "small"
+size = 32
+[[stage]]
+task = "clip"
+patch = 16
+width = 32
+layers = 1
+heads = 2
+text_layers = 1
+steps = 2
+batch = 4
+[[stage]]
+task = "noisy-clip"
+base = "clip/model"
+width = 8
+steps = 2
+batch = 4
+"""
+
+
+def test_a_recipe_makes_a_clip_and_its_noise_aware_version(tmp_path):
+    path = tmp_path / "small.toml"
+    path.write_text(RECIPE)
+    noisy = NoisyClip.from_pretrained(recipe.train(path, tmp_path, quiet=True))
+    clean = CleanClip(load_clip(tmp_path / "small" / "clip" / "model"))
+    words = ["a red circle on a white background", "a blue square"]
+    torch.testing.assert_close(noisy.texts(words), clean.texts(words), rtol=1e-2, atol=1e-2)
+    assert clean.tokenizer(words).shape == (2, 32)
+    assert noisy(pictures(), torch.zeros(3)).embedding.shape == (3, 128)
+
+
+def test_no_option_of_a_task_is_one_of_the_loop():
+    loop = {field.name for field in dataclasses.fields(Options)}
+    for kind, _ in recipe.TASKS.values():
+        assert not loop & {field.name for field in dataclasses.fields(kind)}
 
 
 def test_training_moves_the_image_encoder_only_and_continues_exactly(tmp_path, photos):

@@ -29,7 +29,7 @@ SCALE = 100.0  # of the cosines, fixed
 class NoisyClipOptions:
     """What is made noise-aware, and on which pictures."""
 
-    clip: str = "scenes-clip"  # a built-in, a folder, or ARCHITECTURE/TAG of open_clip
+    base: str = "scenes-clip"  # a built-in, a folder, or ARCHITECTURE/TAG of open_clip
     data: str = "scenes"  # scenes, or a folder of pictures
     width: int = 256  # of the level's embedding
     autoencoder: str = ""  # folder of an AutoencoderKL, or scenes/vae: for latents
@@ -54,8 +54,8 @@ class NoisyClipTask:
     """Trains the image encoder of a CLIP; all of it moves, the text encoder does not."""
 
     def __init__(self, options: NoisyClipOptions, folder: Path, size: int):
-        own = folder / options.clip
-        clip = load_clip(own if own.exists() else options.clip)
+        own = folder / options.base
+        clip = load_clip(own if own.exists() else options.base)
         self.size, self.data, self.vae = size, open_data(options.data), None
         latents = {}
         if options.autoencoder:
