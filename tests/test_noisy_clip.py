@@ -21,6 +21,7 @@ from guidekit.noisy_clip.model import CleanClip, NoisyClip, look
 from guidekit.noisy_clip.norms import LevelEmbedding
 from guidekit.noisy_clip.train import NoisyClipOptions, NoisyClipTask, logsnr_at, noised
 from guidekit.train import recipe
+from guidekit.train.clip import reshaped
 from guidekit.train.loop import Loop, Options
 
 import clips
@@ -233,6 +234,13 @@ def test_a_recipe_makes_a_clip_and_its_noise_aware_version(tmp_path):
     torch.testing.assert_close(noisy.texts(words), clean.texts(words), rtol=1e-2, atol=1e-2)
     assert clean.tokenizer(words).shape == (2, 32)
     assert noisy(pictures(), torch.zeros(3)).embedding.shape == (3, 128)
+
+
+def test_neighbours_of_a_batch_differ_in_shapes_only():
+    plans = [reshaped(i, 4) for i in range(8, 12)]
+    assert len({p.background for p in plans}) == 1 == len({p.things[0].colour for p in plans})
+    assert len({p.things[0].shape for p in plans}) == 4
+    assert all(len({t.phrase for t in p.things}) == len(p.things) for p in plans)
 
 
 def test_no_option_of_a_task_is_one_of_the_loop():

@@ -5,7 +5,7 @@ another: a third of them show one object, of which there are 192.
 """
 
 import copy
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -38,6 +38,7 @@ class ClipOptions:
     text_heads: int = 3
     length: int = 32  # tokens of a text
     vocabulary: int = 700
+    alike: int = 4  # scenes that differ in shapes only, next to one another in a batch
 
 
 class Contrast(nn.Module):
@@ -62,7 +63,7 @@ class ClipTask:
     """Trains both encoders on scenes and captions in many wordings."""
 
     def __init__(self, options: ClipOptions, size: int):
-        self.size = size
+        self.size, self.alike = size, options.alike
         self.tokenizer = train_tokenizer(
             TextOptions(length=options.length, vocabulary=options.vocabulary)
         )
@@ -82,7 +83,7 @@ class ClipTask:
 
     def batch(self, numbers: range, generator: torch.Generator) -> dict[str, Tensor]:
         """Pictures, token ids of a wording of their captions, and what tells captions apart."""
-        plans = [scenes.scene(i) for i in numbers]
+        plans = [reshaped(i, self.alike) for i in numbers]
         texts = [varied_caption(p, np.random.default_rng(p.number)) for p in plans]
         return {
             "pixels": scenes.batch(plans, self.size)[0],
@@ -103,6 +104,19 @@ class ClipTask:
         """Saves model and tokenizer as open_clip's `local-dir:` reads them."""
         folder.mkdir(parents=True, exist_ok=True)
         Clip(copy.deepcopy(self.net.clip).eval(), _Saved(self.tokenizer), self.config).save(folder)
+
+
+def reshaped(number: int, alike: int) -> scenes.Scene:
+    """Scene number // alike with its shapes moved on by number % alike.
+
+    Without such neighbours colours and background tell a batch apart, and shapes are not learned.
+    """
+    plan, turn = scenes.scene(number // alike), number % alike
+    things = tuple(
+        replace(t, shape=scenes.SHAPES[(scenes.SHAPES.index(t.shape) + turn) % len(scenes.SHAPES)])
+        for t in plan.things
+    )
+    return replace(plan, number=number, things=things)
 
 
 class _Saved:
