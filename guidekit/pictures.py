@@ -1,14 +1,34 @@
-"""Tensors to pictures: grids, masks drawn over, heat maps, pairs. Plain PIL."""
+"""Tensors to pictures and back: grids, masks drawn over, heat maps, pairs. Plain PIL."""
+
+from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 from torch import Tensor
 
 COLOURS = ("#e6194b", "#4363d8", "#3cb44b", "#f58231", "#911eb4", "#00a5a5", "#f032e6", "#808000")
 # Black over purple and orange to pale yellow, even steps of lightness.
 HEAT = ((0, 0, 4), (60, 15, 110), (140, 40, 110), (220, 80, 60), (250, 160, 20), (252, 255, 164))
 SHOWN = 256  # least long side of pictures that are made to be looked at
+
+# What Pillow raises for files that are damaged or claim to be huge.
+PICTURE_ERRORS = (OSError, SyntaxError, ValueError, Image.DecompressionBombError)
+
+
+def read_picture(path: str | Path, size: tuple[int, int]) -> Tensor:
+    """A file as (3, H, W) in [-1, 1]: the largest middle part of that shape, at `size` (H, W).
+
+    Raises ValueError for a file that is no picture.
+    """
+    try:
+        with Image.open(path) as image:
+            fitted = ImageOps.fit(image.convert("RGB"), size[::-1], Image.Resampling.BICUBIC)
+    except FileNotFoundError:
+        raise ValueError(f"picture {path}: no such file") from None
+    except PICTURE_ERRORS as error:
+        raise ValueError(f"picture {path}: not a readable picture ({error})") from None
+    return torch.from_numpy(np.array(fitted)).permute(2, 0, 1).float() / 127.5 - 1
 
 
 def to_image(picture: Tensor) -> Image.Image:

@@ -373,7 +373,14 @@ def quiet_libraries() -> None:
 def _options(guidance: Any) -> dict[str, Any]:
     """The options of a guidance as JSON has them."""
     values = {f.name: getattr(guidance, f.name) for f in dataclasses.fields(guidance) if f.init}
-    return {k: str(v.resolve()) if isinstance(v, Path) else v for k, v in values.items()}
+    return {name: _as_json(value) for name, value in values.items()}
+
+
+def _as_json(value: Any) -> Any:
+    """Paths as absolute texts, also inside lists."""
+    if isinstance(value, list | tuple):
+        return [_as_json(item) for item in value]
+    return str(value.resolve()) if isinstance(value, Path) else value
 
 
 def _model_facts(name: str, pipeline: Any) -> dict[str, Any]:

@@ -1,7 +1,7 @@
 """Recipes: a TOML file names a model, its picture size and the stages that train it.
 
-A stage is a task (vae, text, denoiser, pixels, judge, digits), the loop's options and its own.
-Later stages read what earlier ones exported; a run that is started again continues where it was.
+A stage is a task (see TASKS), the loop's options and the task's own. Later stages read what earlier
+ones exported; a run that is started again continues where it was.
 """
 
 import dataclasses
@@ -14,6 +14,8 @@ import torch
 from diffusers import AutoencoderKL
 
 from guidekit.loading import ZOO
+from guidekit.noisy_clip.train import NoisyClipOptions, NoisyClipTask
+from guidekit.train.clip import ClipOptions, ClipTask
 from guidekit.train.denoiser import DenoiserOptions, DenoiserTask
 from guidekit.train.digits import DigitsOptions, DigitsTask
 from guidekit.train.judge import JudgeOptions, JudgeTask
@@ -39,6 +41,8 @@ TASKS: dict[str, tuple[type, Make]] = {
     "text": (TextOptions, lambda options, folder, size: TextTask(options)),
     "denoiser": (DenoiserOptions, _denoiser),
     "pixels": (PixelsOptions, lambda options, folder, size: PixelsTask(options, size)),
+    "clip": (ClipOptions, lambda options, folder, size: ClipTask(options, size)),
+    "noisy-clip": (NoisyClipOptions, NoisyClipTask),
     "judge": (JudgeOptions, lambda options, folder, size: JudgeTask(options)),
     "digits": (DigitsOptions, lambda options, folder, size: DigitsTask(options)),
 }

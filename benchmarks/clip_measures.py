@@ -1,0 +1,92 @@
+"""Measures of clip_guidance.py: what the judge finds, spread, retrieval, colours; tables."""
+
+import itertools
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from guidekit import evaluate, scenes
+
+NEGATIVES = 99  # real scenes that a picture is retrieved among
+SAMPLES = 4  # pictures of one condition, one after the other
+COLOURS = {c: [i + 1 for i, k in enumerate(scenes.CLASSES) if k.startswith(f"{c} ")]
+           for c in scenes.COLOURS}  # fmt: skip
+
+
+def measure(values: np.ndarray) -> dict[str, object]:
+    """Mean and 95% bootstrap interval of numbers of pictures."""
+    return {"mean": float(values.mean()),
+            "95%": evaluate.interval(lambda i: float(values[i].mean()), len(values))}  # fmt: skip
+
+
+def columns(**values: np.ndarray) -> dict[str, object]:
+    """Columns of a row with their intervals; underscores stand for spaces."""
+    row = {}
+    for name, numbers in values.items():
+        found, name = measure(numbers.astype(float)), name.replace("_", " ")
+        row |= {name: found["mean"], f"{name} 95%": found["95%"]}
+    return row
+
+
+def shares(found: np.ndarray, labels: list[int]) -> bool:
+    """Whether one of the classes is found in a class map (H, W)."""
+    return any((found == label).mean() >= evaluate.FOUND for label in labels)
+
+
+def asked_found(found: np.ndarray, kinds: list[str]) -> dict[str, np.ndarray]:
+    """Of each picture: is the asked colour there, and colour and shape in one object?"""
+    colour = [shares(f, COLOURS[k.split()[0]]) for f, k in zip(found, kinds, strict=True)]
+    both = [shares(f, [1 + scenes.CLASSES.index(k)]) for f, k in zip(found, kinds, strict=True)]
+    return {"colour": np.array(colour), "colour_and_shape": np.array(both)}
+
+
+def spread(features: np.ndarray) -> np.ndarray:
+    """Mean distance of features (n, d) between the samples of each condition."""
+    groups = features[: len(features) // SAMPLES * SAMPLES].reshape(-1, SAMPLES, features.shape[1])
+    pairs = [np.linalg.norm(groups[:, i] - groups[:, j], axis=1)
+             for i, j in itertools.combinations(range(SAMPLES), 2)]  # fmt: skip
+    return np.mean(pairs, 0)
+
+
+def ranks(images: Tensor, queries: Tensor, real: Tensor, seed: int) -> np.ndarray:
+    """Place of each picture (n, D) among real ones by its query (n, D); 0 is the first."""
+    rng = np.random.default_rng(seed)
+    own = (images * queries).sum(1)
+    places = []
+    for i, query in enumerate(queries):
+        others = real[torch.from_numpy(rng.choice(len(real), NEGATIVES, replace=False))]
+        places.append(int((others @ query > own[i]).sum()))
+    return np.array(places)
+
+
+def silhouettes(found: np.ndarray, other: np.ndarray) -> np.ndarray:
+    """Intersection over union of any object in class maps (n, H, W)."""
+    a, b = found > 0, other > 0
+    return (a & b).sum((1, 2)) / np.maximum((a | b).sum((1, 2)), 1)
+
+
+def statistics(images: Tensor) -> Tensor:
+    """Mean and standard deviation of the colours of pictures in [0, 1]: (n, 6)."""
+    flat = images.flatten(2)
+    return torch.cat([flat.mean(2), flat.std(2)], 1)
+
+
+def free_colour(image: Tensor, found: np.ndarray) -> Tensor:
+    """Median colour (3,) of the pixels of a picture (3, H, W) that show no object."""
+    free = torch.from_numpy(found == 0)
+    return (image[:, free] if free.any() else image.flatten(1)).median(1).values
+
+
+def table(rows: list[dict]) -> str:
+    """Rows as a Markdown table with the intervals in brackets."""
+    names = [k for k in rows[-1] if not k.endswith("95%") and k != "n"]
+    lines = ["| " + " | ".join(names) + " |", "|---" * len(names) + "|"]
+    return "\n".join(lines + ["| " + " | ".join(_cell(r, n) for n in names) + " |" for r in rows])
+
+
+def _cell(row: dict, name: str) -> str:
+    value, bounds = row.get(name, ""), row.get(f"{name} 95%")
+    if not isinstance(value, float):
+        return str(value)
+    return f"{value:.3f}" if bounds is None else f"{value:.3f} [{bounds[0]:.2f}, {bounds[1]:.2f}]"

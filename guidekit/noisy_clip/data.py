@@ -1,0 +1,53 @@
+"""Pictures to train on: scenes, or any folder of pictures."""
+
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from guidekit import scenes
+from guidekit.pictures import read_picture
+
+SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
+
+
+class Scenes:
+    """Scenes by number, which never repeat."""
+
+    def pictures(self, numbers: range, size: int, generator: torch.Generator) -> Tensor:
+        """Pictures (B, 3, size, size) in [-1, 1]."""
+        return scenes.batch([scenes.scene(i) for i in numbers], size)[0]
+
+
+class Folder:
+    """All pictures below a folder, cut to squares and mirrored at random.
+
+    Raises ValueError for a folder without pictures.
+    """
+
+    def __init__(self, path: str | Path):
+        self.files = sorted(p for p in Path(path).rglob("*") if p.suffix.lower() in SUFFIXES)
+        if not self.files:
+            raise ValueError(
+                f"data {str(path)!r} is neither 'scenes' nor a folder with pictures "
+                f"({', '.join(SUFFIXES)})"
+            )
+
+    def pictures(self, numbers: range, size: int, generator: torch.Generator) -> Tensor:
+        """Pictures (B, 3, size, size) in [-1, 1]; every file once before any comes again."""
+        count, first = len(self.files), numbers.start // len(self.files)
+        rounds = {r: self._order(r) for r in range(first, (numbers.stop - 1) // count + 1)}
+        chosen = [self.files[rounds[i // count][i % count]] for i in numbers]
+        stack = torch.stack([read_picture(path, (size, size)) for path in chosen])
+        mirrored = torch.rand(len(stack), 1, 1, 1, generator=generator) < 0.5
+        return torch.where(mirrored, stack.flip(-1), stack)
+
+    def _order(self, turn: int) -> list[int]:
+        """The order of the files in the turn-th passage."""
+        generator = torch.Generator().manual_seed(turn)
+        return torch.randperm(len(self.files), generator=generator).tolist()
+
+
+def open_data(name: str) -> Scenes | Folder:
+    """`scenes`, or the folder of that name."""
+    return Scenes() if name == "scenes" else Folder(name)

@@ -1,0 +1,107 @@
+"""Trains a noise-aware CLIP: noisy pictures find their clean ones, without any text.
+
+Liu et al., WACV 2023 (arXiv:2112.05744), section 3.2: symmetric InfoNCE at the fixed scale 100
+between the encoder of noisy pictures and the frozen one of clean pictures.
+"""
+
+import copy
+import math
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from diffusers import AutoencoderKL
+from PIL import Image
+from torch import Tensor, nn
+
+from guidekit.config import ZOO
+from guidekit.noisy_clip.data import open_data
+from guidekit.noisy_clip.files import load_clip
+from guidekit.noisy_clip.loss import info_nce
+from guidekit.noisy_clip.model import NoisyClip, look
+from guidekit.pictures import heat_map
+
+SCALE = 100.0  # of the cosines, fixed
+
+
+@dataclass(kw_only=True)
+class NoisyClipOptions:
+    """What is made noise-aware, and on which pictures."""
+
+    base: str = "scenes-clip"  # a built-in, a folder, or ARCHITECTURE/TAG of open_clip
+    data: str = "scenes"  # scenes, or a folder of pictures
+    width: int = 256  # of the level's embedding
+    autoencoder: str = ""  # folder of an AutoencoderKL, or scenes/vae: for latents
+
+
+class Alignment(nn.Module):
+    """InfoNCE of noisy inputs and the frozen encoder's clean pictures."""
+
+    def __init__(self, encoder: NoisyClip, frozen: nn.Module):
+        super().__init__()
+        self.encoder, self.frozen = encoder, frozen
+
+    def forward(self, pixels: Tensor, x0: Tensor, eps: Tensor, logsnr: Tensor) -> dict[str, Tensor]:
+        """Loss of x0 with noise eps `(B, C, h, w)` at logsnr `(B,)`; x0 is what pixels become."""
+        with torch.no_grad():
+            clean = look(self.frozen, self.encoder.normalised(pixels)).embedding
+        noisy = self.encoder(noised(x0, eps, logsnr), logsnr).embedding
+        return {"info_nce": info_nce(noisy, clean, SCALE)}
+
+
+class NoisyClipTask:
+    """Trains the image encoder of a CLIP; all of it moves, the text encoder does not."""
+
+    def __init__(self, options: NoisyClipOptions, folder: Path, size: int):
+        own = folder / options.base
+        clip = load_clip(own if own.exists() else options.base)
+        self.size, self.data, self.vae = size, open_data(options.data), None
+        latents = {}
+        if options.autoencoder:
+            built_in = ZOO / options.autoencoder
+            path = built_in if built_in.exists() else options.autoencoder
+            self.vae = AutoencoderKL.from_pretrained(path).eval().requires_grad_(False)
+            factor = 2 ** (len(self.vae.config.block_out_channels) - 1)
+            latents = {"channels": self.vae.config.latent_channels, "factor": factor}
+        encoder = NoisyClip(clip, options.width, **latents)
+        for weight in encoder.trained():
+            weight.requires_grad_(True)
+        self.net = Alignment(encoder, copy.deepcopy(clip.model.visual))
+
+    def batch(self, numbers: range, generator: torch.Generator) -> dict[str, Tensor]:
+        """Pictures, what is noised, noise, and levels spread evenly over the batch."""
+        pixels = self.data.pictures(numbers, self.size, generator)
+        x0 = pixels if self.vae is None else self._latents(pixels)
+        spread = torch.arange(len(x0)) + torch.rand(len(x0), generator=generator)
+        eps = torch.randn(x0.shape, generator=generator)
+        return {"pixels": pixels, "x0": x0, "eps": eps, "logsnr": logsnr_at(spread / len(x0))}
+
+    def _latents(self, pixels: Tensor) -> Tensor:
+        with torch.no_grad():
+            return self.vae.encode(pixels).latent_dist.mode() * self.vae.config.scaling_factor
+
+    def preview(self) -> Image.Image:
+        """Cosines of 24 half-noised inputs (rows) and their clean pictures (columns)."""
+        given = self.batch(range(24), torch.Generator().manual_seed(0))
+        device = next(self.net.parameters()).device
+        given = {k: v.to(device) for k, v in given.items()}
+        logsnr = torch.zeros_like(given["logsnr"])
+        noisy = self.net.encoder(noised(given["x0"], given["eps"], logsnr), logsnr).embedding
+        clean = look(self.net.frozen, self.net.encoder.normalised(given["pixels"])).embedding
+        return heat_map((F.normalize(noisy, dim=-1) @ F.normalize(clean, dim=-1).T).clamp(min=0))
+
+    def export(self, folder: Path) -> None:
+        """Saves the encoder, as `NoisyClip.from_pretrained` reads it."""
+        self.net.encoder.save_pretrained(folder)
+
+
+def noised(x0: Tensor, eps: Tensor, logsnr: Tensor) -> Tensor:
+    """a x0 + s eps with a^2 + s^2 = 1 at logsnr (B,)."""
+    a, s = (torch.sigmoid(sign * logsnr).sqrt()[:, None, None, None] for sign in (1, -1))
+    return a * x0 + s * eps
+
+
+def logsnr_at(fraction: Tensor) -> Tensor:
+    """Log signal-to-noise ratio of a fraction of a cosine schedule, 0 clean and 1 noise."""
+    return -2 * torch.log(torch.tan((fraction * math.pi / 2).clamp(1e-3, math.pi / 2 - 1e-3)))

@@ -1,0 +1,135 @@
+"""A small CLIP of the scenes world, in open_clip's format: a ViT and a text transformer.
+
+Radford et al. 2021 (arXiv:2103.00020). Scenes with the same caption are no negatives of one
+another: a third of them show one object, of which there are 192.
+"""
+
+import copy
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor, nn
+
+from guidekit import scenes
+from guidekit.noisy_clip.files import Clip, build
+from guidekit.noisy_clip.loss import info_nce
+from guidekit.pictures import heat_map
+from guidekit.train.text import TextOptions, tokenize, train_tokenizer, varied_caption
+
+# Pictures in [-1, 1]: half of the range as mean and spread leaves them as they are.
+PREPROCESS = {"mean": [0.5] * 3, "std": [0.5] * 3, "mode": "RGB", "interpolation": "bicubic",
+              "resize_mode": "squash"}  # fmt: skip
+
+
+@dataclass(kw_only=True)
+class ClipOptions:
+    """Sizes of both encoders."""
+
+    patch: int = 4
+    width: int = 128
+    layers: int = 5
+    heads: int = 4
+    embedding: int = 128
+    text_width: int = 96
+    text_layers: int = 2
+    text_heads: int = 3
+    length: int = 32  # tokens of a text
+    vocabulary: int = 700
+    alike: int = 4  # scenes that differ in shapes only, next to one another in a batch
+
+
+class Contrast(nn.Module):
+    """InfoNCE of pictures and captions."""
+
+    def __init__(self, clip: nn.Module):
+        super().__init__()
+        self.clip = clip
+
+    def forward(self, pixels: Tensor, ids: Tensor, keys: Tensor) -> dict[str, Tensor]:
+        """Loss of pictures `(B, 3, H, W)` and ids `(B, T)`; equal keys `(B,)` are one caption."""
+        pictures, _ = self.clip.visual(pixels)
+        texts = self.clip.encode_text(ids)
+        return {
+            "contrastive": info_nce(
+                pictures, texts, self.clip.logit_scale.exp().clamp(max=100), keys
+            )
+        }
+
+
+class ClipTask:
+    """Trains both encoders on scenes and captions in many wordings."""
+
+    def __init__(self, options: ClipOptions, size: int):
+        self.size, self.alike = size, options.alike
+        self.tokenizer = train_tokenizer(
+            TextOptions(length=options.length, vocabulary=options.vocabulary)
+        )
+        vision = {
+            "image_size": size, "patch_size": options.patch, "width": options.width,
+            "layers": options.layers, "head_width": options.width // options.heads,
+            "output_tokens": True,
+        }  # fmt: skip
+        text = {
+            "context_length": options.length, "vocab_size": len(self.tokenizer),
+            "hf_tokenizer_name": "scenes", "width": options.text_width,
+            "heads": options.text_heads, "layers": options.text_layers,
+        }  # fmt: skip
+        model = {"embed_dim": options.embedding, "vision_cfg": vision, "text_cfg": text}
+        self.config = {"model_cfg": model, "preprocess_cfg": PREPROCESS | {"size": [size, size]}}
+        self.net = Contrast(build(self.config).train().requires_grad_(True))
+
+    def batch(self, numbers: range, generator: torch.Generator) -> dict[str, Tensor]:
+        """Pictures, token ids of a wording of their captions, and what tells captions apart."""
+        plans = [reshaped(i, self.alike) for i in numbers]
+        texts = [varied_caption(p, np.random.default_rng(p.number)) for p in plans]
+        return {
+            "pixels": scenes.batch(plans, self.size)[0],
+            "ids": tokenize(self.tokenizer, texts),
+            "keys": torch.tensor([_key(plan) for plan in plans]),
+        }
+
+    def preview(self) -> Image.Image:
+        """Cosines of 24 held-out pictures (rows) and their captions (columns)."""
+        plans = [scenes.scene(i, "test") for i in range(24)]
+        pixels, texts = scenes.batch(plans, self.size)
+        model, device = self.net.clip, self.net.clip.logit_scale.device
+        seen = nn.functional.normalize(model.visual(pixels.to(device))[0], dim=-1)
+        read = model.encode_text(tokenize(self.tokenizer, texts).to(device), normalize=True)
+        return heat_map((seen @ read.T).clamp(min=0))
+
+    def export(self, folder: Path) -> None:
+        """Saves model and tokenizer as open_clip's `local-dir:` reads them."""
+        folder.mkdir(parents=True, exist_ok=True)
+        Clip(copy.deepcopy(self.net.clip).eval(), _Saved(self.tokenizer), self.config).save(folder)
+
+
+def reshaped(number: int, alike: int) -> scenes.Scene:
+    """Scene number // alike with its shapes moved on by number % alike.
+
+    Without such neighbours colours and background tell a batch apart, and shapes are not learned.
+    """
+    plan, turn = scenes.scene(number // alike), number % alike
+    things = tuple(
+        replace(t, shape=scenes.SHAPES[(scenes.SHAPES.index(t.shape) + turn) % len(scenes.SHAPES)])
+        for t in plan.things
+    )
+    return replace(plan, number=number, things=things)
+
+
+class _Saved:
+    """What a folder needs of the tokenizer; open_clip makes its own HFTokenizer of it."""
+
+    def __init__(self, tokenizer):
+        self.save_pretrained = tokenizer.save_pretrained
+
+
+def _key(plan: scenes.Scene) -> int:
+    """A number that scenes with the same objects and background share."""
+    kinds = sorted(scenes.CLASSES.index(thing.phrase) for thing in plan.things)
+    number = scenes.BACKGROUND_NAMES.index(plan.background)
+    for kind in kinds:
+        number = number * 64 + kind + 1
+    return number

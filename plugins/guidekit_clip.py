@@ -1,0 +1,274 @@
+"""CLIP guidance: texts and reference pictures steer any diffusion model through a CLIP.
+
+Liu, Park, Azadi, Zhang, Chopikyan, Hu, Shi, Rohrbach, Darrell: More Control for Free! Image
+Synthesis with Semantic Diffusion Guidance, WACV 2023, arXiv:2112.05744. A noise-aware image encoder
+reads the noisy sample itself, so the backbone needs no gradient. Departures from the released code:
+structure guidance (Eq. 8) is there, and Gram matrices (Eq. 9) are of one picture each.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from guidekit import Guidance, Run, Step, hookimpl
+from guidekit.noisy_clip.files import load_clip
+from guidekit.noisy_clip.miniature import random_encoder
+from guidekit.noisy_clip.model import CleanClip, NoisyClip, Seen, is_noisy
+from guidekit.references import read_references
+
+UNITS = ("seed", "noise")
+ON = ("z", "x0")
+RANDOM = "random"  # the name of a tiny encoder that nobody trained
+
+
+@dataclass(kw_only=True)
+class Clip(Guidance):
+    """Pulls pictures towards texts, and towards content, structure or style of references (Eq. 10).
+
+    The energy is minus the weighted sum of cosines (content, texts), plus weighted distances of
+    maps (structure, Eq. 8) and of Gram matrices (style, Eq. 9). on: "z" reads the noisy sample, by
+    a noise-aware encoder; "x0" reads the decoded clean estimate, by any CLIP, through the backbone.
+    units: "seed" shifts the mean of the next sample by scale * variance * gradient, as the paper
+    does; "noise" gives the change of the noise estimate the length scale * |noise|, whatever the
+    gradient's is, which means the same on every model.
+    """
+
+    scale: float = 1.0  # factor on all weights; with units=noise the length of the change
+    units: str = "seed"  # seed | noise
+    on: str = "z"  # z | x0
+    encoder: str = "scenes-clip-noisy"  # built-in, folder, or ARCHITECTURE/TAG of open_clip (x0)
+    text: str = ""  # texts, separated by |, each with @WEIGHT if not 1; without any the prompt
+    negative: str = ""  # texts to move away from
+    image: tuple[Path, ...] = ()  # reference pictures; scene-3 is a built-in one
+    text_weight: float = 120.0  # weight of the cosines of z and texts
+    content: float = 100.0  # weight of the cosine of embeddings of z and reference
+    structure: float = 0.0  # weight of the distance of their maps
+    style: float = 0.0  # weight of the distance of their Gram matrices
+    stages: tuple[int, ...] = ()  # maps of structure and style, 0 the first; () all
+    cutouts: int = 0  # random views of the clean estimate, with on=x0; 0 is the whole picture
+    own_texts: list[list[str]] | None = field(default=None, init=False, repr=False, compare=False)
+    own_images: Tensor | None = field(default=None, init=False, repr=False, compare=False)
+
+    def __post_init__(self):
+        super().__post_init__()
+        for name, choices in (("units", UNITS), ("on", ON)):
+            if getattr(self, name) not in choices:
+                raise ValueError(
+                    f"{self.name}.{name} must be one of {', '.join(choices)}, "
+                    f"not {getattr(self, name)!r}"
+                )
+        if self.cutouts < 0 or (self.cutouts and self.on == "z"):
+            raise ValueError(f"{self.name}.cutouts is at least 0 and needs {self.name}.on=x0")
+
+    @property
+    def graph(self) -> str:
+        """What the energy reads: z by itself, or the clean estimate."""
+        return {"z": "input", "x0": "x0"}[self.on]
+
+    @property
+    def rule(self) -> tuple:
+        """Its push is its own: two of them are two backwards, through encoders only."""
+        return (type(self), id(self))
+
+    def towards(self, texts: list[list[str]] | None = None, images: Tensor | None = None) -> "Clip":
+        """Itself, with texts and references of each picture of the run, for runs from Python.
+
+        texts: a list per picture. images: (B, R, 3, H, W) in [-1, 1]. In place of `text`, `image`.
+        """
+        self.own_texts, self.own_images = texts, images
+        return self
+
+    def prepare(self, run: Run) -> None:
+        """Loads the encoder, reads texts and references; raises ValueError for nothing to do."""
+        dtype = torch.promote_types(run.denoiser.dtype, torch.float32)
+        self._encoder = self._open(run).to(run.device, dtype)
+        self._references = self._read_references(run, dtype)
+        self._texts, self._weights = self._read_texts(run)
+        if not self._references and (self.structure or self.style):
+            raise ValueError(f"{self.name}.structure and style need {self.name}.image=FILE")
+        if not (self._references or (self.text_weight and self._weights.any())):
+            raise ValueError(
+                f"{self.name} has nothing to pull to: give {self.name}.text, {self.name}.image or "
+                "a prompt"
+            )
+        if self._references and not (self.content or self.structure or self.style):
+            raise ValueError(f"{self.name}.image is there, and content, structure, style are 0")
+        self._stages = self._chosen_stages()
+
+    def _open(self, run: Run) -> CleanClip:
+        """The encoder by name, checked against what it is to read."""
+        channels = run.denoiser.channels if self.on == "z" else 3
+        if self.encoder == RANDOM:
+            return random_encoder(channels, noisy=self.on == "z")
+        if self.on == "x0" and not is_noisy(self.encoder):
+            return CleanClip(load_clip(self.encoder))
+        encoder = NoisyClip.from_pretrained(self.encoder)
+        latents = self.on == "z" and run.denoiser.vae is not None
+        reads, given = (
+            f"{'latents' if is_latent else 'pixels'} of {count} channels"
+            for is_latent, count in ((encoder.reads_latents, encoder.channels), (latents, channels))
+        )
+        if reads != given:
+            raise ValueError(
+                f"the encoder {self.encoder} reads {reads}, and here are {given}; train one for "
+                f"them (task noisy-clip), or use {self.name}.on=x0"
+            )
+        return encoder
+
+    def _read_references(self, run: Run, dtype: torch.dtype) -> list[Tensor]:
+        """References, each (B, C, h, w): clean latents, or pictures where x0 is read."""
+        if self.own_images is None:
+            if not self.image:
+                return []
+            images = read_references(self.image, run.size)
+            images = images.expand(len(run.seeds), *images.shape)
+        else:
+            images = self.own_images
+        if len(images) != len(run.seeds):
+            raise ValueError(f"references of {len(images)} pictures for {len(run.seeds)} pictures")
+        parts = images.to(run.device, dtype).unbind(1)
+        if self.on == "x0":
+            return list(parts)
+        with torch.no_grad():
+            return [run.denoiser.latents(part).to(dtype) for part in parts]
+
+    def _read_texts(self, run: Run) -> tuple[Tensor, Tensor]:
+        """Embeddings (B, J, D) of texts and negative ones, and their weights (B, J)."""
+        texts = self.own_texts or [split(self.text)] * len(run.seeds)
+        if self.own_texts is None and not self.text and not self._references:
+            texts = [[c.prompt] if c.prompt else [] for c in run.conditions]
+        if len(texts) != len(run.seeds):
+            raise ValueError(f"texts of {len(texts)} pictures for {len(run.seeds)} pictures")
+        away = [(text, -weight) for text, weight in map(weighted, split(self.negative))]
+        rows = [[weighted(text) for text in row] + away for row in texts]
+        words = sorted({text for row in rows for text, _ in row})
+        most = max(map(len, rows))
+        weights = torch.zeros(len(rows), most)
+        index = torch.zeros(len(rows), most, dtype=torch.long)
+        for b, row in enumerate(rows):
+            for j, (text, weight) in enumerate(row):
+                weights[b, j], index[b, j] = weight, words.index(text)
+        found = self._encoder.texts(words)[index.to(run.device)] if words else weights[..., None]
+        return found.to(run.device), weights.to(found)
+
+    def _chosen_stages(self) -> tuple[int, ...]:
+        """Maps that are compared; all of them if none is named."""
+        if not (self.structure or self.style):
+            return ()
+        return self.stages or tuple(range(self._encoder.stage_count))
+
+    def energy(self, step: Step) -> Tensor:
+        """Minus the weighted cosines plus the weighted distances (B,)."""
+        views, maps = self._look(step)
+        total = -self.text_weight * sum(map(self._toward_texts, views)) / len(views)
+        for reference in self._look_at_references(step):
+            target = reference.embedding
+            total = total - self.content * sum(
+                F.cosine_similarity(view, target) for view in views
+            ) / len(views)
+            if self.structure:
+                total = total + self.structure * structure(maps, reference.stages)
+            if self.style:
+                total = total + self.style * style(maps, reference.stages)
+        return total
+
+    def _look(self, step: Step) -> tuple[list[Tensor], list[Tensor]]:
+        """Embeddings (B, D) of the whole or of every view, and maps of the whole."""
+        if self.on == "z":
+            seen = self._encoder.at(step.z, step.level, self._stages)
+            return [seen.embedding], seen.stages
+        pixels = step.decode(step.x0)
+        whole = self._encoder.sees(pixels, self._stages)
+        if not self.cutouts:
+            return [whole.embedding], whole.stages
+        where = step.run.noise((self.cutouts, 3), step.index, step.repeat, f"{self.name}.cutouts")
+        places = torch.special.ndtr(where).to(pixels).unbind(1)
+        return [self._encoder.sees(cutout(pixels, p)).embedding for p in places], whole.stages
+
+    def _look_at_references(self, step: Step) -> list[Seen]:
+        """What it sees of the references, re-noised at this step with noise of each picture."""
+        with torch.no_grad():
+            if self.on == "x0":
+                return [self._encoder.sees(r, self._stages) for r in self._references]
+            a, s = step.level.a, step.level.s
+            noisy = [
+                a * r + s * step.noise(f"{self.name}.{i}").to(r)
+                for i, r in enumerate(self._references)
+            ]
+            return [self._encoder.at(z, step.level, self._stages) for z in noisy]
+
+    def _toward_texts(self, embedding: Tensor) -> Tensor:
+        """Weighted sum of cosines with the texts (B,)."""
+        if not self._weights.numel():
+            return embedding.new_zeros(len(embedding))
+        cosines = F.cosine_similarity(embedding[:, None], self._texts, dim=-1)
+        return (self._weights * cosines).sum(1)
+
+    def push(self, step: Step, grad: Tensor) -> Tensor:
+        """The paper's shift of the mean (Algorithm 1), or a change of a given length."""
+        if self.units == "seed":
+            change = step.move.mean(-self.scale * grad)
+            if step.move.fallback:
+                step.run.account.note(f"{self.name}: a step without noise is pushed by the score")
+            return change
+        # eps' = eps - s * score, and the noise of n numbers has the length sqrt(n).
+        length = grad.flatten(1).norm(dim=1).clamp(min=torch.finfo(grad.dtype).tiny)
+        wanted = self.scale * math.sqrt(grad[0].numel()) / step.level.s
+        return step.move.score(-grad * (wanted / length)[:, None, None, None])
+
+    @classmethod
+    def example(cls) -> "Clip":
+        """A random encoder, the prompt, and a built-in reference."""
+        return cls(encoder=RANDOM, image=(Path("scene-3"),), text="a red circle", structure=1.0)
+
+
+def split(texts: str) -> list[str]:
+    """Texts that | separates."""
+    return [part.strip() for part in texts.split("|") if part.strip()]
+
+
+def weighted(text: str) -> tuple[str, float]:
+    """`a red circle@0.7` as ("a red circle", 0.7); the weight is 1 where none is given."""
+    words, at, number = text.rpartition("@")
+    try:
+        return (words.strip(), float(number)) if at else (text, 1.0)
+    except ValueError:
+        return text, 1.0
+
+
+def structure(maps: Sequence[Tensor], targets: Sequence[Tensor]) -> Tensor:
+    """Sum over stages of the mean squared difference of maps (Eq. 8). (B,)"""
+    return sum(((m - t) ** 2).mean((1, 2, 3)) for m, t in zip(maps, targets, strict=True))
+
+
+def style(maps: Sequence[Tensor], targets: Sequence[Tensor]) -> Tensor:
+    """Sum over stages of the squared Frobenius distance of Gram matrices (Eq. 9). (B,)"""
+    pairs = zip(maps, targets, strict=True)
+    return sum(((gram(m) - gram(t)) ** 2).sum((1, 2)) for m, t in pairs)
+
+
+def gram(maps: Tensor) -> Tensor:
+    """Gram matrix (B, C, C) of each picture's map (B, C, h, w), over C h w, float32 or better."""
+    flat = maps.flatten(2).to(torch.promote_types(maps.dtype, torch.float32))
+    return flat @ flat.mT / maps[0].numel()
+
+
+def cutout(pixels: Tensor, place: Tensor) -> Tensor:
+    """A square of each picture (B, 3, H, W), half to all of its side; place (B, 3) in [0, 1]."""
+    share = 0.5 + 0.5 * place[:, 0]
+    x, y = ((2 * place[:, i] - 1) * (1 - share) for i in (1, 2))
+    zero = torch.zeros_like(share)
+    theta = torch.stack([share, zero, x, zero, share, y], 1).view(-1, 2, 3)
+    grid = F.affine_grid(theta, list(pixels.shape), align_corners=False)
+    return F.grid_sample(pixels, grid, align_corners=False, padding_mode="border")
+
+
+@hookimpl
+def register_guidance(register):
+    """Offers `clip`."""
+    register("clip", Clip)

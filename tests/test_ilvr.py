@@ -1,0 +1,104 @@
+"""ILVR: the reference's low frequencies at the next level; schedulers that would lose them."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from guidekit import Condition, Guidance, Sampling
+from guidekit.loading import SCHEDULERS, make_scheduler
+from guidekit.miniatures import ddpm_pipeline
+from guidekit.references import read_references
+from guidekit_ilvr import READERS, Ilvr, low_pass
+
+SCENE = Path("scene-3")
+
+
+@pytest.fixture(scope="module")
+def pipe():
+    pipe = ddpm_pipeline()
+    pipe.scheduler = type(pipe.scheduler).from_config(pipe.scheduler.config, clip_sample=False)
+    return pipe
+
+
+def run(pipe, *guidances, scheduler="ddpm", steps=4):
+    scheduler = make_scheduler(pipe, scheduler)
+    return Sampling(pipe, Condition(), guidances, seeds=(0,), steps=steps, scheduler=scheduler)
+
+
+class Kept(Ilvr):
+    """Keeps what it was given and what it made of it."""
+
+    def edit_sample(self, step, z):
+        out = super().edit_sample(step, z)
+        self.kept.append((step, z, out))
+        return out
+
+
+def test_low_frequencies_are_those_of_the_reference_at_the_next_level(pipe):
+    guidance = Kept(image=SCENE, down=4)
+    guidance.kept = []
+    drawn = run(pipe, guidance).finish()
+    reference = read_references([SCENE], (16, 16))
+    for step, before, after in guidance.kept:
+        y = step.next_level.a * reference + step.next_level.s * step.noise("kept")
+        torch.testing.assert_close(after, before + low_pass(y, 4) - low_pass(before, 4))
+    assert torch.equal(drawn.latents, guidance.kept[-1][2])
+    # The last level has no noise: the picture's coarse colours are nearly the reference's.
+    plain = run(pipe).finish().latents
+    found, plain = (low_pass(x - reference, 4).norm() for x in (drawn.latents, plain))
+    assert found < 0.3 * plain
+
+
+def test_low_pass_keeps_what_is_flat_and_drops_what_is_fine():
+    flat = torch.full((1, 2, 16, 16), 0.3)
+    torch.testing.assert_close(low_pass(flat, 4), flat)
+    fine = torch.ones(1, 1, 16, 16)
+    fine[..., ::2] = -1
+    assert low_pass(fine, 4).abs().max() < 0.1
+
+
+class Reads(Guidance):
+    """Notes whether every step starts from the z that it is given."""
+
+    def prepare(self, run):
+        self.found = []
+
+    def edit_prediction(self, step, out):
+        step.run.account.edit(self.name)
+        self.found.append(step.move.reads_sample)
+        return out
+
+
+@pytest.mark.parametrize("name", SCHEDULERS)
+def test_the_list_of_schedulers_is_what_their_steps_do(pipe, name):
+    reads = Reads()
+    run(pipe, reads, scheduler=name, steps=6).finish()
+    assert all(reads.found) == (name in READERS)
+
+
+def test_other_schedulers_are_refused_with_the_names_of_those_that_work(pipe):
+    with pytest.raises(ValueError, match="use --scheduler ddim, ddpm"):
+        run(pipe, Ilvr(image=SCENE), scheduler="heun")
+
+
+@pytest.mark.parametrize(
+    ("guidance", "says"),
+    [(Ilvr(), "needs a reference"), (Ilvr(image=SCENE, down=32), "down=32 is more")],
+)
+def test_what_cannot_act_says_so(pipe, guidance, says):
+    with pytest.raises(ValueError, match=says):
+        run(pipe, guidance)
+
+
+def test_scale_is_a_share(pipe):
+    half, whole = (Kept(image=SCENE, scale=s) for s in (0.5, 1.0))
+    moves = []
+    for guidance in (half, whole):
+        guidance.kept = []
+        next(iter(run(pipe, guidance)))
+        _, before, after = guidance.kept[0]
+        moves.append(after - before)
+    torch.testing.assert_close(2 * moves[0], moves[1], rtol=1e-4, atol=1e-5)
+    with pytest.raises(ValueError, match="at least 2"):
+        Ilvr(down=1)
