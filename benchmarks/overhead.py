@@ -115,7 +115,7 @@ class Guided:
 
     def __enter__(self) -> None:
         """What a run does once, before its steps."""
-        self.frozen = guidekit.denoiser.frozen(*self.sampling._models())
+        self.frozen = guidekit.denoiser.frozen(*self.sampling.denoiser.models)
         self.frozen.__enter__()
 
     def __exit__(self, *error) -> None:

@@ -115,7 +115,7 @@ class Attached:
             if not hasattr(self.pipe, name):
                 raise ValueError(f"{type(self.pipe).__name__} has no {name}, which attach needs")
         patches = []
-        with frozen(model, self.denoiser.vae):
+        with frozen(*self.denoiser.models):
             try:
                 _ATTACHED.add(model)
                 patches.append(Patch(model, self._around_forward))

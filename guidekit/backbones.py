@@ -50,7 +50,9 @@ class Family:
     cross_sites: wildcards of the modules where pixels read text; empty if there is no text.
     order: how a call's rows and keys are packed: "cross" (all rows pixels, all keys text),
     "text first" or "image first" (joint attention). encoders: text encoder to its columns among
-    the text keys. layout: names of the default layout sites, from the model.
+    the text keys. layout: names of the default layout sites, from the model. self_sites: wildcards
+    of the modules where pixels attend to pixels; empty where that is not SDPA. blocks: wildcards of
+    the blocks that can be skipped.
     """
 
     name: str
@@ -58,6 +60,8 @@ class Family:
     cross_sites: tuple[str, ...] = ()
     order: str = "cross"
     encoders: dict[str, slice] = field(default_factory=dict)
+    self_sites: tuple[str, ...] = ("*.attn1",)
+    blocks: tuple[str, ...] = ("*transformer_blocks.*",)
     grid: Callable[[int, int, int], tuple[int, int]] = halved_grid
     layout: Callable[[nn.Module, "Family"], list[str]] = lambda model, family: _cross(model, family)
 
@@ -145,7 +149,12 @@ FAMILIES = [
         encoders={"clip": _WHOLE, "openclip": _WHOLE},
         layout=_finest_two_below_top,
     ),
-    Family(name="unet2d", matches=_is("UNet2DModel")),
+    Family(
+        name="unet2d",
+        matches=_is("UNet2DModel"),
+        self_sites=("*attentions.*",),
+        blocks=("*attentions.*",),
+    ),
     Family(name="dit", matches=_is("DiTTransformer2DModel")),
     Family(
         name="pixart",
@@ -157,6 +166,7 @@ FAMILIES = [
         name="sana",
         matches=_is("SanaTransformer2DModel"),
         cross_sites=("*.attn2",),
+        self_sites=(),  # linear attention
         encoders={"gemma": _WHOLE},
     ),
     Family(
@@ -164,6 +174,7 @@ FAMILIES = [
         matches=_is("SD3Transformer2DModel"),
         # attn2 of SD3.5's dual blocks is image self-attention.
         cross_sites=("transformer_blocks.*.attn",),
+        self_sites=("transformer_blocks.*.attn",),
         order="image first",
         encoders={"clip": slice(0, 77), "t5": slice(77, None)},
     ),
@@ -171,6 +182,7 @@ FAMILIES = [
         name="flux",
         matches=_is("FluxTransformer2DModel"),
         cross_sites=("transformer_blocks.*.attn", "single_transformer_blocks.*.attn"),
+        self_sites=("transformer_blocks.*.attn", "single_transformer_blocks.*.attn"),
         order="text first",
         encoders={"t5": _WHOLE},
     ),
@@ -178,6 +190,7 @@ FAMILIES = [
         name="qwen",
         matches=_is("QwenImageTransformer2DModel"),
         cross_sites=("transformer_blocks.*.attn",),
+        self_sites=("transformer_blocks.*.attn",),
         order="text first",
         encoders={"qwen": _WHOLE},
     ),

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from guidekit.attention import AttentionCall, attend, token_maps
+from guidekit.backbones import site_grid
 from guidekit.guidance import AttentionRead, Branch, FeatureRead, Guidance
 from guidekit.taps import BlockCall, block_features
 
@@ -64,9 +65,21 @@ class Capture:
             return None
         output = call.run()
         for read in reads:
-            self.found.setdefault((id(read), call.site), block_features(output))
+            self.found.setdefault((id(read), call.site), self._features(output, call.site))
         self._done(call.site)
         return output
+
+    def _features(self, output: object, site: str) -> Tensor:
+        """Features (B, C, h, w) of a block's output; tokens get the grid that the model has."""
+        run = self.step.run
+        if hasattr(run.denoiser.model.config, "down_block_types"):
+            return block_features(output)
+        grid = site_grid(run.denoiser.model, site, *run.grid)
+        tokens = output if isinstance(output, Tensor) else output[-1]
+        family, count = run.denoiser.family, tokens.shape[1]
+        packed = count != grid[0] * grid[1]  # text and pixels in one sequence
+        rows = family.rows(count, run.text_length) if packed else slice(None)
+        return block_features(output, grid, rows)
 
     def _done(self, site: str) -> None:
         """After the last site nothing needs a graph, or the call is over."""

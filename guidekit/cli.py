@@ -112,11 +112,13 @@ SAMPLE_OPTIONS = (
     ("--model", str, "Built-in name, pipeline directory, hub id or PLUGIN:NAME [scenes]."),
     ("--prompt", str, "What to draw; default a small example with its layout."),
     ("--negative", str, "What not to draw."),
+    ("--label", int, "Class to draw, for models of classes."),
     ("--layout", click.Path(path_type=Path), "JSON file with prompt and segments."),
     ("--seeds", str, "A picture for each: 0-7 or 0,3,9 [0-3]."),
     ("--steps", int, "Number of denoising steps [the model's, else 50]."),
     ("--scheduler", str, "ddim, ddpm, euler, euler-a, heun, dpm++, unipc, ... [the model's]."),
-    ("--cfg", float, "Classifier-free guidance scale, 1 for none [the model's, else 7.5]."),
+    ("--cfg", float, "Classifier-free guidance scale, 1 for none [the model's]."),
+    ("--embedded-cfg", float, "Guidance scale that a distilled model takes as input [its own]."),
     ("--eta", float, "DDIM's noise [0]."),
     ("--height", int, "Height in pixels [the model's]."),
     ("--width", int, "Width in pixels [the model's]."),
@@ -203,7 +205,8 @@ def _introduction(studio: Any) -> str:
     names = ", ".join(f"{g.name} (scale {g.scale:g}, {g.start:g} to {g.stop:g})" for g in plugins)
     lines = [
         f"model    {s.model} ({studio.record['model']['class']}), {s.device}, {s.dtype}",
-        f"prompt   {s.prompt}",
+        *([f"prompt   {s.prompt}"] if s.prompt else []),
+        *([f"label    {s.label}"] if s.label is not None else []),
         *(f"segment  {t['phrase']}: tokens {t['columns']}" for t in studio.record["tokens"]),
         f"plugins  {names or 'none'}",
         f"drawing  seeds {_short(s.seeds)}, {s.steps} steps, cfg {s.cfg:g}"

@@ -60,6 +60,12 @@ class Condition:
     prompt: str = ""
     negative: str = ""
     segments: tuple[Segment, ...] = field(default=())
+    label: int | None = None  # of models that are conditioned on classes
+
+    @property
+    def content(self) -> str | int:
+        """What the picture is of: its class where it has one, else its prompt."""
+        return self.prompt if self.label is None else self.label
 
 
 Layouts = Sequence[Segment] | Condition | Sequence[Condition | Sequence[Segment]]
@@ -164,17 +170,17 @@ def _strength(text: str, where: str) -> float:
         raise ValueError(f"segment {where!r}: the strength after @ must be a number") from None
 
 
-LAYOUT_KEYS = {"prompt", "negative", "segments", "map"}
+LAYOUT_KEYS = {"prompt", "negative", "label", "segments", "map"}
 SEGMENT_KEYS = {"phrase", "box", "mask", "value", "strength", "prompt", "negative"}
 
 
 def load_layout(path: str | Path) -> Condition:
     """A condition from a JSON file.
 
-    `{"prompt": ..., "negative": ..., "map": "layout.png", "segments": [{"phrase": "red circle",
-    "box": [l, t, r, b] | "mask": "left.png" | "value": 3 | "#ff0000", "strength": 1.0}]}`; `value`
-    is an index or a colour of the picture `map`. Paths are relative to the file. Raises ValueError
-    that names the key at fault.
+    `{"prompt": ..., "negative": ..., "label": 3, "map": "layout.png", "segments": [{"phrase": "red
+    circle", "box": [l, t, r, b] | "mask": "left.png" | "value": 3 | "#ff0000", "strength":
+    1.0}]}`; `value` is an index or a colour of the picture `map`. Paths are relative to the file.
+    Raises ValueError that names the key at fault.
     """
     path = Path(path)
     try:
@@ -198,12 +204,15 @@ def parse_layout(layout: object, folder: Path, where: str) -> Condition:
     for key in ("prompt", "negative", "map"):
         if not isinstance(layout.get(key, ""), str):
             raise ValueError(f"{where}: `{key}` must be a text")
+    label = layout.get("label")
+    if label is not None and (isinstance(label, bool) or not isinstance(label, int)):
+        raise ValueError(f"{where}: `label` must be a whole number")
     picture = _load_map(folder / layout["map"]) if "map" in layout else None
     parsed = tuple(
         _parse_entry(entry, picture, folder, f"{where}: segment {i}")
         for i, entry in enumerate(segments)
     )
-    return Condition(layout.get("prompt", ""), layout.get("negative", ""), parsed)
+    return Condition(layout.get("prompt", ""), layout.get("negative", ""), parsed, label)
 
 
 def _check_keys(entry: object, known: set[str], where: str) -> None:

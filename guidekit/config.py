@@ -27,11 +27,13 @@ class Settings:
     model: str = "scenes"
     prompt: str | None = None
     negative: str | None = None
+    label: int | None = None
     layout: Path | None = None
     seeds: tuple[int, ...] = (0, 1, 2, 3)
     steps: int | None = None
     scheduler: str | None = None
     cfg: float | None = None
+    embedded_cfg: float | None = None
     eta: float = 0.0
     height: int | None = None
     width: int | None = None

@@ -59,6 +59,7 @@ class Engine:
             step.branches = self._branches(step, active)
             self._evaluate(step, active, energies)
             step.out = self._combine(step, active)
+            step.variance = self._variance(step)
             if energies:
                 step.change = self._push(step, energies)
         step.z = z
@@ -98,7 +99,7 @@ class Engine:
     def _branches(self, step: Step, active: list[Guidance]) -> list[Branch]:
         """Null and conditional branch, then what the guidances make of them."""
         conditions, cfg = self.run.conditions, self.run.cfg
-        cond = Branch("cond", [c.prompt for c in conditions], weight=cfg)
+        cond = Branch("cond", [c.content for c in conditions], weight=cfg)
         null = Branch("null", [c.negative for c in conditions], null=True)
         branches = [null, cond] if cfg > 1 else [cond]
         if cfg <= 1:
@@ -187,8 +188,14 @@ class Engine:
         capture = Capture(step, branch, reads, editors, cut=cut and bool(reads))
         with torch.set_grad_enabled(graph):
             out = self._call(x, step.timestep, text, capture, graph)
-        parts = out.chunk(len(branches))
-        return [Eval(b, o, capture.found) for b, o in zip(branches, parts, strict=True)]
+        parts = zip(branches, out.chunk(len(branches)), strict=True)
+        return [self._eval(branch, part, capture) for branch, part in parts]
+
+    def _eval(self, branch: Branch, out: Tensor, capture: Capture) -> Eval:
+        """The evaluation of a branch from the model's output (B, C or 2C, h, w)."""
+        channels = self.run.latent_shape[0]
+        variance = out[:, channels:] if out.shape[1] > channels else None
+        return Eval(branch, out[:, :channels], capture.found, variance)
 
     def _input(self, step: Step, active: list[Guidance], branch: Branch) -> Tensor:
         """Scaled model input of a branch (B, C, h, w) in the denoiser's type."""
@@ -214,7 +221,7 @@ class Engine:
         capture = Capture(step, found, reads, [], cut=False, stop=stop)
         text = self.run.text(found.prompts, found.null)
         with torch.set_grad_enabled(graph), contextlib.suppress(StopForward):
-            return Eval(found, self._call(x, timestep, text, capture, graph), capture.found)
+            return self._eval(found, self._call(x, timestep, text, capture, graph), capture)
         return Eval(found, None, capture.found)
 
     def _combine(self, step: Step, active: list[Guidance]) -> Tensor:
@@ -228,6 +235,14 @@ class Engine:
         for guidance in active:
             combined = guidance.combine(step, outs, combined)
         return combined
+
+    def _variance(self, step: Step) -> Tensor | None:
+        """The learned variance of the conditional branch, where the scheduler reads one."""
+        scheduler = self.run.scheduler
+        learned = str(scheduler.config.get("variance_type")).startswith("learned")
+        reads = learned and hasattr(scheduler, "_get_variance")
+        found = step.evals["cond"].variance if reads and "cond" in step.evals else None
+        return None if found is None else found.detach()
 
     def _push(self, step: Step, energies: list[Guidance]) -> Tensor:
         """The sum of the changes of the output that the energies ask for; one backward a rule."""

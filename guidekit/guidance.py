@@ -27,15 +27,16 @@ if TYPE_CHECKING:
 class Branch:
     """One row group of the denoiser's batch: the conditional one, the null, a region, a window.
 
-    prompts: one text per picture. weight: the default combination is base + sum of weight * (out
-    - base) over the branches with a weight; the base is the branch whose weight is None. x: own
-    carried input (B, C, h, w) in place of z. view: window (top, left, height, width) of the
-    latents that this branch sees. group: branches combine with those of their own group; the
-    combinations of other groups than "main" are for the guidance that made them to use.
+    prompts: one text per picture, or one class (`Condition.content`). weight: the default
+    combination is base + sum of weight * (out - base) over the branches with a weight; the base is
+    the branch whose weight is None. x: own carried input (B, C, h, w) in place of z. view: window
+    (top, left, height, width) of the latents that this branch sees. group: branches combine with
+    those of their own group; the combinations of other groups than "main" are for the guidance that
+    made them to use.
     """
 
     name: str
-    prompts: list[str]
+    prompts: list[str | int]
     weight: float | None = None
     null: bool = False
     x: Tensor | None = None
@@ -98,6 +99,7 @@ class Eval:
     branch: Branch
     out: Tensor
     _read: dict = field(default_factory=dict, repr=False)
+    variance: Tensor | None = None  # further channels of the output: a learned variance
 
     def attention(self, read: AttentionRead) -> dict[str, Tensor]:
         """Maps per site: (B, S, h, w), or (B, heads, S, h, w) where the read is per head."""

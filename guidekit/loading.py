@@ -6,6 +6,8 @@ from pathlib import Path
 import torch
 from diffusers import DiffusionPipeline
 
+from guidekit.noise import is_flow
+
 ZOO = Path(__file__).parent / "zoo"
 SCHEDULERS = {
     "ddim": "DDIMScheduler",
@@ -15,6 +17,8 @@ SCHEDULERS = {
     "dpm++2s": "DPMSolverSinglestepScheduler",
     "euler": "EulerDiscreteScheduler",
     "euler-a": "EulerAncestralDiscreteScheduler",
+    "flow-euler": "FlowMatchEulerDiscreteScheduler",
+    "flow-heun": "FlowMatchHeunDiscreteScheduler",
     "heun": "HeunDiscreteScheduler",
     "kdpm2": "KDPM2DiscreteScheduler",
     "kdpm2-a": "KDPM2AncestralDiscreteScheduler",
@@ -23,6 +27,9 @@ SCHEDULERS = {
     "sa": "SASolverScheduler",
     "unipc": "UniPCMultistepScheduler",
 }
+
+# Those that can follow a flow model's sigmas too (use_flow_sigmas).
+FLOW_TOO = ("deis", "dpm++", "dpm++2s", "sa", "unipc")
 
 
 def built_in() -> list[str]:
@@ -115,11 +122,27 @@ def _check_safetensors(file: Path) -> None:
 def make_scheduler(pipeline: DiffusionPipeline, name: str):
     """A scheduler by its short name, with the settings of the pipeline's own.
 
-    Raises ValueError for a name that does not exist.
+    Raises ValueError for a name that does not exist, or is not for models of this kind.
     """
     import diffusers
 
     if name not in SCHEDULERS:
         raise ValueError(f"no scheduler {name!r}; there are {', '.join(SCHEDULERS)}")
+    own = pipeline.scheduler
+    if name not in (possible := schedulers_for(own)):
+        kind = "not for flow models" if is_flow(own) else "for flow models alone"
+        raise ValueError(f"scheduler {name!r} is {kind}; there are {', '.join(possible)}")
     scheduler = getattr(diffusers, SCHEDULERS[name])
-    return scheduler.from_config(pipeline.scheduler.config)
+    flow = {}
+    if is_flow(own) and not name.startswith("flow-"):
+        shift = own.config.get("shift", own.config.get("flow_shift", 1.0))
+        flow = {"use_flow_sigmas": True, "prediction_type": "flow_prediction", "flow_shift": shift}
+    return scheduler.from_config(own.config, **flow)
+
+
+def schedulers_for(own) -> list[str]:
+    """Names of the schedulers for models of the kind that the scheduler `own` is for."""
+    flow = [name for name in SCHEDULERS if name.startswith("flow-")]
+    if not is_flow(own):
+        return [name for name in SCHEDULERS if name not in flow]
+    return sorted([*flow, *FLOW_TOO])

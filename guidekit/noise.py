@@ -181,8 +181,9 @@ class Move:
 
     timestep, z, step_kwargs: as `scheduler.step` will get them; z is (B, C, H, W) or packed
     (B, N, C). The scheduler is copied, never changed, and no random number is drawn. A change has
-    the shape and dtype of the given tensor; the mathematics is float32 or better. With learned
-    variance it is for the first C channels. `level` is that of z; `fallback` says why `mean` did
+    the shape and dtype of the given tensor; the mathematics is float32 or better. variance: the
+    output's further C channels where the scheduler reads a learned variance (DDPM); changes are for
+    the first C. `level` is that of z; `fallback` says why `mean` did
     not do what its name says, or is None. Raises ValueError for a keyword of `step` whose effect
     is not known.
 
@@ -196,6 +197,7 @@ class Move:
         timestep: Tensor | float,
         z: Tensor,
         step_kwargs: dict[str, Any] | None = None,
+        variance: Tensor | None = None,
     ):
         if z.ndim < 2:
             raise ValueError(f"z has shape {tuple(z.shape)}; give it as (B, C, H, W) or (B, N, C)")
@@ -203,6 +205,7 @@ class Move:
         self.fallback: str | None = None
         self._timestep = float(timestep)
         self._probe = Probe(scheduler, timestep, step_kwargs or {})
+        self._learned = None if variance is None else _learned(scheduler, timestep, variance)
 
     @property
     def noise_std(self) -> float:
@@ -252,22 +255,38 @@ class Move:
         """Change of the output that moves the mean of the next z by var * grad.
 
         grad: d log p(y | z) / dz (B, C, H, W). var: variance in units of z^2 that broadcasts,
-        default noise_std^2. Dhariwal & Nichol 2021, Algorithm 1; SDG (Liu et al. 2023). With many
-        steps it leads to the posterior if they are fully ancestral (DDPM, eta = 1, Euler a); at
-        0 < eta < 1 noise_std^2 is too small for that. Without noise it is `score(grad)`, and
-        `fallback` says so. Raises as `score` and `shift` do.
+        default that of the step, learned or noise_std^2. Dhariwal & Nichol 2021, Algorithm 1; SDG
+        (Liu et al. 2023). With many steps it leads to the posterior if they are fully ancestral
+        (DDPM, eta = 1, Euler a); at 0 < eta < 1 noise_std^2 is too small for that. Without noise it
+        is `score(grad)`, and `fallback` says so. Raises as `score` and `shift` do.
         """
         self.fallback = None
         if self.noise_std < TINY:
             self.fallback = f"score: no noise at timestep {self._timestep:g}"
             return self.score(grad)
-        var = self.noise_std**2 if var is None else var
+        if var is None:
+            var = self.noise_std**2 if self._learned is None else self._learned
         return self.shift(var * _wide(grad)[0]).to(grad.dtype)
 
     @cached_property
     def _gains(self) -> Gains:
         """Gains of the step; read on demand, as the caller may never need them."""
         return self._probe.gains()
+
+
+def _learned(scheduler: SchedulerMixin, timestep: Tensor | float, variance: Tensor) -> Tensor:
+    """Variance (B, C, H, W) of the fresh noise from the learned channels, as DDPM's step has it.
+
+    Nichol & Dhariwal 2021 (arXiv:2102.09672), eq. 15; "learned" is the variance itself.
+    """
+    found = scheduler._get_variance(int(timestep), predicted_variance=_wide(variance)[0])
+    # diffusers keeps the logarithm of a learned range.
+    return found.exp() if scheduler.config.variance_type == "learned_range" else found
+
+
+def is_flow(scheduler: SchedulerMixin) -> bool:
+    """Whether the scheduler carries z = (1 - sigma) * x0 + sigma * eps, as flow models need it."""
+    return _family(scheduler) == "flow" or bool(scheduler.config.get("use_flow_sigmas", False))
 
 
 def _family(scheduler: SchedulerMixin) -> str:

@@ -6,7 +6,6 @@ skip-layer guidance share, and that of autoguidance (Karras et al. 2024, arXiv:2
 their weight w = 1 + scale.
 """
 
-from collections.abc import Iterable
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -46,20 +45,32 @@ class Perturbed(Guidance):
         amount = self.scale * self.weight(step.frac)
         return combined + amount * (outs["cond"] - outs[self.name])
 
-    def middle_sites(self, run: Run, wanted: str, kind: str, choices: Iterable[str]) -> list[str]:
-        """Sites of the comma-separated wildcards `wanted`; those in the middle of a UNet if empty.
+    def possible_sites(self, run: Run, kind: str) -> list[str]:
+        """Sites that the method can perturb: self-attention ("attention") or blocks ("block").
 
-        kind: "attention" or "block". choices: wildcards of the sites that the method can perturb.
-        Raises ValueError for a site that is not among them and for a model without a middle.
+        Raises ValueError for a model whose self-attention cannot be seen.
         """
-        model = run.denoiser.model
-        possible = find_sites(model, list(choices), kind)
+        family = run.denoiser.family
+        patterns = family.self_sites if kind == "attention" else family.blocks
+        if not patterns:
+            raise ValueError(
+                f"{self.name} perturbs self-attention, and that of {family.name!r} makes no call "
+                "of scaled_dot_product_attention"
+            )
+        return find_sites(run.denoiser.model, patterns, kind)
+
+    def middle_sites(self, run: Run, wanted: str, kind: str) -> list[str]:
+        """Sites of the comma-separated wildcards `wanted`; if empty those in the middle.
+
+        That is the middle block of a UNet, or the middle one of a transformer's blocks. kind:
+        "attention" or "block". Raises ValueError for a site that the method cannot perturb.
+        """
+        possible = self.possible_sites(run, kind)
         patterns = [part.strip() for part in wanted.split(",") if part.strip()]
         if not patterns:
-            if middle := [site for site in possible if site.startswith("mid_block.")]:
-                return middle
-            raise ValueError(f"{self.name}.sites: choose among {', '.join(possible)}")
-        chosen = find_sites(model, patterns, kind)
+            middle = [site for site in possible if site.startswith("mid_block.")]
+            return middle or [possible[len(possible) // 2]]
+        chosen = find_sites(run.denoiser.model, patterns, kind)
         if others := [site for site in chosen if site not in possible]:
             raise ValueError(
                 f"{self.name}.sites: {', '.join(others)} cannot be perturbed by it; those that "

@@ -14,7 +14,6 @@ from diffusers import DiffusionPipeline
 from torch import Tensor
 
 from guidekit.denoiser import Denoiser
-from guidekit.tokens import KeyTokenizer
 
 # Not one row per picture, though their first side may be as long as the batch.
 WHOLE = ("img_ids", "txt_ids", "ip_adapter_masks", "skip_layers")
@@ -32,7 +31,7 @@ class Rows:
         return Rows(tuple(null for part in parts for null in part.null))
 
 
-class Replay(Denoiser):
+class Replay:
     """The denoiser of a live pipeline with the arguments of the pipeline's own latest call.
 
     `prompts` and `negatives` are the pipeline's own, one per picture; a branch with other prompts
@@ -42,7 +41,15 @@ class Replay(Denoiser):
     families = ("sd", "sdxl", "sd3", "flux", "pixart")
 
     def __init__(self, pipeline: DiffusionPipeline):
-        super().__init__(pipeline)
+        own = Denoiser(pipeline)
+        if own.family.name not in self.families:
+            raise ValueError(
+                f"{type(pipeline).__name__} cannot be attached to; this takes pipelines of the "
+                f"families {', '.join(self.families)}"
+            )
+        self.own, self.pipeline, self.models = own, pipeline, own.models
+        self.model, self.family, self.factor = own.model, own.family, own.factor
+        self.pixels, self.latents, self.check = own.pixels, own.latents, own.check
         # The class's, because the instance's may be a wrapper of offloading.
         names = list(inspect.signature(type(self.model).forward).parameters)[1:]
         self.names, self.input_name = names, names[0]
@@ -93,6 +100,11 @@ class Replay(Denoiser):
         return rows // pictures
 
     @property
+    def device(self) -> torch.device:
+        """Where the denoiser runs."""
+        return self.own.device
+
+    @property
     def dtype(self) -> torch.dtype:
         """Type of the model's input."""
         return self.input.dtype
@@ -109,14 +121,7 @@ class Replay(Denoiser):
     @property
     def tokenizers(self) -> list:
         """One tokenizer per text encoder that has columns among the keys, over all columns."""
-        name, pipe = self.family.name, self.pipeline
-        if name in ("sd", "sdxl"):
-            return super().tokenizers
-        if name == "sd3":
-            first = [(t, t.model_max_length) for t in (pipe.tokenizer, pipe.tokenizer_2)]
-            return [KeyTokenizer([f, (pipe.tokenizer_3, self.text_length - f[1])]) for f in first]
-        tokenizer = pipe.tokenizer_2 if name == "flux" else pipe.tokenizer
-        return [KeyTokenizer([(tokenizer, self.text_length)])]
+        return self.own.key_tokenizers(self.text_length)
 
     def text(self, prompts: list[str], size: tuple[int, int], null: bool = False) -> Rows:
         """The rows of the pipeline's own prompts, or of its own negative ones."""
@@ -153,19 +158,15 @@ class Replay(Denoiser):
         return self.unpack(out)[:, : z.shape[1]]
 
     def unpack(self, x: Tensor) -> Tensor:
-        """Latents (B, C, h, w) out of what the pipeline carries: Flux packs 2x2 patches."""
-        if self.family.name != "flux":
+        """Latents (B, C, h, w) out of what the pipeline carries, which may be packed."""
+        if x.ndim == 4:
             return x
-        h, w = (int(side) + 1 for side in self._given["img_ids"].reshape(-1, 3).amax(0)[1:])
-        x = x.unflatten(1, (h, w)).unflatten(3, (-1, 2, 2))  # (B, h, w, C, 2, 2)
-        return x.permute(0, 3, 1, 4, 2, 5).flatten(4).flatten(2, 3)
+        h, w = (2 * int(side) + 2 for side in self._given["img_ids"].reshape(-1, 3).amax(0)[1:])
+        return self.own.unpack(x, (h, w))
 
     def pack(self, z: Tensor) -> Tensor:
         """What the pipeline carries out of latents (B, C, h, w)."""
-        if self.family.name != "flux":
-            return z
-        z = z.unflatten(3, (-1, 2)).unflatten(2, (-1, 2))  # (B, C, h, 2, w, 2)
-        return z.permute(0, 2, 4, 1, 3, 5).flatten(3).flatten(1, 2)
+        return self.own.pack(z)
 
 
 def _normal(value: Any) -> Any:

@@ -59,8 +59,7 @@ class Run:
     @property
     def size(self) -> tuple[int, int]:
         """Height and width of the pictures in pixels."""
-        factor = self.denoiser.pipeline.vae_scale_factor
-        return tuple(side * factor for side in self.grid)
+        return tuple(side * self.denoiser.factor for side in self.grid)
 
     def read(self, guidance: Guidance, read: AttentionRead | FeatureRead, main: bool = True):
         """Asks for maps or features while `guidance` is active, and returns the read to use.
@@ -105,10 +104,10 @@ class Run:
     @property
     def text_length(self) -> int:
         """Number of text tokens that the denoiser attends to."""
-        return self.denoiser.tokenizers[0].model_max_length
+        return self.denoiser.text_length
 
-    def text(self, prompts: list[str], null: bool = False) -> Text:
-        """The encoded prompts, one per picture; the same prompts are encoded once."""
+    def text(self, prompts: list[str | int], null: bool = False) -> Text:
+        """The encoded prompts or classes, one per picture; the same ones are encoded once."""
         key = (tuple(prompts), null)
         if key not in self._texts:
             self._texts[key] = self.denoiser.text(prompts, self.size, null)

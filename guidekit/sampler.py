@@ -17,6 +17,7 @@ from guidekit.conditions import Condition
 from guidekit.denoiser import Denoiser, frozen
 from guidekit.engine import Engine
 from guidekit.guidance import Guidance
+from guidekit.noise import is_flow
 from guidekit.run import Run, derived_seed
 from guidekit.step import Step
 
@@ -26,9 +27,11 @@ class Sampling:
 
     denoiser: a Denoiser or a live pipeline. conditions: one for all pictures or one per seed.
     seeds: one picture each; a picture does not depend on its batch. cfg: diffusers' guidance
-    scale, 1 for none. eta: DDIM's noise. scheduler: an instance to copy, by default the
-    pipeline's. memory: "fast", or "low" for gradient checkpointing. nonfinite: "raise" or "zero"
-    for gradients that are not finite. attention: eager | sdpa | triton | xformers.
+    scale, 1 for none, default the family's (1 without a condition). embedded_cfg: the scale that
+    distilled models take as an input (Flux), default the pipeline's. eta: DDIM's noise. scheduler:
+    an instance to copy, by default the pipeline's. memory: "fast", or "low" for gradient
+    checkpointing. nonfinite: "raise" or "zero" for gradients that are not finite. attention: eager
+    | sdpa | triton | xformers.
 
     Raises ValueError for settings that cannot work, before anything is computed.
     """
@@ -41,7 +44,8 @@ class Sampling:
         *,
         seeds: Sequence[int] = (0,),
         steps: int = 50,
-        cfg: float = 7.5,
+        cfg: float | None = None,
+        embedded_cfg: float | None = None,
         eta: float = 0.0,
         height: int | None = None,
         width: int | None = None,
@@ -52,29 +56,32 @@ class Sampling:
     ):
         if isinstance(denoiser, DiffusionPipeline):
             denoiser = Denoiser(denoiser)
+        if embedded_cfg is not None:
+            denoiser = denoiser.with_embedded_cfg(embedded_cfg)
+        cfg = denoiser.cfg if cfg is None else cfg
         self.denoiser, self.seeds = denoiser, list(seeds)
-        self.conditions = _per_seed(conditions, self.seeds)
-        _check_numbers(steps, cfg, eta)
+        self.conditions = [denoiser.prepared(c) for c in _per_seed(conditions, self.seeds)]
+        _check_numbers(steps, cfg=cfg, eta=eta, embedded_cfg=embedded_cfg or 0.0)
+        denoiser.check_cfg(cfg)
         denoiser.check(self.conditions)
-        scheduler = denoiser.pipeline.scheduler if scheduler is None else scheduler
+        own = denoiser.pipeline.scheduler
+        scheduler = own if scheduler is None else scheduler
+        _check_scheduler(scheduler, own)
         # Schedulers keep state from step to step; this run has its own.
         scheduler = type(scheduler).from_config(scheduler.config)
-        scheduler.set_timesteps(steps, device=denoiser.device)
-        self.generators = [torch.Generator().manual_seed(seed) for seed in self.seeds]
         shape = denoiser.latent_shape(height, width)
+        denoiser.set_timesteps(scheduler, steps, shape)
+        self.generators = [torch.Generator().manual_seed(seed) for seed in self.seeds]
         self.run = Run(
             denoiser, self.conditions, self.seeds, shape, scheduler, cfg=cfg, memory=memory,
             nonfinite=nonfinite, attention=attention,
             step_kwargs=_step_kwargs(scheduler, eta, self.generators),
         )  # fmt: skip
         self.guidances = [g for g in guidances if g.scale != 0]
-        with frozen(*self._models()):
+        with frozen(*denoiser.models):
             self.engine = Engine(self.run, self.guidances)
         self.images: Tensor | None = None  # (B, 3, H, W) in [0, 1]
         self.latents: Tensor | None = None  # (B, C, h, w), the last z
-
-    def _models(self) -> list:
-        return [self.denoiser.model, self.denoiser.vae]
 
     @property
     def account(self):
@@ -92,7 +99,7 @@ class Sampling:
         """Yields every step after its prediction was made; the last one holds the pictures."""
         run = self.run
         timesteps = list(run.scheduler.timesteps)
-        with frozen(*self._models()):
+        with frozen(*self.denoiser.models):
             z = self._start()
             for index, timestep in enumerate(timesteps):
                 step, z = self._advance(z, timestep, index, len(timesteps))
@@ -130,9 +137,12 @@ class Sampling:
 
     def _scheduler_step(self, step: Step, z: Tensor) -> Tensor:
         """The scheduler's own step on the guided prediction."""
+        out = step.prediction
+        if step.variance is not None:
+            out = torch.cat([out, step.variance.to(out.dtype)], 1)
         with torch.no_grad():
             return self.run.scheduler.step(
-                step.prediction, step.timestep, z, **self.run.step_kwargs, return_dict=False
+                out, step.timestep, z, **self.run.step_kwargs, return_dict=False
             )[0]
 
     def _noise_again(self, z: Tensor, step: Step, repeat: int) -> Tensor:
@@ -196,12 +206,22 @@ def _per_seed(conditions: Condition | Sequence[Condition], seeds: list[int]) -> 
     return list(conditions)
 
 
-def _check_numbers(steps: int, cfg: float, eta: float) -> None:
+def _check_numbers(steps: int, **numbers: float) -> None:
     if steps < 1:
         raise ValueError(f"steps must be at least 1, not {steps}")
-    for name, value in (("cfg", cfg), ("eta", eta)):
+    for name, value in numbers.items():
         if not 0 <= value < float("inf"):
             raise ValueError(f"{name} must be a finite number of at least 0, not {value}")
+
+
+def _check_scheduler(scheduler, own) -> None:
+    """Raises ValueError for a flow scheduler where the pipeline's own is none, or the reverse."""
+    if is_flow(scheduler) != is_flow(own):
+        raise ValueError(
+            f"{type(scheduler).__name__} and the pipeline's {type(own).__name__} differ in what "
+            "the model's output means to them: one is for flow models, the other is not; DPM++ and "
+            "UniPC are both, by use_flow_sigmas"
+        )
 
 
 def _step_kwargs(scheduler, eta: float, generators: list[torch.Generator]) -> dict:

@@ -29,6 +29,7 @@ class Step:
         self.out: Tensor | None = None  # combined output of the branches
         self.change: Tensor | None = None  # of the combined output, asked for by the energies
         self.prediction: Tensor | None = None  # what scheduler.step is given
+        self.variance: Tensor | None = None  # learned, what scheduler.step is given after it
         self.images: Tensor | None = None  # pictures in [0, 1], after the last step
 
     @property
@@ -40,7 +41,8 @@ class Step:
     def move(self) -> Move:
         """The transition that the scheduler is about to make."""
         z = self.z.detach()
-        return Move(self.run.scheduler, self.timestep, z, self.run.step_kwargs)
+        kwargs = self.run.step_kwargs
+        return Move(self.run.scheduler, self.timestep, z, kwargs, self.variance)
 
     @cached_property
     def x0(self) -> Tensor:

@@ -32,7 +32,7 @@ from guidekit.sampler import Sampling, accepted
 from guidekit.step import Step
 from guidekit.tokens import append_phrases, segment_columns
 
-DEFAULTS = {"cfg": 7.5, "steps": 50, "plugin": {}}
+DEFAULTS = {"cfg": None, "steps": 50, "plugin": {}}
 DTYPES = ("float32", "float16", "bfloat16")
 PROMPT = "a red circle and a blue square on a white background"
 BOXES = {"red circle": (0.06, 0.06, 0.48, 0.48), "blue square": (0.52, 0.52, 0.94, 0.94)}
@@ -55,7 +55,9 @@ class Studio:
             for name in settings.plugin
         ]
         self.condition = ask(settings)
-        self.folder = outputs.new_folder(settings.out, self.condition.prompt)
+        self.folder = outputs.new_folder(
+            settings.out, self.condition.prompt or Path(settings.model).name
+        )
         self.account = Account()
         self.finished: list[int] = []
         self._started = time.monotonic()
@@ -69,10 +71,14 @@ class Studio:
         """The model, and what depends on it: tokens, the first entries of run.json."""
         self.denoiser = Denoiser(load_model(self.settings, registry))
         tokenizers = self.denoiser.tokenizers
-        if self.settings.append_phrases:
+        if self.denoiser.reads_text and _nothing_asked(self.settings, self.condition):
+            self.condition = example(self.condition.negative)
+        self.condition = self.denoiser.prepared(self.condition)
+        self.denoiser.check([self.condition])
+        if self.settings.append_phrases and tokenizers:
             self.condition = append_phrases(self.condition, tokenizers[0])
         columns = segment_columns(tokenizers, self.condition)
-        settings = self.settings
+        settings = self.settings = self._with_models_defaults(self.settings)
         self.scheduler = None
         if settings.scheduler is not None:
             self.scheduler = make_scheduler(self.denoiser.pipeline, settings.scheduler)
@@ -81,6 +87,7 @@ class Studio:
             settings,
             prompt=self.condition.prompt,
             negative=self.condition.negative,
+            label=self.condition.label,
             segment=outputs.save_segments(self.condition.segments, self.folder),
             plugin={g.name: _options(g) for g in self.guidances},
             device=str(self.denoiser.device),
@@ -92,8 +99,7 @@ class Studio:
 
     def _first_record(self, columns: list[list[int]]) -> dict[str, Any]:
         """What is known before the first picture."""
-        tokenizer, prompt = self.denoiser.tokenizers[0], self.condition.prompt
-        words = tokenizer.convert_ids_to_tokens(tokenizer(prompt)["input_ids"])
+        words = self._words()
         return {
             "status": "running",
             "versions": outputs.versions(),
@@ -105,6 +111,18 @@ class Studio:
                 for s, c in zip(self.condition.segments, columns, strict=True)
             ],
         }
+
+    def _words(self) -> list[str]:
+        """The prompt's tokens, column by column; none for models without text."""
+        if not self.denoiser.tokenizers:
+            return []
+        tokenizer = self.denoiser.tokenizers[0]
+        return tokenizer.convert_ids_to_tokens(tokenizer(self.condition.prompt)["input_ids"])
+
+    def _with_models_defaults(self, settings: Settings) -> Settings:
+        """The settings with the guidance scale of the model's family where none was named."""
+        cfg = self.denoiser.cfg if settings.cfg is None else settings.cfg
+        return replace(settings, cfg=cfg)
 
     def _note_differences(self) -> None:
         """Says what is not as it was when the run.json that is followed was written."""
@@ -122,8 +140,9 @@ class Studio:
         s = self.settings
         return Sampling(
             self.denoiser, self.condition, guidances, seeds=seeds, steps=s.steps, cfg=s.cfg,
-            eta=s.eta, height=s.height, width=s.width, scheduler=self.scheduler, memory=s.memory,
-            nonfinite=s.nonfinite, attention=s.attention,
+            embedded_cfg=s.embedded_cfg, eta=s.eta, height=s.height, width=s.width,
+            scheduler=self.scheduler, memory=s.memory, nonfinite=s.nonfinite,
+            attention=s.attention,
         )  # fmt: skip
 
     @property
@@ -277,10 +296,7 @@ def _check_device(name: str) -> None:
 
 
 def ask(settings: Settings) -> Condition:
-    """The condition of the settings: the layout, then the segments, in the given order.
-
-    Without prompt, layout and segments it is a small example.
-    """
+    """The condition of the settings: the layout, then the segments, in the given order."""
     layout = Condition() if settings.layout is None else load_layout(settings.layout)
     texts = [entry for entry in settings.segment if isinstance(entry, str)]
     tables = [entry for entry in settings.segment if not isinstance(entry, str)]
@@ -288,13 +304,21 @@ def ask(settings: Settings) -> Condition:
     segments = (*layout.segments, *parsed, *map(parse_segment, texts))
     prompt = layout.prompt if settings.prompt is None else settings.prompt
     negative = layout.negative if settings.negative is None else settings.negative
-    if settings.prompt is None and not prompt:
-        if segments and not settings.append_phrases:
-            raise ValueError("there are segments but no prompt; give --prompt with their phrases")
-        if not segments:
-            prompt = PROMPT
-            segments = tuple(Segment(p, box_mask(box), box=box) for p, box in BOXES.items())
-    return Condition(prompt, negative, segments)
+    if settings.prompt is None and not prompt and segments and not settings.append_phrases:
+        raise ValueError("there are segments but no prompt; give --prompt with their phrases")
+    label = layout.label if settings.label is None else settings.label
+    return Condition(prompt, negative, segments, label)
+
+
+def _nothing_asked(settings: Settings, condition: Condition) -> bool:
+    """Whether there is no prompt, not even an empty one, and nothing in its place."""
+    return settings.prompt is None and condition == Condition(negative=condition.negative)
+
+
+def example(negative: str = "") -> Condition:
+    """What is drawn where the user asks for nothing."""
+    segments = tuple(Segment(p, box_mask(box), box=box) for p, box in BOXES.items())
+    return Condition(PROMPT, negative, segments)
 
 
 def load_model(settings: Settings, registry: Registry) -> Any:

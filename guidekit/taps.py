@@ -312,12 +312,15 @@ def _features_index(output: Sequence) -> int:
 def _skipped(module: nn.Module, args: tuple, kwargs: dict) -> Any:
     """Input hidden states in the format that diffusers' own table gives for the block."""
     from diffusers.hooks._helpers import TransformerBlockRegistry
+    from diffusers.models.attention_processor import Attention
     from diffusers.models.resnet import ResnetBlock2D
     from diffusers.models.transformers.transformer_2d import Transformer2DModel
 
     hidden = kwargs.get("hidden_states", args[0] if args else None)
     if isinstance(module, Transformer2DModel):
         return (hidden,)
+    if isinstance(module, Attention) and module.residual_connection:  # of a UNet2DModel
+        return hidden
     if isinstance(module, ResnetBlock2D) and module.in_channels == module.out_channels:
         return args[0] if args else kwargs["input_tensor"]
     try:

@@ -25,7 +25,7 @@ class Autoguidance(Perturbed):
 
     scale: float = 1.0  # w - 1, added to classifier-free guidance
     dropout: float = 0.1  # share of what a block adds that is dropped; 1 skips the block
-    sites: str = "*transformer_blocks.*"  # comma-separated wildcards of transformer blocks
+    sites: str = ""  # comma-separated wildcards of transformer blocks; "" is all of them
 
     def __post_init__(self):
         super().__post_init__()
@@ -34,8 +34,8 @@ class Autoguidance(Perturbed):
 
     def prepare(self, run: Run) -> None:
         """Finds the blocks."""
-        sites = self.middle_sites(run, self.sites, "block", ["*transformer_blocks.*"])
-        run.tap_blocks(self, sites)
+        every = ",".join(self.possible_sites(run, "block"))
+        run.tap_blocks(self, self.middle_sites(run, self.sites or every, "block"))
 
     def edit_block(self, step: Step, branch: Branch, call: BlockCall) -> object:
         """Drops numbers of the block's change and scales the rest up (B, N, C)."""
@@ -46,7 +46,11 @@ class Autoguidance(Perturbed):
         if isinstance(whole, Tensor):
             return self._dropped(step, call, kept, whole)
         pairs = zip(kept, whole, strict=True)  # text and pixels of joint blocks
-        return tuple(self._dropped(step, call, *pair, i) for i, pair in enumerate(pairs))
+        # SD3's last block returns no text.
+        return tuple(
+            whole if whole is None else self._dropped(step, call, kept, whole, i)
+            for i, (kept, whole) in enumerate(pairs)
+        )
 
     def _dropped(
         self, step: Step, call: BlockCall, kept: Tensor, whole: Tensor, part: int = 0

@@ -7,6 +7,8 @@ self-attention in the middle block is the identity, so each pixel keeps its own 
 
 from dataclasses import dataclass
 
+import torch
+
 from guidekit import AttentionCall, Branch, Perturbed, Run, Step, hookimpl
 
 
@@ -15,15 +17,23 @@ class PerturbedAttention(Perturbed):
     """Pushes away from the output under identity self-attention."""
 
     scale: float = 3.0  # s, added to classifier-free guidance
-    sites: str = ""  # comma-separated wildcards of self-attention; "" is the middle block
+    sites: str = ""  # comma-separated wildcards of self-attention; "" is the middle
 
     def prepare(self, run: Run) -> None:
         """Finds the self-attention sites."""
-        run.tap_attention(self, self.middle_sites(run, self.sites, "attention", ["*.attn1"]))
+        run.tap_attention(self, self.middle_sites(run, self.sites, "attention"))
 
     def edit_attention(self, step: Step, branch: Branch, call: AttentionCall) -> None:
-        """P = I: the output is the value."""
-        call.identity()
+        """P = I; in joint attention among the pixels, which still read the text."""
+        family, count = step.run.denoiser.family, call.query.shape[2]
+        if family.order == "cross":
+            call.identity()
+            return
+        pixels = family.rows(count, step.run.text_length)
+        shut = torch.zeros(count, count, device=call.query.device)
+        shut[pixels, pixels] = float("-inf")
+        shut.fill_diagonal_(0)
+        call.bias(shut[None, None])
 
 
 @hookimpl

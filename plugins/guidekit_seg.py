@@ -22,7 +22,7 @@ class SmoothedEnergy(Perturbed):
 
     scale: float = 3.0  # gamma, added to classifier-free guidance
     blur: float | None = None  # standard deviation in pixels of the site; none is infinite, a mean
-    sites: str = ""  # comma-separated wildcards of self-attention; "" is the middle block
+    sites: str = ""  # comma-separated wildcards of self-attention; "" is the middle
 
     def __post_init__(self):
         super().__post_init__()
@@ -31,16 +31,20 @@ class SmoothedEnergy(Perturbed):
 
     def prepare(self, run: Run) -> None:
         """Finds the self-attention sites and their grids."""
-        names = self.middle_sites(run, self.sites, "attention", ["*.attn1"])
+        names = self.middle_sites(run, self.sites, "attention")
         self._grids = run.sites(run.tap_attention(self, names))
 
     def edit_attention(self, step: Step, branch: Branch, call: AttentionCall) -> None:
-        """Blurs the queries (B, H, N, d) over their grid."""
+        """Blurs the pixels' queries (B, H, N, d) over their grid."""
+        family, count = step.run.denoiser.family, call.query.shape[2]
+        rows = range(count)[family.rows(count, step.run.text_length)]
+        before, pixels, after = call.query.split([rows.start, len(rows), count - rows.stop], 2)
         if self.blur is None:
-            call.query = call.query.mean(2, keepdim=True).expand_as(call.query)
-            return
-        rows = call.query.unflatten(2, self._grids[call.site]).movedim(-1, 2)  # (B, H, d, h, w)
-        call.query = blurred(rows, self.blur).movedim(2, -1).flatten(2, 3)
+            pixels = pixels.mean(2, keepdim=True).expand_as(pixels)
+        else:
+            grid = pixels.unflatten(2, self._grids[call.site]).movedim(-1, 2)  # (B, H, d, h, w)
+            pixels = blurred(grid, self.blur).movedim(2, -1).flatten(2, 3)
+        call.query = torch.cat([before, pixels, after], 2)
 
 
 def blurred(x: Tensor, sigma: float) -> Tensor:

@@ -17,12 +17,11 @@ class SkipLayer(Perturbed):
     scale: float = 2.8  # added to classifier-free guidance
     start: float = 0.01  # fraction of the steps at which it begins
     stop: float = 0.2  # fraction of the steps at which it ends
-    sites: str = ""  # comma-separated wildcards of transformer blocks; "" is the middle block
+    sites: str = ""  # comma-separated wildcards of transformer blocks; "" is the middle
 
     def prepare(self, run: Run) -> None:
         """Finds the blocks."""
-        sites = self.middle_sites(run, self.sites, "block", ["*transformer_blocks.*"])
-        run.tap_blocks(self, sites)
+        run.tap_blocks(self, self.middle_sites(run, self.sites, "block"))
 
     def edit_block(self, step: Step, branch: Branch, call: BlockCall) -> object:
         """The block's input for its output."""

@@ -1,0 +1,67 @@
+"""Unconditional pixel models: a UNet2DModel without text and without autoencoder."""
+
+import torch
+from diffusers import DiffusionPipeline
+from torch import Tensor
+
+from guidekit.conditions import Condition
+from guidekit.families.base import Denoiser, Text
+
+
+class Unconditional(Denoiser, families=("unet2d",)):
+    """DDPMPipeline and DDIMPipeline: latents are the pixels, in [-1, 1].
+
+    Raises ValueError for pipelines with further parts and for models that need a class.
+    """
+
+    def __init__(self, pipeline: DiffusionPipeline):
+        super().__init__(pipeline)
+        parts = {k for k, v in pipeline.components.items() if v is not None}
+        if others := sorted(parts - {"unet", "scheduler"}):
+            raise ValueError(
+                f"{type(pipeline).__name__} has {', '.join(others)} beside an unconditional UNet; "
+                "pipelines of a UNet2DModel and a scheduler can be used"
+            )
+        if self.model.class_embedding is not None:
+            raise ValueError("this UNet2DModel needs a class, which DDPMPipeline cannot give it")
+
+    @property
+    def multiple(self) -> int:
+        """Height and width must be halved as often as the model has levels."""
+        return 2 ** (len(self.model.config.block_out_channels) - 1)
+
+    def check(self, conditions: list[Condition]) -> None:
+        """Raises ValueError for any text: there is nothing to read it."""
+        super().check(conditions)
+        for name in ("prompt", "negative", "segments"):
+            if any(getattr(c, name) for c in conditions):
+                raise ValueError(
+                    f"{type(self.pipeline).__name__} draws without a condition, so it reads no "
+                    f"{name}; leave it out"
+                )
+
+    def text(self, prompts: list[str], size: tuple[int, int], null: bool = False) -> Text:
+        """Nothing; ValueError for a null, as there is no condition to leave out."""
+        self.check_cfg(2.0 if null else 1.0)
+        return Text()
+
+    def check_cfg(self, cfg: float) -> None:
+        """Raises ValueError for classifier-free guidance: there is no condition to leave out."""
+        if cfg > 1:
+            raise ValueError(
+                f"{type(self.pipeline).__name__} draws without a condition, so there is no "
+                "classifier-free guidance; leave cfg at 1"
+            )
+
+    def decode(self, z: Tensor) -> Tensor:
+        """Pictures (B, 3, H, W) in [0, 1], exactly as the pipeline does it."""
+        with torch.no_grad():
+            return (z / 2 + 0.5).clamp(0, 1)
+
+    def pixels(self, x0: Tensor) -> Tensor:
+        """x0 itself, (B, 3, H, W) in [-1, 1]."""
+        return x0
+
+    def latents(self, pixels: Tensor) -> Tensor:
+        """The pixels (B, 3, H, W) in [-1, 1] themselves."""
+        return pixels
