@@ -1,7 +1,8 @@
 """Recipes: a TOML file names a model, its picture size and the stages that train it.
 
-A stage is a task (vae, text, denoiser, judge), the loop's options and the task's own. Later stages
-read what earlier ones exported; a run that is started again continues where it was.
+A stage is a task (vae, text, denoiser, judge, semantica, adapter), the loop's options and the task's
+own. Later stages read what earlier ones exported; a run that is started again continues where it
+was.
 """
 
 import dataclasses
