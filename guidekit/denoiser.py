@@ -6,6 +6,7 @@ import guidekit.families.flux
 import guidekit.families.pixart
 import guidekit.families.pixel
 import guidekit.families.sd3
+import guidekit.families.semantica
 import guidekit.families.unet  # noqa: F401
 from guidekit.families.base import Denoiser, Text, frozen
 

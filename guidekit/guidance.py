@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 class Branch:
     """One row group of the denoiser's batch: the conditional one, the null, a region, a window.
 
-    prompts: one text per picture, or one class (`Condition.content`). weight: the default
+    prompts: one text per picture, or one class or picture (`Denoiser.content`). weight: the default
     combination is base + sum of weight * (out - base) over the branches with a weight; the base is
     the branch whose weight is None. x: own carried input (B, C, h, w) in place of z. view: window
     (top, left, height, width) of the latents that this branch sees. group: branches combine with
@@ -127,6 +127,8 @@ class Guidance:
     graph: ClassVar[str] = "x0"
     # Whether the method needs the own loop: repeats, accept or its own start.
     own_loop: ClassVar[bool] = False
+    # Whether it reads `Condition.image`; a picture that nothing reads is refused.
+    reads_image: ClassVar[bool] = False
     # Checks of `guidekit.testing` that do not hold by design, each with the reason.
     waived: ClassVar[dict[str, str]] = {}
 

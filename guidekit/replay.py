@@ -50,6 +50,7 @@ class Replay:
         self.own, self.pipeline, self.models = own, pipeline, own.models
         self.model, self.family, self.factor = own.model, own.family, own.factor
         self.pixels, self.latents, self.check = own.pixels, own.latents, own.check
+        self.content, self.reads_image = own.content, own.reads_image
         # The class's, because the instance's may be a wrapper of offloading.
         names = list(inspect.signature(type(self.model).forward).parameters)[1:]
         self.names, self.input_name = names, names[0]

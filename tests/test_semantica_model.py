@@ -25,7 +25,11 @@ def small(**changes) -> UViT:
 def inputs(batch=2, size=16, tokens=5):
     generator = torch.Generator().manual_seed(1)
     z = torch.randn(batch, 3, size, size, generator=generator)
-    return z, torch.tensor([700.0, 20.0])[:batch], torch.randn(batch, tokens, 12, generator=generator)
+    return (
+        z,
+        torch.tensor([700.0, 20.0])[:batch],
+        torch.randn(batch, tokens, 12, generator=generator),
+    )
 
 
 @pytest.mark.parametrize(
@@ -136,9 +140,7 @@ def test_checkpointing_changes_no_gradient():
 
 
 def test_compiles_without_breaks():
-    model = small(
-        block_out_channels=(8, 16), layers_per_block=(1, 1), down_block_types=("conv",)
-    )
+    model = small(block_out_channels=(8, 16), layers_per_block=(1, 1), down_block_types=("conv",))
     z, t, states = inputs()
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
     with torch.no_grad():

@@ -1,11 +1,13 @@
 """Semantica: a pixel model that follows a reference picture."""
 
-import torch
-from torch import Tensor
+from functools import cached_property
 
-from guidekit.conditions import Condition, Reference
+import torch
+
+from guidekit.conditions import Condition
 from guidekit.families.base import Text
 from guidekit.families.pixel import PixelDenoiser
+from guidekit.references import Reference
 
 
 class Semantica(PixelDenoiser, families=("uvit",)):
@@ -27,7 +29,7 @@ class Semantica(PixelDenoiser, families=("uvit",)):
     @property
     def text_length(self) -> int:
         """Number of the encoder's tokens that pixels attend to."""
-        return self.pipeline.encoder.shapes()[0]
+        return self._shape[0]
 
     def check(self, conditions: list[Condition]) -> None:
         """Raises ValueError for a condition without a picture, and for texts beside it."""
@@ -37,22 +39,25 @@ class Semantica(PixelDenoiser, families=("uvit",)):
                 f"{type(self.pipeline).__name__} follows a picture: give --image ref.png, or "
                 "Condition(image=Reference(...))"
             )
-        self.check_no_text(conditions, "it draws what a picture shows")
+        self.check_no_text(conditions, "follows a picture")
 
     def content(self, condition: Condition) -> Reference:
         """The reference picture."""
         return condition.image
 
-    def text(
-        self, prompts: list[Reference], size: tuple[int, int], null: bool = False
-    ) -> Text:
-        """The encoder's tokens of the references, or zeros for each."""
-        unique = list(dict.fromkeys(prompts))
-        size = self.pipeline.encoder.config.image_size
-        states = self.pipeline.states(torch.stack([r.pixels(size) for r in unique]))
-        states = states[[unique.index(r) for r in prompts]]
-        return Text({"encoder_hidden_states": torch.zeros_like(states) if null else states})
+    @cached_property
+    def _shape(self) -> tuple[int, int]:
+        """Number and channels of what the encoder says of a picture."""
+        tokens, channels, pooled = self.pipeline.encoder.shapes()
+        film = self.model.config.conditioning == "film"
+        return (1, pooled) if film else (tokens, channels)
 
-    def __call__(self, z: Tensor, timestep: Tensor, text: Text) -> Tensor:
-        """The velocity (B, 3, H, W)."""
-        return super().__call__(z, timestep, text)
+    def text(self, prompts: list, size: tuple[int, int], null: bool = False) -> Text:
+        """The encoder's tokens of the references, or zeros for each."""
+        if null:
+            zeros = torch.zeros(len(prompts), *self._shape, device=self.device, dtype=self.dtype)
+            return Text({"encoder_hidden_states": zeros})
+        unique, side = list(dict.fromkeys(prompts)), self.pipeline.encoder.config.image_size
+        states = self.pipeline.states(torch.stack([r.pixels(side) for r in unique]))
+        rows = [unique.index(reference) for reference in prompts]
+        return Text({"encoder_hidden_states": states[rows]})

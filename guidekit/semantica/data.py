@@ -14,37 +14,16 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from guidekit.conditions import PICTURE_ERRORS
+from guidekit.references import PICTURE_ERRORS, square, to_pixels
 from guidekit.semantica.encode import ImageEncoder
 from guidekit.semantica.sources import Item
 
 OPEN_SHARDS = 16  # memory-mapped at a time
-
-
-def square(image: Image.Image, size: int) -> Tensor:
-    """The largest centred square as uint8 (3, size, size), transparency on white.
-
-    Raises ValueError for pictures of no area, and what Pillow raises for damaged ones.
-    """
-    if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
-        image = Image.alpha_composite(
-            Image.new("RGBA", image.size, "white"), image.convert("RGBA")
-        )
-    side = min(image.size)
-    if side < 1:
-        raise ValueError("the picture is empty")
-    left, top = ((length - side) // 2 for length in image.size)
-    image = image.convert("RGB").resize(
-        (size, size), Image.Resampling.LANCZOS, (left, top, left + side, top + side),
-        reducing_gap=3.0,
-    )  # fmt: skip
-    return torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous()
 
 
 def _decode(item: Item | None, size: int) -> Tensor | None:
@@ -56,11 +35,6 @@ def _decode(item: Item | None, size: int) -> Tensor | None:
             return square(image, size)
     except PICTURE_ERRORS:
         return None
-
-
-def to_pixels(pictures: Tensor) -> Tensor:
-    """uint8 (B, 3, H, W) to float in [-1, 1]."""
-    return pictures.float() / 127.5 - 1
 
 
 def write_pages(

@@ -17,7 +17,8 @@ from PIL import Image, ImageDraw
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from guidekit.semantica.data import Pages, to_pixels
+from guidekit.references import to_pixels
+from guidekit.semantica.data import Pages
 
 LOW, HIGH = 0.3, 0.9
 BINS = 200  # of the histogram over cosines from -1 to 1

@@ -6,7 +6,7 @@ from diffusers.utils.torch_utils import randn_tensor
 from PIL import Image
 from torch import Tensor
 
-from guidekit.semantica.data import square, to_pixels
+from guidekit.references import square, to_pixels
 from guidekit.semantica.encode import ImageEncoder
 from guidekit.semantica.model import UViT
 from guidekit.semantica.schedule import SemanticaScheduler

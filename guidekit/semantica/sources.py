@@ -16,8 +16,8 @@ import numpy as np
 from PIL import Image
 
 from guidekit import scenes
+from guidekit.references import PICTURES
 
-PICTURES = (".jpg", ".jpeg", ".png", ".webp")
 LARGEST = 2**26  # bytes of a member; more is no picture of a web page
 
 
@@ -91,9 +91,7 @@ def _item(path: Path, key: str, parts: dict[str, bytes], page: str) -> Item | No
     if picture is None or found is None:
         return None
     caption = parts.get("txt", b"").decode("utf-8", "replace")
-    return Item(
-        str(found), f"{path.name}/{key}", lambda: Image.open(io.BytesIO(picture)), caption
-    )
+    return Item(str(found), f"{path.name}/{key}", lambda: Image.open(io.BytesIO(picture)), caption)
 
 
 def _columns(table: bytes) -> str:
