@@ -90,7 +90,8 @@ def site_level(model: nn.Module, site: str) -> int:
     """How many times a UNet has halved the latent at `site`, from its config alone.
 
     Down block i works at level i before its own downsampler, up block i at n - 1 - i, the middle
-    at the coarsest, which a UViT has for itself. Raises ValueError for a site outside of the blocks.
+    at the coarsest, which a UViT has for itself. Raises ValueError for a site outside of the
+    blocks.
     """
     last = len(model.config.down_block_types) - 1
     if match := re.match(r"(down|up)_blocks\.(\d+)\.(attentions|resnets)", site):

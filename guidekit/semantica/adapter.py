@@ -76,7 +76,7 @@ def sites_of(model: nn.Module) -> tuple[tuple[str, int], ...]:
 
 
 def new_adapter(model: nn.Module, channels: int) -> ImageAdapter:
-    """An adapter to train: keys begin as the text's, values at zero, so nothing changes at first."""
+    """An adapter to train; keys begin as the text's, values at zero, which change nothing."""
     adapter = ImageAdapter(sites_of(model), model.config.cross_attention_dim, channels)
     with torch.no_grad():
         for name, index in adapter.names.items():

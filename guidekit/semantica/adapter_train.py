@@ -110,3 +110,6 @@ def make(options: AdapterOptions, folder: Path, size: int) -> AdapterTask:
     """The task of a recipe's stage."""
     episodes, encoder = make_episodes(options, folder, size, quiet=True)
     return AdapterTask(options, episodes, encoder, load(options.backbone), size)
+
+
+OPTIONS = AdapterOptions  # of a recipe's stage

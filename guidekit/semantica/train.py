@@ -197,3 +197,6 @@ def make(options: SemanticaOptions, folder: Path, size: int) -> SemanticaTask:
     episodes, encoder = make_episodes(options, folder, size, quiet=True)
     torch.set_rng_state(torch_state)  # first weights do not depend on what was cached
     return SemanticaTask(options, episodes, encoder, size)
+
+
+OPTIONS = SemanticaOptions  # of a recipe's stage
