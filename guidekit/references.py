@@ -38,9 +38,9 @@ def load_reference(path: str | Path) -> Reference:
 
 
 def load_references(folder: str | Path) -> dict[str, Reference]:
-    """References of a folder of pictures by name.
+    """References of a folder of pictures by name: the subfolder's, else the file's stem.
 
-    The name is the subfolder's where there is one, else the stem. Raises ValueError for a folder without pictures and for a name that occurs twice.
+    Raises ValueError for a folder without pictures and for a name that occurs twice.
     """
     root = Path(folder)
     found: dict[str, Reference] = {}
