@@ -53,7 +53,7 @@ def sample(colour, page, caption="a picture", **columns) -> dict[str, bytes]:
 
 @pytest.fixture
 def shards(tmp_path):
-    """Two pages over two shards, with a damaged picture, one without a page, one without picture."""
+    """Two pages in two shards; one picture is damaged, one has no page, one sample no picture."""
     folder = tmp_path / "shards"
     folder.mkdir()
     broken = sample("blue", "a")
@@ -149,11 +149,13 @@ def test_encoding_goes_on_where_it_was_killed(tiny, tmp_path):
 
 
 def test_one_shard_of_pictures_is_all_that_is_in_memory(tiny, tmp_path, monkeypatch):
-    held = []
-    flush = data._Writer.flush
-    monkeypatch.setattr(
-        data._Writer, "flush", lambda self, last: (held.append(len(self.pictures)), flush(self, last))
-    )  # fmt: skip
+    held, flush = [], data._Writer.flush
+
+    def watched(self, last):
+        held.append(len(self.pictures))
+        flush(self, last)
+
+    monkeypatch.setattr(data._Writer, "flush", watched)
     write_pages(scene_items(5, 2, SIZE), tiny, tmp_path, SIZE, shard=4)
     assert held == [4, 4, 2]
 

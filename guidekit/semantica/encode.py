@@ -124,8 +124,9 @@ def from_timm(name: str, pretrained: bool, **settings: Any) -> ImageEncoder:
         raise ValueError(f"timm has no model {name!r}; see timm.list_models()")
     net = timm.create_model(name, pretrained=pretrained, num_classes=0, **settings)
     data = timm.data.resolve_data_config({}, model=net)
+    size = settings.get("img_size", data["input_size"][1])
     encoder = ImageEncoder(
-        "timm", name.split(".")[0], settings, data["input_size"][1], tuple(data["mean"]),
+        "timm", name.split(".")[0], settings, size, tuple(data["mean"]),
         tuple(data["std"]), source=f"timm/{name}",
     )  # fmt: skip
     encoder.net.load_state_dict(net.state_dict())

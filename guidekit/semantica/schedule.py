@@ -9,7 +9,9 @@ import math
 from typing import Literal
 
 import torch
-from diffusers import DDPMScheduler
+
+# from_pretrained of a pipeline looks for the base class in the module of each part.
+from diffusers import DDPMScheduler, SchedulerMixin  # noqa: F401
 from diffusers.configuration_utils import register_to_config
 from torch import Tensor
 

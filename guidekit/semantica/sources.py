@@ -103,13 +103,19 @@ def _columns(table: bytes) -> str:
 
 
 def scene_items(
-    pages: int, per_page: int, size: int, split: str = "train", polluted: float = 0.0
+    pages: int,
+    per_page: int,
+    size: int,
+    split: str = "train",
+    polluted: float = 0.0,
+    without: tuple[str, ...] = (),
 ) -> Iterator[Item]:
     """Pages of scenes: one background and set of objects, places and sizes that vary.
 
-    polluted: share of the pictures that are of some other page, as web pages have them.
+    polluted: share of the pictures that are of some other page, as web pages have them. without:
+    objects such as `red circle` whose pages are left out.
     """
-    for number in range(pages):
+    for number in _without(range(pages), split, without):
         rng = np.random.Generator(np.random.Philox(key=[number, 7]))
         own = scenes.episode(number, per_page, split)
         for place, plan in enumerate(own):
@@ -122,15 +128,22 @@ def scene_items(
 
 
 def labelled_scene_items(
-    pages: int, per_page: int, size: int, split: str = "train"
+    pages: int, per_page: int, size: int, split: str = "train", without: tuple[str, ...] = ()
 ) -> Iterator[Item]:
     """The same scenes grouped by a label instead: the first object's shape and colour."""
-    for number in range(pages * per_page):
+    for number in _without(range(pages * per_page), split, without):
         plan = scenes.scene(number, split)
         yield Item(
             plan.things[0].phrase, f"{split}-{number}",
             functools.partial(_drawn, plan, size), plan.caption,
         )  # fmt: skip
+
+
+def _without(numbers: range, split: str, phrases: tuple[str, ...]) -> Iterator[int]:
+    """The numbers of the scenes that hold none of the objects."""
+    for number in numbers:
+        if not any(thing.phrase in phrases for thing in scenes.scene(number, split).things):
+            yield number
 
 
 def _drawn(plan: scenes.Scene, size: int) -> Image.Image:

@@ -48,6 +48,7 @@ class PagesOptions:
     pages: int = 4000  # of scenes
     per_page: int = 4  # pictures of a page, of scenes
     polluted: float = 0.0  # share of a page's pictures that are of no page, of scenes
+    without: tuple[str, ...] = ()  # objects that no page holds, of scenes
     encoder: str = "scenes-clip"  # see guidekit.semantica.encode.load_encoder
     low: float | None = 0.3  # cosine between global features below which a pair is left out
     high: float | None = 0.9  # and above which it is; 0.3 and 0.9 are for DINOv2
@@ -152,9 +153,14 @@ def items(options: PagesOptions, size: int) -> Iterator[Item | None]:
     if options.source not in SOURCES:
         raise ValueError(f"no source {options.source!r}; there are {', '.join(SOURCES)}")
     if options.source == "scenes":
-        return scene_items(options.pages, options.per_page, size, polluted=options.polluted)
+        return scene_items(
+            options.pages, options.per_page, size,
+            polluted=options.polluted, without=tuple(options.without),
+        )  # fmt: skip
     if options.source == "labelled-scenes":
-        return labelled_scene_items(options.pages, options.per_page, size)
+        return labelled_scene_items(
+            options.pages, options.per_page, size, without=tuple(options.without)
+        )
     if not options.data:
         raise ValueError(f"source {options.source} needs data, the folder that it is in")
     if options.source == "folder":
