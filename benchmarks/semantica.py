@@ -187,7 +187,7 @@ def variance_rows(setting: Setting) -> list[dict]:
     rows = []
     for reading in ("lineage", "literal"):
         for steps in (16, 64, 256):
-            scheduler = SemanticaScheduler(SIZE, clip_sample=False, reading=reading)
+            scheduler = SemanticaScheduler(image_size=SIZE, clip_sample=False, reading=reading)
             row = {"method": f"variance, {reading}", "steps": steps}
             rows.append(row | {"std": gaussian_std(scheduler, steps, 0.5)})
     return rows

@@ -72,7 +72,8 @@ class Capture:
     def _features(self, output: object, site: str) -> Tensor:
         """Features (B, C, h, w) of a block's output; tokens get the grid that the model has."""
         run = self.step.run
-        if hasattr(run.denoiser.model.config, "down_block_types"):
+        in_tokens = isinstance(output, Tensor) and output.ndim == 3
+        if hasattr(run.denoiser.model.config, "down_block_types") and not in_tokens:
             return block_features(output)
         grid = site_grid(run.denoiser.model, site, *run.grid)
         tokens = output if isinstance(output, Tensor) else output[-1]

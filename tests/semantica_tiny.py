@@ -29,6 +29,6 @@ def encoder() -> ImageEncoder:
 def pipeline(**changes) -> SemanticaPipeline:
     """A whole pipeline; `changes` of the UViT's config."""
     unet = frozen_model(randomised(UViT(**UVIT | changes)))
-    pipe = SemanticaPipeline(unet, SemanticaScheduler(SIZE), encoder())
+    pipe = SemanticaPipeline(unet, SemanticaScheduler(image_size=SIZE), encoder())
     pipe.set_progress_bar_config(disable=True)
     return pipe

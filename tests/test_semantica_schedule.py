@@ -89,7 +89,7 @@ def predicted(scheduler, steps, std):
 
 
 def make(**options):
-    return SemanticaScheduler(32, clip_sample=False, **options)
+    return SemanticaScheduler(image_size=32, clip_sample=False, **options)
 
 
 @pytest.mark.parametrize("reading", ["lineage", "literal"])
@@ -163,7 +163,7 @@ def test_levels_and_moves_know_it():
 
 
 def test_a_reloaded_scheduler_is_the_same(tmp_path):
-    scheduler = SemanticaScheduler(256, frac=0.5, reading="literal")
+    scheduler = SemanticaScheduler(image_size=256, frac=0.5, reading="literal")
     scheduler.save_pretrained(tmp_path)
     again = SemanticaScheduler.from_pretrained(tmp_path)
     assert torch.equal(again.alphas_cumprod, scheduler.alphas_cumprod)

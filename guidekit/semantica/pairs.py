@@ -21,7 +21,8 @@ from guidekit.references import to_pixels
 from guidekit.semantica.data import Pages
 
 LOW, HIGH = 0.3, 0.9
-BINS = 200  # of the histogram over cosines from -1 to 1
+FINE = 20_000  # bins over cosines from -1 to 1, for quantiles
+BINS = 200  # of the picture
 MOST = 64  # pictures of a page that are paired; pairs grow with the square
 
 
@@ -51,20 +52,20 @@ def _cosines(pages: Pages) -> Iterator[tuple[np.ndarray, Tensor]]:
 
 
 def histogram(pages: Pages) -> np.ndarray:
-    """Number of pairs by cosine, (BINS,) from -1 to 1."""
-    counts = np.zeros(BINS, np.int64)
+    """Number of pairs by cosine, (FINE,) from -1 to 1."""
+    counts = np.zeros(FINE, np.int64)
     for rows, cosine in _cosines(pages):
         above = cosine[tuple(np.triu_indices(len(rows), 1))].numpy()
-        counts += np.histogram(above.clip(-1, 1), BINS, (-1, 1))[0]
+        counts += np.histogram(above.clip(-1, 1), FINE, (-1, 1))[0]
     return counts
 
 
 def bounds_at(counts: np.ndarray, quantiles: tuple[float, float]) -> tuple[float, float]:
     """The cosines below which the given shares of all pairs lie, to the width of a bin."""
     below = np.cumsum(counts) / max(counts.sum(), 1)
-    edges = np.linspace(-1, 1, BINS + 1)
+    edges = np.linspace(-1, 1, len(counts) + 1)
     low, high = (int(np.searchsorted(below, q)) for q in quantiles)
-    return float(edges[low if quantiles[0] > 0 else 0]), float(edges[min(high + 1, BINS)])
+    return float(edges[low if quantiles[0] > 0 else 0]), float(edges[min(high + 1, len(counts))])
 
 
 def find_pairs(
@@ -99,7 +100,7 @@ def find_pairs(
             f"none of {result.total} pairs has a cosine from {low:g} to {high:g}; see "
             f"{out / 'histogram.png'}, and give other bounds or quantiles"
         )
-    table = asdict(result) | {"share": result.share, "histogram": counts.tolist()}
+    table = asdict(result) | {"share": result.share, "histogram": _coarse(counts).tolist()}
     (out / "filter.json").write_text(json.dumps(table))
     path = out / "pairs.safetensors"
     save_file({"pairs": torch.from_numpy(pairs)}, f"{path}.part")
@@ -107,8 +108,14 @@ def find_pairs(
     return result
 
 
+def _coarse(counts: np.ndarray) -> np.ndarray:
+    """Counts of the picture's bins."""
+    return counts.reshape(BINS, -1).sum(1)
+
+
 def picture(counts: np.ndarray, result: Filtered) -> Image.Image:
-    """The histogram with the kept range in colour and the share kept in words."""
+    """Counts (FINE,) as a histogram with the kept range in colour and the share kept in words."""
+    counts = _coarse(counts)
     width, height, margin = 4 * BINS, 240, 24
     image = Image.new("RGB", (width, height + 2 * margin), "white")
     draw = ImageDraw.Draw(image)

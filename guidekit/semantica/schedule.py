@@ -68,6 +68,7 @@ class SemanticaScheduler(DDPMScheduler):
     @register_to_config
     def __init__(
         self,
+        *,  # diffusers takes positional ones for defaults, which from_config leaves out
         image_size: int = 256,
         noise_size: int = NOISE_SIZE,
         frac: float = 0.2,

@@ -124,8 +124,9 @@ class SemanticaTask:
         """The sampler that fits the training's schedule."""
         options = self.options
         return SemanticaScheduler(
-            self.size, options.noise_size, frac=options.frac, reading=options.reading
-        )
+            image_size=self.size, noise_size=options.noise_size,
+            frac=options.frac, reading=options.reading,
+        )  # fmt: skip
 
     def preview(self) -> Image.Image:
         """Eight references above two pictures drawn from each at w = 0.5."""

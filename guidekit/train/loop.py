@@ -136,7 +136,8 @@ class Loop:
             bar.close()
         self.save()
         self.preview()
-        self.accelerator.end_training()
+        for tracker in self.accelerator.trackers:  # end_training would end the processes' group
+            tracker.finish()
 
     def _train_step(self) -> dict[str, Tensor]:
         """One move of the weights over `accumulate` batches."""
@@ -206,6 +207,8 @@ class Loop:
         """Reads the checkpoint if there is one and returns the number of finished steps."""
         path = self.folder / "checkpoint.safetensors"
         if not path.exists():
+            if self.accelerator.is_main_process:
+                _cut_log(self.folder / "metrics.jsonl", 0)
             return 0
         adam: dict[int, dict[str, Tensor]] = {}
         with safe_open(path, "pt") as file, torch.no_grad():
