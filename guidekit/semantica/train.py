@@ -144,9 +144,8 @@ class SemanticaTask:
 
     def export(self, folder: Path) -> None:
         """Saves the pipeline, encoder included, in half precision."""
-        parts = (copy.deepcopy(self.net.unet), self.scheduler(), copy.deepcopy(self.encoder))
-        pipeline = SemanticaPipeline(*parts).to(dtype=torch.float16)
-        pipeline.save_pretrained(folder, safe_serialization=True)
+        unet, encoder = (copy.deepcopy(part).half() for part in (self.net.unet, self.encoder))
+        SemanticaPipeline(unet, self.scheduler(), encoder).save_pretrained(folder)
 
 
 def items(options: PagesOptions, size: int) -> Iterator[Item | None]:
