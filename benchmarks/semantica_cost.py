@@ -29,7 +29,7 @@ def training_step(
     loss.backward()
     optimizer.step()
     optimizer.zero_grad()
-    return float(loss)
+    return float(loss.detach())
 
 
 def cost_rows(quick: bool) -> list[dict]:
