@@ -28,6 +28,7 @@ _HOME = {
     "Level": "noise",
     "Move": "noise",
     "Perturbed": "perturbation",
+    "Reference": "references",
     "Run": "run",
     "Sampling": "sampler",
     "Segment": "conditions",
@@ -40,6 +41,7 @@ _HOME = {
     "load": "loading",
     "load_layout": "conditions",
     "load_mask": "conditions",
+    "load_reference": "references",
     "sample": "sampler",
     "tap_attention": "taps",
     "tap_blocks": "taps",
@@ -57,6 +59,7 @@ if TYPE_CHECKING:
     from guidekit.loading import load
     from guidekit.noise import Level, Move, level
     from guidekit.perturbation import Perturbed
+    from guidekit.references import Reference, load_reference
     from guidekit.run import Run
     from guidekit.sampler import Sampling, draw, sample
     from guidekit.step import Step

@@ -90,14 +90,15 @@ def site_level(model: nn.Module, site: str) -> int:
     """How many times a UNet has halved the latent at `site`, from its config alone.
 
     Down block i works at level i before its own downsampler, up block i at n - 1 - i, the middle
-    at n - 1. Raises ValueError for a site outside of the blocks.
+    at the coarsest, which a UViT has for itself. Raises ValueError for a site outside of the
+    blocks.
     """
     last = len(model.config.down_block_types) - 1
     if match := re.match(r"(down|up)_blocks\.(\d+)\.(attentions|resnets)", site):
         index = int(match[2])
         return index if match[1] == "down" else last - index
     if site.startswith("mid_block"):
-        return last
+        return len(model.config.block_out_channels) - 1
     raise ValueError(
         f"{site!r} has no level of its own; sites with one are in mid_block and in the "
         "attentions and resnets of down_blocks.N and up_blocks.N"
@@ -154,6 +155,13 @@ FAMILIES = [
         matches=_is("UNet2DModel"),
         self_sites=("*attentions.*",),
         blocks=("*attentions.*",),
+    ),
+    Family(
+        name="uvit",
+        matches=_is("UViT"),
+        cross_sites=("*.attn2",),  # to the tokens of a picture
+        blocks=("*attentions.*",),
+        encoders={"image": _WHOLE},
     ),
     Family(name="dit", matches=_is("DiTTransformer2DModel")),
     Family(
@@ -237,11 +245,18 @@ def site_grid(
     For Flux and Qwen, whose patches the pipeline packs, the latent is the unpacked one.
     """
     if hasattr(model.config, "down_block_types"):
-        grids = halvings(latent_height, latent_width)
+        patch = model.config.get("patch_size", 1)
+        grids = halvings(latent_height // patch, latent_width // patch)
         return grids[min(site_level(model, site), len(grids) - 1)]
     packed = family_of(model).order == "text first"
     patch = 2 if packed else model.config.patch_size
     return latent_height // patch, latent_width // patch
+
+
+def in_pixels(model: nn.Module, output: object) -> bool:
+    """Whether a block's output is a UNet's (B, C, h, w), not tokens, which a UViT's can be."""
+    in_tokens = isinstance(output, Tensor) and output.ndim == 3
+    return hasattr(model.config, "down_block_types") and not in_tokens
 
 
 def site_features(model: nn.Module, site: str, output: object, grid: tuple[int, int]) -> Tensor:
@@ -249,7 +264,7 @@ def site_features(model: nn.Module, site: str, output: object, grid: tuple[int, 
 
     Raises ValueError for a block of a transformer that sees text alone.
     """
-    if hasattr(model.config, "down_block_types"):
+    if in_pixels(model, output):
         return block_features(output)
     own = site_grid(model, site, *grid)
     tokens = output if isinstance(output, Tensor) else output[-1]

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from guidekit.attention import AttentionCall, attend, token_maps
-from guidekit.backbones import site_features, site_grid
+from guidekit.backbones import in_pixels, site_features, site_grid
 from guidekit.guidance import AttentionRead, Branch, FeatureRead, Guidance
 from guidekit.packing import aligned, reorder, taken
 from guidekit.taps import BlockCall
@@ -95,7 +95,7 @@ class Capture:
     def _features(self, output: object, site: str) -> Tensor:
         """Features (B, C, h, w) of the pixels out of a block's output."""
         run, model = self.step.run, self.step.run.denoiser.model
-        if not hasattr(model.config, "down_block_types"):
+        if not in_pixels(model, output):
             tokens = output if isinstance(output, Tensor) else output[-1]
             h, w = site_grid(model, site, *run.grid)
             packed = tokens.shape[1] != h * w  # text and pixels in one sequence

@@ -11,8 +11,8 @@ import torch.nn.functional as F
 from PIL import Image, ImageColor
 from torch import Tensor
 
-# What Pillow raises for files that are damaged or claim to be huge.
-PICTURE_ERRORS = (OSError, SyntaxError, ValueError, Image.DecompressionBombError)
+from guidekit.pictures import PICTURE_ERRORS
+from guidekit.references import Reference
 
 
 @dataclass(frozen=True)
@@ -61,6 +61,7 @@ class Condition:
     negative: str = ""
     segments: tuple[Segment, ...] = field(default=())
     label: int | None = None  # of models that are conditioned on classes
+    image: Reference | None = None  # a picture to follow
 
     @property
     def content(self) -> str | int:

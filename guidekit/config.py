@@ -29,6 +29,9 @@ class Settings:
     negative: str | None = None
     label: int | None = None
     layout: Path | None = None
+    image: Path | None = None
+    image_folder: Path | None = None
+    per_image: int | None = None
     seeds: tuple[int, ...] = (0, 1, 2, 3)
     steps: int | None = None
     scheduler: str | None = None
@@ -293,6 +296,7 @@ def dump(settings: Settings) -> dict[str, Any]:
     """The settings as the tables of run.json; where pictures went is not part of them."""
     sample = {name: getattr(settings, name) for name in sample_keys()}
     del sample["out"], sample["layout"]
+    sample |= {k: str(v.resolve()) for k, v in sample.items() if isinstance(v, Path)}
     sample["seeds"] = list(settings.seeds)
     return {"sample": sample, "plugin": settings.plugin, "segment": settings.segment}
 

@@ -9,6 +9,7 @@ import guidekit.families.pixel
 import guidekit.families.qwen
 import guidekit.families.sana
 import guidekit.families.sd3
+import guidekit.families.semantica
 import guidekit.families.unet  # noqa: F401
 from guidekit.families.base import Denoiser, Text, frozen
 

@@ -105,7 +105,7 @@ class Engine:
     def _branches(self, step: Step, active: list[Guidance]) -> list[Branch]:
         """Null and conditional branch, then what the guidances make of them."""
         conditions, cfg = self.run.conditions, self.run.cfg
-        cond = Branch("cond", [c.content for c in conditions], weight=cfg)
+        cond = Branch("cond", [self.run.denoiser.content(c) for c in conditions], weight=cfg)
         null = Branch("null", [c.negative for c in conditions], null=True)
         branches = [null, cond] if cfg > 1 else [cond]
         if cfg <= 1:

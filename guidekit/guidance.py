@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 class Branch:
     """One row group of the denoiser's batch: the conditional one, the null, a region, a window.
 
-    prompts: one text per picture, or one class (`Condition.content`). weight: the default
+    prompts: one text per picture, or one class or picture (`Denoiser.content`). weight: the default
     combination is base + sum of weight * (out - base) over the branches with a weight; the base is
     the branch whose weight is None. x: own carried input (B, C, h, w) in place of z. view: window
     (top, left, height, width) of the latents that this branch sees. group: branches combine with
@@ -135,6 +135,8 @@ class Guidance:
     own_loop: ClassVar[bool] = False
     # What it needs of a model: "text", tokens that pixels attend to. Others are refused.
     needs: ClassVar[tuple[str, ...]] = ()
+    # Whether it reads `Condition.image`; a picture that nothing reads is refused.
+    reads_image: ClassVar[bool] = False
     # Checks of `guidekit.testing` that do not hold by design, each with the reason.
     waived: ClassVar[dict[str, str]] = {}
 

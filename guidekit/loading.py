@@ -1,5 +1,6 @@
 """Where a model name leads: a built-in, a diffusers pipeline directory or a hub id."""
 
+import importlib
 import json
 from pathlib import Path
 
@@ -30,6 +31,9 @@ SCHEDULERS = {
     "sa": "SASolverScheduler",
     "unipc": "UniPCMultistepScheduler",
 }
+
+# Pipelines of guidekit's own, which diffusers finds once their module is imported.
+PIPELINES = {"SemanticaPipeline": "guidekit.semantica.pipeline"}
 
 # Those that can follow a flow model's sigmas too (use_flow_sigmas).
 FLOW_TOO = ("deis", "dpm++", "dpm++2s", "sa", "unipc")
@@ -71,7 +75,7 @@ def load(
             "not a hub id of the form owner/name"
         )
     try:
-        pipeline = DiffusionPipeline.from_pretrained(
+        pipeline = _pipeline_class(path).from_pretrained(
             path if there else name, dtype=dtype, use_safetensors=True
         )
     except LOAD_ERRORS as error:
@@ -80,6 +84,15 @@ def load(
         raise ValueError(f"model {name!r} cannot be loaded: {first}; {remedy}") from None
     pipeline.set_progress_bar_config(disable=True)
     return pipeline.to(device)
+
+
+def _pipeline_class(path: Path) -> type[DiffusionPipeline]:
+    """The class to load a directory with; diffusers finds its own by itself."""
+    index = path / "model_index.json"
+    name = json.loads(index.read_text()).get("_class_name") if index.exists() else None
+    if name not in PIPELINES:
+        return DiffusionPipeline
+    return getattr(importlib.import_module(PIPELINES[name]), name)
 
 
 def _check_directory(path: Path) -> None:

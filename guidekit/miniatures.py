@@ -87,6 +87,17 @@ def joins(parts: list[str]) -> list[tuple[str, str]]:
     return [("".join(parts[:i]), parts[i]) for i in range(1, len(parts))]
 
 
+def randomised(model: nn.Module, seed: int = 0) -> nn.Module:
+    """The model with random weights everywhere, also where its residual branches begin at zero."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for p in model.parameters():
+            std = 0.05 if p.ndim < 2 else (p[0].numel()) ** -0.5
+            noise = torch.randn(p.shape, generator=generator) * std
+            p.copy_(1 + noise if p.ndim == 1 and bool((p == 1).all()) else noise)
+    return model.eval()
+
+
 def tokenizer() -> CLIPTokenizer:
     """A CLIP tokenizer over bytes, with merges for `WORDS` only: others fall into letters."""
     letters = sorted(ByteLevel.alphabet())

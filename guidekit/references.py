@@ -1,16 +1,64 @@
-"""Reference pictures of guidances: from files, or scenes by number where no file is at hand."""
+"""Reference pictures: what a user shows in place of, or beside, words."""
 
 import re
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
 
 from guidekit import scenes
-from guidekit.pictures import read_picture
+from guidekit.pictures import PICTURE_ERRORS, read_picture
 
 BUILT_IN = re.compile(r"scene-(\d+)")
+PICTURES = (".jpg", ".jpeg", ".png", ".webp")
+
+
+@dataclass(frozen=True, eq=False)
+class Reference:
+    """A picture to follow, and the path that it came from; two are equal if they are one object."""
+
+    picture: Image.Image
+    path: str = ""
+
+    def pixels(self, size: int) -> Tensor:
+        """Its largest centred square, (3, size, size) in [-1, 1]."""
+        return to_pixels(square(self.picture, size))
+
+
+def load_reference(path: str | Path) -> Reference:
+    """A reference from a picture file; ValueError that says what is wrong with it."""
+    try:
+        with Image.open(path) as image:
+            image.load()
+            return Reference(image.copy(), str(Path(path).resolve()))
+    except FileNotFoundError:
+        raise ValueError(f"image {path}: no such file") from None
+    except PICTURE_ERRORS as error:
+        raise ValueError(f"image {path}: not a readable picture ({error})") from None
+
+
+def load_references(folder: str | Path) -> dict[str, Reference]:
+    """References of a folder of pictures by name: the subfolder's, else the file's stem.
+
+    Raises ValueError for a folder without pictures and for a name that occurs twice.
+    """
+    root = Path(folder)
+    found: dict[str, Reference] = {}
+    for path in sorted(p for p in root.rglob("*") if p.suffix.lower() in PICTURES):
+        parent = path.parent.relative_to(root)
+        name = "-".join(parent.parts) or path.stem
+        if name in found:
+            raise ValueError(
+                f"{folder} has two pictures for {name!r}, {found[name].path} and {path}; leave one"
+            )
+        found[name] = load_reference(path)
+    if not found:
+        raise ValueError(f"image folder {folder}: no {', '.join(PICTURES)} in it")
+    return found
 
 
 def read_references(paths: Sequence[Path], size: tuple[int, int]) -> Tensor:
@@ -28,3 +76,27 @@ def _read(path: Path, size: tuple[int, int]) -> Tensor:
         return read_picture(path, size)
     pixels, _ = scenes.batch([scenes.scene(int(built_in[1]), "test")], max(size))
     return torch.nn.functional.interpolate(pixels, size, mode="area")[0]
+
+
+def square(image: Image.Image, size: int) -> Tensor:
+    """The largest centred square as uint8 (3, size, size), transparency on white.
+
+    Raises ValueError for pictures of no area, and what Pillow raises for damaged ones.
+    """
+    if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
+        backing = Image.new("RGBA", image.size, "white")
+        image = Image.alpha_composite(backing, image.convert("RGBA"))
+    side = min(image.size)
+    if side < 1:
+        raise ValueError("the picture is empty")
+    left, top = ((length - side) // 2 for length in image.size)
+    image = image.convert("RGB").resize(
+        (size, size), Image.Resampling.LANCZOS, (left, top, left + side, top + side),
+        reducing_gap=3.0,
+    )  # fmt: skip
+    return torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous()
+
+
+def to_pixels(pictures: Tensor) -> Tensor:
+    """uint8 (..., 3, H, W) to float in [-1, 1]."""
+    return pictures.float() / 127.5 - 1

@@ -52,6 +52,7 @@ class Replay:
         self.reads_text = own.reads_text
         self.pixels, self.latents, self.check = own.pixels, own.latents, own.check
         self.rescaled = own.rescaled
+        self.content, self.reads_image = own.content, own.reads_image
         # The class's, because the instance's may be a wrapper of offloading.
         names = list(inspect.signature(type(self.model).forward).parameters)[1:]
         self.names, self.input_name = names, names[0]

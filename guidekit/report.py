@@ -93,10 +93,13 @@ def _pictures(run: dict[str, Any], folder: Path) -> str:
     """One row a seed: unguided, guided, masks drawn over, attention."""
     guided = "guided" if run["plugin"] else "picture"
     rows = []
+    if reference := _figure(folder, "reference.png", "reference"):
+        rows.append(f'<div class="row">{reference}</div>')
+    places = run["record"].get("places", {})
     for seed in run["sample"]["seeds"]:
         figures = [
             _figure(folder, f"unguided/{seed}.png", "unguided"),
-            _figure(folder, f"{seed}.png", guided),
+            _figure(folder, places.get(str(seed), f"{seed}.png"), guided),
             _figure(folder, f"overlay/{seed}.png", "with its masks"),
         ]
         for index, segment in enumerate(run["segment"]):

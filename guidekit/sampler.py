@@ -78,6 +78,7 @@ class Sampling:
             step_kwargs=_step_kwargs(scheduler, eta, self.generators),
         )  # fmt: skip
         self.guidances = [g for g in guidances if g.scale != 0]
+        _check_images(denoiser, self.conditions, guidances)
         with frozen(*denoiser.models):
             self.engine = Engine(self.run, self.guidances)
         self.images: Tensor | None = None  # (B, 3, H, W) in [0, 1]
@@ -212,6 +213,18 @@ def _check_numbers(steps: int, **numbers: float) -> None:
     for name, value in numbers.items():
         if not 0 <= value < float("inf"):
             raise ValueError(f"{name} must be a finite number of at least 0, not {value}")
+
+
+def _check_images(
+    denoiser: Denoiser, conditions: list[Condition], guidances: Sequence[Guidance]
+) -> None:
+    """Raises ValueError for a reference picture that nothing reads."""
+    given = any(c.image is not None for c in conditions)
+    if given and not (denoiser.reads_image or any(g.reads_image for g in guidances)):
+        raise ValueError(
+            f"{type(denoiser.pipeline).__name__} reads no image; leave it out, or name a plugin "
+            "that does, such as semantica with an adapter"
+        )
 
 
 def _check_scheduler(scheduler, own, steps: int) -> None:

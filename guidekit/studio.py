@@ -14,29 +14,20 @@ from torch import Tensor
 
 from guidekit import outputs, pictures
 from guidekit.account import Account, NonFiniteError
-from guidekit.conditions import (
-    Condition,
-    Segment,
-    box_mask,
-    load_layout,
-    parse_layout,
-    parse_segment,
-)
+from guidekit.checks import check_settings
+from guidekit.conditions import Condition
 from guidekit.config import Settings, dump
 from guidekit.denoiser import Denoiser
 from guidekit.guidance import Guidance
-from guidekit.loading import SCHEDULERS, ZOO, load, make_scheduler, model_defaults
+from guidekit.loading import ZOO, load, make_scheduler
+from guidekit.references import Reference, load_references
 from guidekit.registry import Registry
 from guidekit.report import write_report
-from guidekit.run import MEMORY, POLICIES, derived_seed
+from guidekit.request import ask, example, nothing_asked, plugin_options, with_defaults
+from guidekit.run import derived_seed
 from guidekit.sampler import Sampling, accepted
 from guidekit.step import Step
 from guidekit.tokens import append_phrases, segment_columns
-
-DEFAULTS = {"cfg": None, "steps": 50, "plugin": {}}
-DTYPES = ("float32", "float16", "bfloat16")
-PROMPT = "a red circle and a blue square on a white background"
-BOXES = {"red circle": (0.06, 0.06, 0.48, 0.48), "blue square": (0.52, 0.52, 0.94, 0.94)}
 
 Progress = Callable[[Step, int, int], None]  # the step, the part being drawn, number of parts
 
@@ -50,12 +41,15 @@ class Studio:
     def __init__(self, settings: Settings, blocked: tuple[str, ...] = ()):
         self.settings = settings = with_defaults(settings)
         registry = Registry(blocked)
-        _check(settings)
+        check_settings(settings)
         self.guidances = [
-            registry.make_guidance(name, _all_options(registry, settings, name))
+            registry.make_guidance(name, plugin_options(registry, settings, name))
             for name in settings.plugin
         ]
         self.condition = ask(settings)
+        self.places: dict[int, tuple[str, Reference]] = {}  # seed: folder and what it follows
+        if settings.image_folder is not None:
+            self._lay_out_folder()
         self.folder = outputs.new_folder(
             settings.out, self.condition.prompt or Path(settings.model).name
         )
@@ -68,11 +62,30 @@ class Studio:
             outputs.discard_empty(self.folder)
             raise
 
+    def _lay_out_folder(self) -> None:
+        """A seed for every picture of the data set, from the first one on."""
+        references = load_references(self.settings.image_folder)
+        each, first = self.settings.per_image or 1, self.settings.seeds[0]
+        numbers = range(first, first + each * len(references))
+        owners = [pair for pair in references.items() for _ in range(each)]
+        self.places = dict(zip(numbers, owners, strict=True))
+        self.settings = replace(self.settings, seeds=tuple(numbers))
+        self.condition = replace(self.condition, image=owners[0][1])
+
+    def _conditions(self, seeds: list[int]) -> list[Condition]:
+        """The condition of every seed's picture."""
+        images = [self.places[s][1] if self.places else self.condition.image for s in seeds]
+        return [replace(self.condition, image=image) for image in images]
+
+    def _path(self, seed: int) -> str:
+        """Where a seed's picture goes, relative to the folder."""
+        return f"{self.places[seed][0]}/{seed}.png" if self.places else f"{seed}.png"
+
     def _load(self, registry: Registry) -> None:
         """The model, and what depends on it: tokens, the first entries of run.json."""
         self.denoiser = Denoiser(load_model(self.settings, registry))
         tokenizers = self.denoiser.tokenizers
-        if self.denoiser.reads_text and _nothing_asked(self.settings, self.condition):
+        if self.denoiser.reads_text and nothing_asked(self.settings, self.condition):
             self.condition = example(self.condition.negative)
         self.condition = self.denoiser.prepared(self.condition)
         self.denoiser.check([self.condition])
@@ -83,7 +96,11 @@ class Studio:
         self.scheduler = None
         if settings.scheduler is not None:
             self.scheduler = make_scheduler(self.denoiser.pipeline, settings.scheduler)
-        self._sampling(list(settings.seeds[: settings.batch]), self.guidances)  # may refuse
+        few = list(settings.seeds[: settings.batch])
+        self._sampling(few, self._conditions(few), self.guidances)  # may refuse
+        if self.condition.image is not None and not self.places:
+            shown = self.condition.image.picture.convert("RGB")
+            outputs.save_picture(shown, self.folder / "reference.png")
         self.settings = replace(
             settings,
             prompt=self.condition.prompt,
@@ -136,11 +153,11 @@ class Studio:
                         f"{kind}: {name} was {value}, is {now}; pictures may differ slightly"
                     )
 
-    def _sampling(self, seeds: list[int], guidances: list) -> Sampling:
+    def _sampling(self, seeds: list[int], conditions: list[Condition], guidances: list) -> Sampling:
         """A batch with the settings of this run."""
         s = self.settings
         return Sampling(
-            self.denoiser, self.condition, guidances, seeds=seeds, steps=s.steps, cfg=s.cfg,
+            self.denoiser, conditions, guidances, seeds=seeds, steps=s.steps, cfg=s.cfg,
             embedded_cfg=s.embedded_cfg, eta=s.eta, height=s.height, width=s.width,
             scheduler=self.scheduler, memory=s.memory, nonfinite=s.nonfinite,
             attention=s.attention,
@@ -148,8 +165,10 @@ class Studio:
 
     @property
     def compares(self) -> bool:
-        """Whether the same seeds are also drawn without guidance."""
-        return self.settings.compare and any(g.scale != 0 for g in self.guidances)
+        """Whether the same seeds are also drawn without guidance; not for a data set."""
+        return (
+            not self.places and self.settings.compare and any(g.scale != 0 for g in self.guidances)
+        )
 
     def draw(self, progress: Progress | None = None) -> dict[str, Any]:
         """Draws all batches and returns what run.json holds; keeps it also when it is stopped."""
@@ -180,7 +199,8 @@ class Studio:
         left = seeds
         for attempt in range(self.settings.tries):
             own = [derived_seed(s, attempt) if attempt else s for s in left]
-            sampling = self._sampling(own, self.guidances).finish(progress)
+            conditions = self._conditions(left)
+            sampling = self._sampling(own, conditions, self.guidances).finish(progress)
             self._merge(sampling.account, own)
             self._save(left, sampling)
             kept = accepted(sampling.guidances, sampling.images).tolist()
@@ -202,7 +222,10 @@ class Studio:
 
     def _draw_unguided(self, seeds: list[int], progress: Callable[[Step], None] | None) -> None:
         """The same seeds without guidance."""
-        drawn = self._sampling(seeds, []).finish(progress).images
+        conditions = self._conditions(seeds)
+        if not self.denoiser.reads_image:
+            conditions = [replace(c, image=None) for c in conditions]
+        drawn = self._sampling(seeds, conditions, []).finish(progress).images
         for seed, picture in zip(seeds, drawn, strict=True):
             image = pictures.to_image(picture)
             outputs.save_picture(image, self.folder / "unguided" / f"{seed}.png")
@@ -217,7 +240,7 @@ class Studio:
         for i, seed in enumerate(seeds):
             image = pictures.to_image(sampling.images[i])
             text = self.tables | {"seed": seed, "versions": self.record["versions"]}
-            outputs.save_picture(image, self.folder / f"{seed}.png", text)
+            outputs.save_picture(image, self.folder / self._path(seed), text)
             if masks:
                 path = self.folder / "overlay" / f"{seed}.png"
                 outputs.save_picture(pictures.overlay(image, masks), path)
@@ -257,6 +280,7 @@ class Studio:
         self.record |= {
             "status": status,
             "finished": list(self.finished),
+            "places": {str(seed): self._path(seed) for seed in self.places},
             "seconds": round(time.monotonic() - self._started, 3),
             "energy": {g.name: self.account.first_and_last(g.name) for g in self.guidances},
             "edits": self.account.edits,
@@ -264,18 +288,6 @@ class Studio:
             "account": self.account.rows,
         }
         outputs.write_record(self.tables | {"record": self.record}, self.folder)
-
-
-def with_defaults(settings: Settings) -> Settings:
-    """The settings with the model's own values where the user gave none."""
-    own = DEFAULTS | model_defaults(settings.model)
-    plugin = {n: own["plugin"].get(n, {}) | options for n, options in settings.plugin.items()}
-    return replace(
-        settings,
-        plugin=plugin,
-        cfg=own["cfg"] if settings.cfg is None else settings.cfg,
-        steps=own["steps"] if settings.steps is None else settings.steps,
-    )
 
 
 def _check_finite(seeds: list[int], images: Tensor) -> None:
@@ -286,66 +298,6 @@ def _check_finite(seeds: list[int], images: Tensor) -> None:
             f"the pictures of seeds {bad} are not finite; lower the scale of a plugin, cfg or eta, "
             "or use --dtype float32"
         )
-
-
-def _all_options(registry: Registry, settings: Settings, name: str) -> dict[str, Any]:
-    """A plugin's options: the file's or the model's, then those by --set."""
-    options = registry.read_options(name, settings.plugin[name], settings.folder)
-    return options | registry.read_options(name, settings.changes.get(name, {}))
-
-
-def _check(settings: Settings) -> None:
-    """Raises ValueError for what is known to be wrong before anything is loaded."""
-    if settings.scheduler is not None and settings.scheduler not in SCHEDULERS:
-        raise ValueError(f"no scheduler {settings.scheduler!r}; there are {', '.join(SCHEDULERS)}")
-    for name in ("steps", "batch", "tries"):
-        if getattr(settings, name) < 1:
-            raise ValueError(f"{name} must be at least 1, not {getattr(settings, name)}")
-    for name in ("height", "width"):
-        if getattr(settings, name) is not None and getattr(settings, name) < 1:
-            raise ValueError(f"{name} must be at least 1, not {getattr(settings, name)}")
-    choices = {"memory": MEMORY, "nonfinite": POLICIES, "dtype": (None, *DTYPES)}
-    for name, allowed in choices.items():
-        if getattr(settings, name) not in allowed:
-            exist = ", ".join(filter(None, allowed))
-            raise ValueError(f"{name} must be one of {exist}, not {getattr(settings, name)!r}")
-    if settings.device is not None:
-        _check_device(settings.device)
-
-
-def _check_device(name: str) -> None:
-    try:
-        torch.zeros(1, device=name).item()  # "meta" has no numbers
-    except (RuntimeError, AssertionError, NotImplementedError):
-        count = torch.cuda.device_count()
-        exist = ", ".join(["cpu", *(f"cuda:{i}" for i in range(count))])
-        raise ValueError(f"no device {name!r}; there are {exist}") from None
-
-
-def ask(settings: Settings) -> Condition:
-    """The condition of the settings: the layout, then the segments, in the given order."""
-    layout = Condition() if settings.layout is None else load_layout(settings.layout)
-    texts = [entry for entry in settings.segment if isinstance(entry, str)]
-    tables = [entry for entry in settings.segment if not isinstance(entry, str)]
-    parsed = parse_layout({"segments": tables}, settings.folder, "config").segments
-    segments = (*layout.segments, *parsed, *map(parse_segment, texts))
-    prompt = layout.prompt if settings.prompt is None else settings.prompt
-    negative = layout.negative if settings.negative is None else settings.negative
-    if settings.prompt is None and not prompt and segments and not settings.append_phrases:
-        raise ValueError("there are segments but no prompt; give --prompt with their phrases")
-    label = layout.label if settings.label is None else settings.label
-    return Condition(prompt, negative, segments, label)
-
-
-def _nothing_asked(settings: Settings, condition: Condition) -> bool:
-    """Whether there is no prompt, not even an empty one, and nothing in its place."""
-    return settings.prompt is None and condition == Condition(negative=condition.negative)
-
-
-def example(negative: str = "") -> Condition:
-    """What is drawn where the user asks for nothing."""
-    segments = tuple(Segment(p, box_mask(box), box=box) for p, box in BOXES.items())
-    return Condition(PROMPT, negative, segments)
 
 
 def load_model(settings: Settings, registry: Registry) -> Any:

@@ -56,6 +56,7 @@ class Denoiser:
     # What a subclass says of its kind of pipeline.
     cfg: ClassVar[float] = 1.0  # guidance scale where the user names none
     reads_text: ClassVar[bool] = False  # whether phrases have tokens that pixels attend to
+    reads_image: ClassVar[bool] = False  # whether it follows `Condition.image`
 
     _kinds: ClassVar[dict[str, type["Denoiser"]]] = {}
 
@@ -175,6 +176,10 @@ class Denoiser:
         """The condition with its texts as the text encoder reads them."""
         return condition
 
+    def content(self, condition: Condition) -> Any:
+        """What a branch is told of the condition: prompt, class or picture; it is hashable."""
+        return condition.content
+
     def check_cfg(self, cfg: float) -> None:
         """Raises ValueError for a guidance scale that the model cannot have."""
 
@@ -187,7 +192,7 @@ class Denoiser:
     def text(self, prompts: list, size: tuple[int, int], null: bool = False) -> Text:
         """What the model is told for `prompts`, one per picture of `size` (height, width).
 
-        prompts: `Condition.content` of each. null: they are the negative ones.
+        prompts: `content` of each. null: they are the negative ones.
         """
         raise NotImplementedError
 

@@ -1,4 +1,4 @@
-"""Unconditional pixel models: a UNet2DModel without text and without autoencoder."""
+"""Pixel models, which have no autoencoder, and the unconditional ones among them."""
 
 import torch
 from diffusers import DiffusionPipeline
@@ -8,8 +8,33 @@ from guidekit.conditions import Condition
 from guidekit.families.base import Denoiser, Text
 
 
-class Unconditional(Denoiser, families=("unet2d",)):
-    """DDPMPipeline and DDIMPipeline: latents are the pixels, in [-1, 1].
+class PixelDenoiser(Denoiser):
+    """A denoiser whose latents are the pixels, in [-1, 1]."""
+
+    def check_no_text(self, conditions: list[Condition], why: str) -> None:
+        """Raises ValueError, with the reason, for any text: there is nothing to read it."""
+        for name in ("prompt", "negative", "segments"):
+            if any(getattr(c, name) for c in conditions):
+                raise ValueError(
+                    f"{type(self.pipeline).__name__} {why}, so it reads no {name}; leave it out"
+                )
+
+    def decode(self, z: Tensor) -> Tensor:
+        """Pictures (B, 3, H, W) in [0, 1], exactly as the pipeline does it."""
+        with torch.no_grad():
+            return (z / 2 + 0.5).clamp(0, 1)
+
+    def pixels(self, x0: Tensor) -> Tensor:
+        """x0 itself, (B, 3, H, W) in [-1, 1]."""
+        return x0
+
+    def latents(self, pixels: Tensor) -> Tensor:
+        """The pixels (B, 3, H, W) in [-1, 1] themselves."""
+        return pixels
+
+
+class Unconditional(PixelDenoiser, families=("unet2d",)):
+    """DDPMPipeline and DDIMPipeline: a UNet2DModel without text.
 
     Raises ValueError for pipelines with further parts and for models that need a class.
     """
@@ -33,12 +58,7 @@ class Unconditional(Denoiser, families=("unet2d",)):
     def check(self, conditions: list[Condition]) -> None:
         """Raises ValueError for any text: there is nothing to read it."""
         super().check(conditions)
-        for name in ("prompt", "negative", "segments"):
-            if any(getattr(c, name) for c in conditions):
-                raise ValueError(
-                    f"{type(self.pipeline).__name__} draws without a condition, so it reads no "
-                    f"{name}; leave it out"
-                )
+        self.check_no_text(conditions, "draws without a condition")
 
     def text(self, prompts: list[str], size: tuple[int, int], null: bool = False) -> Text:
         """Nothing; ValueError for a null, as there is no condition to leave out."""
@@ -52,16 +72,3 @@ class Unconditional(Denoiser, families=("unet2d",)):
                 f"{type(self.pipeline).__name__} draws without a condition, so there is no "
                 "classifier-free guidance; leave cfg at 1"
             )
-
-    def decode(self, z: Tensor) -> Tensor:
-        """Pictures (B, 3, H, W) in [0, 1], exactly as the pipeline does it."""
-        with torch.no_grad():
-            return (z / 2 + 0.5).clamp(0, 1)
-
-    def pixels(self, x0: Tensor) -> Tensor:
-        """x0 itself, (B, 3, H, W) in [-1, 1]."""
-        return x0
-
-    def latents(self, pixels: Tensor) -> Tensor:
-        """The pixels (B, 3, H, W) in [-1, 1] themselves."""
-        return pixels

@@ -2,13 +2,16 @@
 
 A step's data and noise are functions of (seed, step, process), and the learning rate is a function
 of the step, so a run that is killed and started again continues exactly as if it had not been.
+Several processes and machines: `accelerate launch`, data parallel or FSDP2 by its configuration.
 """
 
 import contextlib
+import dataclasses
 import json
 import math
 import os
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -21,6 +24,7 @@ from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from tqdm.auto import tqdm
 
@@ -29,6 +33,9 @@ class Task(Protocol):
     """What the loop needs of a task."""
 
     net: nn.Module  # all trained weights; called as net(**batch) and returns named losses
+
+    def whole_net(self) -> nn.Module:
+        """A second net of the same form, needed by FSDP2 alone, whose nets are in shards."""
 
     def batch(self, numbers: range, generator: torch.Generator) -> dict:
         """Inputs of one process for one step, from the numbers of its scenes."""
@@ -47,9 +54,11 @@ class Options:
     steps: int
     batch: int = 32  # per process and accumulation step
     accumulate: int = 1  # batches whose gradients are added before the weights move
-    lr: float = 1e-3  # reached after `warmup` steps, then a cosine down to 1% of it
+    lr: float = 1e-3  # reached after `warmup` steps
+    decay: str = "cosine"  # what follows: cosine, down to 1% of it | constant
     warmup: int = 100
     weight_decay: float = 0.01
+    eps: float = 1e-8  # of Adam
     clip: float = 1.0  # largest norm of the gradient
     ema: float = 0.999
     seed: int = 0
@@ -57,13 +66,20 @@ class Options:
     preview_every: int = 1000
     log_every: int = 20
     precision: str = "no"  # no | bf16 | fp16, as accelerate names them
+    tracker: str = ""  # tensorboard, wandb, ...: what accelerate reports to, beside metrics.jsonl
     minutes: float = math.inf  # wall time after which the cosine is cut short and the stage ends
+
+    def __post_init__(self):
+        if self.decay not in ("cosine", "constant"):
+            raise ValueError(f"decay must be cosine or constant, not {self.decay!r}")
 
 
 def lr_at(step: int, options: Options) -> float:
-    """Learning rate of a step: linear warm-up, then half a cosine."""
+    """Learning rate of a step: linear warm-up, then half a cosine, or no change."""
     if step < options.warmup:
         return options.lr * (step + 1) / options.warmup
+    if options.decay == "constant":
+        return options.lr
     done = (step - options.warmup) / max(options.steps - options.warmup, 1)
     return options.lr * (0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * min(done, 1.0))))
 
@@ -74,14 +90,21 @@ class Loop:
     def __init__(self, task: Task, options: Options, folder: Path, quiet: bool = False):
         self.task, self.options, self.folder, self.quiet = task, options, Path(folder), quiet
         self.accelerator = Accelerator(
-            mixed_precision=options.precision, gradient_accumulation_steps=options.accumulate
+            mixed_precision=options.precision,
+            gradient_accumulation_steps=options.accumulate,
+            log_with=options.tracker or None,
+            project_dir=self.folder,
         )
         self.folder.mkdir(parents=True, exist_ok=True)
-        self.weights = [p for p in task.net.parameters() if p.requires_grad]
         optimizer = torch.optim.AdamW(
-            self.weights, lr=options.lr, betas=(0.9, 0.99), weight_decay=options.weight_decay
-        )
+            [p for p in task.net.parameters() if p.requires_grad],
+            lr=options.lr, betas=(0.9, 0.99), eps=options.eps, weight_decay=options.weight_decay,
+        )  # fmt: skip
         self.net, self.optimizer = self.accelerator.prepare(task.net, optimizer)
+        # After prepare: FSDP2 puts shards in the place of the weights.
+        self.weights = [p for p in task.net.parameters() if p.requires_grad]
+        if options.tracker:
+            self.accelerator.init_trackers("guidekit", _plain(options))
         self.ema = EMAModel(self.weights, decay=options.ema)
         self.ema.to(self.accelerator.device)
         self.step = self._load()
@@ -113,6 +136,8 @@ class Loop:
             bar.close()
         self.save()
         self.preview()
+        for tracker in self.accelerator.trackers:  # end_training would end the processes' group
+            tracker.finish()
 
     def _train_step(self) -> dict[str, Tensor]:
         """One move of the weights over `accumulate` batches."""
@@ -156,19 +181,24 @@ class Loop:
             images *= self.accelerator.num_processes
             row = {"step": self.step, **values, "lr": lr_at(self.step - 1, self.options)}
             row["images_per_second"] = images / (time.monotonic() - self.started)
+            left = (self.options.steps - self.step) / done
+            row["eta_seconds"] = round(left * (time.monotonic() - self.started), 1)
+            if self.options.tracker:
+                self.accelerator.log({k: v for k, v in row.items() if k != "step"}, self.step)
             with open(self.folder / "metrics.jsonl", "a") as file:
                 file.write(json.dumps(row) + "\n")
         return values
 
     def save(self) -> None:
         """Writes weights, averages and optimizer state as one safetensors file."""
-        if not self.accelerator.is_main_process:
-            return
         tensors = {f"weight.{i}": p.detach() for i, p in enumerate(self.weights)}
         tensors |= {f"ema.{i}": p for i, p in enumerate(self.ema.shadow_params)}
         for i, state in self.optimizer.state_dict()["state"].items():
             tensors |= {f"adam.{i}.{key}": value for key, value in state.items()}
-        tensors = {k: v.cpu().contiguous() for k, v in tensors.items()}
+        # Every process takes part in gathering shards; the first one writes.
+        tensors = {k: _whole(v).cpu().contiguous() for k, v in tensors.items()}
+        if not self.accelerator.is_main_process:
+            return
         path = self.folder / "checkpoint.safetensors"
         save_file(tensors, str(path) + ".part", metadata={"step": str(self.step)})
         os.replace(str(path) + ".part", path)
@@ -177,13 +207,15 @@ class Loop:
         """Reads the checkpoint if there is one and returns the number of finished steps."""
         path = self.folder / "checkpoint.safetensors"
         if not path.exists():
+            if self.accelerator.is_main_process:
+                _cut_log(self.folder / "metrics.jsonl", 0)
             return 0
         adam: dict[int, dict[str, Tensor]] = {}
         with safe_open(path, "pt") as file, torch.no_grad():
             step = int(file.metadata()["step"])
             for key in file.keys():  # noqa: SIM118  (safe_open is no mapping)
                 kind, i, *rest = key.split(".")
-                value = file.get_tensor(key)
+                value = _like(self.weights[int(i)], file.get_tensor(key))
                 if kind == "weight":
                     self.weights[int(i)].copy_(value)
                 elif kind == "ema":
@@ -193,7 +225,9 @@ class Loop:
         groups = self.optimizer.state_dict()["param_groups"]
         self.optimizer.load_state_dict({"state": adam, "param_groups": groups})
         self.ema.optimization_step = step
-        _cut_log(self.folder / "metrics.jsonl", step)
+        self.accelerator.wait_for_everyone()  # before the first one's next save
+        if self.accelerator.is_main_process:
+            _cut_log(self.folder / "metrics.jsonl", step)
         return step
 
     @contextlib.contextmanager
@@ -208,15 +242,56 @@ class Loop:
 
     def preview(self) -> None:
         """Saves the task's preview picture of the averaged weights."""
-        if self.accelerator.is_main_process:
-            with self.averaged(), torch.no_grad():
-                self.task.preview().save(self.folder / f"preview-{self.step:06d}.png")
+        self._on_whole_weights(
+            lambda: self.task.preview().save(self.folder / f"preview-{self.step:06d}.png")
+        )
 
     def export(self, folder: Path) -> None:
         """Writes the finished model with the averaged weights."""
+        self._on_whole_weights(lambda: self.task.export(folder))
+
+    def _on_whole_weights(self, action: Callable[[], None]) -> None:
+        """Runs `action` on the first process with the averaged weights.
+
+        Shards are gathered for each of its layers as they run, in which all processes take part.
+        """
+        sharded = any(isinstance(p, DTensor) for p in self.weights)
+        if not (sharded or self.accelerator.is_main_process):
+            return
+        with self.averaged(), torch.no_grad():
+            if sharded:
+                self._on_a_copy(action)
+            else:
+                action()
+
+    def _on_a_copy(self, action: Callable[[], None]) -> None:
+        """Runs `action` on the first process with a task whose net is whole."""
+        state = {k: _whole(v).cpu() for k, v in self.task.net.state_dict().items()}
         if self.accelerator.is_main_process:
-            with self.averaged(), torch.no_grad():
-                self.task.export(folder)
+            sharded, self.task.net = self.task.net, self.task.whole_net()
+            try:
+                self.task.net.load_state_dict(state)
+                action()
+            finally:
+                self.task.net = sharded
+
+
+def _whole(tensor: Tensor) -> Tensor:
+    """The tensor, gathered from all processes where each holds a shard."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def _like(weight: Tensor, value: Tensor) -> Tensor:
+    """The value cut into shards as the weight is; a step counter stays whole."""
+    if not isinstance(weight, DTensor) or value.shape != weight.shape:
+        return value
+    value = value.to(weight.device)
+    return distribute_tensor(value, weight.device_mesh, weight.placements)
+
+
+def _plain(options: Options) -> dict:
+    """The options as trackers take them."""
+    return {k: v for k, v in dataclasses.asdict(options).items() if v != math.inf}
 
 
 def _fast_attention(device: torch.device):

@@ -5,6 +5,7 @@ ones exported; a run that is started again continues where it was.
 """
 
 import dataclasses
+import importlib
 import tomllib
 from collections.abc import Callable
 from pathlib import Path
@@ -36,7 +37,8 @@ def _denoiser(options: DenoiserOptions, folder: Path, size: int) -> Task:
     return DenoiserTask(options, vae, folder / options.text, size)
 
 
-TASKS: dict[str, tuple[type, Make]] = {
+# A text is a module above this one, with OPTIONS and `make`; it is imported when it is named.
+TASKS: dict[str, tuple[type, Make] | str] = {
     "vae": (VAEOptions, _vae),
     "text": (TextOptions, lambda options, folder, size: TextTask(options)),
     "denoiser": (DenoiserOptions, _denoiser),
@@ -45,7 +47,18 @@ TASKS: dict[str, tuple[type, Make]] = {
     "noisy-clip": (NoisyClipOptions, NoisyClipTask),
     "judge": (JudgeOptions, lambda options, folder, size: JudgeTask(options)),
     "digits": (DigitsOptions, lambda options, folder, size: DigitsTask(options)),
+    "semantica": "guidekit.semantica.train",
+    "adapter": "guidekit.semantica.adapter_train",
 }
+
+
+def task_kind(name: str) -> tuple[type, Make]:
+    """The options of a task and what makes it from them, the run's folder and the size."""
+    kind = TASKS[name]
+    if isinstance(kind, str):
+        module = importlib.import_module(kind)
+        return module.OPTIONS, module.make
+    return kind
 
 
 @dataclasses.dataclass(frozen=True)
@@ -94,7 +107,7 @@ def _stage(entry: dict, path: Path) -> Stage:
     if task not in TASKS:
         raise ValueError(f"recipe {path}: no task {task!r}; there are {', '.join(TASKS)}")
     name = entry.pop("name", task)
-    kind = TASKS[task][0]
+    kind = task_kind(task)[0]
     loop_keys = {f.name for f in dataclasses.fields(Options)}
     task_keys = {f.name for f in dataclasses.fields(kind)}
     for key in entry:
@@ -125,7 +138,7 @@ def train(
         if model.exists():
             continue
         torch.manual_seed(stage.loop.seed)  # of the first weights
-        task = TASKS[stage.task][1](stage.options, folder, plan.size)
+        task = task_kind(stage.task)[1](stage.options, folder, plan.size)
         options = dataclasses.replace(stage.loop, **(overrides or {}))
         loop = Loop(task, options, folder / stage.name, quiet)
         loop.run()

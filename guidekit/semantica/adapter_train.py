@@ -1,0 +1,115 @@
+"""Training of an image adapter on episodes: the backbone and its text encoder stay frozen."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from diffusers import DDPMScheduler, StableDiffusionPipeline
+from PIL import Image
+from torch import Tensor, nn
+
+from guidekit.loading import load
+from guidekit.semantica.adapter import ImageAdapter, new_adapter
+from guidekit.semantica.encode import ImageEncoder
+from guidekit.semantica.pairs import Episodes
+from guidekit.semantica.train import PagesOptions, make_episodes
+from guidekit.train.vae import grid
+
+
+@dataclass(kw_only=True)
+class AdapterOptions(PagesOptions):
+    """The backbone, and how often it learns without words or without picture."""
+
+    backbone: str = "scenes"  # a Stable Diffusion pipeline, as for guidekit sample --model
+    drop: float = 0.1  # share of the pictures replaced by none
+    wordless: float = 0.5  # share of the captions replaced by the empty prompt
+
+
+class AdapterLoss(nn.Module):
+    """The backbone's own loss, the adapter being what is trained."""
+
+    def __init__(self, adapter: ImageAdapter, unet: nn.Module):
+        super().__init__()
+        self.adapter = adapter
+        self.frozen = [unet]  # in a list, so that it is no part of the module
+
+    def forward(
+        self, z: Tensor, timestep: Tensor, states: Tensor, tokens: Tensor, target: Tensor
+    ) -> dict[str, Tensor]:
+        """Error at latents z (B, C, h, w), text states (B, T, D), encoder tokens (B, T', D')."""
+        unet = self.frozen[0]
+        with self.adapter.attached(unet, self.adapter(tokens)):
+            out = unet(z, timestep, states, return_dict=False)[0]
+        return {"mse": F.mse_loss(out.float(), target)}
+
+
+class AdapterTask:
+    """Trains the adapter of a Stable Diffusion pipeline on encoded pages."""
+
+    def __init__(
+        self, options: AdapterOptions, episodes: Episodes, encoder: ImageEncoder,
+        pipeline: StableDiffusionPipeline, size: int,
+    ):  # fmt: skip
+        self.options, self.episodes, self.encoder = options, episodes, encoder
+        self.pipeline, self.size = pipeline, size
+        for part in (pipeline.unet, pipeline.vae, pipeline.text_encoder):
+            part.eval().requires_grad_(False)
+        self.scheduler = DDPMScheduler.from_config(pipeline.scheduler.config)
+        self.net = AdapterLoss(new_adapter(pipeline.unet, encoder.shapes()[1]), pipeline.unet)
+
+    def whole_net(self) -> nn.Module:
+        """A second net of the same form."""
+        return AdapterLoss(new_adapter(self.pipeline.unet, self.encoder.shapes()[1]),
+                           self.pipeline.unet)  # fmt: skip
+
+    def batch(self, numbers: range, generator: torch.Generator) -> dict[str, Tensor]:
+        """Noisy latents of the pictures to draw, their captions, and the conditions' tokens."""
+        pipeline, rows = self.pipeline, [self.episodes.pair(n)[1] for n in numbers]
+        tokens, x0 = self.episodes.batch(numbers)
+        tokens = tokens * (torch.rand(len(x0), 1, 1, generator=generator) >= self.options.drop)
+        words = torch.rand(len(x0), generator=generator) >= self.options.wordless
+        captions = self.episodes.pages.captions(rows)
+        texts = [c if keep else "" for c, keep in zip(captions, words.tolist(), strict=True)]
+        with torch.no_grad():
+            latents = pipeline.vae.encode(x0.to(pipeline.device)).latent_dist.mode().cpu()
+            states = pipeline.encode_prompt(texts, pipeline.device, 1, False)[0].cpu()
+        latents = latents.float() * pipeline.vae.config.scaling_factor
+        eps = torch.randn(latents.shape, generator=generator)
+        count = self.scheduler.config.num_train_timesteps
+        timestep = torch.randint(count, (len(x0),), generator=generator)
+        z = self.scheduler.add_noise(latents, eps, timestep)
+        target = {
+            "epsilon": lambda: eps,
+            "sample": lambda: latents,
+            "v_prediction": lambda: self.scheduler.get_velocity(latents, eps, timestep),
+        }[self.scheduler.config.prediction_type]()
+        return {"z": z, "timestep": timestep, "states": states, "tokens": tokens, "target": target}
+
+    def preview(self) -> Image.Image:
+        """Eight references above a picture that is drawn from each without words."""
+        rows = [self.episodes.pair(n)[0] for n in range(8)]
+        pictures, tokens = self.episodes.pages.rows(rows, "pictures", "tokens")
+        adapter, pipeline = self.net.adapter, self.pipeline
+        image = adapter(tokens.float().to(adapter.device))
+        pipeline.set_progress_bar_config(disable=True)
+        with adapter.attached(pipeline.unet, image):
+            drawn = pipeline(
+                [""] * 8, num_inference_steps=20, guidance_scale=1.0, output_type="pt",
+                generator=[torch.Generator().manual_seed(i) for i in range(8)],
+            ).images  # fmt: skip
+        return grid(torch.cat([pictures.float() / 127.5 - 1, drawn.cpu().float() * 2 - 1]), 8)
+
+    def export(self, folder: Path) -> None:
+        """Saves the adapter, and the encoder that it reads in the folder `encoder`."""
+        self.net.adapter.save_pretrained(folder)
+        self.encoder.save_pretrained(Path(folder) / "encoder")
+
+
+def make(options: AdapterOptions, folder: Path, size: int) -> AdapterTask:
+    """The task of a recipe's stage."""
+    episodes, encoder = make_episodes(options, folder, size, quiet=True)
+    return AdapterTask(options, episodes, encoder, load(options.backbone), size)
+
+
+OPTIONS = AdapterOptions  # of a recipe's stage

@@ -1,0 +1,186 @@
+"""Frozen picture encoders: tokens of the last block and one global feature, from timm or open_clip.
+
+DINOv2: Oquab et al. 2023, arXiv:2304.07193. SigLIP: Zhai et al. 2023, arXiv:2303.15343.
+"""
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import open_clip
+import timm
+import torch
+import torch.nn.functional as F
+from diffusers import ConfigMixin, ModelMixin
+from diffusers.configuration_utils import register_to_config
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from guidekit.config import ZOO
+
+# Short names; everything else is `timm/NAME` or `open_clip/ARCHITECTURE/TAG`.
+NAMES = {
+    "dinov2-b": ("timm/vit_base_patch14_dinov2.lvd142m", {"img_size": 224}),
+    "dinov2-l": ("timm/vit_large_patch14_dinov2.lvd142m", {"img_size": 224}),
+    "siglip-b": ("timm/vit_base_patch16_siglip_224.webli", {}),
+}
+CLIP_CONFIG, CLIP_WEIGHTS = "open_clip_config.json", "open_clip_model.safetensors"
+# open_clip builds both towers; the text one of this size is thrown away.
+_NO_TEXT = dict(context_length=4, vocab_size=8, width=8, heads=1, layers=1)
+
+
+class ImageEncoder(ModelMixin, ConfigMixin):
+    """Tokens and global feature of pictures; saved with its weights, so that it stays the same.
+
+    library: "timm" (architecture: its name, settings: arguments of `timm.create_model`) or
+    "open_clip" (settings: embed_dim, vision_cfg and quick_gelu of its model config). mean, std: of
+    the pictures in [0, 1]. source: the name that it was made from.
+    """
+
+    @register_to_config
+    def __init__(
+        self,
+        library: str,
+        architecture: str,
+        settings: dict[str, Any],
+        image_size: int,
+        mean: tuple[float, ...],
+        std: tuple[float, ...],
+        source: str = "",
+    ):
+        super().__init__()
+        if library == "timm":
+            self.net = timm.create_model(architecture, pretrained=False, num_classes=0, **settings)
+        else:
+            self.net = _clip_tower(settings)
+        self.eval().requires_grad_(False)
+
+    @property
+    def source(self) -> str:
+        """What it was made from, for records."""
+        return self.config.source
+
+    def forward(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
+        """Tokens (B, T, D) and global features (B, P) of pixels (B, 3, H, W) in [-1, 1].
+
+        The global feature is the class token (DINOv2), the attention pool's output (SigLIP) or the
+        joint embedding (CLIP).
+        """
+        x = self._normalised(pixels)
+        if self.config.library == "open_clip":
+            pooled, tokens = self.net(x)
+            return tokens, pooled
+        tokens = self.net.forward_features(x)
+        pooled = self.net.forward_head(tokens, pre_logits=True)
+        return tokens.flatten(2).transpose(1, 2) if tokens.ndim == 4 else tokens, pooled
+
+    def _normalised(self, pixels: Tensor) -> Tensor:
+        """Pixels (B, 3, s, s) as the network was trained on them."""
+        size = self.config.image_size
+        pixels = pixels.to(self.device, torch.float32)
+        if tuple(pixels.shape[-2:]) != (size, size):
+            pixels = F.interpolate(pixels, (size, size), mode="bicubic", antialias=True)
+        mean, std = pixels.new_tensor([self.config.mean, self.config.std]).view(2, 3, 1, 1)
+        return ((pixels.clamp(-1, 1) / 2 + 0.5 - mean) / std).to(self.dtype)
+
+    def shapes(self) -> tuple[int, int, int]:
+        """Number of tokens T, their channels D, channels P of the global feature."""
+        with torch.no_grad():
+            size = self.config.image_size
+            tokens, pooled = self(torch.zeros(1, 3, size, size))
+        return tokens.shape[1], tokens.shape[2], pooled.shape[1]
+
+
+def load_encoder(name: str | Path) -> ImageEncoder:
+    """An encoder by name, with its weights.
+
+    name: dinov2-b, dinov2-l, siglip-b, `timm/NAME`, `open_clip/ARCHITECTURE/TAG` (those are
+    downloaded at the first use), a built-in such as scenes-clip, or a folder: a saved
+    ImageEncoder, or what open_clip reads as `local-dir:`. Raises ValueError that names what exists.
+    """
+    name = str(name)
+    folder = ZOO / name if (ZOO / name / CLIP_CONFIG).exists() else Path(name)
+    if (folder / CLIP_CONFIG).exists():
+        return _from_clip_folder(folder, name)
+    if (folder / "config.json").exists():
+        return ImageEncoder.from_pretrained(folder).eval().requires_grad_(False)
+    full, settings = NAMES.get(name, (name, {}))
+    library, _, rest = full.partition("/")
+    if library == "timm" and rest:
+        return from_timm(rest, pretrained=True, **settings)
+    if library == "open_clip" and rest.count("/") == 1:
+        return from_open_clip(*rest.split("/"))
+    built_in = sorted(p.parent.name for p in ZOO.glob(f"*/{CLIP_CONFIG}"))
+    raise ValueError(
+        f"no encoder {name!r}; there are {', '.join([*NAMES, *built_in])}, timm/NAME, "
+        "open_clip/ARCHITECTURE/TAG, and folders of saved ones"
+    )
+
+
+def from_timm(name: str, pretrained: bool, **settings: Any) -> ImageEncoder:
+    """A timm model's features. Raises ValueError for a name that timm does not know."""
+    if not timm.is_model(name.split(".")[0]):
+        raise ValueError(f"timm has no model {name!r}; see timm.list_models()")
+    net = timm.create_model(name, pretrained=pretrained, num_classes=0, **settings)
+    data = timm.data.resolve_data_config({}, model=net)
+    size = settings.get("img_size", data["input_size"][1])
+    encoder = ImageEncoder(
+        "timm", name.split(".")[0], settings, size, tuple(data["mean"]),
+        tuple(data["std"]), source=f"timm/{name}",
+    )  # fmt: skip
+    encoder.net.load_state_dict(net.state_dict())
+    return encoder
+
+
+def from_open_clip(architecture: str, tag: str | None) -> ImageEncoder:
+    """The picture tower of an open_clip model; tag None for random weights."""
+    config = open_clip.get_model_config(architecture)
+    if config is None:
+        raise ValueError(f"open_clip has no model {architecture!r}; see open_clip.list_models()")
+    model = open_clip.create_model(architecture, pretrained=tag)
+    visual = model.visual
+    return _from_tower(config, visual.state_dict(), visual, f"open_clip/{architecture}/{tag}")
+
+
+def _from_clip_folder(folder: Path, source: str) -> ImageEncoder:
+    """The picture tower of an open_clip model that was saved with its config."""
+    table = json.loads((folder / CLIP_CONFIG).read_text())
+    weights = {
+        key.removeprefix("visual."): value.float()
+        for key, value in load_file(folder / CLIP_WEIGHTS).items()
+        if key.startswith("visual.")
+    }
+    preprocess = table.get("preprocess_cfg", {})
+    return _from_tower(table["model_cfg"], weights, preprocess, source)
+
+
+def _from_tower(config: dict, weights: dict, preprocess: Any, source: str) -> ImageEncoder:
+    """An encoder of an open_clip model config, weights, and what holds mean and std."""
+    settings = {k: config[k] for k in ("embed_dim", "vision_cfg", "quick_gelu") if k in config}
+    if isinstance(preprocess, nn.Module):
+        mean, std = preprocess.image_mean, preprocess.image_std
+    else:
+        mean = preprocess.get("mean") or open_clip.OPENAI_DATASET_MEAN
+        std = preprocess.get("std") or open_clip.OPENAI_DATASET_STD
+    size = config["vision_cfg"]["image_size"]
+    size = size if isinstance(size, int) else size[0]
+    encoder = ImageEncoder("open_clip", "", settings, size, tuple(mean), tuple(std), source)
+    encoder.net.load_state_dict(weights)
+    return encoder
+
+
+def _clip_tower(settings: dict[str, Any]) -> nn.Module:
+    """open_clip's vision transformer, which returns its tokens too; ValueError for other towers."""
+    known = {f.name for f in dataclasses.fields(open_clip.CLIPVisionCfg)}
+    vision = {k: v for k, v in settings["vision_cfg"].items() if k in known}
+    tower = open_clip.CLIP(
+        settings["embed_dim"], open_clip.CLIPVisionCfg(**vision | {"output_tokens": True}),
+        open_clip.CLIPTextCfg(**_NO_TEXT), quick_gelu=settings.get("quick_gelu", False),
+    ).visual  # fmt: skip
+    if not hasattr(tower, "output_tokens"):
+        raise ValueError(
+            f"open_clip's {type(tower).__name__} gives no tokens; take a vision transformer, or "
+            "the same network as timm/NAME"
+        )
+    return tower

@@ -1,0 +1,172 @@
+"""Which two pictures of a page are a pair: those alike, but not copies.
+
+Semantica (arXiv:2405.14857) keeps pairs whose DINOv2 class tokens have a cosine from 0.3 to 0.9.
+Other encoders have another scale: there `quantiles` of all pairs' cosines are the bounds.
+"""
+
+import json
+import os
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image, ImageDraw
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from guidekit.references import to_pixels
+from guidekit.semantica.data import Pages
+
+LOW, HIGH = 0.3, 0.9
+FINE = 20_000  # bins over cosines from -1 to 1, for quantiles
+BINS = 200  # of the picture
+MOST = 64  # pictures of a page that are paired; pairs grow with the square
+
+
+@dataclass(frozen=True)
+class Filtered:
+    """What the filter found: bounds, number of pairs before and after, share kept."""
+
+    low: float
+    high: float
+    total: int
+    kept: int
+    quantiles: tuple[float, float] | None = None
+
+    @property
+    def share(self) -> float:
+        """Share of the pairs that were kept."""
+        return self.kept / max(self.total, 1)
+
+
+def _cosines(pages: Pages) -> Iterator[tuple[np.ndarray, Tensor]]:
+    """Rows of every page (m,) and the cosines between them (m, m)."""
+    for rows in pages.members():
+        rows = rows[:MOST]
+        (pooled,) = pages.rows(rows.tolist(), "pooled")
+        unit = F.normalize(pooled.float(), dim=1)
+        yield rows, unit @ unit.T
+
+
+def histogram(pages: Pages) -> np.ndarray:
+    """Number of pairs by cosine, (FINE,) from -1 to 1."""
+    counts = np.zeros(FINE, np.int64)
+    for rows, cosine in _cosines(pages):
+        above = cosine[tuple(np.triu_indices(len(rows), 1))].numpy()
+        counts += np.histogram(above.clip(-1, 1), FINE, (-1, 1))[0]
+    return counts
+
+
+def bounds_at(counts: np.ndarray, quantiles: tuple[float, float]) -> tuple[float, float]:
+    """The cosines below which the given shares of all pairs lie, to the width of a bin."""
+    below = np.cumsum(counts) / max(counts.sum(), 1)
+    edges = np.linspace(-1, 1, len(counts) + 1)
+    low, high = (int(np.searchsorted(below, q)) for q in quantiles)
+    return float(edges[low if quantiles[0] > 0 else 0]), float(edges[min(high + 1, len(counts))])
+
+
+def find_pairs(
+    pages: Pages,
+    low: float | None = LOW,
+    high: float | None = HIGH,
+    quantiles: tuple[float, float] | None = None,
+    out: Path | None = None,
+) -> Filtered:
+    """Writes pairs.safetensors, filter.json and histogram.png into `out`, by default `filter`.
+
+    low, high: cosines to keep; None for no bound. quantiles: shares of the pairs that say them
+    instead. Raises ValueError when no pair is left.
+    """
+    counts = histogram(pages)
+    if quantiles is not None:
+        low, high = bounds_at(counts, quantiles)
+    low, high = (-2.0 if low is None else low), (2.0 if high is None else high)
+    found = []
+    for rows, cosine in _cosines(pages):
+        keep = (cosine >= low) & (cosine <= high)
+        keep.fill_diagonal_(False)
+        first, second = keep.nonzero(as_tuple=True)
+        found.append(np.stack([rows[first], rows[second]], 1).astype(np.int32))
+    pairs = np.concatenate(found) if found else np.zeros((0, 2), np.int32)
+    result = Filtered(low, high, int(counts.sum()), len(pairs) // 2, quantiles)
+    out = pages.folder / "filter" if out is None else Path(out)
+    out.mkdir(parents=True, exist_ok=True)
+    picture(counts, result).save(out / "histogram.png")
+    if not len(pairs):
+        raise ValueError(
+            f"none of {result.total} pairs has a cosine from {low:g} to {high:g}; see "
+            f"{out / 'histogram.png'}, and give other bounds or quantiles"
+        )
+    table = asdict(result) | {"share": result.share, "histogram": _coarse(counts).tolist()}
+    (out / "filter.json").write_text(json.dumps(table))
+    path = out / "pairs.safetensors"
+    save_file({"pairs": torch.from_numpy(pairs)}, f"{path}.part")
+    os.replace(f"{path}.part", path)
+    return result
+
+
+def _coarse(counts: np.ndarray) -> np.ndarray:
+    """Counts of the picture's bins."""
+    return counts.reshape(BINS, -1).sum(1)
+
+
+def picture(counts: np.ndarray, result: Filtered) -> Image.Image:
+    """Counts (FINE,) as a histogram with the kept range in colour and the share kept in words."""
+    counts = _coarse(counts)
+    width, height, margin = 4 * BINS, 240, 24
+    image = Image.new("RGB", (width, height + 2 * margin), "white")
+    draw = ImageDraw.Draw(image)
+    for i, count in enumerate(counts):
+        middle = -1 + (2 * i + 1) / BINS
+        kept = result.low <= middle <= result.high
+        tall = round(height * count / max(counts.max(), 1))
+        draw.rectangle(
+            (4 * i, margin + height - tall, 4 * i + 2, margin + height),
+            fill=(40, 80, 200) if kept else (190, 190, 190),
+        )
+    for value in np.linspace(-1, 1, 9):
+        draw.text((min((value + 1) / 2 * width, width - 30), margin + height + 4), f"{value:g}",
+                  fill="black")  # fmt: skip
+    text = f"{result.kept} of {result.total} pairs kept ({result.share:.1%}), cosine"
+    draw.text((6, 4), f"{text} {result.low:.2f} to {result.high:.2f}", fill="black")
+    return image
+
+
+class Episodes:
+    """Pairs of pictures of one page, in an order that is a function of the number alone.
+
+    folder: where `find_pairs` wrote them. Raises ValueError if it did not.
+    """
+
+    def __init__(self, pages: Pages, folder: Path | None = None):
+        path = (pages.folder / "filter" if folder is None else Path(folder)) / "pairs.safetensors"
+        if not path.exists():
+            raise ValueError(f"{path.parent} has no pairs; find_pairs makes them")
+        self.pages, self.pairs = pages, load_file(path)["pairs"]
+        self._epoch, self._order = -1, torch.empty(0)
+
+    def __len__(self) -> int:
+        return len(self.pairs)
+
+    def pair(self, number: int) -> tuple[int, int]:
+        """Rows of the condition and of the picture to draw; every epoch has another order."""
+        epoch, place = divmod(number, len(self))
+        if epoch != self._epoch:
+            generator = torch.Generator().manual_seed(epoch)
+            self._epoch, self._order = epoch, torch.randperm(len(self), generator=generator)
+        first, second = self.pairs[self._order[place]].tolist()
+        return first, second
+
+    def batch(self, numbers: range, feature: str = "tokens") -> tuple[Tensor, Tensor]:
+        """States (B, T, D) of the conditions and pixels (B, 3, H, W) in [-1, 1] to draw.
+
+        feature: "tokens", or "pooled" for the global feature, whose T is 1.
+        """
+        conditions, targets = zip(*(self.pair(n) for n in numbers), strict=True)
+        (states,) = self.pages.rows(list(conditions), feature)
+        (pictures,) = self.pages.rows(list(targets), "pictures")
+        states = states.float()
+        return states[:, None] if states.ndim == 2 else states, to_pixels(pictures)

@@ -1,0 +1,150 @@
+"""Pages of pictures: WebDataset shards as img2dataset writes them, folders, labels, scenes.
+
+A source is an iterator of `Item`, or None for what cannot be read, in the same order at every run.
+Pictures that share `page` are those of one page, class or scene.
+"""
+
+import functools
+import io
+import json
+import tarfile
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from guidekit import scenes
+from guidekit.references import PICTURES
+
+LARGEST = 2**26  # bytes of a member; more is no picture of a web page
+
+
+@dataclass(frozen=True)
+class Item:
+    """One picture of a page; `open` reads it, and may raise what Pillow raises."""
+
+    page: str
+    key: str
+    open: Callable[[], Image.Image]
+    caption: str = ""
+
+
+def folder_items(root: Path) -> Iterator[Item | None]:
+    """Every picture below `root`: a folder is a page, so classes are pages too.
+
+    Raises ValueError where there is none.
+    """
+    paths = sorted(p for p in Path(root).rglob("*") if p.suffix.lower() in PICTURES)
+    if not paths:
+        raise ValueError(f"no pictures below {root}; a folder of {', '.join(PICTURES)} is a page")
+    for path in paths:
+        place = path.relative_to(root)
+        yield Item(str(place.parent), str(place), functools.partial(Image.open, path))
+
+
+def shard_items(paths: list[Path], page: str = "page_url") -> Iterator[Item | None]:
+    """The samples of tar shards `00000.tar` with `{key}.jpg`, `{key}.json`, `{key}.txt`.
+
+    page: the column of the json that says where a picture is from; give img2dataset
+    `--save_additional_columns '["page_url"]'`. A label works too: its pictures are then a page.
+    Members are streamed, never extracted. Raises ValueError if the first sample lacks the column.
+    """
+    first = True
+    for path in paths:
+        for key, parts in _samples(path):
+            item = None if parts is None else _item(path, key, parts, page)
+            if first and item is None and parts and "json" in parts:
+                raise ValueError(f"{path}: {key}.json lacks {page!r}; {_columns(parts['json'])}")
+            first = False
+            yield item
+
+
+def _samples(path: Path) -> Iterator[tuple[str, dict[str, bytes] | None]]:
+    """Keys and members of one shard; (name, None) where the tar is damaged."""
+    key, parts = "", {}
+    try:
+        with tarfile.open(path, "r|") as tar:
+            for member in tar:
+                stem, _, extension = member.name.partition(".")
+                if not member.isfile() or member.size > LARGEST:
+                    continue
+                if stem != key and parts:
+                    yield key, parts
+                    parts = {}
+                key = stem
+                parts[extension.lower()] = tar.extractfile(member).read()
+    except (tarfile.TarError, OSError, EOFError):
+        yield str(path), None
+    if parts:
+        yield key, parts
+
+
+def _item(path: Path, key: str, parts: dict[str, bytes], page: str) -> Item | None:
+    """A sample as an item; None if it has no picture or no page."""
+    picture = next((parts[e[1:]] for e in PICTURES if e[1:] in parts), None)
+    try:
+        found = json.loads(parts.get("json", b"{}")).get(page)
+    except (ValueError, AttributeError):
+        return None
+    if picture is None or found is None:
+        return None
+    caption = parts.get("txt", b"").decode("utf-8", "replace")
+    return Item(str(found), f"{path.name}/{key}", lambda: Image.open(io.BytesIO(picture)), caption)
+
+
+def _columns(table: bytes) -> str:
+    """The columns that a json has, for messages."""
+    try:
+        return "it has " + ", ".join(sorted(json.loads(table)))
+    except ValueError:
+        return "it is no JSON object"
+
+
+def scene_items(
+    pages: int,
+    per_page: int,
+    size: int,
+    split: str = "train",
+    polluted: float = 0.0,
+    without: tuple[str, ...] = (),
+) -> Iterator[Item]:
+    """Pages of scenes: one background and set of objects, places and sizes that vary.
+
+    polluted: share of the pictures that are of some other page, as web pages have them. without:
+    objects such as `red circle` whose pages are left out.
+    """
+    for number in _without(range(pages), split, without):
+        rng = np.random.Generator(np.random.Philox(key=[number, 7]))
+        own = scenes.episode(number, per_page, split)
+        for place, plan in enumerate(own):
+            if rng.random() < polluted:  # what is not of the page, from numbers no page has
+                plan = scenes.scene(10**6 + number * per_page + place, split)
+            yield Item(
+                str(number), f"{split}-{number}-{place}",
+                functools.partial(_drawn, plan, size), plan.caption,
+            )  # fmt: skip
+
+
+def labelled_scene_items(
+    pages: int, per_page: int, size: int, split: str = "train", without: tuple[str, ...] = ()
+) -> Iterator[Item]:
+    """The same scenes grouped by a label instead: the first object's shape and colour."""
+    for number in _without(range(pages * per_page), split, without):
+        plan = scenes.scene(number, split)
+        yield Item(
+            plan.things[0].phrase, f"{split}-{number}",
+            functools.partial(_drawn, plan, size), plan.caption,
+        )  # fmt: skip
+
+
+def _without(numbers: range, split: str, phrases: tuple[str, ...]) -> Iterator[int]:
+    """The numbers of the scenes that hold none of the objects."""
+    for number in numbers:
+        if not any(thing.phrase in phrases for thing in scenes.scene(number, split).things):
+            yield number
+
+
+def _drawn(plan: scenes.Scene, size: int) -> Image.Image:
+    return Image.fromarray(scenes.draw(plan, size)[0])

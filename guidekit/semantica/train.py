@@ -1,0 +1,208 @@
+"""Training of a Semantica model on episodes: draw one picture of a page, given another.
+
+Loop, EMA, several processes and resume are `guidekit.train.loop`'s. The paper's optimizer is Adam
+with (0.9, 0.99), eps 1e-12, a constant rate and an EMA of 0.9999 (arXiv:2405.14857).
+"""
+
+import copy
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from accelerate import PartialState
+from PIL import Image
+from torch import Tensor, nn
+
+from guidekit.semantica.data import Pages, write_pages
+from guidekit.semantica.encode import ImageEncoder, load_encoder
+from guidekit.semantica.model import UViT, variant
+from guidekit.semantica.pairs import Episodes, find_pairs
+from guidekit.semantica.pipeline import SemanticaPipeline, denoise
+from guidekit.semantica.schedule import (
+    STEPS,
+    SemanticaScheduler,
+    epsilon_loss,
+    logsnr,
+    noised,
+)
+from guidekit.semantica.sources import (
+    Item,
+    folder_items,
+    labelled_scene_items,
+    scene_items,
+    shard_items,
+)
+from guidekit.train.vae import grid
+
+SOURCES = ("scenes", "labelled-scenes", "folder", "shards")
+
+
+@dataclass(kw_only=True)
+class PagesOptions:
+    """Where episodes come from and which pairs are kept."""
+
+    source: str = "scenes"  # scenes | labelled-scenes | folder | shards
+    data: str = ""  # of folder: the root; of shards: a folder of .tar files
+    page: str = "page_url"  # of shards: the column that says the page, or a label
+    pages: int = 4000  # of scenes
+    per_page: int = 4  # pictures of a page, of scenes
+    polluted: float = 0.0  # share of a page's pictures that are of no page, of scenes
+    without: tuple[str, ...] = ()  # objects that no page holds, of scenes
+    encoder: str = "scenes-clip"  # see guidekit.semantica.encode.load_encoder
+    low: float | None = 0.3  # cosine between global features below which a pair is left out
+    high: float | None = 0.9  # and above which it is; 0.3 and 0.9 are for DINOv2
+    quantiles: tuple[float, ...] = ()  # two shares of all pairs that give low and high instead
+    store: str = ""  # folder of the encoded pages, by default beside the run
+
+
+@dataclass(kw_only=True)
+class SemanticaOptions(PagesOptions):
+    """The model, its condition and its sampler."""
+
+    variant: str = "tiny"  # a | b | c | tiny | tiny-pixel
+    conditioning: str = "tokens"  # tokens | film
+    drop: float = 0.1  # share of the conditions replaced by none, for guidance
+    noise_size: int = 32  # side at which the schedule is not shifted
+    frac: float = 0.2  # of the sampler's variance
+    reading: str = "lineage"  # of frac: lineage | literal
+    checkpointing: bool = False  # less memory for a third more time
+    compile: bool = False
+
+
+class SemanticaLoss(nn.Module):
+    """Error of the noise that the predicted velocity stands for."""
+
+    def __init__(self, unet: UViT):
+        super().__init__()
+        self.unet = unet
+
+    def forward(
+        self, z: Tensor, timestep: Tensor, states: Tensor, v: Tensor, level: Tensor
+    ) -> dict[str, Tensor]:
+        """Mean loss of z (B, 3, H, W) at log-SNR `level` (B,) for states (B, T, D)."""
+        out = self.unet(z, timestep, states, return_dict=False)[0]
+        return {"epsilon": epsilon_loss(out, v, level).mean()}
+
+
+class SemanticaTask:
+    """Trains a UViT on the pairs of encoded pages."""
+
+    def __init__(
+        self, options: SemanticaOptions, episodes: Episodes, encoder: ImageEncoder, size: int
+    ):
+        self.options, self.episodes, self.encoder, self.size = options, episodes, encoder, size
+        _, channels, pooled = encoder.shapes()
+        self.feature = "pooled" if options.conditioning == "film" else "tokens"
+        unet = variant(
+            options.variant, sample_size=size, conditioning=options.conditioning,
+            cross_attention_dim=pooled if self.feature == "pooled" else channels,
+            noise_size=options.noise_size,
+        )  # fmt: skip
+        if options.checkpointing:
+            unet.enable_gradient_checkpointing()
+        self.net = SemanticaLoss(unet.train())
+        if options.compile:
+            unet.compile(fullgraph=True)
+
+    def whole_net(self) -> nn.Module:
+        """A second net of the same form."""
+        return SemanticaLoss(UViT.from_config(dict(self.net.unet.config)))
+
+    def batch(self, numbers: range, generator: torch.Generator) -> dict[str, Tensor]:
+        """Noisy pictures at times spread evenly over the batch, and what they follow."""
+        states, x0 = self.episodes.batch(numbers, self.feature)
+        states = states * (torch.rand(len(x0), 1, 1, generator=generator) >= self.options.drop)
+        eps = torch.randn(x0.shape, generator=generator)
+        t = torch.randperm(len(x0), generator=generator) + torch.rand(1, generator=generator)
+        t = t / len(x0)
+        level = logsnr(t, self.size, self.options.noise_size)
+        z, v = noised(x0, eps, level)
+        return {"z": z, "timestep": t * STEPS - 1, "states": states, "v": v, "level": level}
+
+    def scheduler(self) -> SemanticaScheduler:
+        """The sampler that fits the training's schedule."""
+        options = self.options
+        return SemanticaScheduler(
+            image_size=self.size, noise_size=options.noise_size,
+            frac=options.frac, reading=options.reading,
+        )  # fmt: skip
+
+    def preview(self) -> Image.Image:
+        """Eight references above two pictures drawn from each at w = 0.5."""
+        firsts = [self.episodes.pair(n)[0] for n in range(8)]
+        rows, states = self.episodes.pages.rows(firsts, "pictures", self.feature)
+        states = states.float()
+        states = (states[:, None] if states.ndim == 2 else states).repeat(2, 1, 1)
+        unet = self.net.unet
+        generators = [torch.Generator().manual_seed(i) for i in range(len(states))]
+        training, unet.training = unet.training, False
+        device = next(unet.parameters()).device
+        drawn = denoise(unet, self.scheduler(), states.to(device), 0.5, 32, generators)
+        unet.training = training
+        return grid(torch.cat([rows.float() / 127.5 - 1, drawn.cpu() * 2 - 1]), 8)
+
+    def export(self, folder: Path) -> None:
+        """Saves the pipeline, encoder included, in half precision."""
+        unet, encoder = (copy.deepcopy(part).half() for part in (self.net.unet, self.encoder))
+        SemanticaPipeline(unet, self.scheduler(), encoder).save_pretrained(folder)
+
+
+def items(options: PagesOptions, size: int) -> Iterator[Item | None]:
+    """The pictures that the options name; ValueError that says what is missing."""
+    if options.source not in SOURCES:
+        raise ValueError(f"no source {options.source!r}; there are {', '.join(SOURCES)}")
+    if options.source == "scenes":
+        return scene_items(
+            options.pages, options.per_page, size,
+            polluted=options.polluted, without=tuple(options.without),
+        )  # fmt: skip
+    if options.source == "labelled-scenes":
+        return labelled_scene_items(
+            options.pages, options.per_page, size, without=tuple(options.without)
+        )
+    if not options.data:
+        raise ValueError(f"source {options.source} needs data, the folder that it is in")
+    if options.source == "folder":
+        return folder_items(Path(options.data))
+    shards = sorted(Path(options.data).glob("*.tar"))
+    if not shards:
+        raise ValueError(f"no .tar files in {options.data}")
+    return shard_items(shards, options.page)
+
+
+def make_episodes(
+    options: PagesOptions, folder: Path, size: int, quiet: bool = False
+) -> tuple[Episodes, ImageEncoder]:
+    """Encoded and filtered pages of pictures of `size`; the first process makes them."""
+    if len(options.quantiles) not in (0, 2):
+        raise ValueError(f"quantiles are two numbers, not {len(options.quantiles)}")
+    encoder, state = load_encoder(options.encoder), PartialState()
+    store = Path(options.store) if options.store else folder / "pages"
+    chosen = folder / "filter"
+    with state.main_process_first():
+        if state.is_main_process:
+            encoder.to(state.device)
+            pages = write_pages(items(options, size), encoder, store, size, quiet=quiet)
+            if not (chosen / "pairs.safetensors").exists():
+                found = find_pairs(
+                    pages, options.low, options.high, tuple(options.quantiles) or None, chosen
+                )
+                if not quiet:
+                    print(
+                        f"pages    {len(pages)} pictures, {pages.unreadable} unreadable; "
+                        f"{found.share:.0%} of {found.total} pairs kept, {chosen}/histogram.png"
+                    )
+            encoder.to("cpu")
+    return Episodes(Pages(store), chosen), encoder
+
+
+def make(options: SemanticaOptions, folder: Path, size: int) -> SemanticaTask:
+    """The task of a recipe's stage."""
+    torch_state = torch.get_rng_state()
+    episodes, encoder = make_episodes(options, folder, size, quiet=True)
+    torch.set_rng_state(torch_state)  # first weights do not depend on what was cached
+    return SemanticaTask(options, episodes, encoder, size)
+
+
+OPTIONS = SemanticaOptions  # of a recipe's stage

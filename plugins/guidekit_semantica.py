@@ -1,0 +1,132 @@
+"""Semantica: draw another picture with the semantics of a reference picture.
+
+Kumar, Fischer, Greff, Weissenborn, Houlsby: Conditional diffusion on web-scale image pairs,
+2024, arXiv:2405.14857. With a Semantica model the reference is its condition and this adds the
+guidance (1 + w) cond - w null. With a text-to-image backbone an adapter adds the reference's tokens
+as further keys and values of cross-attention (IP-Adapter, Ye et al. 2023, arXiv:2308.06721).
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from guidekit import AttentionCall, Branch, Reference, Run, Step, hookimpl
+from guidekit.guidance import Guidance
+
+
+@dataclass(kw_only=True)
+class Semantica(Guidance):
+    """Follows the reference picture of `--image`."""
+
+    scale: float = 1.0  # strength: of the adapter's tokens, or a factor of w
+    w: float = 0.5  # of a Semantica model: guidance, (1 + w) cond - w null
+    adapter: Path | None = None  # of a text-to-image model: folder, or IP-Adapter .safetensors
+    encoder: str = ""  # of the adapter: what encodes the reference; "" is the adapter's own
+
+    reads_image: ClassVar[bool] = True
+    waived: ClassVar[dict[str, str]] = {
+        check: "it needs a reference picture and a model or an adapter for it; tested by itself"
+        for check in ("scale_0", "window", "batch", "repeatable", "restored", "half", "acts",
+                      "acts_on_sdxl", "energy")
+    }  # fmt: skip
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.w < 0:
+            raise ValueError(f"{self.name}.w is a guidance factor of at least 0, not {self.w}")
+
+    def prepare(self, run: Run) -> None:
+        """Finds out which of its two forms the model has, and encodes the references."""
+        if any(condition.image is None for condition in run.conditions):
+            raise ValueError(f"{self.name} follows a picture: give --image ref.png")
+        self._tokens: Tensor | None = None
+        if run.denoiser.reads_image:
+            if run.cfg > 1:
+                raise ValueError(f"give cfg or {self.name}.w, not both: cfg is 1 + w")
+            return
+        if self.adapter is None:
+            raise ValueError(
+                f"{self.name} needs an adapter for {type(run.denoiser.model).__name__}: set "
+                f"{self.name}.adapter, or use a model such as scenes-semantica"
+            )
+        self._attach(run)
+
+    def _attach(self, run: Run) -> None:
+        """Tokens (B, T, D) of the references and of none, and the sites that read them."""
+        from guidekit.semantica.adapter import SITES, load_adapter
+
+        model = run.denoiser.model
+        self._adapter = load_adapter(self.adapter, model)
+        references = [condition.image for condition in run.conditions]
+        states = self._encoded(references, run).to(run.device, model.dtype)
+        with torch.no_grad():
+            self._tokens = self._adapter(states)
+            self._null = self._adapter(torch.zeros_like(states))
+        run.tap_attention(self, SITES)
+
+    def _encoded(self, references: list[Reference], run: Run) -> Tensor:
+        """What the adapter's encoder says of the references: tokens, or CLIP's embedding."""
+        from guidekit.semantica.encode import load_encoder
+
+        name = self.encoder or str(self.adapter / "encoder")
+        folder = Path(name)
+        published = self.adapter.suffix == ".safetensors"
+        if published and not self.encoder and getattr(run.denoiser.pipeline, "image_encoder", None):
+            return self._clip(run.denoiser.pipeline.image_encoder, references)
+        if published and (folder / "config.json").exists():
+            from transformers import CLIPVisionModelWithProjection
+
+            return self._clip(CLIPVisionModelWithProjection.from_pretrained(folder), references)
+        if published:
+            raise ValueError(
+                f"{self.name} needs the picture encoder of {self.adapter.name}: set "
+                f"{self.name}.encoder to the folder of its CLIPVisionModelWithProjection"
+            )
+        encoder = load_encoder(name)
+        pixels = torch.stack([r.pixels(encoder.config.image_size) for r in references])
+        with torch.no_grad():
+            return encoder(pixels)[0]
+
+    def _clip(self, encoder, references: list[Reference]) -> Tensor:
+        """What diffusers feeds the projection: embeddings, or the last but one layer (Plus)."""
+        from transformers import CLIPImageProcessor
+
+        size = encoder.config.image_size
+        pixels = CLIPImageProcessor(size=size, crop_size=size)(
+            [r.picture.convert("RGB") for r in references], return_tensors="pt"
+        ).pixel_values
+        with torch.no_grad():
+            out = encoder(pixels.to(encoder.device, encoder.dtype), output_hidden_states=True)
+        plain = type(self._adapter.projection).__name__ == "ImageProjection"
+        return out.image_embeds if plain else out.hidden_states[-2]
+
+    def touches(self, branch: Branch) -> bool:
+        """The adapter acts on every branch; the null sees no picture."""
+        return self._tokens is not None
+
+    def edit_attention(self, step: Step, branch: Branch, call: AttentionCall) -> None:
+        """Lets pixels read the reference's tokens beside the text."""
+        if call.index > 0:
+            return
+        tokens = self._null if branch.null else self._tokens
+        self._adapter.extend(call, tokens, self.scale)
+        step.run.account.edit(self.name)
+
+    def branches(self, step: Step, branches: list[Branch]) -> list[Branch]:
+        """A null branch, and the weight 1 + w of the conditional one."""
+        if self._tokens is not None or self.w == 0:
+            return branches
+        cond = next(b for b in branches if b.name == "cond")
+        cond.weight = 1 + self.scale * self.w
+        step.run.account.edit(self.name)
+        prompts = [c.negative for c in step.run.conditions]
+        return [Branch("null", prompts, null=True), *branches]
+
+
+@hookimpl
+def register_guidance(register):
+    """Offers `semantica`."""
+    register("semantica", Semantica)

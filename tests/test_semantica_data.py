@@ -1,0 +1,254 @@
+"""Encoders, sources, the cache of encoded pages and the filter of pairs."""
+
+import io
+import json
+import tarfile
+
+import numpy as np
+import open_clip
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import save_file
+
+from guidekit.semantica import data
+from guidekit.semantica.data import Pages, write_pages
+from guidekit.semantica.encode import CLIP_CONFIG, CLIP_WEIGHTS, from_timm, load_encoder
+from guidekit.semantica.pairs import Episodes, bounds_at, find_pairs
+from guidekit.semantica.sources import (
+    folder_items,
+    labelled_scene_items,
+    scene_items,
+    shard_items,
+)
+
+from semantica_tiny import SIZE, encoder
+
+
+@pytest.fixture(scope="module")
+def tiny():
+    return encoder()
+
+
+def jpeg(colour, size=(24, 20)) -> bytes:
+    out = io.BytesIO()
+    Image.new("RGB", size, colour).save(out, "jpeg")
+    return out.getvalue()
+
+
+def shard(path, samples: dict[str, dict[str, bytes]]) -> None:
+    """A tar as img2dataset writes it."""
+    with tarfile.open(path, "w") as tar:
+        for key, parts in samples.items():
+            for extension, content in parts.items():
+                member = tarfile.TarInfo(f"{key}.{extension}")
+                member.size = len(content)
+                tar.addfile(member, io.BytesIO(content))
+
+
+def sample(colour, page, caption="a picture", **columns) -> dict[str, bytes]:
+    table = json.dumps({"page_url": page, "url": "x", **columns}).encode()
+    return {"jpg": jpeg(colour), "json": table, "txt": caption.encode()}
+
+
+@pytest.fixture
+def shards(tmp_path):
+    """Two pages in two shards; one picture is damaged, one has no page, one sample no picture."""
+    folder = tmp_path / "shards"
+    folder.mkdir()
+    broken = sample("blue", "a")
+    broken["jpg"] = broken["jpg"][:50]
+    lost = sample("blue", "a") | {"json": b"{}"}
+    bare = {"json": json.dumps({"page_url": "b"}).encode()}
+    shard(folder / "00000.tar", {"000": sample("red", "a"), "001": broken, "002": lost})
+    shard(folder / "00001.tar", {
+        "010": sample("green", "b"), "011": bare, "012": sample("pink", "a", "é"),
+        "013": sample("white", "b"),
+    })  # fmt: skip
+    return sorted(folder.glob("*.tar"))
+
+
+def test_shards_are_grouped_by_page_and_what_is_damaged_is_counted(shards, tiny, tmp_path):
+    pages = write_pages(shard_items(shards), tiny, tmp_path / "pages", SIZE)
+    assert len(pages) == 4 and pages.unreadable == 3
+    assert [pages.names[p] for p in pages.page] == ["a", "b", "a", "b"]
+    assert pages.captions([0, 2]) == ["a picture", "é"]
+    assert sorted(rows.tolist() for rows in pages.members()) == [[0, 2], [1, 3]]
+    pictures, tokens, pooled = pages.rows([2, 0], "pictures", "tokens", "pooled")
+    assert pictures.shape == (2, 3, SIZE, SIZE) and pictures.dtype == torch.uint8
+    assert tokens.shape == (2, 5, 16) and pooled.shape == (2, 16)
+    pink = torch.tensor([255.0, 192, 203]).view(3, 1, 1)
+    assert (pictures[0] - pink).abs().max() < 6
+    expected, _ = tiny(pictures.float() / 127.5 - 1)
+    torch.testing.assert_close(tokens.float(), expected, atol=2e-3, rtol=2e-3)
+
+
+def test_a_cut_shard_is_skipped_from_where_it_is_cut(shards, tiny, tmp_path):
+    whole = shards[1].read_bytes()
+    shards[1].write_bytes(whole[: len(whole) // 2])
+    pages = write_pages(shard_items(shards), tiny, tmp_path / "pages", SIZE)
+    assert 1 <= len(pages) < 4 and pages.unreadable >= 3
+
+
+def test_shards_by_label_and_without_the_column(shards, tiny, tmp_path):
+    with pytest.raises(ValueError, match="000.json lacks 'label'; it has page_url, url"):
+        next(shard_items(shards, "label"))
+    shard(tmp_path / "l.tar", {str(i): sample("red", "x", label=i % 2) for i in range(4)})
+    assert [i.page for i in shard_items([tmp_path / "l.tar"], "label")] == ["0", "1", "0", "1"]
+
+
+def test_folders_are_pages(tiny, tmp_path):
+    root = tmp_path / "in"
+    for name in ("cats/a.jpg", "cats/b.png", "dogs/c.jpg"):
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        Image.new("LA" if name.endswith("png") else "L", (9, 30), 128).save(root / name)
+    (root / "dogs/d.jpg").write_bytes(b"no picture")
+    pages = write_pages(folder_items(root), tiny, tmp_path / "pages", SIZE)
+    assert [pages.names[p] for p in pages.page] == ["cats", "cats", "dogs"]
+    assert pages.unreadable == 1
+    with pytest.raises(ValueError, match="no pictures below"):
+        next(folder_items(tmp_path / "pages"))
+
+
+def test_encoding_goes_on_where_it_was_killed(tiny, tmp_path):
+    class Killed(Exception):
+        pass
+
+    def until(last):
+        for number, item in enumerate(scene_items(6, 2, SIZE)):
+            if number == last:
+                raise Killed
+            yield item
+
+    whole = write_pages(until(None), tiny, tmp_path / "whole", SIZE, shard=5)
+    with pytest.raises(Killed):
+        write_pages(until(8), tiny, tmp_path / "cut", SIZE, shard=5)
+    assert len(Pages(tmp_path / "cut")) == 5  # one whole shard
+    opened = []
+
+    def watched():
+        for item in scene_items(6, 2, SIZE):
+            opened.append(item.key)
+            yield item
+
+    again = write_pages(watched(), tiny, tmp_path / "cut", SIZE, shard=5)
+    assert len(again) == len(whole) == 12 and len(again.shards) == 3
+    assert all(
+        torch.equal(a, b)
+        for a, b in zip(
+            again.rows(range(12), "pictures", "tokens"),
+            whole.rows(range(12), "pictures", "tokens"),
+            strict=True,
+        )
+    )
+    opened.clear()
+    write_pages(watched(), tiny, tmp_path / "cut", SIZE, shard=5)
+    assert not opened  # finished
+    with pytest.raises(ValueError, match="was begun with"):
+        write_pages(watched(), tiny, tmp_path / "cut", 8)
+
+
+def test_one_shard_of_pictures_is_all_that_is_in_memory(tiny, tmp_path, monkeypatch):
+    held, flush = [], data._Writer.flush
+
+    def watched(self, last):
+        held.append(len(self.pictures))
+        flush(self, last)
+
+    monkeypatch.setattr(data._Writer, "flush", watched)
+    write_pages(scene_items(5, 2, SIZE), tiny, tmp_path, SIZE, shard=4)
+    assert held == [4, 4, 2]
+
+
+def test_scenes_share_what_a_page_shares():
+    by_page = {}
+    for item in scene_items(4, 3, SIZE):
+        by_page.setdefault(item.page, set()).add(item.caption)
+    assert len(by_page) == 4 and all(len(captions) == 1 for captions in by_page.values())
+    polluted = list(scene_items(40, 3, SIZE, polluted=0.5))
+    own = [i.caption for i in scene_items(40, 3, SIZE)]
+    changed = np.mean([a.caption != b for a, b in zip(polluted, own, strict=True)])
+    assert 0.35 < changed < 0.65
+    labels = {item.page for item in labelled_scene_items(20, 2, SIZE)}
+    assert all(len(label.split()) == 2 for label in labels) and len(labels) > 5
+
+
+@pytest.fixture(scope="module")
+def pages(tiny, tmp_path_factory):
+    return write_pages(scene_items(12, 3, SIZE), tiny, tmp_path_factory.mktemp("p"), SIZE, shard=10)
+
+
+def test_filter_keeps_pairs_by_cosine(pages):
+    everything = find_pairs(pages, None, None)
+    assert everything.total == everything.kept == 12 * 3 and everything.share == 1
+    unit = torch.nn.functional.normalize(pages.rows(range(36), "pooled")[0].float(), dim=1)
+    cosine = unit @ unit.T
+    middle = float(cosine[torch.triu_indices(36, 36, 1).unbind()].median())
+    some = find_pairs(pages, middle, 2.0)
+    pairs = Episodes(pages).pairs
+    assert len(pairs) == 2 * some.kept
+    assert all(pages.page[a] == pages.page[b] and a != b for a, b in pairs.tolist())
+    assert all(cosine[a, b] >= middle - 1e-6 for a, b in pairs.tolist())
+    said = json.loads((pages.folder / "filter/filter.json").read_text())
+    assert said["share"] == some.share and sum(said["histogram"]) == 36
+    assert Image.open(pages.folder / "filter/histogram.png").size == (800, 288)
+    with pytest.raises(ValueError, match="give other bounds or quantiles"):
+        find_pairs(pages, 1.5, 2.0)
+
+
+def test_filter_by_quantiles(pages):
+    found = find_pairs(pages, quantiles=(0.25, 0.75))
+    assert 0.3 < found.share < 0.75 and found.low < found.high
+    counts = np.zeros(200, int)
+    counts[[20, 100, 180]] = 10
+    low, high = bounds_at(counts, (0.4, 0.6))
+    assert low <= 0.01 <= high and low > -0.7 and high < 0.7
+    assert bounds_at(counts, (0.0, 1.0))[0] == -1
+
+
+def test_episodes_visit_every_pair_once_an_epoch(pages):
+    find_pairs(pages, None, None)
+    episodes = Episodes(pages)
+    n = len(episodes)
+    first = [episodes.pair(i) for i in range(n)]
+    assert sorted(first) == sorted(map(tuple, episodes.pairs.tolist()))
+    second = [episodes.pair(i) for i in range(n, 2 * n)]
+    assert first != second and first[3] == episodes.pair(3)
+    states, pixels = episodes.batch(range(4))
+    assert states.shape == (4, 5, 16) and pixels.shape == (4, 3, SIZE, SIZE)
+    assert episodes.batch(range(4), "pooled")[0].shape == (4, 1, 16)
+    with pytest.raises(ValueError, match="find_pairs makes them"):
+        Episodes(pages, pages.folder / "nothing")
+
+
+def test_open_clip_folders_and_saving(tmp_path):
+    vision = {"image_size": 16, "layers": 1, "width": 16, "head_width": 8, "patch_size": 8}
+    text = {"context_length": 4, "vocab_size": 8, "width": 8, "heads": 1, "layers": 1}
+    model = {"embed_dim": 12, "vision_cfg": vision, "text_cfg": text}
+    clip = open_clip.CLIP(12, open_clip.CLIPVisionCfg(**vision), open_clip.CLIPTextCfg(**text))
+    table = {"model_cfg": model, "preprocess_cfg": {"mean": [0.5] * 3, "std": [0.5] * 3}}
+    (tmp_path / CLIP_CONFIG).write_text(json.dumps(table))
+    save_file({k: v.contiguous() for k, v in clip.state_dict().items()}, tmp_path / CLIP_WEIGHTS)
+    encoder = load_encoder(tmp_path)
+    pixels = torch.rand(2, 3, 16, 16) * 2 - 1
+    tokens, pooled = encoder(pixels)
+    assert encoder.shapes() == (4, 16, 12) and tokens.shape == (2, 4, 16)
+    torch.testing.assert_close(pooled, clip.eval().encode_image(pixels))
+    encoder.save_pretrained(tmp_path / "saved")
+    again = load_encoder(tmp_path / "saved")
+    assert torch.equal(again(pixels)[0], tokens) and again.source == str(tmp_path)
+
+
+def test_timm_convolutions_have_tokens_too():
+    encoder = from_timm("test_resnet", pretrained=False)
+    tokens, channels, pooled = encoder.shapes()
+    assert tokens > 1 and channels == pooled
+
+
+def test_unknown_encoders():
+    with pytest.raises(ValueError, match="there are dinov2-b, dinov2-l, siglip-b"):
+        load_encoder("dino")
+    with pytest.raises(ValueError, match="timm has no model"):
+        load_encoder("timm/vit_of_nobody")
+    with pytest.raises(ValueError, match="open_clip has no model"):
+        load_encoder("open_clip/ViT-of-nobody/tag")

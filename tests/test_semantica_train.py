@@ -1,0 +1,203 @@
+"""Semantica's trainer: the loss falls, a kill at random changes nothing, two processes are one."""
+
+import json
+import multiprocessing
+import os
+import random
+import signal
+
+import pytest
+import torch
+
+from guidekit import load
+from guidekit.semantica.model import VARIANTS
+from guidekit.semantica.train import SemanticaOptions, items, make, make_episodes
+from guidekit.train.loop import Loop, Options, lr_at
+from guidekit.train.recipe import read_recipe, task_kind, train
+
+import semantica_tiny
+
+RECIPE = """
+model = "small"
+size = 16
+[[stage]]
+task = "semantica"
+encoder = "{encoder}"
+conditioning = "{conditioning}"
+pages = 8
+per_page = 3
+low = -1.0
+high = 1.0
+steps = {steps}
+batch = 4
+lr = 2e-3
+decay = "constant"
+weight_decay = 0.0
+eps = 1e-12
+ema = 0.9999
+warmup = 2
+save_every = 2
+log_every = 1
+preview_every = 1000
+"""
+
+
+@pytest.fixture(scope="module")
+def encoder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("encoder")
+    semantica_tiny.encoder().save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def small_variant(monkeypatch):
+    monkeypatch.setitem(VARIANTS, "tiny", semantica_tiny.UVIT)
+
+
+def write(path, encoder, steps=6, conditioning="tokens", **lines):
+    text = RECIPE.format(encoder=encoder, steps=steps, conditioning=conditioning)
+    path.write_text(text + "".join(f"{k} = {v}\n" for k, v in lines.items()))
+    return path
+
+
+def losses(folder):
+    rows = (folder / "small/semantica/metrics.jsonl").read_text().splitlines()
+    return [(json.loads(row)["step"], json.loads(row)["epsilon"]) for row in rows]
+
+
+def dying(recipe, out, at):
+    """In a process of its own: trains, and kills itself before step `at`."""
+    torch.set_num_threads(1)
+    step = Loop._train_step
+
+    def counted(self):
+        if self.step == at:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return step(self)
+
+    Loop._train_step = counted
+    train(recipe, out, quiet=True)
+
+
+def test_killed_at_random_the_curve_continues_as_if_not(encoder, tmp_path):
+    recipe = write(tmp_path / "r.toml", encoder)
+    model = train(recipe, tmp_path / "whole", quiet=True)
+    child = multiprocessing.get_context("fork").Process(
+        target=dying, args=(recipe, tmp_path / "cut", random.Random().randint(1, 5))
+    )
+    child.start()
+    child.join()
+    assert child.exitcode == -signal.SIGKILL
+    train(recipe, tmp_path / "cut", quiet=True)
+    curve = losses(tmp_path / "whole")
+    assert curve == losses(tmp_path / "cut") and [s for s, _ in curve] == [1, 2, 3, 4, 5, 6]
+    pipe = load(str(model))
+    images = pipe(torch.rand(2, 3, 16, 16), num_inference_steps=2, output_type="pt").images
+    assert images.shape == (2, 3, 16, 16)
+    row = json.loads((tmp_path / "cut/small/semantica/metrics.jsonl").read_text().splitlines()[2])
+    assert row["eta_seconds"] >= 0 and row["images_per_second"] > 0
+    assert list((tmp_path / "cut/small/semantica").glob("preview-*.png"))
+
+
+def joint(rank, port, recipe, out, sharded):
+    """One of two processes of a run."""
+    torch.set_num_threads(1)
+    os.environ |= {
+        "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port), "ACCELERATE_USE_CPU": "true",
+    }  # fmt: skip
+    if sharded:
+        os.environ |= {
+            "ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2",
+            "FSDP_AUTO_WRAP_POLICY": "TRANSFORMER_BASED_WRAP",
+            "FSDP_TRANSFORMER_CLS_TO_WRAP": "TransformerBlock,ConvBlock",
+        }  # fmt: skip
+    from accelerate import PartialState
+    from accelerate.state import AcceleratorState
+
+    AcceleratorState._reset_state(reset_partial_state=True)
+    PartialState(cpu=True)
+    train(recipe, out, quiet=True)
+
+
+def run_two(recipe, out, sharded=False):
+    port = random.Random().randint(20000, 50000)
+    context = multiprocessing.get_context("fork")
+    ranks = [
+        context.Process(target=joint, args=(rank, port, recipe, out, sharded)) for rank in (0, 1)
+    ]
+    for process in ranks:
+        process.start()
+    for process in ranks:
+        process.join()
+    assert [process.exitcode for process in ranks] == [0, 0]
+    return losses(out)
+
+
+def test_two_processes_train_as_one_with_twice_the_batches(encoder, tmp_path):
+    """Their gradients are averaged: as one process that accumulates two batches."""
+    two = run_two(write(tmp_path / "r.toml", encoder, steps=3), tmp_path / "two")
+    one = train(
+        write(tmp_path / "s.toml", encoder, steps=3, accumulate=2), tmp_path / "one", quiet=True
+    )
+    from safetensors.torch import load_file
+
+    name = "unet/diffusion_pytorch_model.safetensors"
+    first = load_file(one / name)
+    second = load_file(tmp_path / "two/small/semantica/model" / name)
+    for key, value in first.items():
+        torch.testing.assert_close(second[key].float(), value.float(), atol=2e-3, rtol=2e-2)
+    assert [step for step, _ in two] == [1, 2, 3]
+
+
+@pytest.mark.slow
+def test_shards_of_fsdp2_train_as_copies_do(encoder, tmp_path):
+    recipe = write(tmp_path / "r.toml", encoder, steps=3)
+    copies, shards = (run_two(recipe, tmp_path / str(s), s) for s in (False, True))
+    for (_, a), (_, b) in zip(copies, shards, strict=True):
+        assert a == pytest.approx(b, rel=1e-3)
+
+
+def test_the_loss_falls(encoder, tmp_path):
+    train(write(tmp_path / "r.toml", encoder, 40, "film"), tmp_path, quiet=True)
+    values = [value for _, value in losses(tmp_path)]
+    assert sum(values[-8:]) < 0.9 * sum(values[:8])
+
+
+def test_batches_are_functions_of_their_numbers_and_drop_conditions(encoder, tmp_path):
+    options = SemanticaOptions(
+        encoder=str(encoder), pages=20, per_page=2, low=None, high=None, drop=0.5
+    )
+    task = make(options, tmp_path, 16)
+    first, second = (task.batch(range(32, 64), torch.Generator().manual_seed(3)) for _ in range(2))
+    assert all(torch.equal(first[k], second[k]) for k in first)
+    dropped = (first["states"] == 0).flatten(1).all(1)
+    assert 5 < int(dropped.sum()) < 27
+    t = (first["timestep"] + 1) / 1000
+    assert sorted((t * 32).long().tolist()) == list(range(32))  # spread evenly
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"source": "web"}, "no source 'web'; there are scenes"),
+        ({"source": "folder"}, "source folder needs data"),
+        ({"source": "shards", "data": "."}, "no .tar files"),
+        ({"quantiles": (0.5,)}, "quantiles are two numbers"),
+    ],
+)
+def test_wrong_options(options, message, encoder, tmp_path):
+    options = SemanticaOptions(encoder=str(encoder), **options)
+    with pytest.raises(ValueError, match=message):
+        make_episodes(options, tmp_path, 16, quiet=True)
+        items(options, 16)
+
+
+def test_the_papers_optimizer():
+    recipe = read_recipe("scenes-semantica")
+    (stage,) = recipe.stages
+    assert stage.task == "semantica" and task_kind("semantica")[0] is type(stage.options)
+    assert stage.loop.eps == 1e-12 and stage.loop.decay == "constant"
+    assert lr_at(10**6, stage.loop) == stage.loop.lr
+    with pytest.raises(ValueError, match="cosine or constant"):
+        Options(steps=1, decay="linear")
