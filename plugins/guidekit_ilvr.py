@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from guidekit import Guidance, Run, Step, hookimpl
+from guidekit.loading import schedulers_for
 from guidekit.references import read_references
 
 # Schedulers by --scheduler's name whose every step starts from the sample that it is given.
@@ -21,8 +22,9 @@ READERS = {
     "ddpm": "DDPM DDPMParallel",
     "deis": "DEISMultistep",
     "dpm++": "DPMSolverMultistep",
-    "euler": "EulerDiscrete FlowMatchEulerDiscrete",
+    "euler": "EulerDiscrete",
     "euler-a": "EulerAncestralDiscrete",
+    "flow-euler": "FlowMatchEulerDiscrete",
     "lms": "LMSDiscrete",
 }
 
@@ -53,9 +55,10 @@ class Ilvr(Guidance):
         """Reads the reference; raises ValueError for a scheduler that does not read z."""
         kind = type(run.scheduler).__name__.removesuffix("Scheduler")
         if kind not in " ".join(READERS.values()).split():
+            work = [name for name in schedulers_for(run.scheduler) if name in READERS]
             raise ValueError(
                 f"{self.name} edits samples, and {kind} does not start every step from the sample "
-                f"it is given; use --scheduler {', '.join(READERS)}"
+                f"it is given; use --scheduler {', '.join(work)}"
             )
         if min(run.grid) < self.down:
             raise ValueError(f"{self.name}.down={self.down} is more than the {run.grid} of z")

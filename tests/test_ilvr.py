@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from guidekit import Condition, Guidance, Sampling
-from guidekit.loading import SCHEDULERS, make_scheduler
-from guidekit.miniatures import ddpm_pipeline
+from guidekit.loading import make_scheduler, schedulers_for
+from guidekit.miniatures import ddpm_pipeline, sd3_pipeline
 from guidekit.references import read_references
 from guidekit_ilvr import READERS, Ilvr, low_pass
 
@@ -70,11 +70,36 @@ class Reads(Guidance):
         return out
 
 
-@pytest.mark.parametrize("name", SCHEDULERS)
+@pytest.mark.parametrize("name", schedulers_for(ddpm_pipeline().scheduler))
 def test_the_list_of_schedulers_is_what_their_steps_do(pipe, name):
     reads = Reads()
     run(pipe, reads, scheduler=name, steps=6).finish()
     assert all(reads.found) == (name in READERS)
+
+
+@pytest.fixture(scope="module")
+def flow_pipe():
+    return sd3_pipeline()
+
+
+@pytest.mark.parametrize("name", schedulers_for(sd3_pipeline().scheduler))
+def test_the_list_of_flow_schedulers_is_what_their_steps_do(flow_pipe, name):
+    reads = Reads()
+    run(flow_pipe, reads, scheduler=name, steps=6).finish()
+    assert all(reads.found) == (name in READERS)
+
+
+def test_flow_models_follow_the_reference_too(flow_pipe):
+    guidance = Ilvr(image=SCENE, down=4)
+    found = run(flow_pipe, guidance, scheduler="flow-euler").finish().latents
+    plain = run(flow_pipe, scheduler="flow-euler").finish().latents
+    found, plain = (low_pass(z - guidance._reference, 4).norm() for z in (found, plain))
+    assert found < 0.3 * plain
+
+
+def test_flow_schedulers_that_would_lose_it_are_refused(flow_pipe):
+    with pytest.raises(ValueError, match="use --scheduler deis, dpm"):
+        run(flow_pipe, Ilvr(image=SCENE), scheduler="flow-heun")
 
 
 def test_other_schedulers_are_refused_with_the_names_of_those_that_work(pipe):
