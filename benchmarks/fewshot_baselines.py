@@ -21,9 +21,9 @@ class ByLogits(Guidance):
     """Cross-entropy of any differentiable logits of a step (Dhariwal and Nichol 2021)."""
 
     scale: float = 25.0
-    target: int = 0
     source: str = "x0"  # what `logits` reads: x0 | input
 
+    targets: ClassVar[Tensor]
     logits: ClassVar[Callable[[Step], Tensor]]
 
     @property
@@ -33,16 +33,19 @@ class ByLogits(Guidance):
 
     def energy(self, step: Step) -> Tensor:
         """Cross-entropy (B,)."""
-        target = torch.full((len(step.z),), self.target)
-        return F.cross_entropy(self.logits(step), target, reduction="none")
+        return F.cross_entropy(self.logits(step), self.targets, reduction="none")
 
 
 def by_logits(
-    logits: Callable[[Step], Tensor], target: int, scale: float, source: str, start: float = 0.0
+    logits: Callable[[Step], Tensor],
+    targets: Tensor,
+    scale: float,
+    source: str,
+    start: float = 0.0,
 ) -> ByLogits:
-    """A guidance from a function of a step to logits (B, classes)."""
-    guidance = ByLogits(scale=scale, target=target, source=source, start=start)
-    guidance.logits = logits
+    """A guidance to classes (B,) from a function of a step to logits (B, classes)."""
+    guidance = ByLogits(scale=scale, source=source, start=start)
+    guidance.logits, guidance.targets = logits, targets
     return guidance
 
 

@@ -34,6 +34,8 @@ METHODS = (
 # The same at other scales, to compare methods at equal diversity; of 20 labels.
 SWEEP = tuple(f"{m} x{s}" for m in ("ours, detached", "clean pixels") for s in (1, 3, 10, 25))
 
+Make = Callable[[Tensor], Guidance | None]  # from digits (B,)
+
 
 @dataclass
 class Digits:
@@ -45,7 +47,7 @@ class Digits:
     per_draw: int  # pictures a draw of the shots, a multiple of 10
     draws: int = 5
     steps: int = 50
-    batch: int = 50
+    batch: int = 100
     seed: int = 0
 
     def __post_init__(self):
@@ -75,13 +77,13 @@ class Digits:
             self.heads[key] = fit(self.denoiser, Examples.of(*shots, NAMES), options)[0]
         return self.heads[key]
 
-    def draw(self, make: Callable[[int], Guidance | None], tag: str, digit: int, n: int) -> Tensor:
-        """n pictures (n, 1, 8, 8) in [-1, 1] of a digit."""
+    def draw(self, make: Make, tag: str, wanted: Tensor) -> Tensor:
+        """Pictures (n, 1, 8, 8) in [-1, 1] of the digits (n,)."""
         found = []
-        for first in range(0, n, self.batch):
-            seeds = [derived_seed(self.seed, tag, digit, i)
-                     for i in range(first, min(first + self.batch, n))]  # fmt: skip
-            guidance = make(digit)
+        for first in range(0, len(wanted), self.batch):
+            part = wanted[first : first + self.batch]
+            seeds = [derived_seed(self.seed, tag, first + i) for i in range(len(part))]
+            guidance = make(part)
             run = Sampling(
                 self.denoiser, Condition(), [] if guidance is None else [guidance], seeds=seeds,
                 steps=self.steps,
@@ -103,34 +105,38 @@ class Digits:
         elif method.endswith("accept"):
             pictures = [self._accepted(labels, draw, digit, each) for digit in range(10)]
         else:
-            make = self.maker(method, labels, draw)
-            pictures = [self.draw(make, tag, digit, each) for digit in range(10)]
+            wanted = torch.arange(10).repeat_interleave(each)
+            pictures = self.draw(self.maker(method, labels, draw), tag, wanted).split(each)
         wanted = np.concatenate([np.full(len(p), digit) for digit, p in enumerate(pictures)])
         found, features = self.see(torch.cat(pictures))
         return {"wanted": wanted, "found": found.numpy(), "features": features.numpy()}
 
     def _rejected(self, labels: int, draw: int, each: int) -> list[Tensor]:
         """Unguided pictures that the head gives a digit at least 0.2 and more than any other."""
-        pool = self.draw(lambda digit: None, "pool", 0, max(4 * self.per_draw, 200))
+        pool = self.draw(
+            lambda digits: None, f"pool {draw}", torch.zeros(max(4 * self.per_draw, 200))
+        )
         p = self.head(labels, draw, OURS["paper"]).predict(self.denoiser, pool).softmax(1)
         value, found = p.max(1)
         return [pool[(found == digit) & (value >= 0.2)][:each] for digit in range(10)]
 
     def _accepted(self, labels: int, draw: int, digit: int, each: int) -> Tensor:
         """Guided pictures that the head gives their digit at least 0.2; three tries each."""
-        guidance = self.maker("ours, detached", labels, draw)(digit)
+        head = self.head(labels, draw, OURS["detached"])
+        guidance = Fewshot(head=self._saved(head), label=str(digit), form="detached",
+                           scale=self.scale, start=self.start)  # fmt: skip
         images, _, _ = accepted_pictures(
             self.denoiser, guidance, each, batch=self.batch, steps=self.steps,
             seed=derived_seed(self.seed, labels, draw, digit),
         )  # fmt: skip
         return torch.zeros(0, 1, 8, 8) if images is None else images * 2 - 1
 
-    def maker(self, method: str, labels: int | None, draw: int) -> Callable[[int], Guidance | None]:
-        """A function from a digit to the guidance of a method."""
+    def maker(self, method: str, labels: int | None, draw: int) -> Make:
+        """A function from digits (B,) to the guidance of a method."""
         scale = self.scale_of(method)
         method = method.partition(" x")[0]
         if method == "unguided":
-            return lambda digit: None
+            return lambda digits: None
         if method.startswith("oracle"):
             return self._fewshot(self.head(None, 0, OURS["paper"]), "detached", scale)
         if method.startswith("ours"):
@@ -142,26 +148,25 @@ class Digits:
         pictures, targets = digits.shots(labels // 10, draw)
         if method == "clean pixels":
             found = clean_pixels(pictures, targets, 10)
-            return lambda digit: by_logits(
-                lambda step: found(step.x0), digit, scale, "x0", self.start
+            return lambda wanted: by_logits(
+                lambda step: found(step.x0), wanted, scale, "x0", self.start
             )
         if method == "noised pixels":
             logits = noised_pixels(self.denoiser, pictures, targets, 10)
-            return lambda digit: by_logits(logits, digit, scale, "input", self.start)
+            return lambda wanted: by_logits(logits, wanted, scale, "input", self.start)
         twin = random_twin(self.denoiser)
         head, _ = fit(twin, Examples.of(pictures, targets, NAMES), OURS["paper"])
         logits = other_features(head, twin)
-        return lambda digit: by_logits(logits, digit, scale, "x0", self.start)
+        return lambda wanted: by_logits(logits, wanted, scale, "x0", self.start)
 
-    def _fewshot(
-        self, head: Head, form: str, scale: float, start: float | None = None
-    ) -> Callable[[int], Guidance]:
-        start = self.start if start is None else start
-        folder = self.store.folder / "heads" / f"{id(head)}"
-        head.save(folder)
-        return lambda digit: Fewshot(
-            head=folder, label=str(digit), form=form, scale=scale, start=start
+    def _fewshot(self, head: Head, form: str, scale: float, start: float | None = None) -> Make:
+        start, folder = self.start if start is None else start, self._saved(head)
+        return lambda wanted: Fewshot(head=folder, form=form, scale=scale, start=start).towards(
+            wanted
         )
+
+    def _saved(self, head: Head) -> Path:
+        return head.save(self.store.folder / "heads" / f"{id(head)}")
 
     def row(self, method: str, labels: int | None) -> dict:
         """Accuracy, diversity and Frechet distance of a method over the draws of the shots."""
@@ -266,11 +271,13 @@ def _extra(bench: Digits, count: int, seed: int) -> list[Tensor]:
     def make() -> dict[str, np.ndarray]:
         examples = Examples.of(*digits.shots(count, 100 + seed), NAMES)
         head, _ = fit(bench.denoiser, examples, OURS["paper"])
-        guide = bench._fewshot(head, "stopped", bench.scales.get("ours, paper", 25.0))
+        folder = bench._saved(head)
         found = {}
         for digit in range(10):
+            guidance = Fewshot(head=folder, label=str(digit), form="detached", scale=bench.scale,
+                               start=bench.start)  # fmt: skip
             images, drawn, kept = accepted_pictures(
-                bench.denoiser, guide(digit), 3 * count, batch=bench.batch, steps=bench.steps,
+                bench.denoiser, guidance, 3 * count, batch=bench.batch, steps=bench.steps,
                 seed=derived_seed(seed, count, digit),
             )  # fmt: skip
             found[str(digit)] = images.numpy() * 2 - 1

@@ -21,6 +21,7 @@ from guidekit.implementations import automatic, choose
 CHUNK = 2**20
 CHUNK_GPU = 2**25
 KERNELS = "guidekit_kernels.routes"
+PAINTED = 32  # segments of a bias that the kernels take by its factors
 
 
 @dataclass(eq=False)
@@ -44,21 +45,31 @@ class AttentionCall:
     dropout_p: float = 0.0
     enable_gqa: bool = False
     implementation: str = "sdpa"
+    factors: tuple[Tensor, Tensor] | None = None  # see `paint`
     _extensions: list[tuple] = field(default_factory=list, repr=False)
     _identity: bool = field(default=False, repr=False)
 
     def bias(self, bias: Tensor) -> None:
-        """Add `bias` (B or 1, H or 1, N or 1, T) to the logits, after the scale.
+        """Add `bias` (B or 1, H or 1, N or 1, T) to the logits, after the scale."""
+        self.mask = _biased(self.mask, bias.to(self.query.dtype))
 
-        The form of Paint-with-Words (eDiff-I, Balaji et al. 2022, arXiv 2211.01324, section 5).
+    def paint(self, segments: Tensor, words: Tensor) -> None:
+        """Add segments^T words^T to the logits, after the scale.
+
+        segments (B, S, N), words (B, T, S). Paint-with-Words (eDiff-I, Balaji et al. 2022, arXiv
+        2211.01324, section 5); the triton kernels never write the (B, N, T) of up to 32 segments.
         """
-        bias = bias.to(self.query.dtype)
-        if self.mask is None:
-            self.mask = bias
-        elif self.mask.dtype == torch.bool:
-            self.mask = torch.where(self.mask, bias, float("-inf"))
-        else:
-            self.mask = self.mask + bias
+        if self.factors is not None:
+            segments = torch.cat([self.factors[0], segments], 1)
+            words = torch.cat([self.factors[1], words], 2)
+        self.factors = (segments, words)
+
+    def whole_mask(self) -> Tensor | None:
+        """`mask` with what `paint` adds, broadcastable to (B, H, N, T)."""
+        if self.factors is None:
+            return self.mask
+        segments, words = self.factors
+        return _biased(self.mask, (segments.mT @ words.mT)[:, None].to(self.query.dtype))
 
     def extend(self, key: Tensor, value: Tensor, scale: float | Tensor = 1.0) -> None:
         """Add `scale` * attention(query, key, value) to the output, without the call's mask.
@@ -104,6 +115,13 @@ class AttentionCall:
                 self.query, key, value, scale=self.scale, enable_gqa=self.enable_gqa
             )
         return out
+
+
+def _biased(mask: Tensor | None, bias: Tensor) -> Tensor:
+    """A boolean, additive or no mask with an additive bias."""
+    if mask is None:
+        return bias
+    return torch.where(mask, bias, float("-inf")) if mask.dtype == torch.bool else mask + bias
 
 
 def token_maps(
@@ -229,16 +247,20 @@ def _masked(logits: Tensor, mask: Tensor | None) -> Tensor:
     return logits + mask.to(logits.dtype)
 
 
-def _read_mask(call: AttentionCall) -> Tensor | None:
-    """The call's mask; denoisers attend without causality and dropout, maps do not have them."""
+def _check_plain(call: AttentionCall) -> None:
+    """Denoisers attend without causality and dropout, and maps do not have them."""
     if call.is_causal or call.dropout_p:
         raise ValueError(f"{call.site}: no maps of a causal call or of one with dropout")
-    return call.mask
+
+
+def _read_mask(call: AttentionCall) -> Tensor | None:
+    _check_plain(call)
+    return call.whole_mask()
 
 
 def _run_sdpa(call: AttentionCall) -> Tensor:
     return F.scaled_dot_product_attention(
-        call.query, call.key, call.value, attn_mask=call.mask, dropout_p=call.dropout_p,
+        call.query, call.key, call.value, attn_mask=call.whole_mask(), dropout_p=call.dropout_p,
         is_causal=call.is_causal, scale=call.scale, enable_gqa=call.enable_gqa,
     )  # fmt: skip
 
@@ -270,10 +292,17 @@ def _run_xformers(call: AttentionCall) -> Tensor:
     return memory_efficient_attention(q, k, v, attn_bias=mask, scale=call.scale).transpose(1, 2)
 
 
+def _run_triton(call: AttentionCall) -> Tensor:
+    """Its kernel where a bias has factors, else it has nothing over stock SDPA without maps."""
+    if call.factors is None:
+        return _run_sdpa(call)
+    return _attend_triton(call, call.key.new_zeros(1, call.key.shape[2], 1), slice(0), "mean")[0]
+
+
 _RUN = {
     "sdpa": _run_sdpa,
     "auto": _run_sdpa,
-    "triton": _run_sdpa,  # without maps to read its kernel has nothing over stock SDPA
+    "triton": _run_triton,
     "eager": lambda call: _eager(call)[0],
     "xformers": _run_xformers,
 }
@@ -340,11 +369,15 @@ def _attend_sdpa(call, weights, rows, reduce) -> tuple[Tensor, Tensor]:
 
 
 def _attend_triton(call, weights, rows, reduce, columns=None) -> tuple[Tensor, Tensor]:
+    _check_plain(call)
     if columns is not None:
         columns = torch.tensor(columns, device=call.key.device)
+    mask, factors = call.mask, call.factors
+    if factors is not None and factors[0].shape[1] > PAINTED:
+        mask, factors = call.whole_mask(), None
     return importlib.import_module(KERNELS).attend(
-        call.query, call.key, call.value, weights, mask=_read_mask(call), scale=call.scale,
-        rows=rows, reduce=reduce, columns=columns,
+        call.query, call.key, call.value, weights, mask=mask, scale=call.scale, rows=rows,
+        reduce=reduce, columns=columns, bias=factors,
     )  # fmt: skip
 
 

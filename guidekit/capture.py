@@ -161,7 +161,7 @@ def _columns(reads: list[AttentionRead], family, call: AttentionCall) -> list[in
 
 def _variant(call: AttentionCall, read: AttentionRead, family, rows: slice) -> Tensor:
     """Maps per head, over some of the tokens, or with further keys in the softmax."""
-    key, weights, mask = call.key, _placed(read.weights, family, call), call.mask
+    key, weights, mask = call.key, _placed(read.weights, family, call), call.whole_mask()
     if read.tokens is not None:
         allowed = torch.zeros(len(read.tokens), key.shape[2], dtype=torch.bool, device=key.device)
         n_text = read.weights.shape[1]

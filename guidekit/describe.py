@@ -57,11 +57,12 @@ def describe_guidance(name: str, cls: type) -> dict[str, Any]:
 def _example(name: str, cls: type) -> str:
     """A command that works: what the class's own example sets, else its first option."""
     example = cls.example()
-    values = {f.name: (getattr(example, f.name), _default(f)) for f in dataclasses.fields(cls)}
-    own = {option: value for option, (value, default) in values.items() if value != default}
-    first = next(iter(values))
-    settings = own or {first: values[first][0]}
+    fields = [f for f in dataclasses.fields(cls) if f.init]
+    values = {f.name: getattr(example, f.name) for f in fields}
+    own = {f.name: values[f.name] for f in fields if values[f.name] != _raw_default(f)}
+    settings = own or {fields[0].name: values[fields[0].name]}
     words = [f"--set {shlex.quote(f'{name}.{k}={_text(v)}')}" for k, v in settings.items()]
+    words += ["--image scene-3"] * cls.reads_image
     return " ".join([f"guidekit sample --plugin {name}", *words])
 
 
@@ -74,11 +75,15 @@ def _text(value: Any) -> str:
 
 def _default(field: dataclasses.Field) -> Any:
     """A field's default as JSON has it; None where there is none."""
-    made = field.default_factory is not dataclasses.MISSING
-    value = field.default_factory() if made else field.default
+    value = _raw_default(field)
     if value is dataclasses.MISSING:
         return None
     return value if isinstance(value, bool | int | float | str | None) else str(value)
+
+
+def _raw_default(field: dataclasses.Field) -> Any:
+    made = field.default_factory is not dataclasses.MISSING
+    return field.default_factory() if made else field.default
 
 
 def field_comments(cls: type) -> dict[str, str]:

@@ -11,9 +11,10 @@ from PIL import Image
 from torch import Tensor
 
 from guidekit import scenes
-from guidekit.pictures import PICTURE_ERRORS, read_picture
+from guidekit.pictures import PICTURE_ERRORS, read_picture, to_image
 
 BUILT_IN = re.compile(r"scene-(\d+)")
+SCENE_SIZE = 64  # of built-in references
 PICTURES = (".jpg", ".jpeg", ".png", ".webp")
 
 
@@ -30,7 +31,13 @@ class Reference:
 
 
 def load_reference(path: str | Path) -> Reference:
-    """A reference from a picture file; ValueError that says what is wrong with it."""
+    """A reference from a picture file; ValueError that says what is wrong with it.
+
+    A name such as scene-3, where there is no such file, is that scene of the held-out split.
+    """
+    path = Path(path)
+    if (built_in := BUILT_IN.fullmatch(path.name)) and not path.exists():
+        return Reference(to_image((_scene(int(built_in[1]), SCENE_SIZE) + 1) / 2), path.name)
     try:
         with Image.open(path) as image:
             image.load()
@@ -74,8 +81,13 @@ def _read(path: Path, size: tuple[int, int]) -> Tensor:
     built_in = BUILT_IN.fullmatch(path.name)
     if path.exists() or built_in is None:
         return read_picture(path, size)
-    pixels, _ = scenes.batch([scenes.scene(int(built_in[1]), "test")], max(size))
-    return torch.nn.functional.interpolate(pixels, size, mode="area")[0]
+    pixels = _scene(int(built_in[1]), max(size))
+    return torch.nn.functional.interpolate(pixels[None], size, mode="area")[0]
+
+
+def _scene(number: int, size: int) -> Tensor:
+    """A held-out scene (3, size, size) in [-1, 1]."""
+    return scenes.batch([scenes.scene(number, "test")], size)[0][0]
 
 
 def square(image: Image.Image, size: int) -> Tensor:

@@ -58,8 +58,11 @@ class Subject:
         steps: int = STEPS,
     ) -> Sampling:
         """A short run, not yet begun."""
+        conditions = [self.conditions[i] for i in pictures]
+        if not any(g.reads_image for g in guidances):  # a picture that nothing reads is refused
+            conditions = [dataclasses.replace(c, image=None) for c in conditions]
         return Sampling(
-            pipe or self.pipe, [self.conditions[i] for i in pictures], guidances,
+            pipe or self.pipe, conditions, guidances,
             seeds=[SEEDS[i] for i in pictures], steps=steps, cfg=CFG,
         )  # fmt: skip
 

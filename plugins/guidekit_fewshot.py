@@ -49,12 +49,12 @@ class Fewshot(Guidance):
         """What the energy reads: the first call's features, z by itself, or the clean estimate."""
         return {"first": "features", "detached": "input"}.get(self.form, "x0")
 
-    def towards(self, masks: Tensor) -> "Fewshot":
-        """Itself, with a mask of class indices (B, H, W) for each picture of the run; -1 is free.
+    def towards(self, targets: Tensor) -> "Fewshot":
+        """Itself, with a class index (B,), or a mask of them (B, H, W), for each picture.
 
-        In place of the fields `label` and `mask`, for runs from Python.
+        In masks -1 is free. In place of the fields `label` and `mask`, for runs from Python.
         """
-        self.targets = masks
+        self.targets = targets
         return self
 
     def prepare(self, run: Run) -> None:
@@ -83,13 +83,15 @@ class Fewshot(Guidance):
     def _wanted(self, run: Run) -> Tensor:
         """The target of every picture: (B, classes), or (B, classes, h, w) of masks."""
         config, count = self._head.config, len(run.seeds)
+        if self.targets is not None and len(self.targets) != count:
+            raise ValueError(f"{len(self.targets)} targets for {count} pictures; give one for each")
         if config.kind == "masks":
             masks = self.targets
             if masks is None:
                 masks = self._from_file(run.size).expand(count, -1, -1)
-            if len(masks) != count:
-                raise ValueError(f"{len(masks)} masks for {count} pictures; give one for each")
             return soft_masks(masks, len(config.classes), config.grid)
+        if self.targets is not None:
+            return torch.nn.functional.one_hot(self.targets, len(config.classes)).float()
         if not self.label:
             raise ValueError(
                 f"fewshot needs a label: --set fewshot.label=NAME, of {', '.join(config.classes)}"

@@ -49,12 +49,11 @@ class PaintWithWords(Guidance):
         sites = self._sites(run)
         run.tap_attention(self, list(sites))
         tokens = segment_weights(run.denoiser.tokenizers, run.conditions, run.text_length)
-        tokens = tokens * segment_strengths(run.conditions)[:, None]  # (B, T, S)
-        areas = {
-            grid: segment_masks(run.conditions, *grid).flatten(2).mT @ tokens.mT
-            for grid in set(sites.values())
-        }
-        self._areas = {site: areas[grid].to(run.device) for site, grid in sites.items()}
+        tokens = tokens * segment_strengths(run.conditions)[:, None]
+        self._words = tokens.to(run.device)  # (B, T, S)
+        grids = set(sites.values())
+        masks = {g: segment_masks(run.conditions, *g).flatten(2).to(run.device) for g in grids}
+        self._segments = {site: masks[grid] for site, grid in sites.items()}  # each (B, S, N)
 
     def _sites(self, run: Run) -> dict[str, tuple[int, int]]:
         """Cross-attention sites with their grids; raises ValueError for those without text."""
@@ -67,17 +66,15 @@ class PaintWithWords(Guidance):
         return chosen
 
     def edit_attention(self, step: Step, branch: Branch, call: AttentionCall) -> None:
-        """Biases the logits (B, H, N, T) of pixels and text by the areas (B, N, T)."""
+        """Biases the logits (B, H, N, T) of pixels and text by masks (B, S, N) times words."""
         if call.index > 0:  # an IP-Adapter's image tokens
             return
-        areas, shape = self._areas[call.site], (call.query.shape[2], call.key.shape[2])
-        family, n_text = step.run.denoiser.family, areas.shape[2]
-        rows, keys = family.rows(shape[0], n_text), family.text_keys(shape[1], n_text)
-        statistic = self._statistic(call, rows, keys)
-        if areas.shape[1:] != shape:
-            block, areas = areas, areas.new_zeros(len(areas), *shape)
-            areas[:, rows, keys] = block
-        call.bias(self.scale * self._level_factor(step) * statistic * areas[:, None])
+        segments, words = self._segments[call.site], self._words
+        n, t, n_text = call.query.shape[2], call.key.shape[2], words.shape[1]
+        family = step.run.denoiser.family
+        rows, keys = family.rows(n, n_text), family.text_keys(t, n_text)
+        strength = self.scale * self._level_factor(step) * self._statistic(call, rows, keys)
+        call.paint(_placed(strength * segments, -1, n, rows), _placed(words, -2, t, keys))
         step.run.account.edit(self.name)
 
     def _level_factor(self, step: Step) -> float:
@@ -92,7 +89,7 @@ class PaintWithWords(Guidance):
         return math.log1p(sigma if self.schedule == "log" else sigma**2)
 
     def _statistic(self, call: AttentionCall, rows: slice, keys: slice) -> Tensor:
-        """Maximum or deviation of each picture's scaled logits, (B, 1, 1, 1), without gradient.
+        """Maximum or deviation of each picture's scaled logits, (B, 1, 1), without gradient.
 
         Of pixels and text; head by head, so that the logits are never all in memory.
         """
@@ -105,15 +102,27 @@ class PaintWithWords(Guidance):
                 for q, k in zip(query.unbind(1), key.unbind(1), strict=True)
             ]
             if self.statistic == "max":
-                return torch.stack(heads).amax(0)[:, None, None, None]
+                return torch.stack(heads).amax(0)[:, None, None]
             mean, square = torch.stack(heads).mean(0).unbind(-1)
-            return (square - mean**2).clamp(min=0).sqrt()[:, None, None, None]
+            return (square - mean**2).clamp(min=0).sqrt()[:, None, None]
 
     def _reduced(self, logits: Tensor) -> Tensor:
         """What is kept of one head's logits (B, N * T)."""
         if self.statistic == "max":
             return logits.amax(1)
         return torch.stack([logits.mean(1), logits.square().mean(1)], -1)
+
+
+def _placed(x: Tensor, dim: int, size: int, part: slice) -> Tensor:
+    """x at `part` of a dimension of `size`, zeros elsewhere; in joint attention text and pixels."""
+    start, stop, _ = part.indices(size)
+    if (start, stop) == (0, size):
+        return x
+    shape = list(x.shape)
+    shape[dim] = size
+    full = x.new_zeros(shape)
+    full.narrow(dim, start, stop - start).copy_(x)
+    return full
 
 
 @hookimpl

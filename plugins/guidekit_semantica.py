@@ -6,15 +6,31 @@ guidance (1 + w) cond - w null. With a text-to-image backbone an adapter adds th
 as further keys and values of cross-attention (IP-Adapter, Ye et al. 2023, arXiv:2308.06721).
 """
 
+import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 import torch
 from torch import Tensor
 
-from guidekit import AttentionCall, Branch, Reference, Run, Step, hookimpl
-from guidekit.guidance import Guidance
+from guidekit import (
+    AttentionCall,
+    Branch,
+    Condition,
+    Guidance,
+    Reference,
+    Run,
+    Step,
+    hookimpl,
+    load_reference,
+)
+from guidekit.semantica.adapter import SITES, load_adapter, random_adapter
+
+if TYPE_CHECKING:
+    from guidekit.semantica.encode import ImageEncoder
+
+RANDOM = "random"  # the name of an adapter that nobody trained
 
 
 @dataclass(kw_only=True)
@@ -23,20 +39,20 @@ class Semantica(Guidance):
 
     scale: float = 1.0  # strength: of the adapter's tokens, or a factor of w
     w: float = 0.5  # of a Semantica model: guidance, (1 + w) cond - w null
-    adapter: Path | None = None  # of a text-to-image model: folder, or IP-Adapter .safetensors
+    adapter: Path | None = None  # of text-to-image: folder, or IP-Adapter .safetensors; or none
     encoder: str = ""  # of the adapter: what encodes the reference; "" is the adapter's own
 
     reads_image: ClassVar[bool] = True
-    waived: ClassVar[dict[str, str]] = {
-        check: "it needs a reference picture and a model or an adapter for it; tested by itself"
-        for check in ("scale_0", "window", "batch", "repeatable", "restored", "half", "acts",
-                      "acts_on_sdxl", "energy")
-    }  # fmt: skip
 
     def __post_init__(self):
         super().__post_init__()
         if self.w < 0:
             raise ValueError(f"{self.name}.w is a guidance factor of at least 0, not {self.w}")
+
+    @property
+    def needs(self) -> tuple[str, ...]:
+        """An adapter's tokens are read beside those of a prompt."""
+        return () if self.adapter is None else ("text",)
 
     def prepare(self, run: Run) -> None:
         """Finds out which of its two forms the model has, and encodes the references."""
@@ -56,12 +72,17 @@ class Semantica(Guidance):
 
     def _attach(self, run: Run) -> None:
         """Tokens (B, T, D) of the references and of none, and the sites that read them."""
-        from guidekit.semantica.adapter import SITES, load_adapter
+        from guidekit.semantica.encode import random_encoder  # timm and open_clip take seconds
 
         model = run.denoiser.model
-        self._adapter = load_adapter(self.adapter, model)
         references = [condition.image for condition in run.conditions]
-        states = self._encoded(references, run).to(run.device, model.dtype)
+        if self.adapter.name == RANDOM and not self.adapter.exists():
+            states = _tokens(random_encoder(), references)
+            self._adapter = random_adapter(model, states.shape[-1])
+        else:
+            self._adapter = load_adapter(self.adapter, model)
+            states = self._encoded(references, run)
+        states = states.to(run.device, model.dtype)
         with torch.no_grad():
             self._tokens = self._adapter(states)
             self._null = self._adapter(torch.zeros_like(states))
@@ -85,10 +106,7 @@ class Semantica(Guidance):
                 f"{self.name} needs the picture encoder of {self.adapter.name}: set "
                 f"{self.name}.encoder to the folder of its CLIPVisionModelWithProjection"
             )
-        encoder = load_encoder(name)
-        pixels = torch.stack([r.pixels(encoder.config.image_size) for r in references])
-        with torch.no_grad():
-            return encoder(pixels)[0]
+        return _tokens(load_encoder(name), references)
 
     def _clip(self, encoder, references: list[Reference]) -> Tensor:
         """What diffusers feeds the projection: embeddings, or the last but one layer (Plus)."""
@@ -124,6 +142,23 @@ class Semantica(Guidance):
         step.run.account.edit(self.name)
         prompts = [c.negative for c in step.run.conditions]
         return [Branch("null", prompts, null=True), *branches]
+
+    @classmethod
+    def example(cls) -> "Semantica":
+        """An adapter that nobody trained, on a text-to-image model."""
+        return cls(adapter=Path(RANDOM))
+
+    @classmethod
+    def example_condition(cls) -> Condition:
+        """A prompt and a built-in reference."""
+        return dataclasses.replace(super().example_condition(), image=load_reference("scene-3"))
+
+
+def _tokens(encoder: "ImageEncoder", references: list[Reference]) -> Tensor:
+    """What an encoder says of the references, (B, T, D)."""
+    pixels = torch.stack([r.pixels(encoder.config.image_size) for r in references])
+    with torch.no_grad():
+        return encoder(pixels)[0]
 
 
 @hookimpl

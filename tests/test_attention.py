@@ -226,6 +226,24 @@ def test_bias_is_added_to_the_logits(kind, implementation):
     torch.testing.assert_close(call.read(segments(7)), wanted, rtol=0, atol=1e-6)
 
 
+@pytest.mark.parametrize("kind", ["none", "boolean", "additive"])
+@pytest.mark.parametrize("implementation", ["eager", "sdpa"])
+def test_paint_is_the_bias_of_its_factors(kind, implementation):
+    call, biased = make_call(), make_call()
+    call.mask = biased.mask = masks(2, 4, 12, 7)[kind]
+    for s in (3, 2):
+        segments, words = torch.rand(2, s, 12), torch.randn(2, 7, s)
+        call.paint(segments, words)
+        biased.bias((segments.mT @ words.mT)[:, None])
+    torch.testing.assert_close(call.run(), biased.run(), rtol=0, atol=2e-6)
+    weights = torch.rand(2, 7, 2)
+    for found, wanted in zip(
+        attend(call, weights, implementation), attend(biased, weights, "eager"), strict=True
+    ):
+        torch.testing.assert_close(found, wanted, rtol=0, atol=2e-6)
+    torch.testing.assert_close(call.read(weights), biased.read(weights), rtol=0, atol=1e-6)
+
+
 @pytest.mark.parametrize("hk", [4, 2])
 def test_identity_outputs_the_values(hk):
     call = make_call(hk=hk, t=12)

@@ -9,8 +9,8 @@ import torch
 import torch.nn.functional as F
 
 from guidekit import Condition, Guidance, Sampling, Segment, box_mask
-from guidekit.loading import SCHEDULERS, make_scheduler
-from guidekit.miniatures import ddpm_pipeline, sd_pipeline
+from guidekit.loading import make_scheduler, schedulers_for
+from guidekit.miniatures import ddpm_pipeline, sd3_pipeline, sd_pipeline
 from guidekit.noisy_clip.miniature import random_clip, random_encoder
 from guidekit.references import read_references
 from guidekit.registry import Registry
@@ -172,8 +172,7 @@ def test_in_units_of_noise_the_push_has_the_asked_length(pipe, name):
     torch.testing.assert_close(lengths, torch.full((2,), 0.3), rtol=1e-3, atol=1e-4)
 
 
-@pytest.mark.parametrize("name", SCHEDULERS)
-def test_every_scheduler_is_steered(pipe, name):
+def check_steered(pipe, name):
     scheduler = make_scheduler(pipe, name)
     options = {"seeds": (0,), "steps": 4, "scheduler": scheduler}
     guidance = Clip(**RED, units="noise", scale=0.2)
@@ -181,6 +180,21 @@ def test_every_scheduler_is_steered(pipe, name):
     plain = Sampling(pipe, NOTHING, **options).finish()
     assert guided.account.acted("clip")
     assert guided.latents.isfinite().all() and not torch.equal(guided.latents, plain.latents)
+
+
+@pytest.mark.parametrize("name", schedulers_for(ddpm_pipeline().scheduler))
+def test_every_scheduler_is_steered(pipe, name):
+    check_steered(pipe, name)
+
+
+@pytest.fixture(scope="module")
+def flow_pipe():
+    return sd3_pipeline()
+
+
+@pytest.mark.parametrize("name", schedulers_for(sd3_pipeline().scheduler))
+def test_every_flow_scheduler_is_steered(flow_pipe, name):
+    check_steered(flow_pipe, name)
 
 
 def test_without_noise_the_score_takes_over_and_the_account_says_so(pipe):

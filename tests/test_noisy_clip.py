@@ -245,7 +245,8 @@ def test_neighbours_of_a_batch_differ_in_shapes_only():
 
 def test_no_option_of_a_task_is_one_of_the_loop():
     loop = {field.name for field in dataclasses.fields(Options)}
-    for kind, _ in recipe.TASKS.values():
+    for task in recipe.TASKS:
+        kind, _ = recipe.task_kind(task)
         assert not loop & {field.name for field in dataclasses.fields(kind)}
 
 

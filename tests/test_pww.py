@@ -25,12 +25,12 @@ def pipe():
 
 
 class Watch(PaintWithWords):
-    """Keeps each call with its mask before and after."""
+    """Keeps the logits of each call and what is added to them."""
 
     def edit_attention(self, step, branch, call):
         logits = call.query @ call.key.mT / math.sqrt(call.query.shape[-1])
         super().edit_attention(step, branch, call)
-        self.seen.append((step, branch.name, call.site, logits, call.mask))
+        self.seen.append((step, branch.name, call.site, logits, call.whole_mask()))
 
 
 def watched(pipe, condition, **options):

@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from guidekit.attention import AttentionCall
+from guidekit.miniatures import randomised
 from guidekit.taps import find_sites, tap_attention
 
 SITES = "*.attn2"
@@ -83,6 +84,12 @@ def new_adapter(model: nn.Module, channels: int) -> ImageAdapter:
             adapter.to_k[index].weight.copy_(model.get_submodule(name).to_k.weight)
             nn.init.zeros_(adapter.to_v[index].weight)
     return adapter
+
+
+def random_adapter(model: nn.Module, channels: int) -> ImageAdapter:
+    """An adapter that nobody trained, for examples and checks."""
+    adapter = randomised(new_adapter(model, channels))
+    return adapter.to(model.device, model.dtype).requires_grad_(False)
 
 
 def load_adapter(path: str | Path, model: UNet2DConditionModel) -> ImageAdapter:

@@ -118,6 +118,13 @@ def load_encoder(name: str | Path) -> ImageEncoder:
     )
 
 
+def random_encoder() -> ImageEncoder:
+    """A tiny encoder that nobody trained, for examples and checks."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        return from_timm("test_vit", pretrained=False, img_size=32)
+
+
 def from_timm(name: str, pretrained: bool, **settings: Any) -> ImageEncoder:
     """A timm model's features. Raises ValueError for a name that timm does not know."""
     if not timm.is_model(name.split(".")[0]):
