@@ -15,7 +15,7 @@ from torch.utils.checkpoint import checkpoint
 
 from guidekit.account import NonFiniteError
 from guidekit.capture import Capture, StopForward
-from guidekit.denoiser import Text
+from guidekit.denoiser import Denoiser, Text
 from guidekit.guidance import AttentionRead, Branch, Eval, Guidance, combination
 from guidekit.noise import NoPushError
 from guidekit.run import Run
@@ -29,6 +29,15 @@ LOSS_SCALES = {torch.float16: (2.0**12, 2.0**6, 1.0, 2.0**-6)}
 CALL_BRANCHES = 8
 
 
+def missing(guidance: Guidance, denoiser: Denoiser) -> str | None:
+    """What the guidance needs of a model and this one has not, in words."""
+    if "text" in guidance.needs and not denoiser.reads_text:
+        return "a prompt that pixels attend to"
+    if "cross-attention" in guidance.needs and denoiser.family.order != "cross":
+        return "attention modules where pixels read text alone"
+    return None
+
+
 class Engine:
     """Turns z and a timestep into the guided prediction; taps are open only inside `predict`."""
 
@@ -37,10 +46,10 @@ class Engine:
         self.backwards = 0  # for the account and the tests
         self._capture: Capture | None = None
         for guidance in guidances:
-            if "text" in guidance.needs and not run.denoiser.reads_text:
+            if lack := missing(guidance, run.denoiser):
                 raise ValueError(
-                    f"{guidance.name} needs a prompt that pixels attend to, and "
-                    f"{type(run.denoiser.pipeline).__name__} has none"
+                    f"{guidance.name} needs {lack}, and {type(run.denoiser.pipeline).__name__} "
+                    "has none"
                 )
             guidance.prepare(run)
 

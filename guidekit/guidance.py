@@ -133,7 +133,8 @@ class Guidance:
     graph: ClassVar[str] = "x0"
     # Whether the method needs the own loop: repeats, accept or its own start.
     own_loop: ClassVar[bool] = False
-    # What it needs of a model: "text", tokens that pixels attend to. Others are refused.
+    # What it needs of a model: "text", tokens that pixels attend to; "cross-attention",
+    # modules where they attend to those alone. Others are refused.
     needs: ClassVar[tuple[str, ...]] = ()
     # Whether it reads `Condition.image`; a picture that nothing reads is refused.
     reads_image: ClassVar[bool] = False

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from guidekit import miniatures
 from guidekit.conditions import Condition
 from guidekit.denoiser import Denoiser
+from guidekit.engine import missing
 from guidekit.guidance import Guidance
 from guidekit.sampler import Sampling
 
@@ -76,13 +77,13 @@ class Subject:
 
         Raises AssertionError for a need that is not there and is not refused either.
         """
-        if "text" not in self.cls.example().needs or Denoiser(self.pipe).reads_text:
+        if missing(self.cls.example(), Denoiser(self.pipe)) is None:
             return None
         try:
             self.sampling(self.example())
         except ValueError as error:
             return str(error)
-        raise AssertionError(f"it needs text and does not refuse {self.family}, which has none")
+        raise AssertionError(f"it does not refuse {self.family}, which has not all that it needs")
 
 
 def state(pipe: DiffusionPipeline) -> dict[str, Any]:

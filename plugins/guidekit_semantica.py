@@ -52,7 +52,7 @@ class Semantica(Guidance):
     @property
     def needs(self) -> tuple[str, ...]:
         """An adapter's tokens are read beside those of a prompt."""
-        return () if self.adapter is None else ("text",)
+        return () if self.adapter is None else ("text", "cross-attention")
 
     def prepare(self, run: Run) -> None:
         """Finds out which of its two forms the model has, and encodes the references."""
@@ -68,7 +68,8 @@ class Semantica(Guidance):
                 f"{self.name} needs an adapter for {type(run.denoiser.model).__name__}: set "
                 f"{self.name}.adapter, or use a model such as scenes-semantica"
             )
-        self._attach(run)
+        with torch.random.fork_rng(devices=[]):  # modules draw weights before they are loaded
+            self._attach(run)
 
     def _attach(self, run: Run) -> None:
         """Tokens (B, T, D) of the references and of none, and the sites that read them."""
