@@ -15,7 +15,10 @@ from guidekit.testing import CHECKS
 
 ROOT = Path(__file__).parent.parent
 GUIDE = (ROOT / "plugins" / "README.md").read_text()
-READMES = [ROOT / "README.md", ROOT / "plugins" / "README.md", *ROOT.glob("examples/*/README.md")]
+READMES = [
+    *(ROOT / part / "README.md" for part in (".", "plugins", "benchmarks")),
+    *ROOT.glob("examples/*/README.md"),
+]
 HOOKS = {
     name: inspect.signature(getattr(Guidance, name))
     for name, value in vars(Guidance).items()

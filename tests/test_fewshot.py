@@ -123,6 +123,17 @@ def first_step(pipe, guidance, index=2, **options):
     return sampling.engine.predict(z, sampling.run.scheduler.timesteps[index], index, 4)
 
 
+def test_every_picture_can_have_a_class_of_its_own(pipe, tmp_path):
+    folder = saved(make_head(Denoiser(pipe)), tmp_path)
+    both = Fewshot(head=folder, form="detached").towards(torch.tensor([1, 2]))
+    together = first_step(pipe, both).prediction
+    for i, label in enumerate("bc"):
+        alone = first_step(pipe, Fewshot(head=folder, form="detached", label=label)).prediction
+        torch.testing.assert_close(together[i], alone[i], rtol=1e-5, atol=1e-6)
+    with pytest.raises(ValueError, match="3 targets for 2 pictures"):
+        first_step(pipe, Fewshot(head=folder).towards(torch.tensor([0, 1, 2])))
+
+
 def test_stopping_the_second_call_changes_nothing(wide, tmp_path):
     head = saved(make_head(Denoiser(wide)), tmp_path)
     whole, stopped = (first_step(wide, Fewshot(head=head, label="a", form=form))
