@@ -15,10 +15,7 @@ from guidekit.testing import CHECKS
 
 ROOT = Path(__file__).parent.parent
 GUIDE = (ROOT / "plugins" / "README.md").read_text()
-READMES = [
-    *(ROOT / part / "README.md" for part in (".", "plugins", "benchmarks")),
-    *ROOT.glob("examples/*/README.md"),
-]
+READMES = [ROOT / "README.md", ROOT / "plugins" / "README.md", *ROOT.glob("examples/*/README.md")]
 HOOKS = {
     name: inspect.signature(getattr(Guidance, name))
     for name, value in vars(Guidance).items()
@@ -105,3 +102,9 @@ def test_the_guides_example_is_a_plugin_that_holds():
     registered = {}
     names["register_guidance"](registered.__setitem__)
     assert registered == {"haze": names["Grey"]}
+
+
+@pytest.mark.parametrize("part", [".", "benchmarks", "kernels"])
+def test_every_script_with_numbers_exists(part):
+    named = re.findall(r"benchmarks/\w+\.py", (ROOT / part / "README.md").read_text())
+    assert named and all((ROOT / name).exists() for name in named), named
