@@ -83,11 +83,9 @@ def scene_rows(setting: Setting) -> list[list[dict]]:
 
 
 def latent_rows(setting: Setting) -> list[list[dict]]:
-    """Masks from 30 pairs in the latents of `scenes`, without a prompt (one draw)."""
-    draws = 1
-    bench = Scenes("scenes", Store(setting.cells), setting.n // setting.draws, draws, shots=30,
-                   steps=setting.steps, seed=setting.seed, cfg=1.0)  # fmt: skip
-    return [bench.mask_rows(("unguided", "ours, paper"))]
+    """Masks from 30 pairs in the latents of `scenes`, without a prompt."""
+    bench = scene_bench(setting, "scenes", shots=30, cfg=1.0, scale=800.0)
+    return [bench.mask_rows(("unguided", "ours, detached"))]
 
 
 def red_rows(setting: Setting) -> list[list[dict]]:

@@ -19,7 +19,7 @@ SHAPES = ("background", *scenes.SHAPES)
 PAPER = 25.0  # its scale; rows other than "ours, paper" have the model's tuned one
 # The attribute does not depend on the place: one average of the features over the whole picture.
 RED = FitOptions(sites=("down_blocks.2", "up_blocks.0"), timesteps=(350,), pool=1)
-MASK_ROWS = ("unguided", "ours, paper", "ours, detached", "ours, linear head", "oracle, 500 pairs")
+MASK_ROWS = ("unguided", "ours, paper", "ours, detached")
 
 
 def shape_maps(labels: np.ndarray) -> np.ndarray:
@@ -57,10 +57,11 @@ class Scenes:
     batch: int = 20
     seed: int = 0
     cfg: float | None = None
+    scale: float | None = None  # None is the model's tuned one
 
     def __post_init__(self):
-        tuned = model_defaults(self.model).get("plugin", {}).get("fewshot", {})
-        self.scale = tuned.get("scale", PAPER)
+        if self.scale is None:
+            self.scale = model_defaults(self.model)["plugin"]["fewshot"]["scale"]
         self.denoiser = Denoiser(load(self.model))
         self.judge = evaluate.load_judge()
         self.size = self.denoiser.latent_shape(None, None)[1] * self.denoiser.factor
@@ -73,12 +74,11 @@ class Scenes:
     def head(self, method: str, draw: int) -> Head:
         """The mask head of a draw of the pairs."""
         estimator = "linear" if "linear" in method else "mlp"
-        count = 500 if method.startswith("oracle") else self.shots
-        key = (estimator, count, draw)
+        key = (estimator, draw)
         if key not in self.heads:
-            numbers = range(10_000 * draw, 10_000 * draw + count)
+            numbers = range(10_000 * draw, 10_000 * draw + self.shots)
             examples = Examples.of(*pairs(numbers, "shots", self.size), SHAPES, "masks")
-            options = FitOptions(estimator=estimator, copies=1 if count > 100 else 6)
+            options = FitOptions(estimator=estimator)
             self.heads[key] = fit(self.denoiser, examples, options)[0]
         return self.heads[key]
 

@@ -14,14 +14,13 @@ from PIL import Image
 
 from guidekit import scenes
 from guidekit.noise import Level
-from guidekit.noisy_clip.data import Folder, open_data
+from guidekit.noisy_clip.data import Folder, open_data, reshaped
 from guidekit.noisy_clip.files import load_clip
 from guidekit.noisy_clip.loss import info_nce
 from guidekit.noisy_clip.model import CleanClip, NoisyClip, look
 from guidekit.noisy_clip.norms import LevelEmbedding
 from guidekit.noisy_clip.train import NoisyClipOptions, NoisyClipTask, logsnr_at, noised
 from guidekit.train import recipe
-from guidekit.train.clip import reshaped
 from guidekit.train.loop import Loop, Options
 
 import clips

@@ -1,5 +1,6 @@
 """Pictures to train on: scenes, or any folder of pictures."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -8,15 +9,29 @@ from torch import Tensor
 from guidekit import scenes
 from guidekit.pictures import read_picture
 
+ALIKE = 4  # neighbours in a batch of scenes
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 
 
 class Scenes:
-    """Scenes by number, which never repeat."""
+    """Scenes by number, which never repeat; four neighbours differ in shapes only."""
 
     def pictures(self, numbers: range, size: int, generator: torch.Generator) -> Tensor:
         """Pictures (B, 3, size, size) in [-1, 1]."""
-        return scenes.batch([scenes.scene(i) for i in numbers], size)[0]
+        return scenes.batch([reshaped(i, ALIKE) for i in numbers], size)[0]
+
+
+def reshaped(number: int, alike: int) -> scenes.Scene:
+    """Scene number // alike with its shapes moved on by number % alike.
+
+    Without such neighbours colours and background tell a batch apart, and shapes are not learned.
+    """
+    plan, turn = scenes.scene(number // alike), number % alike
+    things = tuple(
+        replace(t, shape=scenes.SHAPES[(scenes.SHAPES.index(t.shape) + turn) % len(scenes.SHAPES)])
+        for t in plan.things
+    )
+    return replace(plan, number=number, things=things)
 
 
 class Folder:

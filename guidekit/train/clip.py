@@ -5,7 +5,7 @@ another: a third of them show one object, of which there are 192.
 """
 
 import copy
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +14,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from guidekit import scenes
+from guidekit.noisy_clip.data import reshaped
 from guidekit.noisy_clip.files import Clip, build
 from guidekit.noisy_clip.loss import info_nce
 from guidekit.pictures import heat_map
@@ -104,19 +105,6 @@ class ClipTask:
         """Saves model and tokenizer as open_clip's `local-dir:` reads them."""
         folder.mkdir(parents=True, exist_ok=True)
         Clip(copy.deepcopy(self.net.clip).eval(), _Saved(self.tokenizer), self.config).save(folder)
-
-
-def reshaped(number: int, alike: int) -> scenes.Scene:
-    """Scene number // alike with its shapes moved on by number % alike.
-
-    Without such neighbours colours and background tell a batch apart, and shapes are not learned.
-    """
-    plan, turn = scenes.scene(number // alike), number % alike
-    things = tuple(
-        replace(t, shape=scenes.SHAPES[(scenes.SHAPES.index(t.shape) + turn) % len(scenes.SHAPES)])
-        for t in plan.things
-    )
-    return replace(plan, number=number, things=things)
 
 
 class _Saved:
