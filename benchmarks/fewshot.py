@@ -24,7 +24,15 @@ from guidekit.heads import Examples, FitOptions, fit
 from guidekit.loading import ZOO, model_defaults
 from guidekit_fewshot import FORMS, Fewshot
 
-from fewshot_digits import METHODS, NAMES, SWEEP, Digits, augmented_rows, load_judge
+from fewshot_digits import (
+    METHODS,
+    NAMES,
+    SWEEP,
+    Digits,
+    at_equal_diversity,
+    augmented_rows,
+    load_judge,
+)
 from fewshot_scenes import Scenes
 from fewshot_store import Store, table
 
@@ -158,6 +166,8 @@ def main(parts, model, scenes_model, judge, cells, n, draws, steps, seed, quick,
     for part in parts or PARTS:
         for rows in TABLES[part](setting):
             print(f"\n{table(rows)}", flush=True)
+            if rows[0].get("method") == SWEEP[0]:
+                print(f"\n{at_equal_diversity(rows)}", flush=True)
             everything += [{"part": part} | row for row in rows]
             if json_file:
                 Path(json_file).write_text(json.dumps(everything, indent=1) + "\n")

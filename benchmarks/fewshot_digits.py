@@ -190,6 +190,18 @@ class Digits:
         return once + [self.row(m, count) for count in labels for m in rest]
 
 
+def at_equal_diversity(rows: list[dict]) -> str:
+    """Ours at the model's scale, and what clean pixels reach at its diversity between theirs."""
+    ours = next(row for row in rows if row["method"] == SWEEP[3])
+    clean = sorted((r["diversity"], r["accuracy"]) for r in rows if r["method"].startswith("clean"))
+    equal = float(np.interp(ours["diversity"], *zip(*clean, strict=True)))
+    gain = 100 * (ours["accuracy"] - equal)
+    return (
+        f"at diversity {ours['diversity']:.2f}: {ours['method']} {ours['accuracy']:.3f}, "
+        f"clean pixels {equal:.3f} (interpolated), {gain:+.1f} points"
+    )
+
+
 def within_class(features: np.ndarray, labels: np.ndarray) -> float:
     """Mean distance of two pictures of one class in features (n, d), over the classes.
 
