@@ -177,6 +177,7 @@ class Digits:
         for name, statistic in {
             "accuracy": lambda c: float((c["found"] == c["wanted"]).mean()),
             "diversity": lambda c: within_class(c["features"], c["wanted"]) / self.spread,
+            "diversity right": lambda c: within_class(*right(c)) / self.spread,
         }.items():
             row[name], row[f"{name} 95%"] = over_draws(cells, statistic)
         features = np.concatenate([c["features"] for c in cells]).astype(np.float64)
@@ -190,16 +191,24 @@ class Digits:
         return once + [self.row(m, count) for count in labels for m in rest]
 
 
+def right(cell: dict[str, np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
+    """Features and classes of the pictures that the judge finds to be what was asked for."""
+    found = cell["found"] == cell["wanted"]
+    return cell["features"][found], cell["wanted"][found]
+
+
 def at_equal_diversity(rows: list[dict]) -> str:
     """Ours at the model's scale, and what clean pixels reach at its diversity between theirs."""
-    ours = next(row for row in rows if row["method"] == SWEEP[3])
-    clean = sorted((r["diversity"], r["accuracy"]) for r in rows if r["method"].startswith("clean"))
-    equal = float(np.interp(ours["diversity"], *zip(*clean, strict=True)))
-    gain = 100 * (ours["accuracy"] - equal)
-    return (
-        f"at diversity {ours['diversity']:.2f}: {ours['method']} {ours['accuracy']:.3f}, "
-        f"clean pixels {equal:.3f} (interpolated), {gain:+.1f} points"
-    )
+    ours, lines = next(row for row in rows if row["method"] == SWEEP[3]), []
+    for name in ("diversity", "diversity right"):
+        clean = sorted((r[name], r["accuracy"]) for r in rows if r["method"].startswith("clean"))
+        equal = float(np.interp(ours[name], *zip(*clean, strict=True)))
+        gain = 100 * (ours["accuracy"] - equal)
+        lines.append(
+            f"at {name} {ours[name]:.2f}: {ours['method']} {ours['accuracy']:.3f}, "
+            f"clean pixels {equal:.3f} (interpolated), {gain:+.1f} points"
+        )
+    return "\n".join(lines)
 
 
 def within_class(features: np.ndarray, labels: np.ndarray) -> float:
