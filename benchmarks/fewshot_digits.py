@@ -184,6 +184,11 @@ class Digits:
         row["Frechet"] = evaluate.frechet(features, self.real_features.astype(np.float64))
         return row
 
+    def by_draw(self, method: str, labels: int) -> list[float]:
+        """Accuracy of each draw of the shots; the first one's were used to choose the scale."""
+        cells = [self.cell(method, labels, draw) for draw in range(self.draws)]
+        return [float((c["found"] == c["wanted"]).mean()) for c in cells]
+
     def rows(self, labels: tuple[int, ...], methods: tuple[str, ...]) -> list[dict]:
         """The table: rows without labels once, the others for every number of labels."""
         once = [self.row(m, None) for m in methods if m.startswith(("unguided", "oracle"))]
