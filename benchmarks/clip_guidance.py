@@ -156,33 +156,33 @@ def guided_row(bench: Bench, method: str, make: Callable, image: bool) -> dict:
     return row | {"s/image": seconds}
 
 
+def clip_methods(bench: Bench, kind: str, scales: tuple[float, ...], seed_scale: int) -> dict:
+    """Makers of guidance by name: none, three units of scale on z, and plain CLIP on x0."""
+    noise, middle = {"units": "noise"}, sorted(scales)[len(scales) // 2]
+    fields = {f"{kind} {scale} noise": noise | {"scale": scale} for scale in scales}
+    fields |= {f"{kind} {seed_scale}": {}}
+    plain = noise | {"scale": middle, "on": "x0"}
+    fields |= {f"{kind}, plain CLIP on x0, {middle} noise": plain}
+    text, image = kind == "text", kind == "content"
+    guided = {
+        name: lambda given, own=own: [bench.clip(given, text, image, **own)]
+        for name, own in fields.items()
+    }
+    return {"unguided": lambda given: []} | guided
+
+
 def text_rows(bench: Bench) -> list[dict]:
     """Table 1 in small: text guidance at three scales, the seed's units, plain CLIP on x0."""
-    fields = {
-        f"text {scale} noise": {"units": "noise", "scale": scale} for scale in (0.1, 0.2, 0.4)
-    }
-    fields |= {"text 120": {}, "text, plain CLIP on x0, 0.2 noise": {
-        "on": "x0", "units": "noise", "scale": 0.2}}  # fmt: skip
-    rows = [guided_row(bench, "unguided", lambda given: [], image=False)]
-    for name, own in fields.items():
-        make = lambda given, own=own: [bench.clip(given, True, False, **own)]  # noqa: E731
-        rows.append(guided_row(bench, name, make, image=False))
-    return rows
+    methods = clip_methods(bench, "text", (0.1, 0.2, 0.4), 120)
+    return [guided_row(bench, name, make, image=False) for name, make in methods.items()]
 
 
 def image_rows(bench: Bench) -> list[dict]:
     """Tables 2 and 3 in small: image guidance at two scales, ILVR, plain CLIP on x0."""
-    fields = {f"content {scale} noise": {"units": "noise", "scale": scale} for scale in (0.2, 0.4)}
-    fields |= {"content 100": {}, "content, plain CLIP on x0, 0.2 noise": {
-        "on": "x0", "units": "noise", "scale": 0.2}}  # fmt: skip
-    rows = [guided_row(bench, "unguided", lambda given: [], image=True)]
-    for name, own in fields.items():
-        make = lambda given, own=own: [bench.clip(given, False, True, **own)]  # noqa: E731
-        rows.append(guided_row(bench, name, make, image=True))
+    methods = clip_methods(bench, "content", (0.2, 0.4), 100)
     for down in (4, 8):
-        make = lambda given, down=down: [bench.ilvr(given, down)]  # noqa: E731
-        rows.append(guided_row(bench, f"ILVR N={down}", make, image=True))
-    return rows
+        methods[f"ILVR N={down}"] = lambda given, down=down: [bench.ilvr(given, down)]
+    return [guided_row(bench, name, make, image=True) for name, make in methods.items()]
 
 
 def structure_rows(bench: Bench) -> list[dict]:

@@ -161,7 +161,7 @@ def trained(name: str, setting: Setting):
         task = make(options, folder, SIZE)
         loop = Options(
             steps=max(int(setting.flop / step_flop(task)), 2), batch=BATCH, lr=1e-3, warmup=50,
-            decay="constant", weight_decay=0.0, eps=1e-12, ema=0.999, seed=setting.seed,
+            decay="cosine", weight_decay=0.0, eps=1e-12, ema=0.999, seed=setting.seed,
             save_every=200, preview_every=10**6,
         )  # fmt: skip
         loop = Loop(task, loop, folder / "run")

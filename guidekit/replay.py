@@ -51,7 +51,8 @@ class Replay:
         self.model, self.family, self.factor = own.model, own.family, own.factor
         self.reads_text = own.reads_text
         self.pixels, self.latents, self.check = own.pixels, own.latents, own.check
-        self.rescaled = own.rescaled
+        self.rescaled, self.vae = own.rescaled, own.vae
+        self.channels = own.vae.config.latent_channels  # an inpainting model's input has more
         self.content, self.reads_image = own.content, own.reads_image
         # The class's, because the instance's may be a wrapper of offloading.
         names = list(inspect.signature(type(self.model).forward).parameters)[1:]

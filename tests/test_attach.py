@@ -1,7 +1,7 @@
 """The engine inside unmodified pipelines: the own loop's pictures, no trace, clear refusals."""
 
 import contextlib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import pytest
@@ -18,6 +18,7 @@ from diffusers.models.attention_processor import IPAdapterAttnProcessor2_0
 from guidekit import Condition, Guidance, Segment, attach, box_mask, sample
 from guidekit.taps import Patch, find_sites
 from guidekit_cfg import ClassifierFree
+from guidekit_clip import Clip
 from guidekit_multidiffusion import MultiDiffusion
 from guidekit_pww import PaintWithWords
 from guidekit_zest import Zest
@@ -87,6 +88,8 @@ class Fresh(Watch):
         ([ClassifierFree(rescale=0.7), Bright()], HeunDiscreteScheduler, {}),
         ([ClassifierFree(cfg_scale=3.0, stop=0.5)], None, {}),
         ([Fresh(), Zest()], None, {"eta": 0.7}),
+        ([Clip.example(), Zest()], None, {"eta": 1.0}),
+        ([replace(Clip.example(), on="x0", units="noise", scale=0.2)], None, {}),
     ],
 )
 def test_pictures_are_those_of_the_own_loop(pipe, guidances, scheduler, options):

@@ -121,3 +121,6 @@ def _key(plan: scenes.Scene) -> int:
     for kind in kinds:
         number = number * 64 + kind + 1
     return number
+
+
+OPTIONS, make = ClipOptions, ClipTask  # of a recipe's stage

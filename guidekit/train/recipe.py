@@ -15,8 +15,6 @@ import torch
 from diffusers import AutoencoderKL
 
 from guidekit.loading import ZOO
-from guidekit.noisy_clip.train import NoisyClipOptions, NoisyClipTask
-from guidekit.train.clip import ClipOptions, ClipTask
 from guidekit.train.denoiser import DenoiserOptions, DenoiserTask
 from guidekit.train.digits import DigitsOptions, DigitsTask
 from guidekit.train.judge import JudgeOptions, JudgeTask
@@ -37,14 +35,14 @@ def _denoiser(options: DenoiserOptions, folder: Path, size: int) -> Task:
     return DenoiserTask(options, vae, folder / options.text, size)
 
 
-# A text is a module above this one, with OPTIONS and `make`; it is imported when it is named.
+# A text is a module with OPTIONS and `make`, imported when named: open_clip and timm are slow.
 TASKS: dict[str, tuple[type, Make] | str] = {
     "vae": (VAEOptions, _vae),
     "text": (TextOptions, lambda options, folder, size: TextTask(options)),
     "denoiser": (DenoiserOptions, _denoiser),
     "pixels": (PixelsOptions, lambda options, folder, size: PixelsTask(options, size)),
-    "clip": (ClipOptions, lambda options, folder, size: ClipTask(options, size)),
-    "noisy-clip": (NoisyClipOptions, NoisyClipTask),
+    "clip": "guidekit.train.clip",
+    "noisy-clip": "guidekit.noisy_clip.train",
     "judge": (JudgeOptions, lambda options, folder, size: JudgeTask(options)),
     "digits": (DigitsOptions, lambda options, folder, size: DigitsTask(options)),
     "semantica": "guidekit.semantica.train",
