@@ -16,7 +16,7 @@ import os
 import platform
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import click
@@ -80,6 +80,10 @@ class Wanted:
     def part(self, i: int, j: int) -> "Wanted":
         """Pictures i to j."""
         return Wanted(self.kinds[i:j], self.texts[i:j], self.plans[i:j], self.references[i:j])
+
+    def like(self, references: Tensor) -> "Wanted":
+        """The same with other references."""
+        return replace(self, references=references)
 
 
 def wanted(n: int) -> Wanted:
@@ -161,6 +165,7 @@ def clip_methods(bench: Bench, kind: str, scales: tuple[float, ...], seed_scale:
     noise, middle = {"units": "noise"}, sorted(scales)[len(scales) // 2]
     fields = {f"{kind} {scale} noise": noise | {"scale": scale} for scale in scales}
     fields |= {f"{kind} {seed_scale}": {}}
+    fields |= {f"{kind} {middle} noise, no views": noise | {"scale": middle, "views": 0}}
     plain = noise | {"scale": middle, "on": "x0"}
     fields |= {f"{kind}, plain CLIP on x0, {middle} noise": plain}
     text, image = kind == "text", kind == "content"
@@ -212,21 +217,36 @@ def structure_rows(bench: Bench) -> list[dict]:
 
 
 def style_rows(bench: Bench) -> list[dict]:
-    """Do colours become the reference's, and do objects stay where they are without guidance?"""
-    references = statistics((bench.wanted.references + 1) / 2)
-    noise = {"units": "noise", "scale": 0.2, "content": 0.0, "style": 1.0}
+    """Do colours become the reference's, and do objects stay where they are without guidance?
+
+    The last row holds them there by structure guidance towards the picture drawn without guidance.
+    """
+    given = bench.wanted
+    colours = statistics((given.references + 1) / 2)
     plain, _ = bench.draw(lambda given: [])
     layout = evaluate.see(bench.judge, plain).classes
-    rows = []
+    fields = {"units": "noise", "scale": 0.2, "content": 0.0}
+    bench.wanted = given.like(torch.stack([given.references, plain * 2 - 1], 1))
+
+    def style(part: Wanted, **own) -> Guidance:
+        return bench.clip(part.like(part.references[:, 0]), False, True, style=1.0, **fields, **own)
+
+    def held(part: Wanted) -> Guidance:
+        return bench.clip(part.like(part.references[:, 1]), False, True, structure=1.0, **fields)
+
+    images = {"unguided": plain}
     for name, make in {
-        "unguided": None,
-        "style": lambda g: [bench.clip(g, False, True, **noise)],
-        "style, first stage": lambda g: [bench.clip(g, False, True, stages=[0], **noise)],
+        "style": lambda g: [style(g)],
+        "style, after 0.4 of the steps": lambda g: [style(g, start=0.4)],
+        "style, and structure of the unguided picture": lambda g: [held(g), style(g)],
     }.items():
-        images = plain if make is None else bench.draw(make)[0]
-        found = evaluate.see(bench.judge, images).classes
-        away = (statistics(images) - references).norm(dim=1).numpy()
-        row = {"method": name, "n": len(images)} | columns(colour_distance=away)
+        images[name] = bench.draw(make)[0]
+    bench.wanted = given
+    rows = []
+    for name, drawn in images.items():
+        found = evaluate.see(bench.judge, drawn).classes
+        away = (statistics(drawn) - colours).norm(dim=1).numpy()
+        row = {"method": name, "n": len(drawn)} | columns(colour_distance=away)
         rows.append(row | columns(same_layout=silhouettes(found, layout)))
     return rows
 

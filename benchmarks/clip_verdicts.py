@@ -59,12 +59,14 @@ def structure(by: dict[str, dict]) -> list[str]:
 
 def style(by: dict[str, dict]) -> list[str]:
     """Colours move, objects do not: two draws without guidance share silhouettes by chance only."""
-    moved = by["style"]["colour distance"] / by["unguided"]["colour distance"]
-    stays = by["style"]["same layout"]
+    row = by["style, and structure of the unguided picture"]
+    alone, none = by["style"]["colour distance"], by["unguided"]["colour distance"]
     return [
-        said("style brings colours nearer", moved < 1, moved),
-        said("and leaves objects where they are", stays >= 0.5, stays),
-    ]
+        said("style brings colours nearer", alone < none, alone / none),
+        said("with structure it still does", row["colour distance"] < none,
+             row["colour distance"] / none),
+        said("and leaves objects where they are", row["same layout"] >= 0.5, row["same layout"]),
+    ]  # fmt: skip
 
 
 def both(by: dict[str, dict]) -> list[str]:

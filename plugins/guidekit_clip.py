@@ -50,7 +50,8 @@ class Clip(Guidance):
     structure: float = 0.0  # weight of the distance of their maps
     style: float = 0.0  # weight of the distance of their Gram matrices
     stages: tuple[int, ...] = ()  # maps of structure and style, 0 the first; () all
-    cutouts: int = 0  # random views of the clean estimate, with on=x0; 0 is the whole picture
+    views: int = 2  # shifted and mirrored views whose cosines are averaged; 0 is the whole
+    cutouts: int = 0  # random squares of the clean estimate in their place, with on=x0
     own_texts: list[list[str]] | None = field(default=None, init=False, repr=False, compare=False)
     own_images: Tensor | None = field(default=None, init=False, repr=False, compare=False)
 
@@ -62,8 +63,10 @@ class Clip(Guidance):
                     f"{self.name}.{name} must be one of {', '.join(choices)}, "
                     f"not {getattr(self, name)!r}"
                 )
-        if self.cutouts < 0 or (self.cutouts and self.on == "z"):
-            raise ValueError(f"{self.name}.cutouts is at least 0 and needs {self.name}.on=x0")
+        if min(self.views, self.cutouts) < 0:
+            raise ValueError(f"{self.name}.views and {self.name}.cutouts are at least 0")
+        if self.cutouts and self.on == "z":
+            raise ValueError(f"{self.name}.cutouts needs {self.name}.on=x0")
 
     @property
     def graph(self) -> str:
@@ -91,7 +94,9 @@ class Clip(Guidance):
         self._texts, self._weights = self._read_texts(run)
         if not self._references and (self.structure or self.style):
             raise ValueError(f"{self.name}.structure and style need {self.name}.image=FILE")
-        if not (self._references or (self.text_weight and self._weights.any())):
+        texts = bool(self.text_weight and self._weights.any())
+        self._cosines = texts or bool(self.content and self._references)
+        if not (self._references or texts):
             raise ValueError(
                 f"{self.name} has nothing to pull to: give {self.name}.text, {self.name}.image or "
                 "a prompt"
@@ -179,16 +184,26 @@ class Clip(Guidance):
 
     def _look(self, step: Step) -> tuple[list[Tensor], list[Tensor]]:
         """Embeddings (B, D) of the whole or of every view, and maps of the whole."""
+        x = step.z if self.on == "z" else step.decode(step.x0)
+        views = self._views(x, step)
+        whole = None if views and not self._stages else self._see(x, step, self._stages)
+        embeddings = [self._see(view, step).embedding for view in views]
+        return embeddings or [whole.embedding], whole.stages if whole else []
+
+    def _see(self, x: Tensor, step: Step, stages: Sequence[int] = ()) -> Seen:
+        """What the encoder sees in samples of this step, or in pictures."""
         if self.on == "z":
-            seen = self._encoder.at(step.z, step.level, self._stages)
-            return [seen.embedding], seen.stages
-        pixels = step.decode(step.x0)
-        whole = self._encoder.sees(pixels, self._stages)
-        if not self.cutouts:
-            return [whole.embedding], whole.stages
-        where = step.run.noise((self.cutouts, 3), step.index, step.repeat, f"{self.name}.cutouts")
-        places = torch.special.ndtr(where).to(pixels).unbind(1)
-        return [self._encoder.sees(cutout(pixels, p)).embedding for p in places], whole.stages
+            return self._encoder.at(x, step.level, stages)
+        return self._encoder.sees(x, stages)
+
+    def _views(self, x: Tensor, step: Step) -> list[Tensor]:
+        """Views of x (B, C, h, w), drawn from the pictures' seeds; none without cosines."""
+        count, view = (self.cutouts, cutout) if self.cutouts else (self.views, shifted)
+        if not (count and self._cosines):
+            return []
+        where = step.run.noise((count, 3), step.index, step.repeat, f"{self.name}.views")
+        places = torch.special.ndtr(where).to(x).unbind(1)
+        return [view(x, place) for place in places]
 
     def _look_at_references(self, step: Step) -> list[Seen]:
         """What it sees of the references, re-noised at this step with noise of each picture."""
@@ -256,6 +271,21 @@ def gram(maps: Tensor) -> Tensor:
     """Gram matrix (B, C, C) of each picture's map (B, C, h, w), over C h w, float32 or better."""
     flat = maps.flatten(2).to(torch.promote_types(maps.dtype, torch.float32))
     return flat @ flat.mT / maps[0].numel()
+
+
+def shifted(x: Tensor, place: Tensor) -> Tensor:
+    """Samples (B, C, h, w) moved by up to an eighth of their sides, half of them mirrored.
+
+    place: (B, 3) in [0, 1]. It moves by whole pixels, so that noise stays noise of its level.
+    """
+    h, w = x.shape[-2:]
+    padded = F.pad(x, (w // 8, w // 8, h // 8, h // 8), mode="reflect")
+    rows = []
+    for sample, (down, right, side) in zip(padded, place.tolist(), strict=True):
+        top, left = round(down * 2 * (h // 8)), round(right * 2 * (w // 8))
+        view = sample[:, top : top + h, left : left + w]
+        rows.append(view.flip(-1) if side < 0.5 else view)
+    return torch.stack(rows)
 
 
 def cutout(pixels: Tensor, place: Tensor) -> Tensor:

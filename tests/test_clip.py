@@ -4,23 +4,27 @@ import math
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 
-from guidekit import Condition, Guidance, Sampling, Segment, box_mask
+from guidekit import Condition, Guidance, Sampling, Segment, box_mask, load
+from guidekit.evaluate import FOUND, load_judge, see
 from guidekit.loading import make_scheduler, schedulers_for
 from guidekit.miniatures import ddpm_pipeline, sd3_pipeline, sd_pipeline
 from guidekit.noisy_clip.miniature import random_clip, random_encoder
 from guidekit.references import read_references
 from guidekit.registry import Registry
+from guidekit.scenes import CLASSES
 from guidekit.testing import run_check
-from guidekit_clip import Clip, gram, split, style, weighted
+from guidekit_clip import Clip, gram, shifted, split, style, weighted
 from guidekit_zest import Zest
 
 NOTHING = Condition()
 RED = {"encoder": "random", "text": "a red circle"}
 SCENE = {"encoder": "random", "image": (Path("scene-3"),)}
+WHOLE = {"views": 0}
 
 
 @pytest.fixture(scope="module")
@@ -61,7 +65,8 @@ def test_other_forms_hold_too(cls, check):
 
 
 def test_energy_of_texts_is_minus_their_weighted_cosines(pipe):
-    guidance = Clip(encoder="random", text="a red circle@0.5 | a green square", negative="blue")
+    texts = {"text": "a red circle@0.5 | a green square", "negative": "blue"}
+    guidance = Clip(encoder="random", **texts, **WHOLE)
     step = first_step(pipe, guidance)
     encoder, z = random_encoder(3), step.z
     seen = encoder.at(z, step.level).embedding
@@ -71,8 +76,28 @@ def test_energy_of_texts_is_minus_their_weighted_cosines(pipe):
     torch.testing.assert_close(energies(step), expected, rtol=1e-4, atol=1e-4)
 
 
+def test_views_are_averaged_and_each_picture_has_its_own(pipe):
+    step = first_step(pipe, Clip(**RED, views=3))
+    encoder, level, z = random_encoder(3), step.level, step.z
+    word = encoder.texts(["a red circle"])
+    places = torch.special.ndtr(step.run.noise((3, 3), 0, 0, "clip.views"))
+    assert not torch.equal(places[0], places[1])
+    seen = [encoder.at(shifted(z, place), level).embedding for place in places.unbind(1)]
+    expected = -120 * sum(F.cosine_similarity(view, word) for view in seen) / 3
+    torch.testing.assert_close(energies(step), expected, rtol=1e-4, atol=1e-4)
+    assert (energies(step) - energies(first_step(pipe, Clip(**RED, **WHOLE)))).abs().max() > 1e-3
+
+
+def test_a_view_is_moved_by_whole_pixels_and_may_be_mirrored():
+    x = torch.arange(256.0).reshape(1, 1, 16, 16).expand(3, 1, 16, 16)
+    places = torch.tensor([[0.5, 0.5, 0.9], [0.5, 0.5, 0.1], [1.0, 0.0, 0.9]])
+    same, mirrored, moved = shifted(x, places)
+    assert torch.equal(same, x[0]) and torch.equal(mirrored, x[0].flip(-1))
+    assert torch.equal(moved[:, :14, 2:], x[0][:, 2:, :14])
+
+
 def test_references_are_noised_to_the_level_of_z_for_each_picture(pipe):
-    guidance = Clip(**SCENE, structure=3.0, stages=(1,))
+    guidance = Clip(**SCENE, **WHOLE, structure=3.0, stages=(1,))
     step = first_step(pipe, guidance)
     encoder, level = random_encoder(3), step.level
     reference = read_references([Path("scene-3")], (16, 16))
@@ -245,6 +270,7 @@ def test_what_cannot_act_says_so(pipe, fields, says):
         ({"units": "metres"}, "seed, noise"),
         ({"on": "v"}, "z, x0"),
         ({"cutouts": 2}, "needs clip.on=x0"),
+        ({"views": -1}, "views and clip.cutouts are at least 0"),
     ],
 )
 def test_wrong_options_name_the_right_ones(fields, says):
@@ -266,3 +292,19 @@ def test_texts_carry_weights():
 
 def test_a_guidance_named_from_python_is_called_clip():
     assert Clip().name == "clip" and isinstance(replace(Clip(), scale=2.0), Guidance)
+
+
+def test_the_built_in_encoder_draws_what_the_text_says():
+    pipe = load("scenes-ddpm")
+    options = {"seeds": range(8), "steps": 25, "scheduler": make_scheduler(pipe, "ddpm")}
+    guidance = Clip(text="a cyan circle on a white background", units="noise", scale=0.2)
+    cyan = [i + 1 for i, name in enumerate(CLASSES) if name.startswith("cyan ")]
+    objects, grounds = [], []
+    for guidances in ([], [guidance]):
+        images = Sampling(pipe, NOTHING, guidances, **options).finish().images
+        found = see(load_judge(), images).classes
+        objects.append((np.isin(found, cyan).mean((1, 2)) >= FOUND).sum())
+        free = [image[:, torch.from_numpy(f == 0)] for image, f in zip(images, found, strict=True)]
+        grounds.append(sum(bool((pixels.median(1).values > 0.8).all()) for pixels in free))
+    assert objects[1] >= 6 > 3 >= objects[0], objects
+    assert grounds[1] >= 6 > 3 >= grounds[0], grounds

@@ -41,7 +41,7 @@ _B = _A | dict(
 _TINY = dict(
     sample_size=32, patch_size=2, block_out_channels=(64, 128), layers_per_block=(2, 4),
     down_block_types=(CONV,), mid_block_type=ATTEND, attention_head_dim=32,
-    cross_attention_dim=128, embedding_dim=256,
+    cross_attention_dim=128, embedding_dim=256, norm_num_groups=8,
 )  # fmt: skip
 VARIANTS: dict[str, dict[str, Any]] = {
     "a": _A,

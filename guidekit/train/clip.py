@@ -123,4 +123,9 @@ def _key(plan: scenes.Scene) -> int:
     return number
 
 
-OPTIONS, make = ClipOptions, ClipTask  # of a recipe's stage
+def make(options: ClipOptions, folder: Path, size: int) -> ClipTask:
+    """The task of a recipe's stage, which needs nothing of earlier ones."""
+    return ClipTask(options, size)
+
+
+OPTIONS = ClipOptions  # of a recipe's stage
