@@ -1,7 +1,5 @@
 """What SDG's tables say, confirmed or refuted by the rows of clip_guidance.py."""
 
-import itertools
-
 import numpy as np
 
 
@@ -34,20 +32,29 @@ def text(by: dict[str, dict]) -> list[str]:
     return [
         said("asked colour in 0.8", colour >= 0.8, colour),
         said("colour and shape together in 0.6", both >= 0.6, both),
-        ordering("a larger scale retrieves better", [r["top-1"] for r in scales]),
-        ordering("a larger scale varies less", [-r["spread"] for r in scales]),
+        ordering("a larger scale retrieves better", scales, "top-1"),
+        ordering("a larger scale varies less", scales[::-1], "spread"),
     ]
 
 
 def image(by: dict[str, dict]) -> list[str]:
     """Image guidance beside ILVR (Tables 2 and 3)."""
     small, large = (by[f"content {s} noise"] for s in (0.2, 0.4))
-    other = by["ILVR N=8"]
     return [
-        ordering("a larger scale retrieves better", [small["top-1"], large["top-1"]]),
-        ordering("image guidance varies more than ILVR", [other["spread"], large["spread"]]),
-        ordering("image guidance retrieves better than ILVR", [other["top-1"], large["top-1"]]),
-        ordering("its Frechet distance is smaller", [-other["Frechet"], -large["Frechet"]]),
+        ordering("a larger scale retrieves better", [small, large], "top-1"),
+        *(
+            line
+            for name in ("ILVR N=4", "ILVR N=8")
+            for line in (
+                ordering(f"image guidance varies more than {name}", [by[name], large], "spread"),
+                ordering(
+                    f"image guidance retrieves better than {name}", [by[name], large], "top-1"
+                ),
+                ordering(
+                    f"its Frechet distance is below that of {name}", [large, by[name]], "Frechet"
+                ),
+            )
+        ),
     ]
 
 
@@ -92,9 +99,14 @@ def said(what: str, holds: bool, value: float) -> str:
     return f"{'holds' if holds else 'MISSED'}: {what} ({value:.3f})"
 
 
-def ordering(what: str, values: list[float]) -> str:
-    """Whether values rise as the paper's do."""
-    rising = all(a < b for a, b in itertools.pairwise(values))
-    falling = any(a > b for a, b in itertools.pairwise(values))
-    numbers = ", ".join(f"{abs(v):.3f}" for v in values)
-    return f"{'confirmed' if rising else 'refuted' if falling else 'undecided'}: {what} ({numbers})"
+def ordering(what: str, rows: list[dict], column: str) -> str:
+    """Whether a column rises over the rows as the paper's does, its ends beyond their intervals."""
+    values = [row[column] for row in rows]
+    first, last = (
+        row.get(f"{column} 95%", (row[column], row[column])) for row in (rows[0], rows[-1])
+    )
+    if values == sorted(values) and first[1] < last[0]:
+        word = "confirmed"
+    else:
+        word = "refuted" if first[0] > last[1] else "undecided"
+    return f"{word}: {what} ({', '.join(f'{v:.3f}' for v in values)})"

@@ -30,16 +30,16 @@ from guidekit.train.loop import Loop, Options
 
 from semantica_cost import cost_rows
 
-SIZE, BATCH, W = 32, 32, 0.5
+SIZE, BATCH, W = 32, 16, 0.5
 HELD_OUT = ("red circle", "blue square", "green star", "yellow ring", "pink cross", "cyan triangle")
 POLLUTED = 0.3
-BASE = SemanticaOptions(pages=6000, quantiles=(0.02, 0.98), without=HELD_OUT)
+BASE = SemanticaOptions(variant="tiny-pixel", pages=6000, quantiles=(0.02, 0.98), without=HELD_OUT)
 
 # Ablation models by the fields that differ from BASE.
 MODELS = {
     "tokens": {},
     "film": {"conditioning": "film"},
-    "pixel": {"variant": "tiny-pixel"},
+    "patches": {"variant": "tiny"},
     "polluted": {"polluted": POLLUTED, "quantiles": (), "low": None, "high": None},
     "polluted, filtered": {"polluted": POLLUTED, "quantiles": (0.5, 0.98)},
     "labelled": {"source": "labelled-scenes", "quantiles": (), "low": None, "high": None},
@@ -50,7 +50,7 @@ PARTS = ("variance", "ablations", "guidance", "oneshot", "unseen", "cost")
 CLAIMS = (
     ("tokens", "film", "frechet", "cross-attention to tokens beats FiLM"),
     ("polluted, filtered", "polluted", "kept", "the filter helps on polluted pages"),
-    ("pixel", "tokens", "frechet", "no patching beats 2x2 patches"),
+    ("tokens", "patches", "frechet", "no patching beats 2x2 patches"),
     ("w = 0.5", "w = 0", "frechet", "guidance of 0.5 beats none"),
     ("w = 0", "w = 1", "far", "strong guidance comes nearer to the conditioning picture"),
     ("one-shot", "copy", "frechet", "one-shot samples beat copies of the one picture"),
