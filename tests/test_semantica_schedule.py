@@ -11,6 +11,7 @@ from guidekit.semantica.schedule import (
     SemanticaScheduler,
     epsilon_loss,
     logsnr,
+    min_snr,
     noised,
     shift,
 )
@@ -90,6 +91,13 @@ def predicted(scheduler, steps, std):
 
 def make(**options):
     return SemanticaScheduler(image_size=32, clip_sample=False, **options)
+
+
+def test_weights_stop_at_the_given_ratio():
+    level = torch.tensor([5.0, 1.0, 0.0, -3.0])
+    snr = level.exp()
+    torch.testing.assert_close(min_snr(level, 2.0), snr.clamp(max=2.0) / snr)
+    assert torch.equal(min_snr(level, 0.0), torch.ones(4))
 
 
 @pytest.mark.parametrize("reading", ["lineage", "literal"])

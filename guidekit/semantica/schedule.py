@@ -50,6 +50,16 @@ def epsilon_loss(out: Tensor, v: Tensor, level: Tensor) -> Tensor:
     return torch.sigmoid(level.float()) * error
 
 
+def min_snr(level: Tensor, gamma: float) -> Tensor:
+    """Weight min(SNR, gamma) / SNR of the loss in epsilon at log-SNR `level` (B,); 1 for gamma 0.
+
+    Hang et al. 2023, arXiv:2303.09556: nearly clean pictures have most of the loss and tell least.
+    """
+    if not gamma:
+        return torch.ones_like(level)
+    return (gamma * torch.exp(-level)).clamp(max=1)
+
+
 Reading = Literal["lineage", "literal"]
 
 

@@ -24,6 +24,7 @@ from guidekit.semantica.schedule import (
     SemanticaScheduler,
     epsilon_loss,
     logsnr,
+    min_snr,
     noised,
 )
 from guidekit.semantica.sources import (
@@ -64,6 +65,7 @@ class SemanticaOptions(PagesOptions):
     conditioning: str = "tokens"  # tokens | film
     drop: float = 0.1  # share of the conditions replaced by none, for guidance
     noise_size: int = 32  # side at which the schedule is not shifted
+    gamma: float = 0.0  # signal-to-noise ratio above which the loss weighs less; 0 is the paper's
     frac: float = 0.2  # of the sampler's variance
     reading: str = "lineage"  # of frac: lineage | literal
     checkpointing: bool = False  # less memory for a third more time
@@ -73,16 +75,16 @@ class SemanticaOptions(PagesOptions):
 class SemanticaLoss(nn.Module):
     """Error of the noise that the predicted velocity stands for."""
 
-    def __init__(self, unet: UViT):
+    def __init__(self, unet: UViT, gamma: float = 0.0):
         super().__init__()
-        self.unet = unet
+        self.unet, self.gamma = unet, gamma
 
     def forward(
         self, z: Tensor, timestep: Tensor, states: Tensor, v: Tensor, level: Tensor
     ) -> dict[str, Tensor]:
         """Mean loss of z (B, 3, H, W) at log-SNR `level` (B,) for states (B, T, D)."""
         out = self.unet(z, timestep, states, return_dict=False)[0]
-        return {"epsilon": epsilon_loss(out, v, level).mean()}
+        return {"epsilon": (min_snr(level, self.gamma) * epsilon_loss(out, v, level)).mean()}
 
 
 class SemanticaTask:
@@ -101,7 +103,7 @@ class SemanticaTask:
         )  # fmt: skip
         if options.checkpointing:
             unet.enable_gradient_checkpointing()
-        self.net = SemanticaLoss(unet.train())
+        self.net = SemanticaLoss(unet.train(), options.gamma)
         if options.compile:
             unet.compile(fullgraph=True)
 
