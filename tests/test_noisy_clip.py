@@ -19,7 +19,13 @@ from guidekit.noisy_clip.files import load_clip
 from guidekit.noisy_clip.loss import info_nce
 from guidekit.noisy_clip.model import CleanClip, NoisyClip, look
 from guidekit.noisy_clip.norms import LevelEmbedding
-from guidekit.noisy_clip.train import NoisyClipOptions, NoisyClipTask, logsnr_at, noised
+from guidekit.noisy_clip.train import (
+    Alignment,
+    NoisyClipOptions,
+    NoisyClipTask,
+    logsnr_at,
+    noised,
+)
 from guidekit.train import recipe
 from guidekit.train.loop import Loop, Options
 
@@ -233,6 +239,21 @@ def test_a_recipe_makes_a_clip_and_its_noise_aware_version(tmp_path):
     torch.testing.assert_close(noisy.texts(words), clean.texts(words), rtol=1e-2, atol=1e-2)
     assert clean.tokenizer(words).shape == (2, 32)
     assert noisy(pictures(), torch.zeros(3)).embedding.shape == (3, 128)
+
+
+@pytest.mark.parametrize("pull", [0.0, 2.0])
+def test_the_loss_is_info_nce_and_the_pull_to_the_clean_embedding(pull):
+    clip = clips.clip("vit")
+    encoder, frozen = NoisyClip(clip, 16).eval(), clip.model.visual
+    x0, eps = pictures(4).clamp(-1, 1), pictures(4).flip(0)
+    logsnr = torch.tensor([4.0, 1.0, 0.0, -2.0])
+    losses = Alignment(encoder, frozen, 30.0, pull)(x0, x0, eps, logsnr)
+    noisy = encoder(noised(x0, eps, logsnr), logsnr).embedding
+    clean = look(frozen, encoder.normalised(x0)).embedding
+    away = 1 - torch.nn.functional.cosine_similarity(noisy, clean)
+    assert away.mean() > 5e-3
+    torch.testing.assert_close(losses["pull"], pull * 30 * away.mean())
+    torch.testing.assert_close(losses["info_nce"], info_nce(noisy, clean, 30.0))
 
 
 def test_neighbours_of_a_batch_differ_in_shapes_only():
