@@ -16,8 +16,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import click
-import numpy as np
 import torch
+from semantica_measures import HELD_OUT, SIZE, PagesSeen, held_out, measure
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
@@ -30,10 +30,11 @@ from guidekit.train.loop import Loop, Options
 
 from semantica_cost import cost_rows
 
-SIZE, BATCH, W = 32, 16, 0.5
-HELD_OUT = ("red circle", "blue square", "green star", "yellow ring", "pink cross", "cyan triangle")
+BATCH, W = 16, 0.5
 POLLUTED = 0.3
-BASE = SemanticaOptions(variant="tiny-pixel", pages=6000, quantiles=(0.02, 0.98), without=HELD_OUT)
+BASE = SemanticaOptions(
+    variant="tiny-pixel", pages=6000, quantiles=(0.02, 0.98), without=HELD_OUT, gamma=1.0
+)
 
 # Ablation models by the fields that differ from BASE.
 MODELS = {
@@ -49,12 +50,12 @@ PARTS = ("variance", "ablations", "guidance", "oneshot", "unseen", "cost")
 # Claims: the row that should be the better one, the other, the column, and what it says.
 CLAIMS = (
     ("tokens", "film", "frechet", "cross-attention to tokens beats FiLM"),
-    ("polluted, filtered", "polluted", "kept", "the filter helps on polluted pages"),
+    ("polluted, filtered", "polluted", "overlap", "the filter helps on polluted pages"),
     ("tokens", "patches", "frechet", "no patching beats 2x2 patches"),
     ("w = 0.5", "w = 0", "frechet", "guidance of 0.5 beats none"),
     ("w = 0", "w = 1", "far", "strong guidance comes nearer to the conditioning picture"),
     ("one-shot", "copy", "frechet", "one-shot samples beat copies of the one picture"),
-    ("episodes, unseen", "labelled, unseen", "kept", "episodes carry further than labels"),
+    ("episodes, unseen", "labelled, unseen", "overlap", "episodes carry further than labels"),
 )
 LOWER = ("frechet",)
 
@@ -72,76 +73,6 @@ class Setting:
     quick: bool
 
 
-@dataclass(frozen=True)
-class PagesSeen:
-    """Held-out pages: conditions and other pictures (n, 3, 32, 32) in [0, 1], and their plans."""
-
-    plans: list[scenes.Scene]
-    conditions: Tensor
-    others: Tensor
-
-
-def held_out(n: int, seed: int, unseen: bool) -> PagesSeen:
-    """n test pages, with only objects that no training page held, or with none of them."""
-    pages, number = [], 10_000 * seed
-    while len(pages) < n:
-        things = {t.phrase for t in scenes.scene(number, "test").things}
-        if things <= set(HELD_OUT) if unseen else not things & set(HELD_OUT):
-            pages.append(scenes.episode(number, 2, "test"))
-        number += 1
-    first, second = ((scenes.batch(list(p), SIZE)[0] + 1) / 2 for p in zip(*pages, strict=True))
-    return PagesSeen([p[0] for p in pages], first, second)
-
-
-def objects(verdict: evaluate.Verdict) -> list[set[str]]:
-    """Names of the objects that the judge finds in each picture."""
-    areas = evaluate.asked_pixels(verdict.classes) >= evaluate.FOUND * SIZE * SIZE
-    return [{scenes.CLASSES[i] for i in np.flatnonzero(row)} for row in areas]
-
-
-def backgrounds(images: Tensor, verdict: evaluate.Verdict) -> list[str]:
-    """Nearest background colour of what the judge finds free."""
-    colours = np.array(list(scenes.BACKGROUNDS.values()))
-    found = []
-    for image, classes in zip(images.permute(0, 2, 3, 1).numpy(), verdict.classes, strict=True):
-        free = image[classes == 0]
-        middle = np.median(free, 0) * 255 if len(free) else np.zeros(3)
-        found.append(scenes.BACKGROUND_NAMES[((colours - middle) ** 2).sum(1).argmin()])
-    return found
-
-
-def all_kept(images: Tensor, verdict: evaluate.Verdict, plans: list[scenes.Scene]) -> np.ndarray:
-    """Whether background and set of objects are exactly the page's, (n,) of 0 and 1."""
-    asked = [({t.phrase for t in plan.things}, plan.background) for plan in plans]
-    seen = zip(objects(verdict), backgrounds(images, verdict), strict=True)
-    return np.array([found == page for found, page in zip(seen, asked, strict=True)], float)
-
-
-def distance(a: Tensor, b: Tensor) -> np.ndarray:
-    """Root mean squared difference of pictures (n, 3, H, W) in [0, 1]: (n,)."""
-    return (a - b).square().mean((1, 2, 3)).sqrt().numpy()
-
-
-def measure(name: str, images: Tensor, pages: PagesSeen, judge: Judge) -> dict:
-    """A row: attributes kept, Frechet distance, distance to the condition, copies; intervals."""
-    verdict, real = evaluate.see(judge, images), evaluate.see(judge, pages.others)
-    kept, far = all_kept(images, verdict, pages.plans), distance(images, pages.conditions)
-    near = np.quantile(distance(pages.others, pages.conditions), 0.01)
-    copies = (far < near).astype(float)
-    row = {"method": name, "n": len(images)}
-    columns = {
-        "kept": lambda i: float(kept[i].mean()),
-        "frechet": lambda i: evaluate.frechet(verdict.features[i], real.features[i]),
-        "far": lambda i: float(far[i].mean()),
-        "copies": lambda i: float(copies[i].mean()),
-    }
-    for column, statistic in columns.items():
-        draws = 200 if column == "frechet" else 1000
-        row[column] = statistic(np.arange(len(images)))
-        row[f"{column}_interval"] = evaluate.interval(statistic, len(images), draws)
-    return row
-
-
 def step_flop(task: SemanticaTask) -> float:
     """Floating-point operations of one training step: forward and twice that for backward."""
     batch = task.batch(range(2), torch.Generator().manual_seed(0))
@@ -156,13 +87,15 @@ def trained(name: str, setting: Setting):
     if not (folder / "model").exists():
         torch.manual_seed(setting.seed)
         options = replace(BASE, **MODELS[name], encoder=setting.encoder)
+        store = setting.out / "pages" / f"{options.source}-{options.polluted:g}"
+        options = replace(options, store=str(store))
         if setting.quick:
             options = replace(options, pages=200)
         task = make(options, folder, SIZE)
         loop = Options(
-            steps=max(int(setting.flop / step_flop(task)), 2), batch=BATCH, lr=1e-3, warmup=50,
+            steps=max(int(setting.flop / step_flop(task)), 2), batch=BATCH, lr=2e-3, warmup=50,
             decay="cosine", weight_decay=0.0, eps=1e-12, ema=0.999, seed=setting.seed,
-            save_every=200, preview_every=10**6,
+            precision="bf16", save_every=200, preview_every=10**6,
         )  # fmt: skip
         loop = Loop(task, loop, folder / "run")
         loop.run()
