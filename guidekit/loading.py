@@ -163,11 +163,12 @@ def make_scheduler(pipeline: DiffusionPipeline, name: str):
         kind = "not for flow models" if is_flow(own) else "for flow models alone"
         raise ValueError(f"scheduler {name!r} is {kind}; there are {', '.join(possible)}")
     scheduler = getattr(diffusers, SCHEDULERS[name])
-    flow = {}
+    # A scheduler with a schedule of its own says what others need to know of it.
+    more = own.shared_settings() if hasattr(own, "shared_settings") else {}
     if is_flow(own) and not name.startswith("flow-"):
         shift = own.config.get("shift", own.config.get("flow_shift", 1.0))
-        flow = {"use_flow_sigmas": True, "prediction_type": "flow_prediction", "flow_shift": shift}
-    return scheduler.from_config(own.config, **flow)
+        more = {"use_flow_sigmas": True, "prediction_type": "flow_prediction", "flow_shift": shift}
+    return scheduler.from_config(own.config, **more)
 
 
 def schedulers_for(own) -> list[str]:

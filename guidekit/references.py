@@ -15,6 +15,7 @@ from guidekit.pictures import PICTURE_ERRORS, read_picture, to_image
 
 BUILT_IN = re.compile(r"scene-(\d+)")
 SCENE_SIZE = 64  # of built-in references
+LARGEST = 1024  # longer side of a folder's references; encoders see 224 to 518
 PICTURES = (".jpg", ".jpeg", ".png", ".webp")
 
 
@@ -51,7 +52,8 @@ def load_reference(path: str | Path) -> Reference:
 def load_references(folder: str | Path) -> dict[str, Reference]:
     """References of a folder of pictures by name: the subfolder's, else the file's stem.
 
-    Raises ValueError for a folder without pictures and for a name that occurs twice.
+    Large pictures are made smaller, as all of them stay in memory. Raises ValueError for a folder
+    without pictures and for a name that occurs twice.
     """
     root = Path(folder)
     found: dict[str, Reference] = {}
@@ -63,6 +65,7 @@ def load_references(folder: str | Path) -> dict[str, Reference]:
                 f"{folder} has two pictures for {name!r}, {found[name].path} and {path}; leave one"
             )
         found[name] = load_reference(path)
+        found[name].picture.thumbnail((LARGEST, LARGEST), Image.Resampling.LANCZOS)
     if not found:
         raise ValueError(f"image folder {folder}: no {', '.join(PICTURES)} in it")
     return found

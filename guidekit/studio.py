@@ -184,7 +184,7 @@ class Studio:
                 if self.compares:
                     self._draw_unguided(batch, _numbered(progress, part + 1, parts))
                 self.finished += batch
-                self._keep("running")
+                self._keep_if_cheap()
             status = "finished"
         except KeyboardInterrupt:
             status = "stopped"
@@ -239,7 +239,7 @@ class Studio:
         masks = [segment.mask for segment in self.condition.segments]
         for i, seed in enumerate(seeds):
             image = pictures.to_image(sampling.images[i])
-            text = self.tables | {"seed": seed, "versions": self.record["versions"]}
+            text = self._tables_of(seed) | {"seed": seed, "versions": self.record["versions"]}
             outputs.save_picture(image, self.folder / self._path(seed), text)
             if masks:
                 path = self.folder / "overlay" / f"{seed}.png"
@@ -275,8 +275,20 @@ class Studio:
         for note in account.notes:
             self.account.note(note)
 
+    def _tables_of(self, seed: int) -> dict[str, Any]:
+        """The settings that a picture carries; those of a data set leave out its other seeds."""
+        if not self.places:
+            return self.tables
+        return self.tables | {"sample": self.tables["sample"] | {"seeds": [seed]}}
+
+    def _keep_if_cheap(self) -> None:
+        """Writes run.json unless that would take more than a hundredth of the run's time."""
+        if time.monotonic() - self._kept >= 100 * self._keeping:
+            self._keep("running")
+
     def _keep(self, status: str) -> None:
         """Writes run.json as things stand."""
+        started = time.monotonic()
         self.record |= {
             "status": status,
             "finished": list(self.finished),
@@ -288,6 +300,8 @@ class Studio:
             "account": self.account.rows,
         }
         outputs.write_record(self.tables | {"record": self.record}, self.folder)
+        self._kept = time.monotonic()
+        self._keeping = self._kept - started  # seconds; it grows with the number of pictures
 
 
 def _check_finite(seeds: list[int], images: Tensor) -> None:

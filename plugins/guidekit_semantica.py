@@ -79,18 +79,20 @@ class Semantica(Guidance):
         references = [condition.image for condition in run.conditions]
         if self.adapter.name == RANDOM and not self.adapter.exists():
             states = _tokens(random_encoder(), references)
-            self._adapter = random_adapter(model, states.shape[-1])
+            self._adapter, null = random_adapter(model, states.shape[-1]), torch.zeros_like(states)
         else:
             self._adapter = load_adapter(self.adapter, model)
-            states = self._encoded(references, run)
-        states = states.to(run.device, model.dtype)
+            states, null = self._encoded(references, run)
         with torch.no_grad():
-            self._tokens = self._adapter(states)
-            self._null = self._adapter(torch.zeros_like(states))
+            self._tokens = self._adapter(states.to(run.device, model.dtype))
+            self._null = self._adapter(null.to(run.device, model.dtype))
         run.tap_attention(self, SITES)
 
-    def _encoded(self, references: list[Reference], run: Run) -> Tensor:
-        """What the adapter's encoder says of the references: tokens, or CLIP's embedding."""
+    def _encoded(self, references: list[Reference], run: Run) -> tuple[Tensor, Tensor]:
+        """What the adapter's encoder says of the references, and what stands for none.
+
+        Tokens, CLIP's embedding, or CLIP's last but one layer (IP-Adapter Plus).
+        """
         from guidekit.semantica.encode import load_encoder
 
         name = self.encoder or str(self.adapter / "encoder")
@@ -107,20 +109,28 @@ class Semantica(Guidance):
                 f"{self.name} needs the picture encoder of {self.adapter.name}: set "
                 f"{self.name}.encoder to the folder of its CLIPVisionModelWithProjection"
             )
-        return _tokens(load_encoder(name), references)
+        states = _tokens(load_encoder(name), references)
+        return states, torch.zeros_like(states)
 
-    def _clip(self, encoder, references: list[Reference]) -> Tensor:
-        """What diffusers feeds the projection: embeddings, or the last but one layer (Plus)."""
+    def _clip(self, encoder, references: list[Reference]) -> tuple[Tensor, Tensor]:
+        """What diffusers feeds the projection, of the references and of none.
+
+        Embeddings and zeros; or the last but one layer (Plus), of a picture of zeros for none.
+        """
         from transformers import CLIPImageProcessor
 
         size = encoder.config.image_size
         pixels = CLIPImageProcessor(size=size, crop_size=size)(
             [r.picture.convert("RGB") for r in references], return_tensors="pt"
         ).pixel_values
+        pixels = pixels.to(encoder.device, encoder.dtype)
         with torch.no_grad():
-            out = encoder(pixels.to(encoder.device, encoder.dtype), output_hidden_states=True)
-        plain = type(self._adapter.projection).__name__ == "ImageProjection"
-        return out.image_embeds if plain else out.hidden_states[-2]
+            if type(self._adapter.projection).__name__ == "ImageProjection":
+                embedding = encoder(pixels).image_embeds
+                return embedding, torch.zeros_like(embedding)
+            both = torch.cat([pixels, torch.zeros_like(pixels)])
+            layer = encoder(both, output_hidden_states=True).hidden_states[-2]
+        return layer.chunk(2)
 
     def touches(self, branch: Branch) -> bool:
         """The adapter acts on every branch; the null sees no picture."""

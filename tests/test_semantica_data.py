@@ -1,8 +1,10 @@
 """Encoders, sources, the cache of encoded pages and the filter of pairs."""
 
+import functools
 import io
 import json
 import tarfile
+import weakref
 
 import numpy as np
 import open_clip
@@ -16,6 +18,7 @@ from guidekit.semantica.data import Pages, write_pages
 from guidekit.semantica.encode import CLIP_CONFIG, CLIP_WEIGHTS, from_timm, load_encoder
 from guidekit.semantica.pairs import Episodes, bounds_at, find_pairs
 from guidekit.semantica.sources import (
+    Item,
     folder_items,
     labelled_scene_items,
     scene_items,
@@ -88,6 +91,29 @@ def test_a_cut_shard_is_skipped_from_where_it_is_cut(shards, tiny, tmp_path):
     shards[1].write_bytes(whole[: len(whole) // 2])
     pages = write_pages(shard_items(shards), tiny, tmp_path / "pages", SIZE)
     assert 1 <= len(pages) < 4 and pages.unreadable >= 3
+
+
+def test_names_in_shards_may_have_dots_in_their_folders(tiny, tmp_path):
+    """As `tar cf x.tar .` writes them."""
+    red, blue = sample("red", "a"), sample("blue", "a")
+    shard(tmp_path / "0.tar", {"./000": red, "./001": blue, "laion.v1/000": red})
+    keys = [item.key for item in shard_items([tmp_path / "0.tar"])]
+    assert keys == ["0.tar/./000", "0.tar/./001", "0.tar/laion.v1/000"]
+
+
+def test_files_are_not_kept_with_what_was_decoded(tiny, tmp_path):
+    """A shard's worth of large originals would be gigabytes."""
+    alive, count = [], []
+
+    def items():
+        for n in range(6):
+            count.append(sum(item() is not None for item in alive))
+            item = Item(str(n // 2), str(n), functools.partial(Image.new, "RGB", (16, 16)))
+            alive.append(weakref.ref(item))
+            yield item
+
+    write_pages(items(), tiny, tmp_path / "pages", SIZE, shard=6)
+    assert len(count) == 6 and max(count) <= 1
 
 
 def test_shards_by_label_and_without_the_column(shards, tiny, tmp_path):
@@ -196,6 +222,19 @@ def test_filter_keeps_pairs_by_cosine(pages):
         find_pairs(pages, 1.5, 2.0)
 
 
+def test_every_picture_of_a_large_page_is_paired(tiny, tmp_path):
+    """Within groups, as pairs grow with the square."""
+    colours = [(i, 255 - i, 90) for i in range(0, 150)]
+    items = (
+        Item("class", str(c), functools.partial(Image.new, "RGB", (16, 16), c)) for c in colours
+    )
+    pages = write_pages(items, tiny, tmp_path, SIZE)
+    result = find_pairs(pages, None, None, out=tmp_path / "filter")
+    pairs = Episodes(pages, tmp_path / "filter").pairs
+    assert sorted(set(pairs.flatten().tolist())) == list(range(150))
+    assert result.kept == result.total == 3 * 50 * 49 / 2
+
+
 def test_filter_by_quantiles(pages):
     found = find_pairs(pages, quantiles=(0.25, 0.75))
     assert 0.3 < found.share < 0.75 and found.low < found.high
@@ -252,3 +291,9 @@ def test_unknown_encoders():
         load_encoder("timm/vit_of_nobody")
     with pytest.raises(ValueError, match="open_clip has no model"):
         load_encoder("open_clip/ViT-of-nobody/tag")
+    with pytest.raises(
+        ValueError, match="no weights 'test_vit.nope'; there are test_vit.r160_in1k"
+    ):
+        load_encoder("timm/test_vit.nope")
+    with pytest.raises(ValueError, match="no weights 'nope' of RN50; there are openai"):
+        load_encoder("open_clip/RN50/nope")

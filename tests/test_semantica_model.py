@@ -96,6 +96,7 @@ def test_it_begins_at_zero_and_needs_its_condition():
         ({"layers_per_block": (1, 2)}, "one of each per stage"),
         ({"down_block_types": ("conv", "vit")}, "no block type vit"),
         ({"conditioning": "text"}, "tokens, film or none"),
+        ({"sample_size": 15}, "take a multiple of 4"),
     ],
 )
 def test_wrong_settings(changes, message):

@@ -12,6 +12,7 @@ from safetensors.torch import save_file
 from guidekit import Condition, Reference, Sampling, load
 from guidekit.cli import main
 from guidekit.guidance import FeatureRead
+from guidekit.loading import make_scheduler
 from guidekit.miniatures import sd_pipeline
 from guidekit.references import load_references
 from guidekit.semantica.adapter import ImageAdapter, from_published, load_adapter, new_adapter
@@ -249,6 +250,8 @@ def test_command_line(pipe, tmp_path, monkeypatch):
     files = sorted(str(p.relative_to("set")) for p in Path("set").glob("*/*.png"))
     assert files == [f"bird/{i}.png" for i in (0, 1, 2)] + [f"fish/{i}.png" for i in (3, 4, 5)]
     run = json.loads(Path("set/run.json").read_text())
+    assert run["record"]["finished"] == run["sample"]["seeds"] == list(range(6))
+    assert json.loads(Image.open("set/fish/4.png").text["guidekit"])["sample"]["seeds"] == [4]
     assert run["record"]["places"]["4"] == "fish/4.png" and not Path("set/unguided").exists()
     for wrong, message in (
         (["--image", "none.png"], "no such file"),
@@ -267,28 +270,96 @@ def test_folders_of_references(tmp_path):
     with pytest.raises(ValueError, match="two pictures for 'a'"):
         load_references(tmp_path)
     (tmp_path / "a/2.png").unlink()
+    picture("blue").resize((3000, 1500)).save(tmp_path / "b.png")
     found = load_references(tmp_path)
+    assert found["b"].picture.size == (1024, 512)
     assert list(found) == ["a", "b"] and found["b"].pixels(8).shape == (3, 8, 8)
     with pytest.raises(ValueError, match="no .jpg"):
         load_references(tmp_path / "nothing")
 
 
-def test_published_adapter_from_a_file(tmp_path):
-    """The plugin with IP-Adapter's own weights and a CLIP in transformers' form."""
-    from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
+def plus(unet, channels=16):
+    """Random weights in the form of a published IP-Adapter Plus: a resampler of all tokens."""
+    width, inner = unet.config.cross_attention_dim, 64
+    generator = torch.Generator().manual_seed(3)
+    shapes = {"latents": (1, 4, inner), "proj_in.weight": (inner, channels),
+              "proj_in.bias": (inner,), "proj_out.weight": (width, inner), "proj_out.bias": (width,),
+              "norm_out.weight": (width,), "norm_out.bias": (width,)}  # fmt: skip
+    for i in range(4):
+        for norm in ("0.norm1", "0.norm2", "1.0"):
+            shapes |= {f"layers.{i}.{norm}.{part}": (inner,) for part in ("weight", "bias")}
+        shapes |= {
+            f"layers.{i}.0.to_q.weight": (inner, inner),
+            f"layers.{i}.0.to_kv.weight": (2 * inner, inner),
+            f"layers.{i}.0.to_out.weight": (inner, inner),
+            f"layers.{i}.1.1.weight": (4 * inner, inner),
+            f"layers.{i}.1.3.weight": (inner, 4 * inner),
+        }
+    resampler = {
+        f"image_proj.{name}": torch.randn(shape, generator=generator) * shape[-1] ** -0.5
+        for name, shape in shapes.items()
+    }
+    attention = {k: v for k, v in published(unet).items() if k.startswith("ip_adapter")}
+    return resampler | attention
 
-    pipe = sd_pipeline()
-    save_file(published(pipe.unet), tmp_path / "ip.safetensors")
+
+@pytest.mark.parametrize("weights", [published, plus])
+def test_pictures_are_those_of_diffusers_with_an_ip_adapter(tmp_path, weights):
+    """With classifier-free guidance, so the branch without the picture is diffusers' as well."""
+    from transformers import CLIPImageProcessor, CLIPVisionConfig, CLIPVisionModelWithProjection
+
+    pipe, theirs = sd_pipeline(), sd_pipeline()
+    given = weights(pipe.unet)
+    save_file(given, tmp_path / "ip.safetensors")
     torch.manual_seed(0)
-    CLIPVisionModelWithProjection(
+    clip = CLIPVisionModelWithProjection(
         CLIPVisionConfig(
-            hidden_size=16, intermediate_size=16, projection_dim=24, num_hidden_layers=1,
+            hidden_size=16, intermediate_size=16, projection_dim=24, num_hidden_layers=2,
             num_attention_heads=2, image_size=16, patch_size=8,
         )
-    ).save_pretrained(tmp_path / "clip")  # fmt: skip
-    condition = Condition("red circle", image=RED.image)
-    follow = Semantica(adapter=tmp_path / "ip.safetensors", encoder=str(tmp_path / "clip"))
-    guided = drawn(pipe, condition, [follow], steps=2).images
-    assert (guided - drawn(pipe, Condition("red circle"), steps=2).images).abs().max() > 1e-3
+    ).eval()  # fmt: skip
+    clip.save_pretrained(tmp_path / "clip")
+    condition = Condition("red circle", "blue", image=RED.image)
+    adapter = tmp_path / "ip.safetensors"
+    follow = Semantica(adapter=adapter, encoder=str(tmp_path / "clip"))
+    found = drawn(pipe, condition, [follow], steps=2, cfg=7.5).images
+
+    processor = CLIPImageProcessor(size=16, crop_size=16)
+    theirs.register_modules(image_encoder=clip, feature_extractor=processor)
+    parts = {"image_proj": {}, "ip_adapter": {}}
+    for key, value in given.items():
+        part, _, rest = key.partition(".")
+        parts[part][rest] = value
+    theirs.unet._load_ip_adapter_weights([parts], low_cpu_mem_usage=False)
+    expected = theirs(
+        ["red circle"] * 2, negative_prompt=["blue"] * 2, ip_adapter_image=RED.image.picture,
+        generator=[torch.Generator().manual_seed(seed) for seed in (5, 6)],
+        num_inference_steps=2, guidance_scale=7.5, output_type="pt",
+    ).images  # fmt: skip
+    assert (
+        found - drawn(pipe, Condition("red circle", "blue"), steps=2, cfg=7.5).images
+    ).abs().max() > 1e-3
+    assert (found - expected).abs().max() < 2e-5
     with pytest.raises(ValueError, match="needs the picture encoder"):
-        drawn(pipe, condition, [Semantica(adapter=tmp_path / "ip.safetensors")])
+        drawn(pipe, condition, [Semantica(adapter=adapter)])
+
+
+def test_an_adapter_of_another_text_is_refused(tmp_path):
+    unet = sd_pipeline().unet
+    adapter = new_adapter(unet, 16)
+    other = ImageAdapter(adapter.config.sites, 2 * unet.config.cross_attention_dim, 16)
+    other.save_pretrained(tmp_path / "other")
+    with pytest.raises(ValueError, match="whose text is 64 wide, not 32"):
+        load_adapter(tmp_path / "other", unet)
+
+
+@pytest.mark.parametrize("name", ["ddim", "ddpm", "dpm++", "euler", "heun", "unipc"])
+def test_other_schedulers_follow_the_models_schedule(pipe, name):
+    """`from_config` alone gives them other betas and an epsilon that the model does not say."""
+    own = pipe.scheduler
+    other = make_scheduler(pipe, name)
+    torch.testing.assert_close(other.alphas_cumprod, own.alphas_cumprod, atol=2e-6, rtol=1e-3)
+    assert other.config.prediction_type == "v_prediction"
+    assert other.config.timestep_spacing == own.config.timestep_spacing
+    images = drawn(pipe, RED, [Semantica()], steps=6, scheduler=other).images
+    assert torch.isfinite(images).all()

@@ -101,6 +101,12 @@ def load_adapter(path: str | Path, model: UNet2DConditionModel) -> ImageAdapter:
     if path.is_dir():
         adapter = ImageAdapter.from_pretrained(path)
         wanted = [tuple(site) for site in adapter.config.sites]
+        width = model.config.cross_attention_dim
+        if adapter.config.width != width:
+            raise ValueError(
+                f"{path} was trained for a backbone whose text is {adapter.config.width} wide, not "
+                f"{width}"
+            )
         if wanted != list(sites_of(model)):
             raise ValueError(f"{path} was trained for a backbone with other attention sites")
     elif path.suffix == ".safetensors" and path.exists():

@@ -109,7 +109,8 @@ class AdapterTask:
 def make(options: AdapterOptions, folder: Path, size: int) -> AdapterTask:
     """The task of a recipe's stage."""
     episodes, encoder = make_episodes(options, folder, size, quiet=True)
-    return AdapterTask(options, episodes, encoder, load(options.backbone), size)
+    pipeline = load(options.backbone, dtype=torch.float32)  # half precision is the loop's
+    return AdapterTask(options, episodes, encoder, pipeline, size)
 
 
 OPTIONS = AdapterOptions  # of a recipe's stage

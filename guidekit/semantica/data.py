@@ -46,15 +46,17 @@ def write_pages(
     shard: int = 1024,
     batch: int = 64,
     quiet: bool = True,
+    facts: dict | None = None,
 ) -> "Pages":
     """Decodes and encodes all items into `folder`, or what is left of them, and opens it.
 
-    What cannot be read is skipped and counted (`Pages.unreadable`). Raises ValueError for a folder
-    that was begun with another encoder or size.
+    What cannot be read is skipped and counted (`Pages.unreadable`). facts: what else tells these
+    items from others. Raises ValueError for a folder that was begun with another encoder or size,
+    or other facts.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    _check_same(folder / "pages.json", {"encoder": encoder.source, "size": size})
+    _check_same(folder / "pages.json", {"encoder": encoder.source, "size": size} | (facts or {}))
     done = [_meta(path) for path in _shards(folder)]
     if done and done[-1]["last"]:
         return Pages(folder)
@@ -103,7 +105,8 @@ class _Writer:
 
     def _clear(self) -> None:
         self.pictures: list[Tensor] = []
-        self.items: list[Item] = []
+        # Not the items themselves, which hold the files that they were decoded from.
+        self.lists: dict[str, list[str]] = {"page": [], "key": [], "caption": []}
         self.seen = self.unreadable = 0
 
     def add(self, item: Item | None, picture: Tensor | None) -> None:
@@ -112,15 +115,15 @@ class _Writer:
         if picture is None:
             self.unreadable += 1
         else:
-            self.items.append(item)
+            for name, values in self.lists.items():
+                values.append(getattr(item, name))
             self.pictures.append(picture)
 
     def flush(self, last: bool) -> None:
         """Encodes and writes what was collected; the file appears only when it is complete."""
         tensors = self._tensors() if self.pictures else {}
-        lists = {k: [getattr(i, k) for i in self.items] for k in ("page", "key", "caption")}
         counts = {"seen": self.seen, "unreadable": self.unreadable, "last": last}
-        metadata = {k: json.dumps(v) for k, v in (lists | counts).items()}
+        metadata = {k: json.dumps(v) for k, v in (self.lists | counts).items()}
         path = self.folder / f"{self.number:05d}.safetensors"
         save_file(tensors, f"{path}.part", metadata=metadata)
         os.replace(f"{path}.part", path)

@@ -126,9 +126,12 @@ def random_encoder() -> ImageEncoder:
 
 
 def from_timm(name: str, pretrained: bool, **settings: Any) -> ImageEncoder:
-    """A timm model's features. Raises ValueError for a name that timm does not know."""
+    """A timm model's features. Raises ValueError for a name or weights that timm does not know."""
     if not timm.is_model(name.split(".")[0]):
         raise ValueError(f"timm has no model {name!r}; see timm.list_models()")
+    if pretrained and "." in name and name not in timm.list_pretrained():
+        tags = ", ".join(timm.list_pretrained(f"{name.split('.')[0]}.*")) or "none"
+        raise ValueError(f"timm has no weights {name!r}; there are {tags}")
     net = timm.create_model(name, pretrained=pretrained, num_classes=0, **settings)
     data = timm.data.resolve_data_config({}, model=net)
     size = settings.get("img_size", data["input_size"][1])
@@ -141,10 +144,18 @@ def from_timm(name: str, pretrained: bool, **settings: Any) -> ImageEncoder:
 
 
 def from_open_clip(architecture: str, tag: str | None) -> ImageEncoder:
-    """The picture tower of an open_clip model; tag None for random weights."""
+    """The picture tower of an open_clip model; tag None for random weights.
+
+    Raises ValueError for a model or weights that open_clip does not know.
+    """
     config = open_clip.get_model_config(architecture)
     if config is None:
         raise ValueError(f"open_clip has no model {architecture!r}; see open_clip.list_models()")
+    known = open_clip.list_pretrained_tags_by_model(architecture)
+    if tag is not None and tag not in known and not Path(tag).exists():
+        raise ValueError(
+            f"open_clip has no weights {tag!r} of {architecture}; there are {', '.join(known)}"
+        )
     model = open_clip.create_model(architecture, pretrained=tag)
     visual = model.visual
     return _from_tower(config, visual.state_dict(), visual, f"open_clip/{architecture}/{tag}")

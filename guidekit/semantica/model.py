@@ -88,9 +88,13 @@ class UViT(ModelMixin, ConfigMixin):
         noise_size: int = NOISE_SIZE,
     ):
         super().__init__()
-        _check(
-            block_out_channels, layers_per_block, (*down_block_types, mid_block_type), conditioning
-        )
+        kinds = (*down_block_types, mid_block_type)
+        _check(block_out_channels, layers_per_block, kinds, conditioning)
+        if sample_size % (least := patch_size * 2 ** (len(block_out_channels) - 1)):
+            raise ValueError(
+                f"{len(block_out_channels)} stages cannot halve pictures of {sample_size} pixels; "
+                f"take a multiple of {least}"
+            )
         widths, e = block_out_channels, embedding_dim
         self.time_embedding = TimestepEmbedding(FREQUENCIES, e)
         if conditioning == "film":

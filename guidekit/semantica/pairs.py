@@ -23,18 +23,21 @@ from guidekit.semantica.data import Pages
 LOW, HIGH = 0.3, 0.9
 FINE = 20_000  # bins over cosines from -1 to 1, for quantiles
 BINS = 200  # of the picture
-MOST = 64  # pictures of a page that are paired; pairs grow with the square
+MOST = 64  # pictures that are paired with each other; pairs grow with the square
 
 
 @dataclass(frozen=True)
 class Filtered:
-    """What the filter found: bounds, number of pairs before and after, share kept."""
+    """What the filter found: bounds, number of pairs before and after, share kept.
+
+    asked: the bounds that it was given, and the number of pictures.
+    """
 
     low: float
     high: float
     total: int
     kept: int
-    quantiles: tuple[float, float] | None = None
+    asked: dict
 
     @property
     def share(self) -> float:
@@ -42,10 +45,17 @@ class Filtered:
         return self.kept / max(self.total, 1)
 
 
-def _cosines(pages: Pages) -> Iterator[tuple[np.ndarray, Tensor]]:
-    """Rows of every page (m,) and the cosines between them (m, m)."""
+def _groups(pages: Pages) -> Iterator[np.ndarray]:
+    """The rows of every page; a page of more than MOST, such as a class, is dealt into groups."""
     for rows in pages.members():
-        rows = rows[:MOST]
+        if len(rows) > MOST:
+            rows = np.random.Generator(np.random.Philox(key=int(rows[0]))).permutation(rows)
+        yield from np.array_split(rows, -(-len(rows) // MOST))
+
+
+def _cosines(pages: Pages) -> Iterator[tuple[np.ndarray, Tensor]]:
+    """Rows of every group (m,) and the cosines between them (m, m)."""
+    for rows in _groups(pages):
         (pooled,) = pages.rows(rows.tolist(), "pooled")
         unit = F.normalize(pooled.float(), dim=1)
         yield rows, unit @ unit.T
@@ -77,9 +87,11 @@ def find_pairs(
 ) -> Filtered:
     """Writes pairs.safetensors, filter.json and histogram.png into `out`, by default `filter`.
 
-    low, high: cosines to keep; None for no bound. quantiles: shares of the pairs that say them
-    instead. Raises ValueError when no pair is left.
+    A page of more than 64 pictures is dealt at random into groups of that many at most, within
+    which they are paired. low, high: cosines to keep; None for no bound. quantiles: shares of the
+    pairs that say them instead. Raises ValueError when no pair is left.
     """
+    asked = request(pages, low, high, quantiles)
     counts = histogram(pages)
     if quantiles is not None:
         low, high = bounds_at(counts, quantiles)
@@ -91,7 +103,7 @@ def find_pairs(
         first, second = keep.nonzero(as_tuple=True)
         found.append(np.stack([rows[first], rows[second]], 1).astype(np.int32))
     pairs = np.concatenate(found) if found else np.zeros((0, 2), np.int32)
-    result = Filtered(low, high, int(counts.sum()), len(pairs) // 2, quantiles)
+    result = Filtered(low, high, int(counts.sum()), len(pairs) // 2, asked)
     out = pages.folder / "filter" if out is None else Path(out)
     out.mkdir(parents=True, exist_ok=True)
     picture(counts, result).save(out / "histogram.png")
@@ -100,12 +112,29 @@ def find_pairs(
             f"none of {result.total} pairs has a cosine from {low:g} to {high:g}; see "
             f"{out / 'histogram.png'}, and give other bounds or quantiles"
         )
-    table = asdict(result) | {"share": result.share, "histogram": _coarse(counts).tolist()}
-    (out / "filter.json").write_text(json.dumps(table))
+    (out / "filter.json").unlink(missing_ok=True)  # it says that the pairs are whole
     path = out / "pairs.safetensors"
     save_file({"pairs": torch.from_numpy(pairs)}, f"{path}.part")
     os.replace(f"{path}.part", path)
+    table = asdict(result) | {"share": result.share, "histogram": _coarse(counts).tolist()}
+    (out / "filter.json").write_text(json.dumps(table))
     return result
+
+
+def request(
+    pages: Pages, low: float | None, high: float | None, quantiles: tuple[float, float] | None
+) -> dict:
+    """What a filter is asked, as filter.json keeps it."""
+    chosen = None if quantiles is None else list(quantiles)
+    return {"low": low, "high": high, "quantiles": chosen, "pictures": len(pages)}
+
+
+def answered(folder: Path, asked: dict) -> bool:
+    """Whether `folder` holds the pairs of that request."""
+    table = folder / "filter.json"
+    if not (table.exists() and (folder / "pairs.safetensors").exists()):
+        return False
+    return json.loads(table.read_text()).get("asked") == asked
 
 
 def _coarse(counts: np.ndarray) -> np.ndarray:

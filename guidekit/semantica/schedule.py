@@ -107,6 +107,21 @@ class SemanticaScheduler(DDPMScheduler):
         self.timesteps = torch.arange(num_train_timesteps).flip(0)
         self.variance_type = variance_type
 
+    def shared_settings(self) -> dict:
+        """Settings that let another diffusers scheduler follow this schedule.
+
+        `from_config` alone would take that scheduler's own betas and let it expect epsilon.
+        """
+        config = self.config
+        return {
+            "trained_betas": self.betas.tolist(),
+            "num_train_timesteps": config.num_train_timesteps,
+            "prediction_type": config.prediction_type,
+            "timestep_spacing": config.timestep_spacing,
+            "clip_sample": config.clip_sample,
+            "clip_sample_range": config.clip_sample_range,
+        }
+
     def previous_timestep(self, timestep: int) -> int:
         """The timestep after this one on the way to the picture; -1, which is no noise, at the end.
 

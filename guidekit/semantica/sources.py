@@ -67,7 +67,9 @@ def _samples(path: Path) -> Iterator[tuple[str, dict[str, bytes] | None]]:
     try:
         with tarfile.open(path, "r|") as tar:
             for member in tar:
-                stem, _, extension = member.name.partition(".")
+                folder, _, name = member.name.rpartition("/")
+                stem, _, extension = name.partition(".")
+                stem = f"{folder}/{stem}" if folder else stem
                 if not member.isfile() or member.size > LARGEST:
                     continue
                 if stem != key and parts:

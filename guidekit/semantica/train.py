@@ -7,6 +7,7 @@ with (0.9, 0.99), eps 1e-12, a constant rate and an EMA of 0.9999 (arXiv:2405.14
 import copy
 from collections.abc import Iterator
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
 
 import torch
@@ -17,7 +18,7 @@ from torch import Tensor, nn
 from guidekit.semantica.data import Pages, write_pages
 from guidekit.semantica.encode import ImageEncoder, load_encoder
 from guidekit.semantica.model import UViT, variant
-from guidekit.semantica.pairs import Episodes, find_pairs
+from guidekit.semantica.pairs import Episodes, answered, find_pairs, request
 from guidekit.semantica.pipeline import SemanticaPipeline, denoise
 from guidekit.semantica.schedule import (
     STEPS,
@@ -173,23 +174,34 @@ def items(options: PagesOptions, size: int) -> Iterator[Item | None]:
     return shard_items(shards, options.page)
 
 
+def facts(options: PagesOptions) -> dict:
+    """What of the options decides which pictures there are."""
+    names = ("source", "data", "page", "pages", "per_page", "polluted", "without")
+    return {n: list(v) if isinstance(v := getattr(options, n), tuple) else v for n in names}
+
+
 def make_episodes(
     options: PagesOptions, folder: Path, size: int, quiet: bool = False
 ) -> tuple[Episodes, ImageEncoder]:
-    """Encoded and filtered pages of pictures of `size`; the first process makes them."""
+    """Encoded and filtered pages of pictures of `size`; the first process makes them.
+
+    On several machines `folder` and `store` lie where all of them read.
+    """
     if len(options.quantiles) not in (0, 2):
         raise ValueError(f"quantiles are two numbers, not {len(options.quantiles)}")
-    encoder, state = load_encoder(options.encoder), PartialState()
+    # The other processes wait as long as encoding takes, which the default timeout cuts short.
+    encoder, state = load_encoder(options.encoder), PartialState(timeout=timedelta(days=7))
     store = Path(options.store) if options.store else folder / "pages"
     chosen = folder / "filter"
     with state.main_process_first():
         if state.is_main_process:
             encoder.to(state.device)
-            pages = write_pages(items(options, size), encoder, store, size, quiet=quiet)
-            if not (chosen / "pairs.safetensors").exists():
-                found = find_pairs(
-                    pages, options.low, options.high, tuple(options.quantiles) or None, chosen
-                )
+            pages = write_pages(
+                items(options, size), encoder, store, size, quiet=quiet, facts=facts(options)
+            )
+            bounds = (options.low, options.high, tuple(options.quantiles) or None)
+            if not answered(chosen, request(pages, *bounds)):
+                found = find_pairs(pages, *bounds, chosen)
                 if not quiet:
                     print(
                         f"pages    {len(pages)} pictures, {pages.unreadable} unreadable; "
@@ -208,3 +220,4 @@ def make(options: SemanticaOptions, folder: Path, size: int) -> SemanticaTask:
 
 
 OPTIONS = SemanticaOptions  # of a recipe's stage
+LOOP = {"ema": 0.9999, "eps": 1e-12, "weight_decay": 0.0, "decay": "constant"}  # the paper's

@@ -28,6 +28,8 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from tqdm.auto import tqdm
 
+from guidekit.train.interrupt import Interrupt
+
 
 class Task(Protocol):
     """What the loop needs of a task."""
@@ -95,6 +97,7 @@ class Loop:
             log_with=options.tracker or None,
             project_dir=self.folder,
         )
+        _keep_inputs(self.accelerator)
         self.folder.mkdir(parents=True, exist_ok=True)
         optimizer = torch.optim.AdamW(
             [p for p in task.net.parameters() if p.requires_grad],
@@ -110,7 +113,10 @@ class Loop:
         self.step = self._load()
 
     def run(self) -> None:
-        """Trains from the last checkpoint to the end; a kill loses at most `save_every` steps."""
+        """Trains from the last checkpoint to the end.
+
+        A kill loses at most `save_every` steps; Ctrl-C loses none and takes effect after the step.
+        """
         bar = tqdm(
             total=self.options.steps,
             initial=self.step,
@@ -118,22 +124,19 @@ class Loop:
             disable=self.quiet or not self.accelerator.is_main_process,
         )
         self.started, self.first = time.monotonic(), self.step
-        try:
+        with bar, Interrupt() as stop:
             while self.step < self.options.steps and not self._out_of_time():
                 losses = self._train_step()
                 self.step += 1
                 bar.update()
                 if self.step % self.options.log_every == 0 or self.step == self.options.steps:
                     bar.set_postfix({k: f"{v:.4f}" for k, v in self._log(losses).items()})
-                if self.step % self.options.save_every == 0:
+                if self.step % self.options.save_every == 0 or stop.asked:
                     self.save()
+                if stop.asked:
+                    raise KeyboardInterrupt
                 if self.step % self.options.preview_every == 0:
                     self.preview()
-        except KeyboardInterrupt:
-            self.save()
-            raise
-        finally:
-            bar.close()
         self.save()
         self.preview()
         for tracker in self.accelerator.trackers:  # end_training would end the processes' group
@@ -268,12 +271,22 @@ class Loop:
         """Runs `action` on the first process with a task whose net is whole."""
         state = {k: _whole(v).cpu() for k, v in self.task.net.state_dict().items()}
         if self.accelerator.is_main_process:
-            sharded, self.task.net = self.task.net, self.task.whole_net()
+            whole = self.task.whole_net().to(self.accelerator.device)
+            sharded, self.task.net = self.task.net, whole
             try:
                 self.task.net.load_state_dict(state)
                 action()
             finally:
                 self.task.net = sharded
+
+
+def _keep_inputs(accelerator: Accelerator) -> None:
+    """FSDP2 leaves inputs and outputs as they are, as autocast does: times are not for bf16."""
+    plugin = accelerator.state.fsdp_plugin if accelerator.is_fsdp2 else None
+    if plugin is not None and plugin.mixed_precision_policy is not None:
+        plugin.mixed_precision_policy = dataclasses.replace(
+            plugin.mixed_precision_policy, cast_forward_inputs=False, output_dtype=None
+        )
 
 
 def _whole(tensor: Tensor) -> Tensor:

@@ -59,6 +59,12 @@ def task_kind(name: str) -> tuple[type, Make]:
     return kind
 
 
+def loop_defaults(name: str) -> dict[str, Any]:
+    """The options of the loop in which a task differs from the others: its paper's."""
+    kind = TASKS[name]
+    return getattr(importlib.import_module(kind), "LOOP", {}) if isinstance(kind, str) else {}
+
+
 @dataclasses.dataclass(frozen=True)
 class Stage:
     """One stage of a recipe: its name, task, and the options of loop and task."""
@@ -113,7 +119,8 @@ def _stage(entry: dict, path: Path) -> Stage:
             known = ", ".join(sorted(loop_keys | task_keys))
             raise ValueError(f"recipe {path}: stage {name} has no option {key!r}; it has {known}")
     entry = {k: tuple(v) if isinstance(v, list) else v for k, v in entry.items()}
-    loop = Options(**{k: v for k, v in entry.items() if k in loop_keys})
+    own = {k: v for k, v in entry.items() if k in loop_keys}
+    loop = Options(**loop_defaults(task) | own)
     return Stage(name, task, loop, kind(**{k: v for k, v in entry.items() if k in task_keys}))
 
 
@@ -140,6 +147,9 @@ def train(
         options = dataclasses.replace(stage.loop, **(overrides or {}))
         loop = Loop(task, options, folder / stage.name, quiet)
         loop.run()
-        loop.export(model)
+        part = model.with_name("model.part")  # a kill while it is written leaves no model
+        loop.export(part)
+        if loop.accelerator.is_main_process:
+            part.replace(model)
         loop.accelerator.wait_for_everyone()
     return model
