@@ -72,7 +72,7 @@ def style(by: dict[str, dict]) -> list[str]:
         said("style brings colours nearer", alone < none, alone / none),
         said("with structure it still does", row["colour distance"] < none,
              row["colour distance"] / none),
-        said("and leaves objects where they are", row["same layout"] >= 0.5, row["same layout"]),
+        said("and more than half of the layout stays", row["same layout"] >= 0.5, row["same layout"]),
     ]  # fmt: skip
 
 
@@ -102,9 +102,10 @@ def said(what: str, holds: bool, value: float) -> str:
 def ordering(what: str, rows: list[dict], column: str) -> str:
     """Whether a column rises over the rows as the paper's does, its ends beyond their intervals."""
     values = [row[column] for row in rows]
-    first, last = (
-        row.get(f"{column} 95%", (row[column], row[column])) for row in (rows[0], rows[-1])
-    )
+    ends = [row.get(f"{column} 95%") for row in (rows[0], rows[-1])]
+    if None in ends:  # nothing says how far apart is far
+        return f"undecided: {what} ({', '.join(f'{v:.3f}' for v in values)}, without intervals)"
+    first, last = ends
     if values == sorted(values) and first[1] < last[0]:
         word = "confirmed"
     else:

@@ -346,7 +346,16 @@ def train(recipe: str, out: Path, settings: tuple[str, ...], quiet: bool, as_jso
     if as_json:
         click.echo(json.dumps({"model": str(model)}))
     elif not quiet:
-        click.echo(f"model    {model}\nnext     guidekit sample --model {model}")
+        click.echo(f"model    {model}{_next_step(model)}")
+
+
+def _next_step(model: Path) -> str:
+    """What is done with a trained model, where it is a command."""
+    if (model / "model_index.json").exists():
+        return f"\nnext     guidekit sample --model {model}"
+    if (model / "noisy_clip.json").exists():
+        return f"\nnext     guidekit sample --plugin clip --set clip.encoder={model}"
+    return ""
 
 
 @main.command()

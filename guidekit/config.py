@@ -192,6 +192,8 @@ def _read_as(value: Any, kind: Any, where: str, folder: Path) -> Any:
         return inner[[str(i) for i in inner].index(str(value))]
     if origin in (list, tuple):
         parts = value.split(",") if isinstance(value, str) else value
+        if isinstance(parts, int | float) and not isinstance(parts, bool):
+            parts = [parts]  # a list of one number, which --set gives as the number
         if not isinstance(parts, list | tuple):
             raise TypeError
         return origin(_read_as(part, inner[0], where, folder) for part in parts)

@@ -42,7 +42,7 @@ class Clip(Guidance):
     units: str = "seed"  # seed | noise
     on: str = "z"  # z | x0
     encoder: str = "scenes-clip-noisy"  # built-in, folder, or ARCHITECTURE/TAG of open_clip (x0)
-    text: str = ""  # texts, separated by |, each with @WEIGHT if not 1; without any the prompt
+    text: str = ""  # texts, separated by |, each with @WEIGHT; without any, or an image, the prompt
     negative: str = ""  # texts to move away from
     image: tuple[Path, ...] = ()  # reference pictures; scene-3 is a built-in one
     text_weight: float = 120.0  # weight of the cosines of z and texts
@@ -119,9 +119,17 @@ class Clip(Guidance):
             for is_latent, count in ((encoder.reads_latents, encoder.channels), (latents, channels))
         )
         if reads != given:
+            other = f"use {self.name}.on=x0" if self.on == "z" else "take a clean CLIP"
             raise ValueError(
                 f"the encoder {self.encoder} reads {reads}, and here are {given}; train one for "
-                f"them (task noisy-clip), or use {self.name}.on=x0"
+                f"them (task noisy-clip), or {other}"
+            )
+        side = encoder.trained_size
+        if self.on == "z" and side and tuple(run.size) != (side, side):
+            raise ValueError(
+                f"the encoder {self.encoder} was trained on noise in pictures of {side}x{side}, "
+                f"here are {run.size[0]}x{run.size[1]}; train one for them (task noisy-clip), or "
+                f"use {self.name}.on=x0"
             )
         return encoder
 
@@ -165,7 +173,10 @@ class Clip(Guidance):
         """Maps that are compared; all of them if none is named."""
         if not (self.structure or self.style):
             return ()
-        return self.stages or tuple(range(self._encoder.stage_count))
+        count = self._encoder.stage_count
+        if not all(0 <= i < count for i in self.stages):
+            raise ValueError(f"{self.name}.stages: the encoder has 0 to {count - 1}")
+        return self.stages or tuple(range(count))
 
     def energy(self, step: Step) -> Tensor:
         """Minus the weighted cosines plus the weighted distances (B,)."""
@@ -232,9 +243,10 @@ class Clip(Guidance):
                 step.run.account.note(f"{self.name}: a step without noise is pushed by the score")
             return change
         # eps' = eps - s * score, and the noise of n numbers has the length sqrt(n).
+        # Without a gradient nothing moves: zero over any length is zero.
         length = grad.flatten(1).norm(dim=1).clamp(min=torch.finfo(grad.dtype).tiny)
-        wanted = self.scale * math.sqrt(grad[0].numel()) / step.level.s
-        return step.move.score(-grad * (wanted / length)[:, None, None, None])
+        unit = grad / length[:, None, None, None]
+        return step.move.score(-unit * (self.scale * math.sqrt(grad[0].numel()) / step.level.s))
 
     @classmethod
     def example(cls) -> "Clip":

@@ -197,6 +197,14 @@ def test_in_units_of_noise_the_push_has_the_asked_length(pipe, name):
     torch.testing.assert_close(lengths, torch.full((2,), 0.3), rtol=1e-3, atol=1e-4)
 
 
+def test_a_picture_without_text_is_drawn_as_it_is(pipe):
+    """A gradient of zero has no direction; its row stays finite and unmoved."""
+    guidance = Clip(encoder="random", units="noise", scale=0.3).towards([["a red circle"], []])
+    step = first_step(pipe, guidance)
+    moved = (step.prediction - step.out).abs().amax((1, 2, 3))
+    assert step.prediction.isfinite().all() and moved[0] > 1e-3 and moved[1] == 0
+
+
 def check_steered(pipe, name):
     scheduler = make_scheduler(pipe, name)
     options = {"seeds": (0,), "steps": 4, "scheduler": scheduler}

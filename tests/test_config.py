@@ -69,6 +69,7 @@ def test_wrong_seeds(text):
     [
         ("2e-1", float, 0.2), (2, float, 2.0), ("3", int, 3), (3.0, int, 3), (16, str, "16"),
         ("true", bool, True), (None, int | None, None), ("1,2", tuple[int, ...], (1, 2)),
+        (1, tuple[int, ...], (1,)),
         ("a", Path, Path("base/a")),
     ],
 )  # fmt: skip

@@ -8,17 +8,20 @@ import sys
 import textwrap
 
 import numpy as np
+import open_clip
 import pytest
+import timm
 import torch
 from PIL import Image
 
-from guidekit import scenes
+from guidekit import Condition, Denoiser, Sampling, scenes
+from guidekit.miniatures import sd3_pipeline
 from guidekit.noise import Level
 from guidekit.noisy_clip.data import Folder, open_data, reshaped
 from guidekit.noisy_clip.files import load_clip
 from guidekit.noisy_clip.loss import info_nce
 from guidekit.noisy_clip.model import CleanClip, NoisyClip, look
-from guidekit.noisy_clip.norms import LevelEmbedding
+from guidekit.noisy_clip.norms import AdaptiveNorm, LevelEmbedding
 from guidekit.noisy_clip.train import (
     Alignment,
     NoisyClipOptions,
@@ -28,6 +31,7 @@ from guidekit.noisy_clip.train import (
 )
 from guidekit.train import recipe
 from guidekit.train.loop import Loop, Options
+from guidekit_clip import Clip
 
 import clips
 
@@ -123,9 +127,60 @@ def test_what_is_no_noise_aware_clip_is_refused(tmp_path):
             NoisyClip.from_pretrained(name)
     with pytest.raises(ValueError, match="ARCHITECTURE/TAG"):
         load_clip("nothing")
+    with pytest.raises(ValueError, match="no weights 'bogus' of RN50; there are openai"):
+        load_clip("RN50/bogus")
+    with pytest.raises(ValueError, match="could not load RN50/openai"):
+        load_clip("RN50/openai")  # tests download nothing
+    with pytest.raises(ValueError, match="is noise-aware; give a clean CLIP"):
+        load_clip("scenes-clip-noisy")
     (tmp_path / "open_clip_model.safetensors").unlink()
     with pytest.raises(ValueError, match="no safetensors"):
         load_clip(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("name", "quick"), [("ViT-B-32/openai", True), ("ViT-B-32/laion2b_s34b_b79k", False)]
+)
+def test_a_tag_has_the_activation_that_it_was_trained_with(monkeypatch, name, quick):
+    """open_clip itself only warns that the model has another one."""
+    asked = {}
+
+    def without_download(architecture, **options):
+        asked.update(options)
+        return clips.clip().model
+
+    monkeypatch.setattr(open_clip, "create_model", without_download)
+    config = load_clip(name).config["model_cfg"]
+    assert asked["force_quick_gelu"] == quick == config.get("quick_gelu", False)
+
+
+def test_a_built_in_encoder_leaves_the_global_generator_alone():
+    torch.manual_seed(3)
+    expected = torch.rand(2)
+    torch.manual_seed(3)
+    NoisyClip.from_pretrained("scenes-clip-noisy")
+    load_clip("scenes-clip")
+    assert torch.equal(torch.rand(2), expected)
+
+
+@pytest.mark.parametrize("kind", ["LayerNormAct2d", "LayerNorm2d"])
+def test_norms_of_maps_are_modulated_by_channel(kind):
+    """timm's ViTamin has the first, whose class is a LayerNorm as well."""
+    norm = getattr(timm.layers, kind)(6)
+    adaptive = AdaptiveNorm(norm, 4)
+    torch.nn.init.normal_(adaptive.gains.weight)
+    adaptive.embedding = torch.randn(2, 4)
+    x = torch.randn(2, 6, 3, 3)
+    scale, shift = adaptive.gains(adaptive.embedding).chunk(2, 1)
+    expected = norm(x) * (1 + scale[..., None, None]) + shift[..., None, None]
+    torch.testing.assert_close(adaptive(x), expected)
+
+
+def test_info_nce_is_not_rounded_by_autocast():
+    a, b = torch.randn(16, 8), torch.randn(16, 8)
+    with torch.autocast("cpu", torch.bfloat16):
+        rounded = info_nce(a, b, 100.0)
+    assert torch.equal(rounded, info_nce(a, b, 100.0))
 
 
 def test_info_nce_is_the_mean_of_both_cross_entropies():
@@ -247,13 +302,57 @@ def test_the_loss_is_info_nce_and_the_pull_to_the_clean_embedding(pull):
     encoder, frozen = NoisyClip(clip, 16).eval(), clip.model.visual
     x0, eps = pictures(4).clamp(-1, 1), pictures(4).flip(0)
     logsnr = torch.tensor([4.0, 1.0, 0.0, -2.0])
-    losses = Alignment(encoder, frozen, 30.0, pull)(x0, x0, eps, logsnr)
+    losses = Alignment(encoder, frozen, 30.0, pull)(x0, x0, eps, logsnr, torch.arange(4))
     noisy = encoder(noised(x0, eps, logsnr), logsnr).embedding
     clean = look(frozen, encoder.normalised(x0)).embedding
     away = 1 - torch.nn.functional.cosine_similarity(noisy, clean)
     assert away.mean() > 5e-3
     torch.testing.assert_close(losses["pull"], pull * 30 * away.mean())
     torch.testing.assert_close(losses["info_nce"], info_nce(noisy, clean, 30.0))
+
+
+def test_equal_pictures_of_a_small_folder_are_no_negatives(photos):
+    keys = open_data(str(photos)).keys(range(3, 11)).tolist()
+    files = open_data(str(photos)).pictures(range(3, 11), 16, torch.Generator().manual_seed(0))
+    for i in range(8):
+        for j in range(i):
+            same = torch.equal(files[i], files[j]) or torch.equal(files[i], files[j].flip(-1))
+            assert (keys[i] == keys[j]) == same
+
+
+def test_an_encoder_of_latents_sees_what_the_denoiser_does(tmp_path, photos):
+    """Shift and scale of the autoencoder, as SD3 has them."""
+    pipe = sd3_pipeline()
+    pipe.vae.save_pretrained(tmp_path / "vae")
+    clips.clip().save(tmp_path / "base")
+    options = NoisyClipOptions(
+        base="base", data=str(photos), width=8, autoencoder=str(tmp_path / "vae")
+    )
+    task = NoisyClipTask(options, tmp_path, 32)
+    given = task.batch(range(4), torch.Generator().manual_seed(0))
+    expected = Denoiser(pipe).latents(given["pixels"])
+    torch.testing.assert_close(given["x0"], expected, rtol=1e-4, atol=1e-5)
+    assert pipe.vae.config.shift_factor and expected.std() > 0.1
+    loop = Loop(task, Options(steps=2, batch=4, warmup=1), tmp_path / "run", quiet=True)
+    loop.run()
+    loop.export(tmp_path / "made")
+    guidance = Clip(encoder=str(tmp_path / "made"), text="a red circle")
+    size = {"height": 32, "width": 32}
+    drawn = Sampling(pipe, Condition("red"), [guidance], steps=2, **size).finish()
+    assert drawn.account.acted("clip")
+    with pytest.raises(ValueError, match="trained on noise in pictures of 32x32, here are 64x64"):
+        Sampling(pipe, Condition("red"), [guidance], steps=2, height=64, width=64).finish()
+    with pytest.raises(ValueError, match="or take a clean CLIP"):
+        guidance = Clip(encoder=str(tmp_path / "made"), text="a", on="x0")
+        Sampling(pipe, Condition("red"), [guidance], steps=2, **size).finish()
+
+
+def test_the_papers_rate_and_batch_are_the_tasks_own(tmp_path):
+    path = tmp_path / "bare.toml"
+    path.write_text('model = "x"\nsize = 32\n[[stage]]\ntask = "noisy-clip"\nsteps = 9')
+    (stage,) = recipe.read_recipe(path).stages
+    loop = stage.loop
+    assert (loop.lr, loop.weight_decay, loop.batch, loop.steps) == (1e-4, 1e-3, 256, 9)
 
 
 def test_neighbours_of_a_batch_differ_in_shapes_only():

@@ -283,7 +283,8 @@ def plus(unet, channels=16):
     width, inner = unet.config.cross_attention_dim, 64
     generator = torch.Generator().manual_seed(3)
     shapes = {"latents": (1, 4, inner), "proj_in.weight": (inner, channels),
-              "proj_in.bias": (inner,), "proj_out.weight": (width, inner), "proj_out.bias": (width,),
+              "proj_in.bias": (inner,), "proj_out.weight": (width, inner),
+              "proj_out.bias": (width,),
               "norm_out.weight": (width,), "norm_out.bias": (width,)}  # fmt: skip
     for i in range(4):
         for norm in ("0.norm1", "0.norm2", "1.0"):

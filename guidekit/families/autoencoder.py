@@ -44,8 +44,7 @@ class LatentDenoiser(Denoiser):
         """Clean latents x0 of pictures (B, 3, H, W) in [-1, 1], in float32 and with gradient."""
         vae = self._wide_vae
         x0 = vae.encode(pixels.to(vae.dtype)).latent_dist.mode()
-        mean, std = self._statistics(x0)
-        return (x0 - mean) / std * vae.config.scaling_factor
+        return scaled(x0, vae.config)
 
     def _unscale(self, z: Tensor) -> Tensor:
         shift = getattr(self.vae.config, "shift_factor", None)
@@ -53,14 +52,20 @@ class LatentDenoiser(Denoiser):
             return z / self.vae.config.scaling_factor + shift
         if getattr(self.vae.config, "latents_mean", None) is None:
             return z / self.vae.config.scaling_factor
-        mean, std = self._statistics(z)
+        mean, std = statistics(z, self.vae.config)
         return z * std / self.vae.config.scaling_factor + mean
 
-    def _statistics(self, z: Tensor) -> tuple[Tensor | float, Tensor | float]:
-        """Mean and standard deviation of the latents' channels where the autoencoder has them."""
-        config = self.vae.config
-        if getattr(config, "latents_mean", None) is None:
-            return getattr(config, "shift_factor", None) or 0.0, 1.0
-        both = torch.tensor([config.latents_mean, config.latents_std], device=z.device)
-        mean, std = both.to(z.dtype).view(2, 1, -1, 1, 1)
-        return mean, std
+
+def scaled(x0: Tensor, config) -> Tensor:
+    """An autoencoder's latents (B, C, h, w) as the denoiser sees them; `config` is its own."""
+    mean, std = statistics(x0, config)
+    return (x0 - mean) / std * config.scaling_factor
+
+
+def statistics(z: Tensor, config) -> tuple[Tensor | float, Tensor | float]:
+    """Mean and standard deviation of the latents' channels where the autoencoder has them."""
+    if getattr(config, "latents_mean", None) is None:
+        return getattr(config, "shift_factor", None) or 0.0, 1.0
+    both = torch.tensor([config.latents_mean, config.latents_std], device=z.device)
+    mean, std = both.to(z.dtype).view(2, 1, -1, 1, 1)
+    return mean, std

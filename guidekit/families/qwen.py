@@ -4,6 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from guidekit.families.autoencoder import statistics
 from guidekit.families.base import Text
 from guidekit.families.flow import packed, rescaled, set_flow_timesteps, unpacked
 from guidekit.families.text import TextDenoiser
@@ -123,11 +124,11 @@ class QwenImage(TextDenoiser, families=("qwen",)):
         """Clean latents x0 of pictures (B, 3, H, W) in [-1, 1], in float32 and with gradient."""
         vae = self._wide_vae
         x0 = vae.encode(pixels.to(vae.dtype)[:, :, None]).latent_dist.mode()[:, :, 0]
-        mean, std = self._statistics(x0)
+        mean, std = statistics(x0, self.vae.config)
         return (x0 - mean) / std
 
     def _unscale(self, z: Tensor) -> Tensor:
         """One frame (B, C, 1, h, w) for the autoencoder."""
-        mean, std = self._statistics(z)
+        mean, std = statistics(z, self.vae.config)
         # Divided as in the pipeline, by the inverse.
         return (z / (1.0 / std) + mean)[:, :, None]

@@ -20,6 +20,10 @@ class Scenes:
         """Pictures (B, 3, size, size) in [-1, 1]."""
         return scenes.batch([reshaped(i, ALIKE) for i in numbers], size)[0]
 
+    def keys(self, numbers: range) -> Tensor:
+        """What tells the pictures apart (B,)."""
+        return torch.tensor(numbers)
+
 
 def reshaped(number: int, alike: int) -> scenes.Scene:
     """Scene number // alike with its shapes moved on by number % alike.
@@ -50,12 +54,16 @@ class Folder:
 
     def pictures(self, numbers: range, size: int, generator: torch.Generator) -> Tensor:
         """Pictures (B, 3, size, size) in [-1, 1]; every file once before any comes again."""
-        count, first = len(self.files), numbers.start // len(self.files)
-        rounds = {r: self._order(r) for r in range(first, (numbers.stop - 1) // count + 1)}
-        chosen = [self.files[rounds[i // count][i % count]] for i in numbers]
+        chosen = [self.files[i] for i in self.keys(numbers).tolist()]
         stack = torch.stack([read_picture(path, (size, size)) for path in chosen])
         mirrored = torch.rand(len(stack), 1, 1, 1, generator=generator) < 0.5
         return torch.where(mirrored, stack.flip(-1), stack)
+
+    def keys(self, numbers: range) -> Tensor:
+        """What tells the pictures apart (B,): their places among the files."""
+        count, first = len(self.files), numbers.start // len(self.files)
+        rounds = {r: self._order(r) for r in range(first, (numbers.stop - 1) // count + 1)}
+        return torch.tensor([rounds[i // count][i % count] for i in numbers])
 
     def _order(self, turn: int) -> list[int]:
         """The order of the files in the turn-th passage."""

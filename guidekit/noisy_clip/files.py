@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import open_clip
+import torch
 from open_clip.factory import get_model_config
 from safetensors.torch import save_file
 from torch import Tensor, nn
@@ -17,6 +18,7 @@ from torch import Tensor, nn
 from guidekit.config import ZOO
 
 CONFIG, WEIGHTS = "open_clip_config.json", "open_clip_model.safetensors"
+NOISY_CONFIG, NOISY_WEIGHTS = "noisy_clip.json", "noisy_clip.safetensors"
 
 
 @dataclass(frozen=True)
@@ -42,30 +44,60 @@ class Clip:
 def load_clip(name: str | Path) -> Clip:
     """A CLIP from a built-in's name, a folder, or `ARCHITECTURE/TAG` of open_clip.
 
-    Raises ValueError that says what exists, and for pickled weights.
+    A tag's weights are downloaded by open_clip at the first use. Raises ValueError that says what
+    exists, and for a folder whose weights are no safetensors.
     """
     path = find_folder(name)
     if path is not None:
+        if (path / NOISY_CONFIG).exists():
+            raise ValueError(f"{name} is noise-aware; give a clean CLIP such as scenes-clip")
         if not list(path.glob("*.safetensors")):
             raise ValueError(f"{path} has no safetensors; write the model in that format")
         where = f"local-dir:{path}"
         config = json.loads((path / CONFIG).read_text())
-        return Clip(_ready(open_clip.create_model(where)), open_clip.get_tokenizer(where), config)
+        with torch.random.fork_rng(devices=[]):  # weights are drawn before they are loaded
+            model = open_clip.create_model(where)
+        return Clip(_ready(model), open_clip.get_tokenizer(where), config)
     architecture, _, tag = str(name).partition("/")
-    known = get_model_config(architecture)
-    if known is None or not tag:
+    if get_model_config(architecture) is None or not tag:
         raise ValueError(
             f"no CLIP {str(name)!r}: not a built-in ({', '.join(built_in())}), not a folder with "
             f"{CONFIG}, not ARCHITECTURE/TAG such as RN50/openai (open_clip.list_pretrained())"
         )
-    model = open_clip.create_model(architecture, pretrained=tag)
+    model, known = open_pretrained(architecture, tag)
     config = {"model_cfg": known, "preprocess_cfg": model.visual.preprocess_cfg}
     return Clip(_ready(model), open_clip.get_tokenizer(architecture), config)
 
 
-def built_in() -> list[str]:
-    """Names of the built-in CLIP models, clean and noise-aware."""
-    return sorted(path.parent.name for path in ZOO.glob(f"*/{CONFIG}"))
+def open_pretrained(architecture: str, tag: str) -> tuple[nn.Module, dict]:
+    """A model with the weights of a tag, by open_clip, and its `model_cfg`.
+
+    With the activation that the weights were trained with, which open_clip only warns of. Raises
+    ValueError for a model or tag that it does not know, and for weights that it cannot get.
+    """
+    config = get_model_config(architecture)
+    if config is None:
+        raise ValueError(f"open_clip has no model {architecture!r}; see open_clip.list_models()")
+    if tag not in (tags := open_clip.list_pretrained_tags_by_model(architecture)):
+        raise ValueError(
+            f"open_clip has no weights {tag!r} of {architecture}; there are {', '.join(tags)}"
+        )
+    if open_clip.get_pretrained_cfg(architecture, tag).get("quick_gelu"):
+        config["quick_gelu"] = True
+    quick = config.get("quick_gelu", False)
+    try:
+        with torch.random.fork_rng(devices=[]):
+            model = open_clip.create_model(architecture, pretrained=tag, force_quick_gelu=quick)
+    except RuntimeError as error:
+        reason = str(error).splitlines()[0]
+        raise ValueError(f"open_clip could not load {architecture}/{tag}: {reason}") from None
+    return model, config
+
+
+def built_in(noisy: bool = False) -> list[str]:
+    """Names of the built-in CLIP models, the clean or the noise-aware ones."""
+    folders = [path.parent for path in ZOO.glob(f"*/{CONFIG}")]
+    return sorted(f.name for f in folders if (f / NOISY_CONFIG).exists() == noisy)
 
 
 def find_folder(name: str | Path) -> Path | None:
@@ -83,7 +115,8 @@ def build(config: dict) -> nn.Module:
     if "hf_model_name" in given["text_cfg"]:
         given["text_cfg"]["hf_model_pretrained"] = False
     kind = open_clip.CustomTextCLIP if custom else open_clip.CLIP
-    model = kind(**given)
+    with torch.random.fork_rng(devices=[]):
+        model = (open_clip.CoCa if "multimodal_cfg" in given else kind)(**given)
     open_clip.set_model_preprocess_cfg(model, config["preprocess_cfg"])
     return _ready(model)
 

@@ -14,7 +14,8 @@ def info_nce(a: Tensor, b: Tensor, scale: Tensor | float, keys: Tensor | None = 
     of one process with the whole batch.
     """
     a, b = (gathered(F.normalize(x.float(), dim=-1)) for x in (a, b))
-    logits = scale * a @ b.T
+    with torch.autocast(a.device.type, enabled=False):  # bf16 near 100 has steps of a half
+        logits = scale * a @ b.T
     if keys is not None:
         keys = gathered(keys)
         same = (keys[:, None] == keys) & ~torch.eye(len(keys), dtype=torch.bool, device=keys.device)

@@ -21,6 +21,8 @@ import guidekit
 from guidekit.noise import Level
 from guidekit.noisy_clip.files import (
     CONFIG,
+    NOISY_CONFIG,
+    NOISY_WEIGHTS,
     Clip,
     build,
     built_in,
@@ -29,8 +31,6 @@ from guidekit.noisy_clip.files import (
     write_config,
 )
 from guidekit.noisy_clip.norms import LevelEmbedding, at_level, make_adaptive
-
-OWN_CONFIG, OWN_WEIGHTS = "noisy_clip.json", "noisy_clip.safetensors"
 
 
 @dataclass(frozen=True)
@@ -84,12 +84,16 @@ class NoisyClip(CleanClip):
 
     clip: any open_clip model, ResNet, ViT or timm's; it is copied. width: of the level's embedding.
     channels: 0 for pixels, else the channels of latents, which a small stem turns into a picture
-    `factor` times as large. Without a stem it begins as the frozen encoder at every level.
+    `factor` times as large. size: side of the pictures that it is trained on, 0 for any; a smaller
+    or larger one has other noise once it is resized. Without a stem it begins as the frozen encoder
+    at every level.
     """
 
-    def __init__(self, clip: Clip, width: int = 256, channels: int = 0, factor: int = 1):
+    def __init__(
+        self, clip: Clip, width: int = 256, channels: int = 0, factor: int = 1, size: int = 0
+    ):
         super().__init__(replace(clip, model=copy.deepcopy(clip.model)))
-        self.own = {"width": width, "channels": channels, "factor": factor}
+        self.own = {"width": width, "channels": channels, "factor": factor, "size": size}
         self.norms = make_adaptive(self.visual, width)
         self.level = LevelEmbedding(width)
         self.stem = stem(channels, factor) if channels else nn.Identity()
@@ -98,6 +102,11 @@ class NoisyClip(CleanClip):
     def channels(self) -> int:
         """Channels of the input: 3 of pixels, or those of latents."""
         return self.own["channels"] or 3
+
+    @property
+    def trained_size(self) -> int:
+        """Side of the pictures that it was trained on; 0 for any."""
+        return self.own["size"]
 
     @property
     def reads_latents(self) -> bool:
@@ -139,8 +148,8 @@ class NoisyClip(CleanClip):
         folder = Path(folder)
         write_config(folder, self.config, self.tokenizer)
         own = self.own | {"guidekit": guidekit.__version__}
-        (folder / OWN_CONFIG).write_text(json.dumps(own, indent=1) + "\n")
-        save_file(halved(self), folder / OWN_WEIGHTS)
+        (folder / NOISY_CONFIG).write_text(json.dumps(own, indent=1) + "\n")
+        save_file(halved(self), folder / NOISY_WEIGHTS)
 
     @classmethod
     def from_pretrained(cls, name: str | Path) -> "NoisyClip":
@@ -149,26 +158,26 @@ class NoisyClip(CleanClip):
         Raises ValueError for what is none.
         """
         folder = find_folder(name)
-        if folder is None or not (folder / OWN_CONFIG).exists():
+        if folder is None or not (folder / NOISY_CONFIG).exists():
             raise ValueError(
-                f"no noise-aware CLIP {str(name)!r}: not a folder with {OWN_CONFIG} and not a "
-                f"built-in ({', '.join(n for n in built_in() if is_noisy(n))}); train one with "
-                "guidekit train, task noisy-clip"
+                f"no noise-aware CLIP {str(name)!r}: not a folder with {NOISY_CONFIG} and not a "
+                f"built-in ({', '.join(built_in(noisy=True))}); train one with guidekit train, "
+                "task noisy-clip"
             )
-        own = json.loads((folder / OWN_CONFIG).read_text())
+        own = json.loads((folder / NOISY_CONFIG).read_text())
         del own["guidekit"]
         config = json.loads((folder / CONFIG).read_text())
-        made = cls(
-            Clip(build(config), open_clip.get_tokenizer(f"local-dir:{folder}"), config), **own
-        )
-        made.load_state_dict(load_file(folder / OWN_WEIGHTS))
+        tokenizer = open_clip.get_tokenizer(f"local-dir:{folder}")
+        with torch.random.fork_rng(devices=[]):
+            made = cls(Clip(build(config), tokenizer, config), **own)
+        made.load_state_dict(load_file(folder / NOISY_WEIGHTS))
         return made.eval().requires_grad_(False)
 
 
 def is_noisy(name: str | Path) -> bool:
     """Whether a name or folder holds a noise-aware CLIP."""
     folder = find_folder(name)
-    return folder is not None and (folder / OWN_CONFIG).exists()
+    return folder is not None and (folder / NOISY_CONFIG).exists()
 
 
 def look(visual: nn.Module, pictures: Tensor, stages: Sequence[int] = ()) -> Seen:

@@ -62,8 +62,8 @@ class AdaptiveNorm(nn.Module):
 
 
 def _over_channels(norm: nn.Module) -> bool:
-    """Whether the norm's features are axis 1: BatchNorm, and timm's LayerNorm of maps."""
-    return isinstance(norm, nn.BatchNorm2d) or type(norm).__name__.startswith("LayerNorm2d")
+    """Whether the norm's features are axis 1: BatchNorm, and timm's LayerNorms of maps."""
+    return isinstance(norm, nn.BatchNorm2d) or "2d" in type(norm).__name__
 
 
 def make_adaptive(network: nn.Module, width: int) -> list[AdaptiveNorm]:

@@ -19,6 +19,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from guidekit.config import ZOO
+from guidekit.families.autoencoder import scaled
 from guidekit.noisy_clip.data import open_data
 from guidekit.noisy_clip.files import load_clip
 from guidekit.noisy_clip.loss import info_nce
@@ -47,15 +48,19 @@ class Alignment(nn.Module):
         super().__init__()
         self.encoder, self.frozen, self.scale, self.pull = encoder, frozen, scale, pull
 
-    def forward(self, pixels: Tensor, x0: Tensor, eps: Tensor, logsnr: Tensor) -> dict[str, Tensor]:
-        """Loss of x0 with noise eps `(B, C, h, w)` at logsnr `(B,)`; x0 is what pixels become."""
+    def forward(
+        self, pixels: Tensor, x0: Tensor, eps: Tensor, logsnr: Tensor, keys: Tensor
+    ) -> dict[str, Tensor]:
+        """Loss of x0 with noise eps `(B, C, h, w)` at logsnr `(B,)`; x0 is what pixels become.
+
+        keys (B,): equal for equal pictures, which are no negatives of each other.
+        """
         with torch.no_grad():
             clean = look(self.frozen, self.encoder.normalised(pixels)).embedding
         noisy = self.encoder(noised(x0, eps, logsnr), logsnr).embedding
         away = (1 - F.cosine_similarity(noisy.float(), clean.float())).mean()
-        return {
-            "info_nce": info_nce(noisy, clean, self.scale), "pull": self.pull * self.scale * away
-        }  # fmt: skip
+        contrast = info_nce(noisy, clean, self.scale, keys)
+        return {"info_nce": contrast, "pull": self.pull * self.scale * away}
 
 
 class NoisyClipTask:
@@ -72,11 +77,18 @@ class NoisyClipTask:
             self.vae = AutoencoderKL.from_pretrained(path).eval().requires_grad_(False)
             factor = 2 ** (len(self.vae.config.block_out_channels) - 1)
             latents = {"channels": self.vae.config.latent_channels, "factor": factor}
-        encoder = NoisyClip(clip, options.width, **latents)
+        encoder = NoisyClip(clip, options.width, size=size, **latents)
         for weight in encoder.trained():
             weight.requires_grad_(True)
-        scale = float(clip.model.logit_scale.exp())
-        self.net = Alignment(encoder, copy.deepcopy(clip.model.visual), scale, options.pull)
+        self.scale = float(clip.model.logit_scale.exp())
+        self.net = Alignment(encoder, copy.deepcopy(clip.model.visual), self.scale, options.pull)
+        self.whole = (clip, options, latents)
+
+    def whole_net(self) -> nn.Module:
+        """A second net of the same form."""
+        clip, options, latents = self.whole
+        encoder = NoisyClip(clip, options.width, size=self.size, **latents)
+        return Alignment(encoder, copy.deepcopy(clip.model.visual), self.scale, options.pull)
 
     def batch(self, numbers: range, generator: torch.Generator) -> dict[str, Tensor]:
         """Pictures, what is noised, noise, and levels spread evenly over the batch."""
@@ -84,11 +96,16 @@ class NoisyClipTask:
         x0 = pixels if self.vae is None else self._latents(pixels)
         spread = torch.arange(len(x0)) + torch.rand(len(x0), generator=generator)
         eps = torch.randn(x0.shape, generator=generator)
-        return {"pixels": pixels, "x0": x0, "eps": eps, "logsnr": logsnr_at(spread / len(x0))}
+        return {
+            "pixels": pixels, "x0": x0, "eps": eps, "logsnr": logsnr_at(spread / len(x0)),
+            "keys": self.data.keys(numbers),
+        }  # fmt: skip
 
     def _latents(self, pixels: Tensor) -> Tensor:
+        """Clean latents as the denoiser sees them, encoded where the encoder is trained."""
+        vae = self.vae.to(next(self.net.parameters()).device)
         with torch.no_grad():
-            return self.vae.encode(pixels).latent_dist.mode() * self.vae.config.scaling_factor
+            return scaled(vae.encode(pixels.to(vae.device)).latent_dist.mode(), vae.config)
 
     def preview(self) -> Image.Image:
         """Cosines of 24 half-noised inputs (rows) and their clean pictures (columns)."""
@@ -117,3 +134,4 @@ def logsnr_at(fraction: Tensor) -> Tensor:
 
 
 OPTIONS, make = NoisyClipOptions, NoisyClipTask  # of a recipe's stage
+LOOP = {"lr": 1e-4, "weight_decay": 1e-3, "batch": 256}  # the paper's

@@ -18,6 +18,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from guidekit.config import ZOO
+from guidekit.noisy_clip.files import open_pretrained
 
 # Short names; everything else is `timm/NAME` or `open_clip/ARCHITECTURE/TAG`.
 NAMES = {
@@ -148,16 +149,12 @@ def from_open_clip(architecture: str, tag: str | None) -> ImageEncoder:
 
     Raises ValueError for a model or weights that open_clip does not know.
     """
-    config = open_clip.get_model_config(architecture)
-    if config is None:
-        raise ValueError(f"open_clip has no model {architecture!r}; see open_clip.list_models()")
-    known = open_clip.list_pretrained_tags_by_model(architecture)
-    if tag is not None and tag not in known and not Path(tag).exists():
-        raise ValueError(
-            f"open_clip has no weights {tag!r} of {architecture}; there are {', '.join(known)}"
-        )
-    model = open_clip.create_model(architecture, pretrained=tag)
-    visual = model.visual
+    if tag is None:
+        config = open_clip.get_model_config(architecture)
+        visual = open_clip.create_model(architecture, pretrained=None).visual
+    else:
+        model, config = open_pretrained(architecture, tag)
+        visual = model.visual
     return _from_tower(config, visual.state_dict(), visual, f"open_clip/{architecture}/{tag}")
 
 

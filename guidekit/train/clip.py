@@ -80,7 +80,11 @@ class ClipTask:
         }  # fmt: skip
         model = {"embed_dim": options.embedding, "vision_cfg": vision, "text_cfg": text}
         self.config = {"model_cfg": model, "preprocess_cfg": PREPROCESS | {"size": [size, size]}}
-        self.net = Contrast(build(self.config).train().requires_grad_(True))
+        self.net = self.whole_net()
+
+    def whole_net(self) -> nn.Module:
+        """A net of this form."""
+        return Contrast(build(self.config).train().requires_grad_(True))
 
     def batch(self, numbers: range, generator: torch.Generator) -> dict[str, Tensor]:
         """Pictures, token ids of a wording of their captions, and what tells captions apart."""
