@@ -72,7 +72,8 @@ def style(by: dict[str, dict]) -> list[str]:
         said("style brings colours nearer", alone < none, alone / none),
         said("with structure it still does", row["colour distance"] < none,
              row["colour distance"] / none),
-        said("and more than half of the layout stays", row["same layout"] >= 0.5, row["same layout"]),
+        said("and more than half of the layout stays", row["same layout"] >= 0.5,
+             row["same layout"]),
     ]  # fmt: skip
 
 

@@ -3,6 +3,8 @@
 import dataclasses
 import json
 import math
+import os
+import random
 import subprocess
 import sys
 import textwrap
@@ -224,6 +226,48 @@ def test_two_processes_see_the_negatives_of_both(tmp_path):
     for process in running:
         _, errors = process.communicate()
         assert process.returncode == 0, errors.decode()
+
+
+TRAINER = """
+import sys, torch
+from guidekit.train.recipe import train
+torch.set_num_threads(1)
+train(sys.argv[1], sys.argv[2], quiet=True)
+"""
+
+
+def test_two_processes_train_one_encoder(tmp_path):
+    """Every trained weight has a gradient in each process, or they would wait for each other."""
+    clips.clip("resnet").save(tmp_path / "base")
+    path = tmp_path / "r.toml"
+    path.write_text(f"""
+model = "small"
+size = 32
+[[stage]]
+task = "noisy-clip"
+base = "{tmp_path / "base"}"
+width = 8
+steps = 3
+batch = 4
+log_every = 1
+""")
+    meet = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "ACCELERATE_USE_CPU": "true",
+            "MASTER_PORT": str(random.Random().randint(20000, 50000))}  # fmt: skip
+    running = [
+        subprocess.Popen(
+            [sys.executable, "-c", TRAINER, str(path), str(tmp_path / "out")],
+            env=os.environ | meet | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
+            stderr=subprocess.PIPE,
+        )
+        for rank in range(2)
+    ]
+    for process in running:
+        _, errors = process.communicate()
+        assert process.returncode == 0, errors.decode()
+    rows = (tmp_path / "out/small/noisy-clip/metrics.jsonl").read_text().splitlines()
+    assert [json.loads(row)["step"] for row in rows] == [1, 2, 3]
+    made = NoisyClip.from_pretrained(tmp_path / "out/small/noisy-clip/model")
+    assert made(pictures(), torch.zeros(3)).embedding.isfinite().all()
 
 
 def test_levels_of_training_cover_the_schedule():
