@@ -11,7 +11,7 @@ import torch
 from click.testing import CliRunner
 from PIL import Image
 
-from guidekit.cli import main
+from guidekit.cli import _next_step, main
 
 import tiny
 
@@ -374,3 +374,14 @@ def test_unknown_commands_and_recipes():
     fails(run("train", "nope"), "no recipe nope; there are")
     fails(run("train", "scenes", "--set", "nope=1"), "write OPTION=VALUE; there are")
     assert run().exit_code == 0 and "sample" in run().stdout
+
+
+def test_a_trained_model_names_what_it_is_for(tmp_path):
+    for file, words in (
+        ("model_index.json", f"guidekit sample --model {tmp_path}"),
+        ("noisy_clip.json", f"guidekit sample --plugin clip --set clip.encoder={tmp_path}"),
+    ):
+        (tmp_path / file).write_text("{}")
+        assert _next_step(tmp_path) == f"\nnext     {words}"
+        (tmp_path / file).unlink()
+    assert _next_step(tmp_path) == ""
