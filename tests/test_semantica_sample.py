@@ -3,17 +3,20 @@
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from click.testing import CliRunner
 from PIL import Image
 from safetensors.torch import save_file
 
-from guidekit import Condition, Reference, Sampling, load
+from guidekit import Condition, Reference, Sampling, load, scenes
 from guidekit.cli import main
+from guidekit.evaluate import load_judge, see
 from guidekit.guidance import FeatureRead
 from guidekit.loading import make_scheduler
 from guidekit.miniatures import sd_pipeline
+from guidekit.pictures import to_image
 from guidekit.references import load_references
 from guidekit.semantica.adapter import ImageAdapter, from_published, load_adapter, new_adapter
 from guidekit.semantica.adapter_train import AdapterOptions, make
@@ -364,3 +367,21 @@ def test_other_schedulers_follow_the_models_schedule(pipe, name):
     assert other.config.timestep_spacing == own.config.timestep_spacing
     images = drawn(pipe, RED, [Semantica()], steps=6, scheduler=other).images
     assert torch.isfinite(images).all()
+
+
+def test_the_built_in_model_draws_the_page_of_its_reference():
+    """The judge never saw it; a picture drawn after another reference has another background."""
+    plans = [scenes.scene(number, "test") for number in range(8)]
+    pages = [scenes.episode(plan.number, 2, "test")[0] for plan in plans]
+    conditions, _ = scenes.batch(pages, 32)
+    references = [Condition(image=Reference(to_image(p / 2 + 0.5))) for p in conditions]
+    images = drawn(load("scenes-semantica"), references, [Semantica()], range(8), 20).images
+    found = see(load_judge(), images).classes
+    grounds = torch.tensor([scenes.BACKGROUNDS[p.background] for p in pages]) / 255
+    kept = same = 0
+    for image, classes, page, ground in zip(images, found, pages, grounds, strict=True):
+        free = image[:, torch.from_numpy(classes == 0)].median(1).values
+        same += bool((free - ground).abs().max() < 0.1)
+        objects = {scenes.CLASSES[i - 1] for i in np.unique(classes[classes > 0])}
+        kept += bool({o.split()[0] for o in objects} & {t.colour for t in page.things})
+    assert same >= 7 and kept >= 7, (same, kept)
