@@ -99,7 +99,15 @@ def test_killed_at_random_the_curve_continues_as_if_not(encoder, tmp_path):
     assert list((tmp_path / "cut/small/semantica").glob("preview-*.png"))
 
 
-def test_ctrl_c_takes_effect_between_steps(encoder, tmp_path, monkeypatch):
+@pytest.fixture
+def terminal():
+    """Ctrl-C as at a terminal; programs in the background may ignore it."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+def test_ctrl_c_takes_effect_between_steps(encoder, tmp_path, monkeypatch, terminal):
     """Weights that moved without their step's number would move twice."""
     recipe = write(tmp_path / "r.toml", encoder)
     train(recipe, tmp_path / "whole", quiet=True)
