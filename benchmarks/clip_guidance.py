@@ -38,7 +38,10 @@ from clip_measures import (
     SAMPLES,
     asked_found,
     columns,
+    frechet,
     free_colour,
+    interval,
+    over_conditions,
     ranks,
     silhouettes,
     spread,
@@ -153,10 +156,10 @@ def guided_row(bench: Bench, method: str, make: Callable, image: bool) -> dict:
         queries = bench.retrieval.texts(bench.wanted.texts)
     places = ranks(seen, queries, bench.real_embeddings, bench.setting.seed)
     row = {"method": method, "n": len(images)}
-    row["Frechet"] = evaluate.frechet(verdict.features, bench.real_features)
+    row |= frechet(verdict.features, bench.real_features)
     row |= columns(spread=spread(verdict.features))
-    row |= columns(**{f"top-{k}": places < k for k in TOPS})
-    row |= columns(**asked_found(verdict.classes, bench.wanted.kinds))
+    row |= over_conditions(**{f"top-{k}": places < k for k in TOPS})
+    row |= over_conditions(**asked_found(verdict.classes, bench.wanted.kinds))
     return row | {"s/image": seconds}
 
 
@@ -213,8 +216,8 @@ def structure_rows(bench: Bench) -> list[dict]:
             return evaluate.mean_iou(inter[i], union[i], asked[i])
 
         row = {"method": name, "n": len(images), "mIoU": statistic(np.arange(len(images)))}
-        row["mIoU 95%"] = evaluate.interval(statistic, len(images))
-        rows.append(row | columns(silhouette=silhouettes(found, labels)))
+        row["mIoU 95%"] = interval(statistic, len(images))
+        rows.append(row | over_conditions(silhouette=silhouettes(found, labels)))
     return rows
 
 
@@ -248,8 +251,8 @@ def style_rows(bench: Bench) -> list[dict]:
     for name, drawn in images.items():
         found = evaluate.see(bench.judge, drawn).classes
         away = (statistics(drawn) - colours).norm(dim=1).numpy()
-        row = {"method": name, "n": len(drawn)} | columns(colour_distance=away)
-        rows.append(row | columns(same_layout=silhouettes(found, layout)))
+        row = {"method": name, "n": len(drawn)} | over_conditions(colour_distance=away)
+        rows.append(row | over_conditions(same_layout=silhouettes(found, layout)))
     return rows
 
 
@@ -282,7 +285,8 @@ def both_rows(bench: Bench) -> list[dict]:
         ground = np.array([grounds[i] == b for i, b in zip(nearest, backgrounds, strict=True)])
         object_ = asked_found(found, given.kinds)["colour_and_shape"]
         row = {"method": name, "n": len(images)}
-        rows.append(row | columns(object=object_, background=ground, both=object_ & ground))
+        met = {"object": object_, "background": ground, "both": object_ & ground}
+        rows.append(row | over_conditions(**met))
     bench.wanted = given
     return rows
 
@@ -356,7 +360,7 @@ def main(model, encoder, clean, retrieval, latents, parts, n, steps, batch, seed
     print(
         f"\nn = {n}, seeds {seed} to {seed + n - 1}, {steps} DDPM steps, batch {batch}, "
         f"{torch.get_num_threads()} threads of {os.cpu_count()} {platform.machine()} cores, torch "
-        f"{torch.__version__}; 95% bootstrap intervals over pictures"
+        f"{torch.__version__}; 95% bootstrap intervals over conditions"
     )
     if json_file:
         json_file.write_text(json.dumps(found, indent=1))

@@ -1,6 +1,7 @@
 """Measures of clip_guidance.py: what the judge finds, spread, retrieval, colours; tables."""
 
 import itertools
+from collections.abc import Callable
 
 import numpy as np
 import torch
@@ -27,6 +28,29 @@ def columns(**values: np.ndarray) -> dict[str, object]:
         found, name = measure(numbers.astype(float)), name.replace("_", " ")
         row |= {name: found["mean"], f"{name} 95%": found["95%"]}
     return row
+
+
+def over_conditions(**values: np.ndarray) -> dict[str, object]:
+    """Columns of numbers of pictures, of which SAMPLES in a row share a condition."""
+    return columns(
+        **{name: numbers.reshape(-1, SAMPLES).mean(1) for name, numbers in values.items()}
+    )
+
+
+def interval(statistic: Callable, n: int, draws: int = 1000) -> tuple[float, float]:
+    """95% bootstrap interval over conditions of a statistic of the indices of n pictures."""
+    groups = np.arange(n).reshape(-1, SAMPLES)
+    return evaluate.interval(lambda i: statistic(groups[i].ravel()), len(groups), draws)
+
+
+def frechet(features: np.ndarray, real: np.ndarray) -> dict[str, object]:
+    """Frechet distance of features (n, d) to real ones."""
+
+    def statistic(i: np.ndarray) -> float:
+        return evaluate.frechet(features[i], real)
+
+    bounds = interval(statistic, len(features), draws=200)
+    return {"Frechet": statistic(np.arange(len(features))), "Frechet 95%": bounds}
 
 
 def shares(found: np.ndarray, labels: list[int]) -> bool:
