@@ -151,6 +151,10 @@ def from_open_clip(architecture: str, tag: str | None) -> ImageEncoder:
     """
     if tag is None:
         config = open_clip.get_model_config(architecture)
+        if config is None:
+            raise ValueError(
+                f"open_clip has no model {architecture!r}; see open_clip.list_models()"
+            )
         visual = open_clip.create_model(architecture, pretrained=None).visual
     else:
         model, config = open_pretrained(architecture, tag)

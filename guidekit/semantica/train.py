@@ -51,7 +51,7 @@ class PagesOptions:
     per_page: int = 4  # pictures of a page, of scenes
     polluted: float = 0.0  # share of a page's pictures that are of no page, of scenes
     without: tuple[str, ...] = ()  # objects that no page holds, of scenes
-    encoder: str = "scenes-clip"  # see guidekit.semantica.encode.load_encoder
+    encoder: str = "scenes-clip"  # see semantica.encode.load_encoder; or an earlier stage's folder
     low: float | None = 0.3  # cosine between global features below which a pair is left out
     high: float | None = 0.9  # and above which it is; 0.3 and 0.9 are for DINOv2
     quantiles: tuple[float, ...] = ()  # two shares of all pairs that give low and high instead
@@ -190,7 +190,9 @@ def make_episodes(
     if len(options.quantiles) not in (0, 2):
         raise ValueError(f"quantiles are two numbers, not {len(options.quantiles)}")
     # The other processes wait as long as encoding takes, which the default timeout cuts short.
-    encoder, state = load_encoder(options.encoder), PartialState(timeout=timedelta(days=7))
+    own = folder / options.encoder
+    name = own if (own / "config.json").exists() else options.encoder
+    encoder, state = load_encoder(name), PartialState(timeout=timedelta(days=7))
     store = Path(options.store) if options.store else folder / "pages"
     chosen = folder / "filter"
     with state.main_process_first():

@@ -47,6 +47,7 @@ TASKS: dict[str, tuple[type, Make] | str] = {
     "digits": (DigitsOptions, lambda options, folder, size: DigitsTask(options)),
     "semantica": "guidekit.semantica.train",
     "adapter": "guidekit.semantica.adapter_train",
+    "tags": "guidekit.semantica.tags",
 }
 
 
