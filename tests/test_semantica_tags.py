@@ -77,6 +77,14 @@ def test_every_layer_of_the_encoder_gets_a_gradient(encoder):
     assert all(moved)
 
 
+def test_the_built_in_clip_is_exported_as_an_encoder(tmp_path):
+    task = TagsTask(TagsOptions(), 32)
+    task.export(tmp_path / "model")
+    pixels = scenes.batch([scenes.scene(0)], 32)[0]
+    again = load_encoder(tmp_path / "model")(pixels)[0]
+    torch.testing.assert_close(again, load_encoder("scenes-clip")(pixels)[0], rtol=0, atol=2e-2)
+
+
 def test_the_objects_of_eight_scenes_are_learned(encoder):
     torch.manual_seed(0)
     task = TagsTask(TagsOptions(encoder=str(encoder), heads=2), 16)

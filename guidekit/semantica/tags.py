@@ -5,7 +5,6 @@ tokens of the last block and answers whether the picture holds what it stands fo
 only the class token there; the other tokens, which a denoiser attends to, are left as they fall.
 """
 
-import copy
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -81,9 +80,9 @@ class TagsTask:
 
     def export(self, folder: Path) -> None:
         """Saves the encoder alone, in half precision."""
-        config = dict(self.net.encoder.config) | {"source": f"{self.options.encoder} with tags"}
-        encoder = ImageEncoder.from_config(config)
-        encoder.load_state_dict(copy.deepcopy(self.net.encoder.state_dict()))
+        config = {k: v for k, v in self.net.encoder.config.items() if not k.startswith("_")}
+        encoder = ImageEncoder(**config | {"source": f"{self.options.encoder} with tags"})
+        encoder.load_state_dict(self.net.encoder.state_dict())
         encoder.half().save_pretrained(folder)
 
 
