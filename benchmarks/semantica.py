@@ -17,7 +17,6 @@ from pathlib import Path
 
 import click
 import torch
-from semantica_measures import HELD_OUT, SIZE, PagesSeen, held_out, measure
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
@@ -29,6 +28,8 @@ from guidekit.train.judge import Judge
 from guidekit.train.loop import Loop, Options
 
 from semantica_cost import cost_rows
+from semantica_measures import HELD_OUT, SIZE, PagesSeen, held_out, measure
+from semantica_reader import reader_rows
 
 BATCH, W = 16, 0.5
 POLLUTED = 0.3
@@ -46,7 +47,7 @@ MODELS = {
     "labelled": {"source": "labelled-scenes", "quantiles": (), "low": None, "high": None},
 }
 FACTORS = (0.0, 0.1, 0.2, 0.5, 1.0)
-PARTS = ("variance", "ablations", "guidance", "oneshot", "unseen", "cost")
+PARTS = ("variance", "reader", "ablations", "guidance", "oneshot", "unseen", "cost")
 # Claims: the row that should be the better one, the other, the column, and what it says.
 CLAIMS = (
     ("tokens", "film", "frechet", "cross-attention to tokens beats FiLM"),
@@ -243,6 +244,7 @@ def main(parts, model, encoder, out, flop, n, steps, seed, quick, json_file):
     judge = evaluate.load_judge()
     make_rows = {
         "variance": lambda: variance_rows(setting),
+        "reader": lambda: reader_rows(setting.n, SIZE, 20 if quick else 600),
         "ablations": lambda: ablation_rows(setting, judge),
         "guidance": lambda: guidance_rows(setting, judge, model),
         "oneshot": lambda: oneshot_rows(setting, judge, model),

@@ -110,7 +110,7 @@ class SemanticaTask:
 
     def whole_net(self) -> nn.Module:
         """A second net of the same form."""
-        return SemanticaLoss(UViT.from_config(dict(self.net.unet.config)))
+        return SemanticaLoss(UViT.from_config(dict(self.net.unet.config)), self.options.gamma)
 
     def batch(self, numbers: range, generator: torch.Generator) -> dict[str, Tensor]:
         """Noisy pictures at times spread evenly over the batch, and what they follow."""
