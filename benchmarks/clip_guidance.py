@@ -224,34 +224,42 @@ def structure_rows(bench: Bench) -> list[dict]:
 def style_rows(bench: Bench) -> list[dict]:
     """Do colours become the reference's, and do objects stay where they are without guidance?
 
-    The last row holds them there by structure guidance towards the picture drawn without guidance.
+    In the last rows structure guidance towards the picture drawn without guidance holds them there,
+    and style reads the first maps, which have colours and hardly shapes. "moved" is how much nearer
+    to the reference the colours came, picture by picture.
     """
     given = bench.wanted
     colours = statistics((given.references + 1) / 2)
     plain, _ = bench.draw(lambda given: [])
     layout = evaluate.see(bench.judge, plain).classes
-    fields = {"units": "noise", "scale": 0.2, "content": 0.0}
     bench.wanted = given.like(torch.stack([given.references, plain * 2 - 1], 1))
 
-    def style(part: Wanted, **own) -> Guidance:
-        return bench.clip(part.like(part.references[:, 0]), False, True, style=1.0, **fields, **own)
+    def guided(part: Wanted, which: int, scale: float, **own) -> Guidance:
+        reference = part.like(part.references[:, which])
+        return bench.clip(reference, False, True, content=0.0, units="noise", scale=scale, **own)
+
+    def style(part: Wanted, scale: float = 0.2, **own) -> Guidance:
+        return guided(part, 0, scale, style=1.0, **own)
 
     def held(part: Wanted) -> Guidance:
-        return bench.clip(part.like(part.references[:, 1]), False, True, structure=1.0, **fields)
+        return guided(part, 1, 0.8, structure=1.0)
 
     images = {"unguided": plain}
     for name, make in {
         "style": lambda g: [style(g)],
         "style, after 0.4 of the steps": lambda g: [style(g, start=0.4)],
-        "style, and structure of the unguided picture": lambda g: [held(g), style(g)],
+        "structure of the unguided picture": lambda g: [held(g)],
+        "the same, and style 0.3": lambda g: [held(g), style(g, 0.3, stages=(0,))],
+        "the same, and style 0.6": lambda g: [held(g), style(g, 0.6, stages=(0,))],
     }.items():
         images[name] = bench.draw(make)[0]
     bench.wanted = given
-    rows = []
+    before, rows = (statistics(plain) - colours).norm(dim=1).numpy(), []
     for name, drawn in images.items():
         found = evaluate.see(bench.judge, drawn).classes
         away = (statistics(drawn) - colours).norm(dim=1).numpy()
-        row = {"method": name, "n": len(drawn)} | over_conditions(colour_distance=away)
+        row = {"method": name, "n": len(drawn)}
+        row |= over_conditions(colour_distance=away, moved=before - away)
         rows.append(row | over_conditions(same_layout=silhouettes(found, layout)))
     return rows
 

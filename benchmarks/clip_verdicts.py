@@ -66,15 +66,17 @@ def structure(by: dict[str, dict]) -> list[str]:
 
 def style(by: dict[str, dict]) -> list[str]:
     """Colours move, objects do not: two draws without guidance share silhouettes by chance only."""
-    row = by["style, and structure of the unguided picture"]
-    alone, none = by["style"]["colour distance"], by["unguided"]["colour distance"]
-    return [
-        said("style brings colours nearer", alone < none, alone / none),
-        said("with structure it still does", row["colour distance"] < none,
-             row["colour distance"] / none),
-        said("and more than half of the layout stays", row["same layout"] >= 0.5,
-             row["same layout"]),
-    ]  # fmt: skip
+    held = by["structure of the unguided picture"]
+    lines = [said("style brings colours nearer", by["style"]["moved 95%"][0] > 0,
+                  by["style"]["moved"])]  # fmt: skip
+    for name in ("the same, and style 0.3", "the same, and style 0.6"):
+        row, scale = by[name], name.split()[-1]
+        lines += [
+            said(f"so does {scale} beside structure", row["moved 95%"][0] > 0, row["moved"]),
+            said("at a layout as with structure alone, within the intervals",
+                 row["same layout 95%"][1] >= held["same layout 95%"][0], row["same layout"]),
+        ]  # fmt: skip
+    return lines
 
 
 def both(by: dict[str, dict]) -> list[str]:
