@@ -68,3 +68,30 @@ def rescaled(combined: Tensor, cond: Tensor) -> Tensor:
     """The combination with the norms that the conditional output has along the last side."""
     norms = [torch.norm(x, dim=-1, keepdim=True) for x in (cond, combined)]
     return combined * (norms[0] / norms[1])
+
+
+class PackedLatents:
+    """Sizes of a denoiser whose transformer reads latents two by two, and how it does."""
+
+    @property
+    def channels(self) -> int:
+        """Channels of the latents before packing."""
+        return self.model.config.in_channels // 4
+
+    @property
+    def multiple(self) -> int:
+        """Latents are packed two by two."""
+        return self.factor * 2
+
+    @property
+    def own_size(self) -> tuple[int, int]:
+        """Height and width of the latents by default."""
+        return (self.pipeline.default_sample_size,) * 2
+
+    def unpack(self, x: Tensor, grid: tuple[int, int]) -> Tensor:
+        """Latents (B, C, h, w) out of 2x2 patches (B, N, 4C)."""
+        return unpacked(x, grid)
+
+    def pack(self, z: Tensor) -> Tensor:
+        """2x2 patches (B, N, 4C) of latents (B, C, h, w)."""
+        return packed(z)

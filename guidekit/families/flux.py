@@ -6,12 +6,12 @@ import torch
 from torch import Tensor
 
 from guidekit.families.base import Text
-from guidekit.families.flow import packed, set_flow_timesteps, unpacked
+from guidekit.families.flow import PackedLatents, set_flow_timesteps
 from guidekit.families.text import TextDenoiser
 from guidekit.tokens import KeyTokenizer
 
 
-class Flux(TextDenoiser, families=("flux",)):
+class Flux(PackedLatents, TextDenoiser, families=("flux",)):
     """Flux.1: distilled, so that cfg is 1 and `embedded_cfg` an input of the model."""
 
     cfg = 1.0
@@ -21,21 +21,6 @@ class Flux(TextDenoiser, families=("flux",)):
     def dtype(self) -> torch.dtype:
         """Type of the latents: that of the text states."""
         return self.pipeline.text_encoder_2.dtype
-
-    @property
-    def channels(self) -> int:
-        """Channels of the latents before packing."""
-        return self.model.config.in_channels // 4
-
-    @property
-    def multiple(self) -> int:
-        """Latents are packed two by two."""
-        return self.factor * 2
-
-    @property
-    def own_size(self) -> tuple[int, int]:
-        """Height and width of the latents by default."""
-        return (self.pipeline.default_sample_size,) * 2
 
     def key_tokenizers(self, length: int) -> list:
         """The tokenizer of T5; CLIP's states are pooled."""
@@ -80,11 +65,3 @@ class Flux(TextDenoiser, families=("flux",)):
             **text.kwargs(),
         )[0]
         return self.unpack(out, tuple(z.shape[2:]))
-
-    def unpack(self, x: Tensor, grid: tuple[int, int]) -> Tensor:
-        """Latents (B, C, h, w) out of 2x2 patches (B, N, 4C)."""
-        return unpacked(x, grid)
-
-    def pack(self, z: Tensor) -> Tensor:
-        """2x2 patches (B, N, 4C) of latents (B, C, h, w)."""
-        return packed(z)

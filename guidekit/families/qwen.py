@@ -6,7 +6,7 @@ from torch import Tensor
 
 from guidekit.families.autoencoder import statistics
 from guidekit.families.base import Text
-from guidekit.families.flow import packed, rescaled, set_flow_timesteps, unpacked
+from guidekit.families.flow import PackedLatents, rescaled, set_flow_timesteps
 from guidekit.families.text import TextDenoiser
 from guidekit.tokens import TemplateTokenizer
 
@@ -39,25 +39,10 @@ class PaddedText(Text):
         )
 
 
-class QwenImage(TextDenoiser, families=("qwen",)):
+class QwenImage(PackedLatents, TextDenoiser, families=("qwen",)):
     """QwenImagePipeline: prompts in its chat template, whose first tokens the pipeline drops."""
 
     cfg = 4.0
-
-    @property
-    def channels(self) -> int:
-        """Channels of the latents before packing."""
-        return self.model.config.in_channels // 4
-
-    @property
-    def multiple(self) -> int:
-        """Latents are packed two by two."""
-        return self.factor * 2
-
-    @property
-    def own_size(self) -> tuple[int, int]:
-        """Height and width of the latents by default."""
-        return (self.pipeline.default_sample_size,) * 2
 
     def key_tokenizers(self, length: int) -> list:
         """Qwen's tokenizer, the prompt in the template, without the tokens that are dropped."""
@@ -100,14 +85,6 @@ class QwenImage(TextDenoiser, families=("qwen",)):
         """The combination with the norms that `cond` has in each patch."""
         found = rescaled(self.pack(combined), self.pack(cond))
         return self.unpack(found, tuple(cond.shape[2:]))
-
-    def unpack(self, x: Tensor, grid: tuple[int, int]) -> Tensor:
-        """Latents (B, C, h, w) out of 2x2 patches (B, N, 4C)."""
-        return unpacked(x, grid)
-
-    def pack(self, z: Tensor) -> Tensor:
-        """2x2 patches (B, N, 4C) of latents (B, C, h, w)."""
-        return packed(z)
 
     def decode(self, z: Tensor) -> Tensor:
         """Pictures (B, 3, H, W) in [0, 1] of finished latents, exactly as the pipeline does it."""
