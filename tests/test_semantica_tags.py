@@ -67,6 +67,7 @@ def test_a_recipe_trains_the_encoder_and_then_the_model_that_reads_it(
     assert tagged.config.source.endswith("with tags")
     assert not any(p.requires_grad for p in tagged.parameters())
     shipped = load(folder).encoder
+    assert "_name_or_path" not in (folder / "encoder/config.json").read_text()
     assert torch.equal(shipped(pixels)[0], tagged(pixels)[0])
 
 

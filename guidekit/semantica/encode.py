@@ -85,6 +85,16 @@ class ImageEncoder(ModelMixin, ConfigMixin):
         mean, std = pixels.new_tensor([self.config.mean, self.config.std]).view(2, 3, 1, 1)
         return ((pixels.clamp(-1, 1) / 2 + 0.5 - mean) / std).to(self.dtype)
 
+    def copied(self, **changes: Any) -> "ImageEncoder":
+        """Another of the same weights that does not say from which folder it came.
+
+        changes: of the config.
+        """
+        config = {k: v for k, v in self.config.items() if not k.startswith("_")}
+        other = ImageEncoder(**config | changes)
+        other.load_state_dict(self.state_dict())
+        return other
+
     def shapes(self) -> tuple[int, int, int]:
         """Number of tokens T, their channels D, channels P of the global feature."""
         with torch.no_grad():

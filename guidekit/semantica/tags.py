@@ -80,9 +80,7 @@ class TagsTask:
 
     def export(self, folder: Path) -> None:
         """Saves the encoder alone, in half precision."""
-        config = {k: v for k, v in self.net.encoder.config.items() if not k.startswith("_")}
-        encoder = ImageEncoder(**config | {"source": f"{self.options.encoder} with tags"})
-        encoder.load_state_dict(self.net.encoder.state_dict())
+        encoder = self.net.encoder.copied(source=f"{self.options.encoder} with tags")
         encoder.half().save_pretrained(folder)
 
 

@@ -147,7 +147,7 @@ class SemanticaTask:
 
     def export(self, folder: Path) -> None:
         """Saves the pipeline, encoder included, in half precision."""
-        unet, encoder = (copy.deepcopy(part).half() for part in (self.net.unet, self.encoder))
+        unet, encoder = copy.deepcopy(self.net.unet).half(), self.encoder.copied().half()
         SemanticaPipeline(unet, self.scheduler(), encoder).save_pretrained(folder)
 
 
