@@ -150,13 +150,15 @@ def ablation_rows(setting: Setting, judge: Judge) -> list[dict]:
     return rows
 
 
-def guidance_rows(setting: Setting, judge: Judge, model: str | None) -> list[dict]:
-    """The given model, or the ablation model `tokens`, at five guidance factors."""
+def guidance_rows(
+    setting: Setting, judge: Judge, model: str | None, factors: tuple[float, ...]
+) -> list[dict]:
+    """The given model, or the ablation model `tokens`, at several guidance factors."""
     pipeline = load(model) if model else trained("tokens", setting)
     pages = held_out(setting.n, setting.seed, unseen=False)
     return [
         measure(f"w = {w:g}", draw(pipeline, pages.conditions, setting, w), pages, judge)
-        for w in FACTORS
+        for w in factors
     ]
 
 
@@ -226,6 +228,7 @@ def _cell(row: dict, column: str) -> str:
 @click.command()
 @click.option("--part", "parts", multiple=True, type=click.Choice(PARTS), help="Default: all.")
 @click.option("--model", help="Of guidance and one-shot; default: the ablation model `tokens`.")
+@click.option("--w", "factors", multiple=True, type=float, help="Of guidance; default: five.")
 @click.option("--encoder", default="scenes-clip", show_default=True)
 @click.option("--out", type=click.Path(path_type=Path), default=Path("runs/semantica-benchmark"))
 @click.option("--flop", default=0.0, help="Of an ablation model's training; 3e13.")
@@ -234,7 +237,7 @@ def _cell(row: dict, column: str) -> str:
 @click.option("--seed", default=0, show_default=True)
 @click.option("--quick", is_flag=True, help="1e11 FLOP, 40 pages, 8 steps, no full-size models.")
 @click.option("--json", "json_file", type=click.Path(), help="Also write the rows here.")
-def main(parts, model, encoder, out, flop, n, steps, seed, quick, json_file):
+def main(parts, model, factors, encoder, out, flop, n, steps, seed, quick, json_file):
     """Prints the rows of all parts, then which claims they confirm."""
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
     setting = Setting(
@@ -246,7 +249,7 @@ def main(parts, model, encoder, out, flop, n, steps, seed, quick, json_file):
         "variance": lambda: variance_rows(setting),
         "reader": lambda: reader_rows(setting.n, SIZE, 20 if quick else 600),
         "ablations": lambda: ablation_rows(setting, judge),
-        "guidance": lambda: guidance_rows(setting, judge, model),
+        "guidance": lambda: guidance_rows(setting, judge, model, factors or FACTORS),
         "oneshot": lambda: oneshot_rows(setting, judge, model),
         "unseen": lambda: unseen_rows(setting, judge),
         "cost": lambda: cost_rows(quick),
