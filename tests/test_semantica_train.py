@@ -248,7 +248,7 @@ def test_wrong_options(options, message, encoder, tmp_path):
 
 def test_the_papers_optimizer(tmp_path):
     recipe = read_recipe("scenes-semantica")
-    (stage,) = recipe.stages
+    *_, stage = recipe.stages
     assert stage.task == "semantica" and task_kind("semantica")[0] is type(stage.options)
     assert stage.loop.eps == 1e-12 and stage.loop.weight_decay == 0
     bare = tmp_path / "bare.toml"
