@@ -42,9 +42,9 @@ MODELS = {
     "tokens": {},
     "film": {"conditioning": "film"},
     "patches": {"variant": "tiny"},
-    "polluted": {"polluted": POLLUTED, "quantiles": (), "low": None, "high": None},
+    "polluted": {"polluted": POLLUTED, "quantiles": (), "low": -2.0, "high": 2.0},
     "polluted, filtered": {"polluted": POLLUTED, "quantiles": (0.5, 0.98)},
-    "labelled": {"source": "labelled-scenes", "quantiles": (), "low": None, "high": None},
+    "labelled": {"source": "labelled-scenes", "quantiles": (), "low": -2.0, "high": 2.0},
 }
 FACTORS = (0.0, 0.1, 0.2, 0.5, 1.0)
 PARTS = ("variance", "reader", "ablations", "guidance", "oneshot", "unseen", "cost")

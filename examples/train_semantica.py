@@ -22,17 +22,16 @@ backbone = sys.argv[1] if len(sys.argv) > 1 else "scenes"
 steps = int(sys.argv[2]) if len(sys.argv) > 2 else 2000
 encoder = sys.argv[3] if len(sys.argv) > 3 else "scenes-clip"
 
-for item in scene_items(pages=20, per_page=4, size=32):
+for item in scene_items(pages=20, per_page=4, size=64):
     folder = Path("mine", item.page)
     folder.mkdir(parents=True, exist_ok=True)
     item.open().save(folder / f"{item.key}.png")
 
 # %% Encode every picture once, keep pairs that are alike but no copies, train.
 # For img2dataset's shards: source="shards", data="shards/", page="page_url". For DINOv2 the paper
-# keeps cosines from 0.3 to 0.9; other encoders have another scale, so quantiles are given here.
-options = train.SemanticaOptions(
-    variant="tiny", source="folder", data="mine", encoder=encoder, quantiles=(0.02, 0.98)
-)
+# keeps cosines from 0.3 to 0.9; other encoders have another scale and keep all between the lowest
+# and the highest 2% of pairs. low and high, or quantiles, say otherwise.
+options = train.SemanticaOptions(variant="tiny", source="folder", data="mine", encoder=encoder)
 loop = Loop(
     train.make(options, Path("runs/mine"), 32),
     Options(
@@ -65,10 +64,10 @@ print(f"a data set of {len(images)} pictures in {len(names)} classes")
 
 # %% Image tokens beside the words of a text-to-image backbone, trained on the same pages
 adapter = adapter_train.AdapterOptions(
-    backbone=backbone, source="folder", data="mine", encoder=encoder, quantiles=(0.02, 0.98)
+    backbone=backbone, source="folder", data="mine", encoder=encoder
 )
 loop = Loop(
-    adapter_train.make(adapter, Path("runs/adapter"), 32),
+    adapter_train.make(adapter, Path("runs/adapter"), 64),
     Options(steps=steps, batch=8, lr=1e-4, log_every=1),
     Path("runs/adapter/train"),
     quiet=True,

@@ -351,8 +351,10 @@ def train(recipe: str, out: Path, settings: tuple[str, ...], quiet: bool, as_jso
 
 def _next_step(model: Path) -> str:
     """What is done with a trained model, where it is a command."""
-    if (model / "model_index.json").exists():
-        return f"\nnext     guidekit sample --model {model}"
+    if (index := model / "model_index.json").exists():
+        kind = json.loads(index.read_text()).get("_class_name")
+        rest = " --plugin semantica --image PICTURE" if kind == "SemanticaPipeline" else ""
+        return f"\nnext     guidekit sample --model {model}{rest}"
     if (model / "noisy_clip.json").exists():
         return f"\nnext     guidekit sample --plugin clip --set clip.encoder={model}"
     return ""

@@ -23,7 +23,8 @@ def read_picture(path: str | Path, size: tuple[int, int]) -> Tensor:
     """
     try:
         with Image.open(path) as image:
-            fitted = ImageOps.fit(image.convert("RGB"), size[::-1], Image.Resampling.BICUBIC)
+            upright = ImageOps.exif_transpose(image).convert("RGB")
+            fitted = ImageOps.fit(upright, size[::-1], Image.Resampling.BICUBIC)
     except FileNotFoundError:
         raise ValueError(f"picture {path}: no such file") from None
     except PICTURE_ERRORS as error:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 from torch import Tensor
 
 from guidekit import scenes
@@ -41,8 +41,7 @@ def load_reference(path: str | Path) -> Reference:
         return Reference(to_image((_scene(int(built_in[1]), SCENE_SIZE) + 1) / 2), path.name)
     try:
         with Image.open(path) as image:
-            image.load()
-            return Reference(image.copy(), str(Path(path).resolve()))
+            return Reference(ImageOps.exif_transpose(image), str(Path(path).resolve()))
     except FileNotFoundError:
         raise ValueError(f"image {path}: no such file") from None
     except PICTURE_ERRORS as error:
@@ -94,10 +93,13 @@ def _scene(number: int, size: int) -> Tensor:
 
 
 def square(image: Image.Image, size: int) -> Tensor:
-    """The largest centred square as uint8 (3, size, size), transparency on white.
+    """The largest centred square as uint8 (3, size, size), upright, transparency on white.
 
     Raises ValueError for pictures of no area, and what Pillow raises for damaged ones.
     """
+    image = ImageOps.exif_transpose(image)
+    if image.mode.startswith("I;16"):  # Pillow cuts what is over 255 where it converts
+        image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
     if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
         backing = Image.new("RGBA", image.size, "white")
         image = Image.alpha_composite(backing, image.convert("RGBA"))

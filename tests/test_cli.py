@@ -385,3 +385,5 @@ def test_a_trained_model_names_what_it_is_for(tmp_path):
         assert _next_step(tmp_path) == f"\nnext     {words}"
         (tmp_path / file).unlink()
     assert _next_step(tmp_path) == ""
+    (tmp_path / "model_index.json").write_text('{"_class_name": "SemanticaPipeline"}')
+    assert _next_step(tmp_path).endswith("--plugin semantica --image PICTURE")

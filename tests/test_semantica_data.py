@@ -3,6 +3,7 @@
 import functools
 import io
 import json
+import os
 import tarfile
 import weakref
 
@@ -11,12 +12,19 @@ import open_clip
 import pytest
 import torch
 from PIL import Image
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
+from guidekit.references import load_reference, square
 from guidekit.semantica import data
 from guidekit.semantica.data import Pages, write_pages
-from guidekit.semantica.encode import CLIP_CONFIG, CLIP_WEIGHTS, from_timm, load_encoder
-from guidekit.semantica.pairs import Episodes, bounds_at, find_pairs
+from guidekit.semantica.encode import (
+    CLIP_CONFIG,
+    CLIP_WEIGHTS,
+    ImageEncoder,
+    from_timm,
+    load_encoder,
+)
+from guidekit.semantica.pairs import Episodes, bounds_at, find_pairs, shuffled
 from guidekit.semantica.sources import (
     Item,
     folder_items,
@@ -26,6 +34,7 @@ from guidekit.semantica.sources import (
 )
 
 from semantica_tiny import SIZE, encoder
+from semantica_tiny import pipeline as semantica_pipeline
 
 
 @pytest.fixture(scope="module")
@@ -54,6 +63,15 @@ def sample(colour, page, caption="a picture", **columns) -> dict[str, bytes]:
     return {"jpg": jpeg(colour), "json": table, "txt": caption.encode()}
 
 
+def firsts(pages) -> list[int]:
+    """For every row the first row of its page."""
+    return [pages.page.tolist().index(page) for page in pages.page]
+
+
+def all_pairs(episodes) -> list[tuple[int, int]]:
+    return [episodes.pair(number) for number in range(len(episodes))]
+
+
 @pytest.fixture
 def shards(tmp_path):
     """Two pages in two shards; one picture is damaged, one has no page, one sample no picture."""
@@ -74,7 +92,7 @@ def shards(tmp_path):
 def test_shards_are_grouped_by_page_and_what_is_damaged_is_counted(shards, tiny, tmp_path):
     pages = write_pages(shard_items(shards), tiny, tmp_path / "pages", SIZE)
     assert len(pages) == 4 and pages.unreadable == 3
-    assert [pages.names[p] for p in pages.page] == ["a", "b", "a", "b"]
+    assert firsts(pages) == [0, 1, 0, 1]
     assert pages.captions([0, 2]) == ["a picture", "é"]
     assert sorted(rows.tolist() for rows in pages.members()) == [[0, 2], [1, 3]]
     pictures, tokens, pooled = pages.rows([2, 0], "pictures", "tokens", "pooled")
@@ -91,6 +109,28 @@ def test_a_cut_shard_is_skipped_from_where_it_is_cut(shards, tiny, tmp_path):
     shards[1].write_bytes(whole[: len(whole) // 2])
     pages = write_pages(shard_items(shards), tiny, tmp_path / "pages", SIZE)
     assert 1 <= len(pages) < 4 and pages.unreadable >= 3
+
+
+@pytest.mark.parametrize("damage", ["header", "boundary"])
+def test_a_shard_that_ends_too_soon_is_counted(damage, tmp_path):
+    """tarfile takes a damaged header, or none, for the end of the archive."""
+    path = tmp_path / "0.tar"
+    shard(path, {f"{i:03}": sample("red", "a") for i in range(6)})
+    whole = bytearray(path.read_bytes())
+    place = whole.index(b"003.jpg")
+    whole[place + 148 : place + 156] = b"damaged!"  # the checksum
+    path.write_bytes(whole if damage == "header" else whole[:place])
+    found = list(shard_items([path]))
+    assert [item and item.key for item in found] == ["0.tar/000", "0.tar/001", "0.tar/002", None]
+
+
+def test_samples_without_a_page_are_counted_wherever_they_stand(tmp_path):
+    pages = (None, "a", "", float("nan"), "a")
+    samples = {str(i): sample("red", page) for i, page in enumerate(pages)}
+    shard(tmp_path / "0.tar", {"-": {"jpg": jpeg("red"), "json": b"5"}} | samples)
+    assert [item and item.page for item in shard_items([tmp_path / "0.tar"])] == [
+        None, None, "a", None, None, "a",
+    ]  # fmt: skip
 
 
 def test_names_in_shards_may_have_dots_in_their_folders(tiny, tmp_path):
@@ -130,7 +170,7 @@ def test_folders_are_pages(tiny, tmp_path):
         Image.new("LA" if name.endswith("png") else "L", (9, 30), 128).save(root / name)
     (root / "dogs/d.jpg").write_bytes(b"no picture")
     pages = write_pages(folder_items(root), tiny, tmp_path / "pages", SIZE)
-    assert [pages.names[p] for p in pages.page] == ["cats", "cats", "dogs"]
+    assert firsts(pages) == [0, 0, 2]
     assert pages.unreadable == 1
     with pytest.raises(ValueError, match="no pictures below"):
         next(folder_items(tmp_path / "pages"))
@@ -174,6 +214,70 @@ def test_encoding_goes_on_where_it_was_killed(tiny, tmp_path):
         write_pages(watched(), tiny, tmp_path / "cut", 8)
 
 
+def test_a_kill_while_a_shard_is_written_loses_that_shard_alone(tiny, tmp_path, monkeypatch):
+    def dying(source, target):
+        if target.name == "00001.safetensors":
+            raise InterruptedError
+        os.rename(source, target)
+
+    with monkeypatch.context() as patch, pytest.raises(InterruptedError):
+        patch.setattr(data.os, "replace", dying)
+        write_pages(scene_items(6, 2, SIZE), tiny, tmp_path, SIZE, shard=5)
+    assert len(Pages(tmp_path)) == 5
+    again = write_pages(scene_items(6, 2, SIZE), tiny, tmp_path, SIZE, shard=5)
+    assert firsts(again) == [0, 0, 2, 2, 4, 4, 6, 6, 8, 8, 10, 10]
+
+
+def test_the_encoder_sees_pictures_at_its_own_size(tmp_path):
+    """As it sees a reference when it draws: small pictures are not what is encoded."""
+    pipe = semantica_pipeline(sample_size=8)
+    pixels = np.random.default_rng(0).integers(0, 256, (40, 50, 3), np.uint8)
+    shown = Image.fromarray(pixels)
+    items = iter([Item("a", "0", shown.copy)])
+    tokens, pictures = write_pages(items, pipe.encoder, tmp_path, 8).rows([0], "tokens", "pictures")
+    assert pictures.shape == (1, 3, 8, 8)
+    expected = pipe.states(pipe._references(shown))
+    torch.testing.assert_close(tokens.float(), expected, atol=2e-3, rtol=2e-3)
+
+
+def test_photographs_are_turned_and_deep_greys_kept(tmp_path):
+    upright = Image.new("RGB", (20, 20), "white")
+    upright.paste("red", (0, 0, 20, 10))
+    exif = Image.Exif()
+    exif[0x0112] = 3  # the camera was upside down
+    upright.rotate(180).save(tmp_path / "a.jpg", exif=exif, quality=95)
+    with Image.open(tmp_path / "a.jpg") as image:
+        seen = square(image, 20)
+    assert seen[1, :8].max() < 30 and seen[1, 12:].min() > 225  # red above white
+    picture = load_reference(tmp_path / "a.jpg").picture
+    assert torch.equal(square(picture, 20), seen)
+    deep = np.linspace(0, 65535, 16 * 16).astype(np.uint16).reshape(16, 16)
+    grey = square(Image.fromarray(deep), 16)
+    assert (grey[0] - torch.tensor(deep >> 8).to(torch.uint8)).abs().max() == 0
+
+
+def test_nothing_is_begun_by_what_cannot_work(tiny, tmp_path):
+    def broken():
+        yield from (None, None)
+
+    for _ in range(2):
+        with pytest.raises(ValueError, match="none of 2 pictures could be read"):
+            write_pages(broken(), tiny, tmp_path / "none", SIZE)
+    with pytest.raises(ValueError, match="no pictures below"):
+        write_pages(folder_items(tmp_path / "typo"), tiny, tmp_path / "p", SIZE, facts={"data": 1})
+    pages = write_pages(scene_items(2, 2, SIZE), tiny, tmp_path / "p", SIZE, facts={"data": 2})
+    assert len(pages) == 4
+
+
+def test_an_encoder_of_other_weights_is_another(tiny, tmp_path):
+    other = tiny.copied()
+    next(other.parameters()).data += 1
+    assert other.source == tiny.source and tiny.copied().fingerprint() == tiny.fingerprint()
+    write_pages(scene_items(2, 2, SIZE), tiny, tmp_path, SIZE)
+    with pytest.raises(ValueError, match="begun with weights '.*', not '.*'; give another folder"):
+        write_pages(scene_items(2, 2, SIZE), other, tmp_path, SIZE)
+
+
 def test_one_shard_of_pictures_is_all_that_is_in_memory(tiny, tmp_path, monkeypatch):
     held, flush = [], data._Writer.flush
 
@@ -211,10 +315,10 @@ def test_filter_keeps_pairs_by_cosine(pages):
     cosine = unit @ unit.T
     middle = float(cosine[torch.triu_indices(36, 36, 1).unbind()].median())
     some = find_pairs(pages, middle, 2.0)
-    pairs = Episodes(pages).pairs
+    pairs = all_pairs(Episodes(pages))
     assert len(pairs) == 2 * some.kept
-    assert all(pages.page[a] == pages.page[b] and a != b for a, b in pairs.tolist())
-    assert all(cosine[a, b] >= middle - 1e-6 for a, b in pairs.tolist())
+    assert all(pages.page[a] == pages.page[b] and a != b for a, b in pairs)
+    assert all(cosine[a, b] >= middle - 1e-6 for a, b in pairs)
     said = json.loads((pages.folder / "filter/filter.json").read_text())
     assert said["share"] == some.share and sum(said["histogram"]) == 36
     assert Image.open(pages.folder / "filter/histogram.png").size == (800, 288)
@@ -230,8 +334,8 @@ def test_every_picture_of_a_large_page_is_paired(tiny, tmp_path):
     )
     pages = write_pages(items, tiny, tmp_path, SIZE)
     result = find_pairs(pages, None, None, out=tmp_path / "filter")
-    pairs = Episodes(pages, tmp_path / "filter").pairs
-    assert sorted(set(pairs.flatten().tolist())) == list(range(150))
+    pairs = all_pairs(Episodes(pages, tmp_path / "filter"))
+    assert sorted({row for pair in pairs for row in pair}) == list(range(150))
     assert result.kept == result.total == 3 * 50 * 49 / 2
 
 
@@ -245,12 +349,36 @@ def test_filter_by_quantiles(pages):
     assert bounds_at(counts, (0.0, 1.0))[0] == -1
 
 
+def test_quantiles_keep_no_copies(tiny, tmp_path):
+    """However many there are."""
+    items = [
+        Item(str(page), str(place), functools.partial(Image.new, "RGB", (16, 16), colour))
+        for page in range(5)
+        for place, colour in enumerate([(50 * page, 9, 90), (50 * page, 9, 90), (0, 99, 200)])
+    ]
+    pages = write_pages(iter(items), tiny, tmp_path, SIZE)
+    assert find_pairs(pages, None, None).kept == 15
+    found = find_pairs(pages, quantiles=(0.0, 1.0))
+    assert found.kept == 10 and (0, 1) not in all_pairs(Episodes(pages))
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 16, 17, 1000])
+def test_the_shuffle_is_a_permutation(count):
+    orders = [[shuffled(i, count, key) for i in range(count)] for key in range(3)]
+    assert all(sorted(order) == list(range(count)) for order in orders)
+    if count == 1000:
+        places = np.array(orders)
+        assert abs(np.corrcoef(places)[np.triu_indices(3, 1)]).max() < 0.1
+        assert abs(np.corrcoef(places[0], np.arange(count))[0, 1]) < 0.1
+
+
 def test_episodes_visit_every_pair_once_an_epoch(pages):
     find_pairs(pages, None, None)
     episodes = Episodes(pages)
     n = len(episodes)
-    first = [episodes.pair(i) for i in range(n)]
-    assert sorted(first) == sorted(map(tuple, episodes.pairs.tolist()))
+    first = all_pairs(episodes)
+    kept = load_file(pages.folder / "filter/pairs.safetensors")["pairs"]
+    assert sorted(first) == sorted(map(tuple, kept.tolist()))
     second = [episodes.pair(i) for i in range(n, 2 * n)]
     assert first != second and first[3] == episodes.pair(3)
     states, pixels = episodes.batch(range(4))
@@ -278,10 +406,31 @@ def test_open_clip_folders_and_saving(tmp_path):
     assert torch.equal(again(pixels)[0], tokens) and again.source == str(tmp_path)
 
 
-def test_timm_convolutions_have_tokens_too():
+def test_timm_convolutions_and_windows_have_tokens_too():
     encoder = from_timm("test_resnet", pretrained=False)
     tokens, channels, pooled = encoder.shapes()
     assert tokens > 1 and channels == pooled
+    windows = dict(img_size=32, embed_dim=8, depths=(1, 1), num_heads=(1, 2), window_size=4)
+    swin = from_timm("swin_tiny_patch4_window7_224", pretrained=False, **windows)
+    assert swin.shapes() == (4 * 4, 16, 16)
+
+
+@pytest.mark.parametrize(
+    "vision, tokens",
+    [
+        (dict(layers=[1, 1, 1, 1], width=8, head_width=32, image_size=64), (4, 256)),
+        (dict(timm_model_name="test_vit", timm_pool="avg", image_size=160), (101, 64)),
+        (dict(timm_model_name="test_convnext", timm_pool="", image_size=64), (4, 64)),
+    ],
+    ids=["resnet", "timm-vit", "timm-convnext"],
+)
+def test_every_tower_of_open_clip_has_tokens(vision, tokens):
+    mean = (0.5,) * 3
+    settings = {"embed_dim": 12, "vision_cfg": vision}
+    encoder = ImageEncoder("open_clip", "", settings, vision["image_size"], mean, mean)
+    assert encoder.shapes() == (*tokens, 12)
+    pixels = torch.rand(2, 3, vision["image_size"], vision["image_size"]) * 2 - 1
+    torch.testing.assert_close(encoder(pixels)[1], encoder.net(pixels))
 
 
 def test_unknown_encoders():

@@ -4,10 +4,12 @@ import math
 
 import pytest
 import torch
+from diffusers.models.embeddings import get_timestep_embedding
 
 from guidekit.backbones import layout_sites, site_grid
 from guidekit.miniatures import randomised
 from guidekit.semantica.model import VARIANTS, UViT, variant
+from guidekit.semantica.schedule import shift
 from guidekit.taps import block_features, find_sites, tap_attention, tap_blocks
 
 SMALL = dict(
@@ -140,14 +142,23 @@ def test_checkpointing_changes_no_gradient():
     assert all(torch.equal(a, b) for a, b in zip(plain, gradients(), strict=True))
 
 
-def test_compiles_without_breaks():
-    model = small(block_out_channels=(8, 16), layers_per_block=(1, 1), down_block_types=("conv",))
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_compiles_without_breaks(checkpointing):
+    """Forward and backward, through convolutions and transformer blocks on both ways."""
+    model = small(layers_per_block=(1, 1, 1)).train()
     z, t, states = inputs()
+    if checkpointing:
+        model.enable_gradient_checkpointing()
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
-    with torch.no_grad():
-        torch.testing.assert_close(
-            compiled(z, t, states).sample, model(z, t, states).sample, atol=1e-5, rtol=1e-4
-        )
+
+    def gradients(net):
+        model.zero_grad()
+        out = net(z, t, states).sample
+        out.square().sum().backward()
+        return [out, *(p.grad.clone() for p in model.parameters())]
+
+    for a, b in zip(gradients(compiled), gradients(model), strict=True):
+        torch.testing.assert_close(a, b, atol=1e-4, rtol=1e-3)
 
 
 def test_other_sizes_and_saving(tmp_path):
@@ -161,12 +172,18 @@ def test_other_sizes_and_saving(tmp_path):
     )
 
 
-def test_what_it_is_told_of_the_noise():
+@pytest.mark.parametrize("size", [16, 32, 256])
+def test_what_it_is_told_of_the_noise(size):
     """The embedding's input runs from 0 to 1000 whatever the picture's size."""
-    from guidekit.semantica.schedule import ENDS, logsnr, shift
+    model, told = small(sample_size=size), []
+    model.time_embedding.register_forward_pre_hook(lambda _, args: told.append(args[0]))
+    times = torch.tensor([1e-6, 0.5, 1.0])
+    with torch.no_grad():
+        model._embedding(torch.zeros(3, 3, size, size), times * 1000 - 1)
+    channels = told[0].shape[1]
+    expected = get_timestep_embedding(torch.tensor([0, 500, 1000.0]), channels)
+    torch.testing.assert_close(told[0], expected, atol=0.2, rtol=0)
 
-    for size in (16, 32, 256):
-        level = logsnr(torch.tensor([1e-6, 0.5, 1.0]), size)
-        told = (ENDS + shift(size) - level) * 1000 / (2 * ENDS)
-        torch.testing.assert_close(told, torch.tensor([0, 500, 1000.0]), atol=0.2, rtol=1e-3)
+
+def test_the_shift_of_256_pixels():
     assert math.isclose(shift(256), -4.1589, abs_tol=1e-4)

@@ -185,9 +185,9 @@ def trained(tmp_path_factory):
     semantica_tiny.encoder().save_pretrained(root / "encoder")
     options = AdapterOptions(
         backbone=str(root / "sd"), encoder=str(root / "encoder"), pages=6, per_page=2,
-        low=None, high=None,
+        low=-2.0, high=2.0,
     )  # fmt: skip
-    loop = Loop(make(options, root, 32), Options(steps=4, batch=4, log_every=1, warmup=1),
+    loop = Loop(make(options, root, 64), Options(steps=4, batch=4, log_every=1, warmup=1),
                 root / "run", quiet=True)  # fmt: skip
     before = [p.clone() for p in loop.task.pipeline.unet.parameters()]
     loop.run()
@@ -219,6 +219,12 @@ def test_trained_adapter_is_used_by_the_plugin(trained):
     wrong = sd_pipeline().unet.__class__(**dict(pipe.unet.config) | {"layers_per_block": 2})
     with pytest.raises(ValueError, match="other attention sites"):
         load_adapter(trained / "strong", wrong)
+
+
+def test_adapters_are_trained_for_stable_diffusion_alone(tmp_path):
+    options = AdapterOptions(backbone="digits-ddpm")
+    with pytest.raises(ValueError, match="digits-ddpm is a DDPMPipeline; adapters are trained for"):
+        make(options, tmp_path, 32)
 
 
 def test_a_new_adapter_changes_nothing():

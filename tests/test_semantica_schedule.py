@@ -140,20 +140,17 @@ def test_bounds_are_exact_for_their_data():
     assert predicted(make(frac=0.0), 8, 1.0) < 0.97 * predicted(make(frac=1.0), 8, 1.0)
 
 
-def test_bounds_are_those_of_ddpm():
-    ours = make(frac=0.0)
-    theirs = DDPMScheduler(variance_type="fixed_small", clip_sample=False)
-    theirs.alphas_cumprod = ours.alphas_cumprod
-    theirs.set_timesteps(timesteps=list(range(999, 0, -100)))
+@pytest.mark.parametrize("frac, theirs", [(0.0, "fixed_small"), (1.0, "fixed_large")])
+def test_bounds_are_those_of_ddpm(frac, theirs):
+    ours = make(frac=frac)
+    ddpm = DDPMScheduler(variance_type=theirs, clip_sample=False)
+    ddpm.alphas_cumprod = ours.alphas_cumprod
+    ddpm.set_timesteps(timesteps=list(range(999, 0, -100)))
     ours.set_timesteps(10)
-    ours.timesteps = theirs.timesteps
+    ours.timesteps = ddpm.timesteps
     for t in map(int, ours.timesteps[:-1]):
-        after = ours.previous_timestep(t)
-        a, b = ours.alphas_cumprod[t], ours.alphas_cumprod[after]
-        assert float(ours._get_variance(t)) == pytest.approx(
-            float((1 - b) / (1 - a) * (1 - a / b)), rel=1e-3
-        )
-        assert theirs.previous_timestep(t) == after
+        assert ours.previous_timestep(t) == ddpm.previous_timestep(t)
+        assert float(ours._get_variance(t)) == pytest.approx(float(ddpm._get_variance(t)), rel=1e-3)
 
 
 def test_levels_and_moves_know_it():

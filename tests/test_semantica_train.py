@@ -4,14 +4,16 @@ import json
 import multiprocessing
 import os
 import random
+import shutil
 import signal
 
 import pytest
 import torch
+from PIL import Image
 
 from guidekit import load
 from guidekit.semantica.model import VARIANTS
-from guidekit.semantica.train import SemanticaOptions, items, make, make_episodes
+from guidekit.semantica.train import SemanticaOptions, bounds, items, make, make_episodes
 from guidekit.train.loop import Loop, Options, lr_at
 from guidekit.train.recipe import read_recipe, task_kind, train
 
@@ -141,14 +143,80 @@ def test_a_model_that_was_half_written_is_written_again(encoder, tmp_path, monke
 
 
 def test_other_bounds_make_other_pairs_and_other_data_are_refused(encoder, tmp_path):
-    first = dict(encoder=str(encoder), pages=12, per_page=3, low=None, high=None)
+    first = dict(encoder=str(encoder), pages=12, per_page=3, low=-2.0, high=2.0)
     all_pairs, _ = make_episodes(SemanticaOptions(**first), tmp_path, 16, quiet=True)
-    fewer = SemanticaOptions(**first, quantiles=(0.4, 0.6))
+    fewer = SemanticaOptions(**first | {"quantiles": (0.4, 0.6)})
     some, _ = make_episodes(fewer, tmp_path, 16, quiet=True)
     assert 0 < len(some) < len(all_pairs)
     for changes in ({"pages": 13}, {"source": "labelled-scenes"}):
         with pytest.raises(ValueError, match="give another folder or remove it"):
             make_episodes(SemanticaOptions(**first | changes), tmp_path, 16, quiet=True)
+
+
+def test_pairs_are_of_the_pages_that_they_were_found_in(encoder, tmp_path):
+    """Other pages of as many pictures in the same folder are filtered again."""
+    found = []
+    for split in (("red circle",), ("blue square",)):
+        options = SemanticaOptions(encoder=str(encoder), pages=30, per_page=2, without=split)
+        shutil.rmtree(tmp_path / "pages", ignore_errors=True)
+        make_episodes(options, tmp_path, 16, quiet=True)
+        found.append(json.loads((tmp_path / "filter/filter.json").read_text())["asked"])
+    assert found[0]["pages"]["without"] == ["red circle"]
+    assert found[1]["pages"]["without"] == ["blue square"]
+
+
+def test_bounds_follow_the_encoder():
+    tiny = semantica_tiny.encoder()
+    dino = tiny.copied(source="timm/vit_base_patch14_dinov2.lvd142m")
+    assert bounds(SemanticaOptions(), dino) == (0.3, 0.9, None)
+    assert bounds(SemanticaOptions(), tiny) == (None, None, (0.02, 0.98))
+    assert bounds(SemanticaOptions(low=0.5), tiny) == (0.5, None, None)
+    assert bounds(SemanticaOptions(quantiles=(0.1, 0.9)), dino) == (None, None, (0.1, 0.9))
+
+
+def test_pictures_that_were_added_are_not_overlooked(encoder, tmp_path):
+    for name in ("a/0.png", "a/1.png", "b/0.png", "b/1.png"):
+        (tmp_path / "in" / name).parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (9, 9), (len(name), 90, 40 * int(name[2]))).save(tmp_path / "in" / name)
+    options = SemanticaOptions(
+        encoder=str(encoder), source="folder", data=str(tmp_path / "in"), low=-2.0
+    )
+    make_episodes(options, tmp_path, 16, quiet=True)
+    make_episodes(options, tmp_path, 16, quiet=True)
+    Image.new("RGB", (9, 9)).save(tmp_path / "in/b/2.png")
+    with pytest.raises(ValueError, match="begun with files '.*', not '.*'; give another folder"):
+        make_episodes(options, tmp_path, 16, quiet=True)
+
+
+def test_a_checkpoint_of_another_model_is_refused(encoder, tmp_path):
+    train(write(tmp_path / "r.toml", encoder, steps=2), tmp_path, quiet=True)
+    shutil.rmtree(tmp_path / "small/semantica/model")
+    with pytest.raises(ValueError, match="is of another model; train into another folder"):
+        train(write(tmp_path / "r.toml", encoder, 2, "film"), tmp_path, quiet=True)
+
+
+def test_losses_are_means_over_what_is_accumulated(encoder, tmp_path):
+    """As the gradient is: two batches of 4 at the first step are those of steps 1 and 2 alone."""
+    write(tmp_path / "r.toml", encoder, steps=1, accumulate=2)
+    train(tmp_path / "r.toml", tmp_path / "two", quiet=True)
+    recipe = write(tmp_path / "s.toml", encoder, steps=2).read_text()
+    (tmp_path / "s.toml").write_text(recipe.replace("lr = 2e-3", "lr = 0.0"))
+    train(tmp_path / "s.toml", tmp_path / "one", quiet=True)
+    ((_, both),) = losses(tmp_path / "two")
+    assert both == pytest.approx(sum(loss for _, loss in losses(tmp_path / "one")) / 2, rel=1e-5)
+
+
+def test_the_scale_of_half_precision_gradients_is_kept(encoder, tmp_path):
+    """Where there is one, which is on a GPU."""
+    options = SemanticaOptions(encoder=str(encoder), pages=8, per_page=2)
+    loop = Loop(make(options, tmp_path, 16), Options(steps=2), tmp_path / "run", quiet=True)
+    loop.accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=512.0, growth_interval=7)
+    loop.save()
+    again = Loop(make(options, tmp_path, 16), Options(steps=2), tmp_path / "new", quiet=True)
+    again.accelerator.scaler = torch.amp.GradScaler("cpu")
+    again.folder = tmp_path / "run"
+    again._load()
+    assert again.accelerator.scaler.state_dict() == loop.accelerator.scaler.state_dict()
 
 
 def joint(rank, port, recipe, out, sharded):
@@ -219,7 +287,7 @@ def test_the_loss_falls(encoder, tmp_path):
 
 def test_batches_are_functions_of_their_numbers_and_drop_conditions(encoder, tmp_path):
     options = SemanticaOptions(
-        encoder=str(encoder), pages=20, per_page=2, low=None, high=None, drop=0.5
+        encoder=str(encoder), pages=20, per_page=2, low=-2.0, high=2.0, drop=0.5
     )
     task = make(options, tmp_path, 16)
     first, second = (task.batch(range(32, 64), torch.Generator().manual_seed(3)) for _ in range(2))
@@ -252,11 +320,11 @@ def test_the_papers_optimizer(tmp_path):
     assert stage.task == "semantica" and task_kind("semantica")[0] is type(stage.options)
     assert stage.loop.eps == 1e-12 and stage.loop.weight_decay == 0
     bare = tmp_path / "bare.toml"
-    bare.write_text('model = "x"\nsize = 16\n[[stage]]\ntask = "semantica"\nsteps = 1\nlr = 5e-4')
+    bare.write_text('model = "x"\nsize = 16\n[[stage]]\ntask = "semantica"\nsteps = 1')
     (stage,) = read_recipe(bare).stages
     loop = stage.loop
     assert (loop.ema, loop.eps, loop.weight_decay, loop.decay) == (0.9999, 1e-12, 0, "constant")
-    assert loop.lr == 5e-4
+    assert loop.lr == 1e-4
     constant = Options(steps=10**7, decay="constant", lr=3e-4)
     assert lr_at(10**6, constant) == 3e-4
     with pytest.raises(ValueError, match="cosine or constant"):

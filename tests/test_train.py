@@ -111,6 +111,10 @@ def test_built_in_recipes_are_valid():
         ('model = "x"\nsize = 8', "[[stage]]"),
         ('model = "x"\nsize = 8\n[[stage]]\ntask = "dance"', "no task 'dance'"),
         ('model = "x"\nsize = 8\n[[stage]]\ntask = "text"\nsteps = 1\nwidht = 3', "'widht'"),
+        ('model = "x"\n[[stage]]\ntask = "text"\nsteps = 1', "the keys model, size"),
+        ('model = "x"\nsize = "big"\n[[stage]]\ntask = "text"', "size must be"),
+        ('model = "x"\nsize = 8\n[[stage]]\ntask = "text"', "stage text lacks steps"),
+        ('model = "x"\nsize = 8\n[[stage]]\ntask = "text"\nsteps = "no"', "text: steps must be"),
     ],
 )
 def test_wrong_recipe_says_what_is_wrong(tmp_path, text, says):

@@ -10,6 +10,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from guidekit.loading import load
+from guidekit.references import to_pixels
 from guidekit.semantica.adapter import ImageAdapter, new_adapter
 from guidekit.semantica.encode import ImageEncoder
 from guidekit.semantica.pairs import Episodes
@@ -98,7 +99,9 @@ class AdapterTask:
                 [""] * 8, num_inference_steps=20, guidance_scale=1.0, output_type="pt",
                 generator=[torch.Generator().manual_seed(i) for i in range(8)],
             ).images  # fmt: skip
-        return grid(torch.cat([pictures.float() / 127.5 - 1, drawn.cpu().float() * 2 - 1]), 8)
+        drawn = drawn.cpu().float() * 2 - 1
+        shown = F.interpolate(to_pixels(pictures), drawn.shape[-2:])
+        return grid(torch.cat([shown, drawn]), 8)
 
     def export(self, folder: Path) -> None:
         """Saves the adapter, and the encoder that it reads in the folder `encoder`."""
@@ -108,8 +111,13 @@ class AdapterTask:
 
 def make(options: AdapterOptions, folder: Path, size: int) -> AdapterTask:
     """The task of a recipe's stage."""
-    episodes, encoder = make_episodes(options, folder, size, quiet=True)
     pipeline = load(options.backbone, dtype=torch.float32)  # half precision is the loop's
+    if not isinstance(pipeline, StableDiffusionPipeline):
+        raise ValueError(
+            f"backbone {options.backbone} is a {type(pipeline).__name__}; adapters are trained for "
+            "Stable Diffusion 1.x and 2.x, such as the built-in scenes"
+        )
+    episodes, encoder = make_episodes(options, folder, size, quiet=True)
     return AdapterTask(options, episodes, encoder, pipeline, size)
 
 

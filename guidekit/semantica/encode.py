@@ -4,6 +4,7 @@ DINOv2: Oquab et al. 2023, arXiv:2304.07193. SigLIP: Zhai et al. 2023, arXiv:230
 """
 
 import dataclasses
+import hashlib
 import json
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from diffusers import ConfigMixin, ModelMixin
 from diffusers.configuration_utils import register_to_config
+from open_clip.modified_resnet import ModifiedResNet
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
@@ -66,15 +68,20 @@ class ImageEncoder(ModelMixin, ConfigMixin):
         """Tokens (B, T, D) and global features (B, P) of pixels (B, 3, H, W) in [-1, 1].
 
         The global feature is the class token (DINOv2), the attention pool's output (SigLIP) or the
-        joint embedding (CLIP).
+        joint embedding (CLIP). Convolutions' tokens are the places of their last map.
         """
-        x = self._normalised(pixels)
+        x, net = self._normalised(pixels), self.net
+        if hasattr(net, "trunk"):  # open_clip's wrapper of a timm model
+            tokens = net.trunk.forward_features(x)
+            return _flat(tokens, net.trunk), net.head(net.trunk.forward_head(tokens))
+        if isinstance(net, ModifiedResNet):
+            tokens = nn.Sequential(net.layer1, net.layer2, net.layer3, net.layer4)(net.stem(x))
+            return _flat(tokens, net), net.attnpool(tokens)
         if self.config.library == "open_clip":
-            pooled, tokens = self.net(x)
+            pooled, tokens = net(x)
             return tokens, pooled
-        tokens = self.net.forward_features(x)
-        pooled = self.net.forward_head(tokens, pre_logits=True)
-        return tokens.flatten(2).transpose(1, 2) if tokens.ndim == 4 else tokens, pooled
+        tokens = net.forward_features(x)
+        return _flat(tokens, net), net.forward_head(tokens, pre_logits=True)
 
     def _normalised(self, pixels: Tensor) -> Tensor:
         """Pixels (B, 3, s, s) as the network was trained on them."""
@@ -95,12 +102,29 @@ class ImageEncoder(ModelMixin, ConfigMixin):
         other.load_state_dict(self.state_dict())
         return other
 
+    def fingerprint(self) -> str:
+        """A name of its weights: the same for the same weights in half precision."""
+        digest = hashlib.sha256()
+        for key, value in sorted(self.state_dict().items()):
+            digest.update(key.encode())
+            digest.update(value.detach().cpu().half().contiguous().numpy().tobytes())
+        return digest.hexdigest()[:16]
+
     def shapes(self) -> tuple[int, int, int]:
         """Number of tokens T, their channels D, channels P of the global feature."""
         with torch.no_grad():
             size = self.config.image_size
             tokens, pooled = self(torch.zeros(1, 3, size, size))
         return tokens.shape[1], tokens.shape[2], pooled.shape[1]
+
+
+def _flat(tokens: Tensor, net: nn.Module) -> Tensor:
+    """Tokens (B, T, D) of features, which may be a map (B, D, h, w), or timm's (B, h, w, D)."""
+    if tokens.ndim == 3:
+        return tokens
+    if getattr(net, "output_fmt", "NCHW") == "NHWC":
+        return tokens.flatten(1, 2)
+    return tokens.flatten(2).transpose(1, 2)
 
 
 def load_encoder(name: str | Path) -> ImageEncoder:
@@ -200,16 +224,11 @@ def _from_tower(config: dict, weights: dict, preprocess: Any, source: str) -> Im
 
 
 def _clip_tower(settings: dict[str, Any]) -> nn.Module:
-    """open_clip's vision transformer, which returns its tokens too; ValueError for other towers."""
+    """open_clip's picture tower with random weights; a vision transformer returns tokens too."""
     known = {f.name for f in dataclasses.fields(open_clip.CLIPVisionCfg)}
     vision = {k: v for k, v in settings["vision_cfg"].items() if k in known}
-    tower = open_clip.CLIP(
-        settings["embed_dim"], open_clip.CLIPVisionCfg(**vision | {"output_tokens": True}),
+    vision |= {"output_tokens": True, "timm_model_pretrained": False}
+    return open_clip.CLIP(
+        settings["embed_dim"], open_clip.CLIPVisionCfg(**vision),
         open_clip.CLIPTextCfg(**_NO_TEXT), quick_gelu=settings.get("quick_gelu", False),
     ).visual  # fmt: skip
-    if not hasattr(tower, "output_tokens"):
-        raise ValueError(
-            f"open_clip's {type(tower).__name__} gives no tokens; take a vision transformer, or "
-            "the same network as timm/NAME"
-        )
-    return tower

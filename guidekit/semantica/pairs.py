@@ -2,10 +2,14 @@
 
 Semantica (arXiv:2405.14857) keeps pairs whose DINOv2 class tokens have a cosine from 0.3 to 0.9.
 Other encoders have another scale: there `quantiles` of all pairs' cosines are the bounds.
+
+Pairs stay on disk, and their order is computed: memory does not grow with them in training.
 """
 
+import hashlib
 import json
 import os
+import struct
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -14,15 +18,18 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image, ImageDraw
-from safetensors.torch import load_file, save_file
+from safetensors import safe_open
+from safetensors.torch import save_file
 from torch import Tensor
 
 from guidekit.references import to_pixels
 from guidekit.semantica.data import Pages
 
 LOW, HIGH = 0.3, 0.9
+COPY = 1 - 1e-5  # cosine of one picture with itself, but for rounding; quantiles leave it out
 FINE = 20_000  # bins over cosines from -1 to 1, for quantiles
 BINS = 200  # of the picture
+ROUNDS = 4  # of the shuffle
 MOST = 64  # pictures that are paired with each other; pairs grow with the square
 
 
@@ -30,7 +37,7 @@ MOST = 64  # pictures that are paired with each other; pairs grow with the squar
 class Filtered:
     """What the filter found: bounds, number of pairs before and after, share kept.
 
-    asked: the bounds that it was given, and the number of pictures.
+    asked: the bounds that it was given, and what the pages are made of.
     """
 
     low: float
@@ -89,12 +96,13 @@ def find_pairs(
 
     A page of more than 64 pictures is dealt at random into groups of that many at most, within
     which they are paired. low, high: cosines to keep; None for no bound. quantiles: shares of the
-    pairs that say them instead. Raises ValueError when no pair is left.
+    pairs that say them instead, copies apart. Raises ValueError when no pair is left.
     """
     asked = request(pages, low, high, quantiles)
     counts = histogram(pages)
     if quantiles is not None:
         low, high = bounds_at(counts, quantiles)
+        high = min(high, COPY)
     low, high = (-2.0 if low is None else low), (2.0 if high is None else high)
     found = []
     for rows, cosine in _cosines(pages):
@@ -126,7 +134,9 @@ def request(
 ) -> dict:
     """What a filter is asked, as filter.json keeps it."""
     chosen = None if quantiles is None else list(quantiles)
-    return {"low": low, "high": high, "quantiles": chosen, "pictures": len(pages)}
+    return {
+        "low": low, "high": high, "quantiles": chosen, "pictures": len(pages), "pages": pages.facts
+    }  # fmt: skip
 
 
 def answered(folder: Path, asked: dict) -> bool:
@@ -164,6 +174,24 @@ def picture(counts: np.ndarray, result: Filtered) -> Image.Image:
     return image
 
 
+def shuffled(place: int, count: int, key: int) -> int:
+    """Where `place` goes in a permutation of range(count) that `key` chooses, without a table.
+
+    A Feistel network of four rounds permutes the numbers of an even number of bits; those beyond
+    count are sent on until they fall below (Black, Rogaway 2002, "Ciphers with arbitrary finite
+    domains", cycle walking).
+    """
+    half = max((count - 1).bit_length() + 1, 2) // 2
+    while True:
+        left, right = divmod(place, 1 << half)
+        for turn in range(ROUNDS):
+            mixed = hashlib.blake2b(struct.pack("<QQQ", key, turn, right), digest_size=8).digest()
+            left, right = right, left ^ (int.from_bytes(mixed, "big") % (1 << half))
+        place = (left << half) | right
+        if place < count:
+            return place
+
+
 class Episodes:
     """Pairs of pictures of one page, in an order that is a function of the number alone.
 
@@ -174,19 +202,17 @@ class Episodes:
         path = (pages.folder / "filter" if folder is None else Path(folder)) / "pairs.safetensors"
         if not path.exists():
             raise ValueError(f"{path.parent} has no pairs; find_pairs makes them")
-        self.pages, self.pairs = pages, load_file(path)["pairs"]
-        self._epoch, self._order = -1, torch.empty(0)
+        self.pages, self._file = pages, safe_open(path, "pt")
+        self._pairs = self._file.get_slice("pairs")
 
     def __len__(self) -> int:
-        return len(self.pairs)
+        return self._pairs.get_shape()[0]
 
     def pair(self, number: int) -> tuple[int, int]:
         """Rows of the condition and of the picture to draw; every epoch has another order."""
         epoch, place = divmod(number, len(self))
-        if epoch != self._epoch:
-            generator = torch.Generator().manual_seed(epoch)
-            self._epoch, self._order = epoch, torch.randperm(len(self), generator=generator)
-        first, second = self.pairs[self._order[place]].tolist()
+        row = shuffled(place, len(self), epoch)
+        first, second = self._pairs[row : row + 1][0].tolist()
         return first, second
 
     def batch(self, numbers: range, feature: str = "tokens") -> tuple[Tensor, Tensor]:

@@ -49,16 +49,17 @@ def shard_items(paths: list[Path], page: str = "page_url") -> Iterator[Item | No
 
     page: the column of the json that says where a picture is from; give img2dataset
     `--save_additional_columns '["page_url"]'`. A label works too: its pictures are then a page.
-    Members are streamed, never extracted. Raises ValueError if the first sample lacks the column.
+    Members are streamed, never extracted. Raises ValueError if the first json lacks the column.
     """
-    first = True
+    checked = False
     for path in paths:
         for key, parts in _samples(path):
-            item = None if parts is None else _item(path, key, parts, page)
-            if first and item is None and parts and "json" in parts:
-                raise ValueError(f"{path}: {key}.json lacks {page!r}; {_columns(parts['json'])}")
-            first = False
-            yield item
+            table = _table(parts or {})
+            if table and not checked and page not in table:
+                columns = ", ".join(sorted(table))
+                raise ValueError(f"{path}: {key}.json lacks {page!r}; it has {columns}")
+            checked = checked or bool(table)
+            yield None if parts is None else _item(path, key, parts, table.get(page))
 
 
 def _samples(path: Path) -> Iterator[tuple[str, dict[str, bytes] | None]]:
@@ -77,31 +78,38 @@ def _samples(path: Path) -> Iterator[tuple[str, dict[str, bytes] | None]]:
                     parts = {}
                 key = stem
                 parts[extension.lower()] = tar.extractfile(member).read()
+            whole = _ended(path, tar.offset)
     except (tarfile.TarError, OSError, EOFError):
-        yield str(path), None
+        whole = False
     if parts:
         yield key, parts
+    if not whole:
+        yield str(path), None
 
 
-def _item(path: Path, key: str, parts: dict[str, bytes], page: str) -> Item | None:
-    """A sample as an item; None if it has no picture or no page."""
-    picture = next((parts[e[1:]] for e in PICTURES if e[1:] in parts), None)
+def _ended(path: Path, offset: int) -> bool:
+    """Whether the archive says at `offset` that it ends; tarfile takes a damaged header for it."""
+    with open(path, "rb") as file:
+        file.seek(offset)
+        return file.read(tarfile.BLOCKSIZE) == tarfile.NUL * tarfile.BLOCKSIZE
+
+
+def _table(parts: dict[str, bytes]) -> dict:
+    """What the json beside a picture says; nothing if it is no object."""
     try:
-        found = json.loads(parts.get("json", b"{}")).get(page)
-    except (ValueError, AttributeError):
-        return None
-    if picture is None or found is None:
+        table = json.loads(parts.get("json", b"{}"))
+    except ValueError:
+        return {}
+    return table if isinstance(table, dict) else {}
+
+
+def _item(path: Path, key: str, parts: dict[str, bytes], page: object) -> Item | None:
+    """A sample as an item; None if it has no picture or no page (null, empty or not a number)."""
+    picture = next((parts[e[1:]] for e in PICTURES if e[1:] in parts), None)
+    if picture is None or page is None or page == "" or page != page:
         return None
     caption = parts.get("txt", b"").decode("utf-8", "replace")
-    return Item(str(found), f"{path.name}/{key}", lambda: Image.open(io.BytesIO(picture)), caption)
-
-
-def _columns(table: bytes) -> str:
-    """The columns that a json has, for messages."""
-    try:
-        return "it has " + ", ".join(sorted(json.loads(table)))
-    except ValueError:
-        return "it is no JSON object"
+    return Item(str(page), f"{path.name}/{key}", lambda: Image.open(io.BytesIO(picture)), caption)
 
 
 def scene_items(

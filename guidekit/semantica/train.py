@@ -5,6 +5,7 @@ with (0.9, 0.99), eps 1e-12, a constant rate and an EMA of 0.9999 (arXiv:2405.14
 """
 
 import copy
+import hashlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import timedelta
@@ -18,7 +19,7 @@ from torch import Tensor, nn
 from guidekit.semantica.data import Pages, write_pages
 from guidekit.semantica.encode import ImageEncoder, load_encoder
 from guidekit.semantica.model import UViT, variant
-from guidekit.semantica.pairs import Episodes, answered, find_pairs, request
+from guidekit.semantica.pairs import HIGH, LOW, Episodes, answered, find_pairs, request
 from guidekit.semantica.pipeline import SemanticaPipeline, denoise
 from guidekit.semantica.schedule import (
     STEPS,
@@ -37,6 +38,7 @@ from guidekit.semantica.sources import (
 )
 from guidekit.train.vae import grid
 
+QUANTILES = (0.02, 0.98)  # of the pairs' cosines, for encoders other than DINOv2
 SOURCES = ("scenes", "labelled-scenes", "folder", "shards")
 
 
@@ -52,9 +54,11 @@ class PagesOptions:
     polluted: float = 0.0  # share of a page's pictures that are of no page, of scenes
     without: tuple[str, ...] = ()  # objects that no page holds, of scenes
     encoder: str = "scenes-clip"  # see semantica.encode.load_encoder; or an earlier stage's folder
-    low: float | None = 0.3  # cosine between global features below which a pair is left out
-    high: float | None = 0.9  # and above which it is; 0.3 and 0.9 are for DINOv2
-    quantiles: tuple[float, ...] = ()  # two shares of all pairs that give low and high instead
+    low: float | None = None  # cosine between global features below which a pair is left out
+    high: float | None = None  # and above which it is; -2 and 2 keep all
+    # Two shares of all pairs that give low and high instead. Without any of the three DINOv2 has
+    # low = 0.3, high = 0.9, the paper's; other encoders have quantiles = [0.02, 0.98].
+    quantiles: tuple[float, ...] = ()
     store: str = ""  # folder of the encoded pages, by default beside the run
 
 
@@ -175,9 +179,28 @@ def items(options: PagesOptions, size: int) -> Iterator[Item | None]:
 
 
 def facts(options: PagesOptions) -> dict:
-    """What of the options decides which pictures there are."""
+    """What decides which pictures there are: options, names and sizes of the files."""
     names = ("source", "data", "page", "pages", "per_page", "polluted", "without")
-    return {n: list(v) if isinstance(v := getattr(options, n), tuple) else v for n in names}
+    found = {n: list(v) if isinstance(v := getattr(options, n), tuple) else v for n in names}
+    digest = hashlib.sha256()
+    for path in sorted(Path(options.data).rglob("*")) if options.data else ():
+        if path.is_file():
+            digest.update(f"{path.relative_to(options.data)} {path.stat().st_size}\n".encode())
+    return found | {"files": digest.hexdigest()[:16]}
+
+
+Bounds = tuple[float | None, float | None, tuple[float, float] | None]
+
+
+def bounds(options: PagesOptions, encoder: ImageEncoder) -> Bounds:
+    """low, high and quantiles of the filter, by the encoder where none is given."""
+    if len(options.quantiles) not in (0, 2):
+        raise ValueError(f"quantiles are two numbers, not {len(options.quantiles)}")
+    if options.quantiles or (options.low, options.high) != (None, None):
+        return options.low, options.high, options.quantiles or None
+    if "dinov2" in encoder.source:
+        return LOW, HIGH, None
+    return None, None, QUANTILES
 
 
 def make_episodes(
@@ -187,12 +210,11 @@ def make_episodes(
 
     On several machines `folder` and `store` lie where all of them read.
     """
-    if len(options.quantiles) not in (0, 2):
-        raise ValueError(f"quantiles are two numbers, not {len(options.quantiles)}")
     # The other processes wait as long as encoding takes, which the default timeout cuts short.
     own = folder / options.encoder
     name = own if (own / "config.json").exists() else options.encoder
     encoder, state = load_encoder(name), PartialState(timeout=timedelta(days=7))
+    kept = bounds(options, encoder)
     store = Path(options.store) if options.store else folder / "pages"
     chosen = folder / "filter"
     with state.main_process_first():
@@ -201,9 +223,8 @@ def make_episodes(
             pages = write_pages(
                 items(options, size), encoder, store, size, quiet=quiet, facts=facts(options)
             )
-            bounds = (options.low, options.high, tuple(options.quantiles) or None)
-            if not answered(chosen, request(pages, *bounds)):
-                found = find_pairs(pages, *bounds, chosen)
+            if not answered(chosen, request(pages, *kept)):
+                found = find_pairs(pages, *kept, chosen)
                 if not quiet:
                     print(
                         f"pages    {len(pages)} pictures, {pages.unreadable} unreadable; "
@@ -222,4 +243,5 @@ def make(options: SemanticaOptions, folder: Path, size: int) -> SemanticaTask:
 
 
 OPTIONS = SemanticaOptions  # of a recipe's stage
-LOOP = {"ema": 0.9999, "eps": 1e-12, "weight_decay": 0.0, "decay": "constant"}  # the paper's
+# The paper's, of which warm-up and the clipping of gradients are no part.
+LOOP = {"lr": 1e-4, "ema": 0.9999, "eps": 1e-12, "weight_decay": 0.0, "decay": "constant"}

@@ -143,10 +143,11 @@ class Loop:
             tracker.finish()
 
     def _train_step(self) -> dict[str, Tensor]:
-        """One move of the weights over `accumulate` batches."""
+        """One move of the weights over `accumulate` batches; returns their mean losses."""
         options = self.options
         for group in self.optimizer.param_groups:
             group["lr"] = lr_at(self.step, options)
+        means: dict[str, Tensor] = {}
         for part in range(options.accumulate):
             batch = self._batch(part)
             with self.accelerator.accumulate(self.net), _fast_attention(self.accelerator.device):
@@ -156,8 +157,10 @@ class Loop:
                     self.accelerator.clip_grad_norm_(self.weights, options.clip)
                 self.optimizer.step()
                 self.optimizer.zero_grad()
+            for name, loss in losses.items():
+                means[name] = means.get(name, 0) + loss.detach() / options.accumulate
         self.ema.step(self.weights)
-        return losses
+        return means
 
     def _batch(self, part: int) -> dict:
         """This process's inputs of this step, on its device."""
@@ -203,7 +206,10 @@ class Loop:
         if not self.accelerator.is_main_process:
             return
         path = self.folder / "checkpoint.safetensors"
-        save_file(tensors, str(path) + ".part", metadata={"step": str(self.step)})
+        scaler = self.accelerator.scaler  # of gradients in fp16
+        facts = {"step": self.step, "scaler": scaler.state_dict() if scaler else {}}
+        facts = {k: json.dumps(v) for k, v in facts.items()}
+        save_file(tensors, str(path) + ".part", metadata=facts)
         os.replace(str(path) + ".part", path)
 
     def _load(self) -> int:
@@ -215,7 +221,9 @@ class Loop:
             return 0
         adam: dict[int, dict[str, Tensor]] = {}
         with safe_open(path, "pt") as file, torch.no_grad():
-            step = int(file.metadata()["step"])
+            facts = {k: json.loads(v) for k, v in file.metadata().items()}
+            step = facts["step"]
+            self._check_same_net(file)
             for key in file.keys():  # noqa: SIM118  (safe_open is no mapping)
                 kind, i, *rest = key.split(".")
                 value = _like(self.weights[int(i)], file.get_tensor(key))
@@ -225,6 +233,8 @@ class Loop:
                     self.ema.shadow_params[int(i)].copy_(value)
                 else:
                     adam.setdefault(int(i), {})[rest[0]] = value
+        if scaling := facts.get("scaler"):
+            self.accelerator.scaler.load_state_dict(scaling)
         groups = self.optimizer.state_dict()["param_groups"]
         self.optimizer.load_state_dict({"state": adam, "param_groups": groups})
         self.ema.optimization_step = step
@@ -232,6 +242,16 @@ class Loop:
         if self.accelerator.is_main_process:
             _cut_log(self.folder / "metrics.jsonl", step)
         return step
+
+    def _check_same_net(self, file) -> None:
+        """ValueError if the checkpoint's weights are not of this net's shapes."""
+        kept = [k for k in file.keys() if k.startswith("weight.")]  # noqa: SIM118
+        shapes = {k: tuple(file.get_slice(k).get_shape()) for k in kept}
+        if shapes != {f"weight.{i}": tuple(p.shape) for i, p in enumerate(self.weights)}:
+            raise ValueError(
+                f"{self.folder}/checkpoint.safetensors is of another model; train into another "
+                "folder (--out), or remove it"
+            )
 
     @contextlib.contextmanager
     def averaged(self):

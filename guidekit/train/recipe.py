@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from diffusers import AutoencoderKL
 
+from guidekit.config import convert, option_kinds
 from guidekit.loading import ZOO
 from guidekit.train.denoiser import DenoiserOptions, DenoiserTask
 from guidekit.train.digits import DigitsOptions, DigitsTask
@@ -99,11 +100,11 @@ def read_recipe(name: str | Path) -> Recipe:
         raise ValueError(f"no recipe {name}; there are {', '.join(recipes())}") from None
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise ValueError(f"recipe {path} is not TOML: {error}") from None
-    unknown = set(table) - {"model", "size", "stage"}
-    if unknown or not isinstance(table.get("stage"), list):
+    if set(table) != {"model", "size", "stage"} or not isinstance(table["stage"], list):
         raise ValueError(f"recipe {path}: it has the keys model, size and [[stage]] tables")
+    size = convert(table["size"], int, f"recipe {path}: size")
     stages = tuple(_stage(dict(entry), path) for entry in table["stage"])
-    return Recipe(table["model"], table["size"], stages)
+    return Recipe(str(table["model"]), size, stages)
 
 
 def _stage(entry: dict, path: Path) -> Stage:
@@ -113,16 +114,19 @@ def _stage(entry: dict, path: Path) -> Stage:
         raise ValueError(f"recipe {path}: no task {task!r}; there are {', '.join(TASKS)}")
     name = entry.pop("name", task)
     kind = task_kind(task)[0]
-    loop_keys = {f.name for f in dataclasses.fields(Options)}
-    task_keys = {f.name for f in dataclasses.fields(kind)}
+    kinds, own_kinds = option_kinds(Options), option_kinds(kind)
     for key in entry:
-        if key not in loop_keys | task_keys:
-            known = ", ".join(sorted(loop_keys | task_keys))
+        if key not in kinds | own_kinds:
+            known = ", ".join(sorted(kinds | own_kinds))
             raise ValueError(f"recipe {path}: stage {name} has no option {key!r}; it has {known}")
-    entry = {k: tuple(v) if isinstance(v, list) else v for k, v in entry.items()}
-    own = {k: v for k, v in entry.items() if k in loop_keys}
-    loop = Options(**loop_defaults(task) | own)
-    return Stage(name, task, loop, kind(**{k: v for k, v in entry.items() if k in task_keys}))
+    if "steps" not in entry:
+        raise ValueError(f"recipe {path}: stage {name} lacks steps, the length of its training")
+    entry = {
+        k: convert(v, (kinds | own_kinds)[k], f"recipe {path}: stage {name}: {k}")
+        for k, v in entry.items()
+    }
+    loop = Options(**loop_defaults(task) | {k: v for k, v in entry.items() if k in kinds})
+    return Stage(name, task, loop, kind(**{k: v for k, v in entry.items() if k in own_kinds}))
 
 
 def train(
