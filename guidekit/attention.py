@@ -6,6 +6,7 @@ the identity, or run by another implementation. The maps never keep P = softmax(
 Letters: B batch, H heads, N queries, T keys, S map columns, d head size.
 """
 
+import functools
 import importlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -371,7 +372,7 @@ def _attend_sdpa(call, weights, rows, reduce) -> tuple[Tensor, Tensor]:
 def _attend_triton(call, weights, rows, reduce, columns=None) -> tuple[Tensor, Tensor]:
     _check_plain(call)
     if columns is not None:
-        columns = torch.tensor(columns, device=call.key.device)
+        columns = _on_device(tuple(columns), call.key.device)
     mask, factors = call.mask, call.factors
     if factors is not None and factors[0].shape[1] > PAINTED:
         mask, factors = call.whole_mask(), None
@@ -379,6 +380,12 @@ def _attend_triton(call, weights, rows, reduce, columns=None) -> tuple[Tensor, T
         call.query, call.key, call.value, weights, mask=mask, scale=call.scale, rows=rows,
         reduce=reduce, columns=columns, bias=factors,
     )  # fmt: skip
+
+
+@functools.lru_cache(16)
+def _on_device(columns: tuple[int, ...], device: torch.device) -> Tensor:
+    """Numbers of keys where the kernels read them; each copy would wait for the GPU."""
+    return torch.tensor(columns, device=device)
 
 
 _ATTEND = {"eager": _attend_eager, "sdpa": _attend_sdpa, "triton": _attend_triton}

@@ -62,6 +62,16 @@ def load_columns(base, index, stride, count, step, S, BS: tl.constexpr):
 
 
 @triton.jit
+def store_sums(LSE, LOG, at, inside, top, total):
+    """Log-sum-exp of rows in base 2, whole in LSE, or its maximum there and the rest in LOG."""
+    if LOG is None:
+        tl.store(LSE + at, top + tl.log2(total), mask=inside)
+    else:
+        tl.store(LSE + at, top, mask=inside)
+        tl.store(LOG + at, tl.log2(total), mask=inside)
+
+
+@triton.jit
 def fine_dot(a, b, acc, SPLIT: tl.constexpr, DOT: tl.constexpr):
     """acc + a b for fp32 a and b, with 16 bits of precision from half-precision products.
 

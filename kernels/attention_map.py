@@ -56,7 +56,7 @@ def attend(
     the inputs take its dtype, as in SDPA. fp32 products are exact unless tf32 is allowed for
     torch's own (torch.set_float32_matmul_precision). More than 32 maps take several launches.
     """
-    query, key, value = _autocast(query, key, value)
+    query, key, value = autocast(query, key, value)
     _check(query, key, value, weights, mask, reduce, bias)
     row_start, row_stop = _bounds(rows, query.shape[2], "rows")
     key_start, key_stop = _bounds(keys, key.shape[2], "keys")
@@ -75,7 +75,8 @@ def attend(
     return outs[0], maps[0] if len(maps) == 1 else torch.cat(maps, -2)
 
 
-def _autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
+def autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
+    """The tensors in autocast's dtype, where it is on."""
     device = tensors[0].device.type
     if not torch.is_autocast_enabled(device):
         return tensors
@@ -159,13 +160,14 @@ def attention_map(
     save: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Output; maps (B, groups of heads, S, rows), to be summed over groups for the mean; and the
-    log-sum-exp in base 2 (B, H, N), or nothing where backward will not read it."""
+    log-sum-exp in base 2 in `log_parts` parts (parts, B, H, N), or nothing where backward will not
+    read it."""
     given = dict(scale=scale, row_start=row_start, row_stop=row_stop, key_start=key_start,
                  key_stop=key_stop, mean=mean)  # fmt: skip
     from guidekit_kernels.attention_map_launch import launch_forward
 
     tensors = [query, key, value, weights, mask, segments, words]
-    results = forward_results(query, key, weights, row_stop - row_start, mean, save)
+    results = forward_results(query, key, weights, mask, row_stop - row_start, mean, save)
     launch_forward(tensors, given, results)
     return results
 
@@ -173,10 +175,10 @@ def attention_map(
 @attention_map.register_fake
 def _(query, key, value, weights, mask, segments, words, scale, row_start, row_stop, key_start,
       key_stop, mean, save):  # fmt: skip
-    return forward_results(query, key, weights, row_stop - row_start, mean, save)
+    return forward_results(query, key, weights, mask, row_stop - row_start, mean, save)
 
 
-def forward_results(query, key, weights, rows, mean, save) -> tuple[Tensor, Tensor, Tensor]:
+def forward_results(query, key, weights, mask, rows, mean, save) -> tuple[Tensor, Tensor, Tensor]:
     b, h, n, d = query.shape
     # Memory in the order (B, N, H, d): denoisers join the heads next, which then copies nothing.
     out = query.new_empty(b, n, h, d).transpose(1, 2)
@@ -186,8 +188,13 @@ def forward_results(query, key, weights, rows, mean, save) -> tuple[Tensor, Tens
         tile = tiles.tile("forward", d, key.shape[2], query.itemsize, _architecture(query))
         groups = h // tiles.heads_per_program(b, h, n, tile.rows, tiles.processors(query.device))
     maps = query.new_empty(b, groups, weights.shape[-1], rows, dtype=torch.float32)
-    lse = query.new_empty((b, h, n) if kept else (0,), dtype=torch.float32)
+    lse = query.new_empty((log_parts(mask), b, h, n) if kept else (0,), dtype=torch.float32)
     return out, maps, lse
+
+
+def log_parts(mask: Tensor | None) -> int:
+    """2 if maximum and logarithm of the sum are kept apart: a mask may be as large as finfo.min."""
+    return 2 if mask is not None and mask.dtype != torch.bool else 1
 
 
 def _one_block(query: Tensor, key: Tensor) -> bool:

@@ -25,13 +25,14 @@ from guidekit_kernels.attention_blocks import (
     load_tile,
     place,
     scores,
+    store_sums,
     store_tile,
 )
 
 
 @triton.jit
 def whole_rows(s):
-    """P and its log-sum-exp for logits in base 2 that hold all keys of their rows.
+    """P, maximum and sum beside it for logits in base 2 that hold all keys of their rows.
 
     Scaled by their sums, rows of P sum to one closer than exp(s - lse), and dP - delta may cancel.
     """
@@ -40,7 +41,7 @@ def whole_rows(s):
     p = tl.exp2(s - top[:, None])
     total = tl.sum(p, 1)
     total = tl.where(total == 0.0, 1.0, total)
-    return p * (1.0 / total)[:, None], top + tl.log2(total)
+    return p * (1.0 / total)[:, None], top, total
 
 
 @triton.jit
@@ -63,7 +64,8 @@ def saved_row_sums(
 
 @triton.jit
 def query_kernel(
-    Q, K, V, W, MASK, SEGMENTS, WORDS, OUT, MAPS, LSE, DELTA, DOUT, DMAPS, DQ, scale, map_scale,
+    Q, K, V, W, MASK, SEGMENTS, WORDS, OUT, MAPS, LSE, LOG, DELTA, DOUT, DMAPS, DQ, scale,
+    map_scale,
     q_b, q_h, q_n, k_b, k_h, k_t, v_b, v_h, v_t, w_b, w_t, w_s, mask_b, mask_h, mask_n, mask_t,
     seg_b, seg_s, seg_n, word_b, word_t, word_s, o_b, o_h, o_n, do_b, do_h, do_n,
     dm_b, dm_h, dm_s, dm_n, dq_b, dq_h, dq_n,
@@ -74,8 +76,8 @@ def query_kernel(
 ):  # fmt: skip
     """Grid (blocks of BM queries * B * H,). DOUT or DMAPS None: that gradient is zero.
 
-    ONE: BN holds all keys; OUT and MAPS are not read, and LSE, if not None, is written. Else
-    MAPS (B, H, S, rows) and LSE are forward's. DELTA (B, H, N) is written if not None.
+    ONE: BN holds all keys; OUT and MAPS are not read, and LSE and LOG, if not None, are written.
+    Else they and MAPS (B, H, S, rows) are forward's. DELTA (B, H, N) is written if not None.
     """
     block, image, head = place(H, N, BM)
     k_head = head // SHARED
@@ -96,9 +98,12 @@ def query_kernel(
         at = DMAPS + image * dm_b + head * dm_h
         g = load_columns(at, rows - row_start, dm_n, span, dm_s, S, BS)
     lse = tl.zeros([BM], tl.float32)
+    total = tl.zeros([BM], tl.float32)
     delta = tl.zeros([BM], tl.float32)
     if not ONE:
         lse = tl.load(LSE + row, mask=rows < N, other=0.0)
+        if LOG is not None:
+            total = tl.load(LOG + row, mask=rows < N, other=0.0)
         delta = saved_row_sums(
             OUT, image * o_b + head * o_h, o_n, MAPS + (image * H + head) * S * span, do, g,
             rows, row_start, span, N, S, D, BD, BS, ALIGN,
@@ -126,22 +131,25 @@ def query_kernel(
                 w = load_columns(W + image * w_b, keys, w_t, T, w_s, S, BS)
                 dp = fine_dot(g, tl.trans(w), dp, SPLIT, DOT)
         if ONE:
-            p, lse = whole_rows(s)
+            p, lse, total = whole_rows(s)
             delta = tl.sum(p * dp, 1)
         else:
-            p = tl.exp2(s - lse[:, None])
+            s = s - lse[:, None]
+            if LOG is not None:
+                s = s - total[:, None]
+            p = tl.exp2(s)
         ds = p * (dp - delta[:, None])
         dq = tl.dot(ds.to(k.dtype), k, dq, input_precision=DOT)
     store_tile(DQ, image * dq_b + head * dq_h, rows, dq_n, N, dq * scale, D, BD, ALIGN)
     if DELTA is not None:
         tl.store(DELTA + row, delta, mask=rows < N)
         if ONE:
-            tl.store(LSE + row, lse, mask=rows < N)
+            store_sums(LSE, LOG, row, rows < N, lse, total)
 
 
 @triton.jit
 def key_kernel(
-    Q, K, V, W, MASK, SEGMENTS, WORDS, LSE, DELTA, DOUT, DMAPS, DK, DV, scale, map_scale,
+    Q, K, V, W, MASK, SEGMENTS, WORDS, LSE, LOG, DELTA, DOUT, DMAPS, DK, DV, scale, map_scale,
     q_b, q_h, q_n, k_b, k_h, k_t, v_b, v_h, v_t, w_b, w_t, w_s, mask_b, mask_h, mask_n, mask_t,
     seg_b, seg_s, seg_n, word_b, word_t, word_s, do_b, do_h, do_n, dm_b, dm_h, dm_s, dm_n,
     dk_p, dk_b, dk_h, dk_t, H, N, T, S, C, row_start, row_stop, key_start, key_stop, part_rows,
@@ -183,9 +191,12 @@ def key_kernel(
                 SPLIT,
             )  # fmt: skip
             row = (image * H + head) * N + rows
-            lse = tl.load(LSE + row, mask=rows < N, other=0.0)
+            # Rows past N have weight zero, not exp2(mask), which may not be a number in fp16.
+            s = s - tl.load(LSE + row, mask=rows < N, other=float("inf"))[None, :]
+            if LOG is not None:
+                s = s - tl.load(LOG + row, mask=rows < N, other=0.0)[None, :]
             delta = tl.load(DELTA + row, mask=rows < N, other=0.0)
-            p = tl.exp2(s - lse[None, :])
+            p = tl.exp2(s)
             dp = tl.zeros([BN, BM], tl.float32)
             if DOUT is not None:
                 do = load_tile(DOUT, image * do_b + head * do_h, rows, do_n, N, D, BD, ALIGN)

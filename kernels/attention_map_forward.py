@@ -21,13 +21,14 @@ from guidekit_kernels.attention_blocks import (
     load_tile,
     place,
     scores,
+    store_sums,
     store_tile,
 )
 
 
 @triton.jit
 def forward_kernel(
-    Q, K, V, W, MASK, SEGMENTS, WORDS, OUT, MAPS, LSE, scale, map_scale,
+    Q, K, V, W, MASK, SEGMENTS, WORDS, OUT, MAPS, LSE, LOG, scale, map_scale,
     q_b, q_h, q_n, k_b, k_h, k_t, v_b, v_h, v_t, w_b, w_t, w_s, mask_b, mask_h, mask_n, mask_t,
     seg_b, seg_s, seg_n, word_b, word_t, word_s, o_b, o_h, o_n,
     H, N, T, S, C, row_start, row_stop, key_start, key_stop,
@@ -38,9 +39,10 @@ def forward_kernel(
     """Grid (blocks of BM queries * B * H / G,).
 
     MAPS (B, H / G, S, rows) receives map_scale times the group's sum; LSE (B, H, N), in base 2,
-    or None. SHARED query heads read one key head. SEGMENTS (B, C, N) and WORDS (B, T, C), or
-    None, are the factors of an additive bias. Maps are computed for queries row_start to
-    row_stop, from keys key_start to key_stop.
+    or None. With LOG (B, H, N) LSE is the maximum and LOG the rest: beside a mask of finfo.min the
+    logarithm of a sum is lost. SHARED query heads read one key head. SEGMENTS (B, C, N) and
+    WORDS (B, T, C), or None, are the factors of an additive bias. Maps are computed for queries
+    row_start to row_stop, from keys key_start to key_stop.
     """
     groups = H // G
     block, image, group = place(groups, N, BM)
@@ -93,8 +95,10 @@ def forward_kernel(
         acc = acc * inverse[:, None]
         store_tile(OUT, image * o_b + head * o_h, rows, o_n, N, acc, D, BD, ALIGN)
         if LSE is not None:
-            lse = tl.where(empty, 0.0, top + tl.log2(tl.where(empty, 1.0, total)))
-            tl.store(LSE + (image * H + head) * N + rows, lse, mask=rows < N)
+            store_sums(
+                LSE, LOG, (image * H + head) * N + rows, rows < N, tl.where(empty, 0.0, top),
+                tl.where(empty, 1.0, total),
+            )  # fmt: skip
         maps += part * inverse[:, None]
 
     if reads:

@@ -20,6 +20,8 @@ Costs beside stock attention: reads of Q, O, dO and (B, H, rows, K) numbers in f
 import torch
 from torch import Tensor
 
+from guidekit_kernels.attention_map import autocast
+
 ATEN = torch.ops.aten
 
 
@@ -39,6 +41,7 @@ def attend(
     have weight, each once, in any order; None looks them up, which waits for the GPU and which
     torch.compile cannot trace. Raises ValueError where no vendor kernel fits (see `vendor`).
     """
+    query, key, value = autocast(query, key, value)
     name, why = vendor(query, key, value)
     if name is None:
         raise ValueError(f"the vendor's route {why}; attention_map.attend takes more")
@@ -49,24 +52,30 @@ def attend(
     start, stop, _ = rows.indices(query.shape[2])
     scale = query.shape[-1] ** -0.5 if scale is None else float(scale)
     chosen = weights[:, columns].to(torch.promote_types(query.dtype, torch.float32))
-    return _Joint.apply(
-        query, key, value, chosen, columns, scale, start, stop, reduce == "mean", name
-    )
+    with torch.autocast(query.device.type, enabled=False):
+        return _Joint.apply(
+            query, key, value, chosen, columns, scale, start, stop, reduce == "mean", name
+        )
 
 
 def vendor(
     query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None = None
 ) -> tuple[str | None, str]:
-    """Name of the kernels that this call would run on, or None and the reason."""
-    d = query.shape[-1]
+    """Name of the kernels that this call would run on, or None and the reason.
+
+    Not in fp16: O' (see above) may pass its largest number, and small gradients its smallest.
+    """
+    d, tensors = query.shape[-1], (query, key, value)
     if mask is not None:
         return None, "takes no mask"
     if not query.shape[1] == key.shape[1] == value.shape[1] or value.shape[-1] != d:
         return None, "needs as many key heads as query heads, and values of their size"
+    if len({x.dtype for x in tensors}) > 1 or any(x.stride(-1) != 1 for x in tensors):
+        return None, "needs one dtype, and heads whose numbers are adjacent"
     if query.device.type == "cpu":
-        return "cpu", ""
-    if query.device.type != "cuda" or query.dtype not in (torch.float16, torch.bfloat16) or d % 8:
-        return None, "needs fp16 or bf16 on a CUDA device and a head size that 8 divides"
+        return (None, "has no fp16") if query.dtype == torch.float16 else ("cpu", "")
+    if query.device.type != "cuda" or query.dtype != torch.bfloat16 or d % 8:
+        return None, "needs bf16 on a CUDA device and a head size that 8 divides"
     hopper = torch.cuda.get_device_capability(query.device)[0] in (9, 10)
     if hopper and d <= 128 and torch.backends.cuda.cudnn_sdp_enabled():
         return "cudnn", ""
@@ -90,37 +99,42 @@ class _Joint(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad_out, grad_maps):
-        query, key, value, weights, columns, out, lse = ctx.saved_tensors
-        scale, rows, mean, name = ctx.options
-        if grad_maps is None:
-            if grad_out is None:
-                return (None,) * 10
-            dq, dk, dv = _BACKWARD[name](grad_out, query, key, value, out, lse, ctx.rest, scale)
-            return dq, dk, dv, *(None,) * 7
-        q, k = query[:, :, rows], key[:, :, columns]
-        g = grad_maps.mT
-        g = (g / query.shape[1])[:, None] if mean else g
-        w = _chosen(q, k, lse, rows, scale) * (g @ weights[:, None].mT)  # (B, H, rows, K)
-        extra = w.new_zeros(query.shape[:3])
-        extra[:, :, rows] = w.sum(-1)
-        only_maps = grad_out is None
-        if only_maps:  # with V = 0 nothing but the row sums is left of the vendor's part
-            grad_out, out, value = (torch.zeros_like(x) for x in (out, out, value))
-            grad_out[..., 0] = 1
-            out[..., 0] = extra
-        else:
-            grad_out, out = with_row_sums(grad_out, out, extra, value)
+        with torch.autocast(ctx.saved_tensors[0].device.type, enabled=False):
+            return _joint_backward(ctx, grad_out, grad_maps)
+
+
+def _joint_backward(ctx, grad_out: Tensor | None, grad_maps: Tensor | None) -> tuple:
+    """Gradients of query, key and value, and nothing for the other inputs."""
+    query, key, value, weights, columns, out, lse = ctx.saved_tensors
+    scale, rows, mean, name = ctx.options
+    if grad_maps is None:
+        if grad_out is None:
+            return (None,) * 10
         dq, dk, dv = _BACKWARD[name](grad_out, query, key, value, out, lse, ctx.rest, scale)
-        dq[:, :, rows] += (scale * (w @ k.to(w.dtype))).to(dq.dtype)
-        dk.index_add_(2, columns, (scale * (w.mT @ q.to(w.dtype))).to(dk.dtype))
-        return dq, dk, torch.zeros_like(dv) if only_maps else dv, *(None,) * 7
+        return dq, dk, dv, *(None,) * 7
+    q, k = query[:, :, rows], key[:, :, columns]
+    g = grad_maps.mT
+    g = (g / query.shape[1])[:, None] if mean else g
+    w = _chosen(q, k, lse, rows, scale) * (g @ weights[:, None].mT)  # (B, H, rows, K)
+    extra = w.new_zeros(query.shape[:3])
+    extra[:, :, rows] = w.sum(-1)
+    only_maps = grad_out is None
+    if only_maps:  # with V = 0 nothing but the row sums is left of the vendor's part
+        grad_out, out, value = (torch.zeros_like(x) for x in (out, out, value))
+        grad_out[..., 0] = 1
+        out[..., 0] = extra
+    else:
+        grad_out, out = with_row_sums(grad_out, out, extra, value)
+    dq, dk, dv = _BACKWARD[name](grad_out, query, key, value, out, lse, ctx.rest, scale)
+    dq[:, :, rows] += (scale * (w @ k.to(w.dtype))).to(dq.dtype)
+    dk.index_add_(2, columns, (scale * (w.mT @ q.to(w.dtype))).to(dk.dtype))
+    return dq, dk, torch.zeros_like(dv) if only_maps else dv, *(None,) * 7
 
 
 def _chosen(query: Tensor, key: Tensor, lse: Tensor, rows: slice, scale: float) -> Tensor:
     """P (B, H, rows, K) of a few keys from the log-sum-exp of all."""
     wide = torch.promote_types(query.dtype, torch.float32)
-    with torch.autocast(query.device.type, enabled=False):
-        logits = query.to(wide) @ key.to(wide).mT * scale
+    logits = query.to(wide) @ key.to(wide).mT * scale
     return logits.sub_(lse.reshape(*lse.shape[:2], -1)[:, :, rows, None]).exp_()
 
 

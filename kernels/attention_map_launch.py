@@ -5,6 +5,7 @@ Imported when an operator first runs, so that without triton only that call fail
 
 import math
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 
 import torch
@@ -16,6 +17,7 @@ from guidekit_kernels import tiles
 from guidekit_kernels.attention_map import (
     INTERPRETED,
     key_gradient,
+    log_parts,
     query_gradient,
 )
 from guidekit_kernels.attention_map_backward import key_kernel, query_kernel
@@ -31,11 +33,12 @@ def launch_forward(
     out, maps, lse = results
     tile = _tile("forward", tensors)
     target = _computed(out)
-    forward_kernel[(-(-n // tile.rows) * b * maps.shape[1],)](
-        OUT=target, MAPS=maps, LSE=lse if lse.numel() else None,
-        **_arguments(tensors, given, tile), **_strides("o", target, "bhn"),
-        G=h // maps.shape[1],
-    )  # fmt: skip
+    with _device(query):
+        forward_kernel[(-(-n // tile.rows) * b * maps.shape[1],)](
+            OUT=target, MAPS=maps, **_log_sum(lse if lse.numel() else None),
+            **_arguments(tensors, given, tile), **_strides("o", target, "bhn"),
+            G=h // maps.shape[1],
+        )  # fmt: skip
     if target is not out:
         out.copy_(target)
 
@@ -57,18 +60,20 @@ def launch_backward(
     dq = _computed(query_gradient(query))
     one = lse is None
     delta = query.new_empty(query.shape[:3], dtype=torch.float32) if keys else None
-    lse = torch.empty_like(delta) if one and keys else lse
+    if one and keys:
+        lse = delta.new_empty(log_parts(tensors[4]), *delta.shape)
     out = None if one else _unit_stride(_computed(out))
     tile = _tile("query", tensors)
-    query_kernel[(-(-query.shape[2] // tile.rows) * query.shape[0] * query.shape[1],)](
-        OUT=out, MAPS=maps, LSE=lse, DELTA=delta, DQ=dq, ONE=one, **shared,
-        **_arguments(tensors, given, tile, grad_out), **_strides("o", out, "bhn"),
-        **_strides("dq", dq, "bhn"),
-    )  # fmt: skip
+    with _device(query):
+        query_kernel[(-(-query.shape[2] // tile.rows) * query.shape[0] * query.shape[1],)](
+            OUT=out, MAPS=maps, **_log_sum(lse), DELTA=delta, DQ=dq, ONE=one, **shared,
+            **_arguments(tensors, given, tile, grad_out), **_strides("o", out, "bhn"),
+            **_strides("dq", dq, "bhn"),
+        )  # fmt: skip
     dq = dq.to(query.dtype)
     if not keys:
         return dq, key_gradient(key, False), key_gradient(key, False)
-    return dq, *_launch_key(tensors, given, shared | dict(LSE=lse, DELTA=delta))
+    return dq, *_launch_key(tensors, given, shared | _log_sum(lse) | dict(DELTA=delta))
 
 
 def _launch_key(tensors, given, shared) -> tuple[Tensor, Tensor]:
@@ -85,13 +90,26 @@ def _launch_key(tensors, given, shared) -> tuple[Tensor, Tensor]:
     dk, dv = (
         key.new_empty(parts, b, t, hk, d, dtype=dtype).transpose(2, 3) for _ in range(2)
     )  # both (parts, B, Hk, T, d), in the memory order of the projections
-    key_kernel[(blocks * b * hk, parts)](
-        DK=dk, DV=dv, part_rows=part_rows, **shared,
-        **_arguments(tensors, given, tile, shared["DOUT"]),
-        **_strides("dk", dk, "pbht"),
-    )  # fmt: skip
-    dk, dv = ((x[0] if parts == 1 else x.sum(0)).to(key.dtype) for x in (dk, dv))
-    return dk, dv
+    with _device(query):
+        key_kernel[(blocks * b * hk, parts)](
+            DK=dk, DV=dv, part_rows=part_rows, **shared,
+            **_arguments(tensors, given, tile, shared["DOUT"]),
+            **_strides("dk", dk, "pbht"),
+        )  # fmt: skip
+    # Summed as they lie in memory, so that the sums have the strides that `key_gradient` promises.
+    dk, dv = (x.transpose(2, 3).sum(0).transpose(1, 2) if parts > 1 else x[0] for x in (dk, dv))
+    return dk.to(key.dtype), dv.to(key.dtype)
+
+
+def _device(query: Tensor) -> AbstractContextManager:
+    """Triton launches on the current device, wherever the tensors lie."""
+    return torch.cuda.device(query.device) if query.is_cuda else nullcontext()
+
+
+def _log_sum(lse: Tensor | None) -> dict:
+    """Its one or two parts, or nothing (see `attention_map.log_parts`)."""
+    return dict(LSE=None if lse is None else lse[0],
+                LOG=None if lse is None or len(lse) == 1 else lse[1])  # fmt: skip
 
 
 def _arguments(tensors, given, tile, grad_out=None) -> dict:
@@ -141,7 +159,7 @@ def _tile(kernel: str, tensors: Sequence[Tensor | None]) -> tiles.Tile:
     query, key, _, _, mask, segments, _ = tensors
     sizes = query.shape[3], key.shape[2], query.itemsize
     arch = tiles.architecture(query.device)
-    if arch == 80 or segments is None and (mask is None or mask.ndim < 2 or mask.shape[-2] == 1):
+    if arch != 90 or segments is None and (mask is None or mask.ndim < 2 or mask.shape[-2] == 1):
         return tiles.tile(kernel, *sizes, arch)
     if kernel == "query":  # one block must go on holding all keys
         tile = tiles.tile(kernel, *sizes, arch)

@@ -76,6 +76,7 @@ def attend(
     As `attention_map.attend`. `columns` (K,) are the keys with weight, where they are known; the
     vendor's route is taken only with them, since to find them would wait for the GPU.
     """
+    query, key, value = attention_map.autocast(query, key, value)
     if route(query, key, value, mask, columns, bias) == "vendor":
         return attention_map_joint.attend(query, key, value, weights, columns, scale, rows, reduce)
     return attention_map.attend(query, key, value, weights, mask, scale, rows, reduce, bias=bias)

@@ -27,8 +27,8 @@ class Tile:
 
 # Per architecture, kernel and padded head size: with at most FEW keys, and with more. 80 stands for
 # all whose tensor cores a warp feeds from registers, sm_80 to sm_89 and sm_120: its tiles fit in
-# the 99 KB of the smaller ones. 90 stands for sm_90 and sm_100, 227 KB. There is no block of FEW
-# keys for the gradient of d > 128.
+# the 99 KB of the smaller ones, and sm_100, where tiles of 90 spill. 90 is sm_90 with its 227 KB.
+# There is no block of FEW keys for the gradient of d > 128.
 _TABLE = {
     90: {
         "forward": {
@@ -121,7 +121,7 @@ def architecture(device: torch.device) -> int:
             f"the attention kernels need compute capability 8.0, not {major}.{minor}; "
             "set GUIDEKIT_ATTENTION=sdpa"
         )
-    return 80 if major in (8, 12) else 90
+    return 90 if major == 9 else 80
 
 
 @functools.cache

@@ -39,7 +39,7 @@ class Recorder:
 
 def launched(arch, d, t, dtype, n=1024, h=8, mask=None, bias=False, keys=True) -> dict[str, dict]:
     """Arguments of the forward, dQ and (`keys`) dK/dV launches for one shape on an architecture."""
-    tiles.architecture = lambda device: 80 if arch < 90 else 90
+    tiles.architecture = lambda device: 90 if arch == 90 else 80
     tiles.processors = lambda device: 132
     query = torch.empty(1, n, h, d, dtype=dtype, device="meta").transpose(1, 2)
     key = torch.empty(1, t, h, d, dtype=dtype, device="meta").transpose(1, 2)
@@ -53,7 +53,7 @@ def launched(arch, d, t, dtype, n=1024, h=8, mask=None, bias=False, keys=True) -
     recorders = {name: Recorder() for name in KERNELS}
     launch.forward_kernel, launch.query_kernel = recorders["forward"], recorders["query"]
     launch.key_kernel = recorders["key"]
-    results = attention_map.forward_results(query, key, weights, n, True, True)
+    results = attention_map.forward_results(query, key, weights, mask, n, True, True)
     launch.launch_forward(tensors, given, results)
     saved = results if results[2].numel() else (None, None, None)
     grads = [torch.empty_like(query), torch.empty_like(results[1])]

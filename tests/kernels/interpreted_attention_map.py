@@ -12,7 +12,7 @@ import torch
 from attention_map_cases import Case, check
 
 from guidekit_kernels import tiles
-from guidekit_kernels.attention_map import attend, attention_map
+from guidekit_kernels.attention_map import attend, attention_map, attention_map_backward
 
 assert os.environ["TRITON_INTERPRET"] == "1", "run through tests/kernels/test_attention_map.py"
 
@@ -46,6 +46,7 @@ WHOLE = [
     Case(d=32, t=140, mask="boolean rows", b=2),
     Case(d=32, t=140, mask="additive heads", unused="out"),
     Case(d=32, t=140, mask="pixart keys", unused="maps"),
+    Case(d=32, t=140, mask="lowest keys", b=2, h=1),
     Case(d=32, t=140, bias=True, b=2, mask="boolean keys"),
     Case(d=32, t=140, grads=""),
     Case(d=32, t=140, rows=(7, 7)),
@@ -106,6 +107,33 @@ def test_queries_in_parts(monkeypatch):
     assert tiles.parts(1, case.n, tile.rows, 3) == 2
     check(case, torch.float32)
     check(case, torch.float16)
+
+
+def test_parts_have_the_strides_that_compilers_are_told(monkeypatch):
+    monkeypatch.setattr(tiles, "processors", lambda device: 132)
+    rows = tiles.tile("key", 32, 140, 4, 90).rows
+    q, k, v = (torch.randn(1, 2, n, 32) for n in (9 * rows, 140, 140))
+    sizes = (0.2, 0, 9 * rows, 0, 140)
+    weights = torch.rand(1, 140, 3)
+    saved = attention_map(q, k, v, weights, None, None, None, *sizes, True, True)
+    torch.library.opcheck(
+        attention_map_backward,
+        (q, torch.randn_like(saved[1]), q, k, v, weights, None, None, None, *saved, *sizes, True,
+         True),
+        test_utils=("test_schema", "test_faketensor"),
+    )  # fmt: skip
+
+
+def test_a_mask_that_favours_keys_reaches_no_row_past_the_last():
+    """exp(mask) is no number in fp16, and 0 times it none either."""
+    q, k, v = (torch.randn(1, 1, n, 32).half().requires_grad_() for n in (40, 140, 140))
+    mask = torch.zeros(1, 140, dtype=torch.float16)
+    mask[0, 3] = 12
+    out, _ = attend(q, k, v, torch.rand(1, 140, 1), mask)
+    plain = torch.nn.functional.scaled_dot_product_attention(q, k, v, mask)
+    grads, expected = (torch.autograd.grad(x.float().sum(), (q, k, v)) for x in (out, plain))
+    for ours, theirs in zip(grads, expected, strict=True):
+        torch.testing.assert_close(ours, theirs, atol=2e-2, rtol=2e-2)
 
 
 def test_two_runs_are_equal_bit_for_bit():

@@ -9,6 +9,8 @@ import pytest
 import torch
 from attention_map_cases import Case, check
 
+from guidekit_kernels import attention_map_joint as joint
+from guidekit_kernels import reference
 from guidekit_kernels.attention_map import attend
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")]
@@ -46,6 +48,38 @@ def nan_in_new_tensors():
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_numbers(case, dtype):
     check(case, dtype, "cuda", seed=int.from_bytes(os.urandom(3)))
+
+
+@pytest.mark.parametrize("cudnn", [False, True], ids=["flash", "cudnn"])
+@pytest.mark.parametrize("unused", ["", "out", "maps"])
+def test_the_vendors_route(cudnn, unused):
+    """Joint attention of SD 3's sizes in bf16: at most twice the error of torch's own."""
+    generator = torch.Generator().manual_seed(0)
+    shape, columns = (1, 4, 1024 + 154, 64), torch.tensor([3, 7, 100], device="cuda")
+    tensors = [torch.randn(shape, generator=generator) for _ in range(3)]
+    weights = torch.zeros(1, shape[2], 2)
+    weights[0, 3, 0], weights[0, [7, 100], 1] = 1, 0.5
+    incoming = torch.randn(shape, generator=generator), 30 * torch.randn(1, 2, 1024)
+
+    def results(attention, dtype, **options):
+        leaves = [x.to("cuda", dtype).requires_grad_() for x in tensors]
+        wide = torch.promote_types(dtype, torch.float32)
+        out, maps = attention(*leaves, weights.to("cuda", wide), rows=slice(154, None), **options)
+        parts = [("out", out, incoming[0]), ("maps", maps, incoming[1])]
+        kept = [(x, g.to(x)) for name, x, g in parts if name != unused]
+        used, given = zip(*kept, strict=True)
+        grads = torch.autograd.grad(used, leaves, given, materialize_grads=True)
+        return [x.detach().double() for x in (out, maps, *grads)]
+
+    before = torch.backends.cuda.cudnn_sdp_enabled()
+    torch.backends.cuda.enable_cudnn_sdp(cudnn)
+    try:
+        given = results(joint.attend, torch.bfloat16, columns=columns)
+    finally:
+        torch.backends.cuda.enable_cudnn_sdp(before)
+    truth, same = (results(reference.attention_map, x) for x in (torch.float64, torch.bfloat16))
+    for ours, torchs, true in zip(given, same, truth, strict=True):
+        assert (ours - true).norm() <= 2 * (torchs - true).norm() + 1e-6 * true.norm()
 
 
 @pytest.mark.parametrize("t", [77, 300])
