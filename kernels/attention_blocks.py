@@ -79,13 +79,15 @@ def fine_dot(a, b, acc, SPLIT: tl.constexpr, DOT: tl.constexpr):
     tf32x3, whose parts of p (BM, BN) take twice the registers and made the kernels spill. SPLIT
     None: one product of precision DOT.
     """
-    if SPLIT is None:
-        return tl.dot(a, b, acc, input_precision=DOT)
-    a0 = a.to(SPLIT)
-    b0 = b.to(SPLIT)
-    acc = tl.dot((a - a0.to(tl.float32)).to(SPLIT), b0, acc)
-    acc = tl.dot(a0, (b - b0.to(tl.float32)).to(SPLIT), acc)
-    return tl.dot(a0, b0, acc)
+    if SPLIT is None:  # no early return: the compiler reads on behind it
+        acc = tl.dot(a, b, acc, input_precision=DOT)
+    else:
+        a0 = a.to(SPLIT)
+        b0 = b.to(SPLIT)
+        acc = tl.dot((a - a0.to(tl.float32)).to(SPLIT), b0, acc)
+        acc = tl.dot(a0, (b - b0.to(tl.float32)).to(SPLIT), acc)
+        acc = tl.dot(a0, b0, acc)
+    return acc
 
 
 @triton.jit

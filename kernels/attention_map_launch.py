@@ -155,15 +155,21 @@ def _mask(mask: Tensor | None, shape: tuple[int, ...]) -> tuple[Tensor | None, s
 
 
 def _tile(kernel: str, tensors: Sequence[Tensor | None]) -> tiles.Tile:
-    """The table's; a bias or a mask with rows takes registers, so then a smaller one."""
+    """The table's; a bias or a mask takes registers, so then a smaller one."""
     query, key, _, _, mask, segments, _ = tensors
     sizes = query.shape[3], key.shape[2], query.itemsize
     arch = tiles.architecture(query.device)
-    if arch != 90 or segments is None and (mask is None or mask.ndim < 2 or mask.shape[-2] == 1):
-        return tiles.tile(kernel, *sizes, arch)
+    tile = tiles.tile(kernel, *sizes, arch)
+    rows = mask is not None and mask.ndim > 1 and mask.shape[-2] > 1
+    if query.itemsize == 4:
+        return tile
+    if arch == 80:
+        added = kernel == "query" and key.shape[2] > tile.keys and log_parts(mask) == 2
+        return replace(tile, keys=tile.keys // 2) if added else tile
+    if not rows and segments is None:
+        return tile
     if kernel == "query":  # one block must go on holding all keys
-        tile = tiles.tile(kernel, *sizes, arch)
-        return replace(tile, rows=max(16, tile.rows // 2))
+        return replace(tile, rows=max(16, tile.rows // (4 if rows else 2)))
     return tiles.tile(kernel, *sizes, 80)
 
 

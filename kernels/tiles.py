@@ -34,8 +34,8 @@ _TABLE = {
         "forward": {
             32: (Tile(128, 128, 8, 1), Tile(128, 128, 8, 2)),
             64: (Tile(128, 128, 8, 1), Tile(128, 128, 8, 2)),
-            128: (Tile(128, 128, 8, 1), Tile(128, 64, 8, 3)),
-            256: (Tile(64, 64, 8, 2), Tile(64, 64, 8, 2)),
+            128: (Tile(128, 64, 8, 1), Tile(128, 64, 8, 3)),
+            256: (Tile(64, 64, 8, 2), Tile(64, 32, 8, 2)),
         },
         "query": {
             32: (Tile(128, 128, 8, 1), Tile(128, 64, 8, 2)),
@@ -73,15 +73,24 @@ _TABLE = {
 }
 
 
-def tile(kernel: str, d: int, t: int, itemsize: int, arch: int) -> Tile:
-    """Tile of "forward", "query" (dQ) or "key" (dK, dV) for head size d and t keys.
+# fp32 on every architecture, whatever the number of keys: exact products run on no tensor core and
+# are unrolled over the head, so that only small tiles stay in registers.
+_FP32 = {
+    "forward": {32: Tile(32, 32, 8, 1), 64: Tile(64, 32, 8, 1),
+                128: Tile(32, 32, 8, 1), 256: Tile(32, 16, 8, 1)},
+    "query": {32: Tile(32, 32, 8, 1), 64: Tile(32, 32, 8, 1),
+              128: Tile(16, 16, 8, 1), 256: Tile(16, 16, 4, 2)},
+    "key": {32: Tile(32, 32, 8, 1), 64: Tile(32, 32, 8, 1),
+            128: Tile(16, 16, 8, 1), 256: Tile(16, 16, 4, 1)},
+}  # fmt: skip
 
-    In fp32 half the rows and keys, and no second buffer: a number takes twice the memory.
-    """
+
+def tile(kernel: str, d: int, t: int, itemsize: int, arch: int) -> Tile:
+    """Tile of "forward", "query" (dQ) or "key" (dK, dV) for head size d and t keys."""
     few, many = _TABLE[arch][kernel][padded(d)]
     chosen = few if t <= FEW else many
     if itemsize == 4:
-        chosen = replace(chosen, rows=chosen.rows // 2, keys=max(chosen.keys // 2, 16), stages=1)
+        chosen = _FP32[kernel][padded(d)]
     return replace(chosen, keys=min(chosen.keys, max(16, 1 << (t - 1).bit_length())))
 
 

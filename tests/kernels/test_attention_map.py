@@ -61,9 +61,10 @@ TYPICAL = (
 
 @pytest.mark.parametrize("arch", [80, 90])
 def test_compiled(arch):
-    """No spills, memory within the limit, vector loads; also with Paint-with-Words at SDXL's."""
-    rows = compiled(arch, *TYPICAL, dict(d=64, t=77, dtype="bfloat16", bias=True, keys=False))
-    assert len(rows) == 9
+    """No spills, memory within the limit, vector loads; Paint-with-Words and fp32 at SDXL's too."""
+    painted = dict(d=64, t=77, dtype="bfloat16", bias=True, keys=False)
+    rows = compiled(arch, *TYPICAL, painted, dict(d=64, t=77, dtype="float32"))
+    assert len(rows) == 12
     fits(rows)
 
 
