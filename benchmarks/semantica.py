@@ -140,11 +140,11 @@ def gaussian_std(scheduler: SemanticaScheduler, steps: int, std: float) -> float
     return variance**0.5
 
 
-def ablation_rows(setting: Setting, judge: Judge) -> list[dict]:
-    """Every ablation model on pages whose objects were seen in training, and the real pictures."""
+def ablation_rows(setting: Setting, judge: Judge, names: tuple[str, ...]) -> list[dict]:
+    """Ablation models on pages whose objects were seen in training, and the real pictures."""
     pages = held_out(setting.n, setting.seed, unseen=False)
     rows = [measure("real", pages.others, pages, judge)]
-    for name in tqdm(MODELS, desc="ablations"):
+    for name in tqdm(names, desc="ablations"):
         images = draw(trained(name, setting), pages.conditions, setting)
         rows.append(measure(name, images, pages, judge))
     return rows
@@ -229,6 +229,13 @@ def _cell(row: dict, column: str) -> str:
 @click.option("--part", "parts", multiple=True, type=click.Choice(PARTS), help="Default: all.")
 @click.option("--model", help="Of guidance and one-shot; default: the ablation model `tokens`.")
 @click.option("--w", "factors", multiple=True, type=float, help="Of guidance; default: five.")
+@click.option(
+    "--name",
+    "names",
+    multiple=True,
+    type=click.Choice(list(MODELS)),
+    help="Of ablations; default: all.",
+)
 @click.option("--encoder", default="scenes-clip", show_default=True)
 @click.option("--out", type=click.Path(path_type=Path), default=Path("runs/semantica-benchmark"))
 @click.option("--flop", default=0.0, help="Of an ablation model's training; 3e13.")
@@ -237,18 +244,19 @@ def _cell(row: dict, column: str) -> str:
 @click.option("--seed", default=0, show_default=True)
 @click.option("--quick", is_flag=True, help="1e11 FLOP, 40 pages, 8 steps, no full-size models.")
 @click.option("--json", "json_file", type=click.Path(), help="Also write the rows here.")
-def main(parts, model, factors, encoder, out, flop, n, steps, seed, quick, json_file):
+def main(parts, model, factors, names, encoder, out, flop, n, steps, seed, quick, json_file):
     """Prints the rows of all parts, then which claims they confirm."""
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
     setting = Setting(
-        out / ("quick" if quick else "full") / str(seed), flop or (1e11 if quick else 3e13),
+        out / ("quick" if quick else "full") / str(seed) / encoder.strip("/").replace("/", "-"),
+        flop or (1e11 if quick else 3e13),
         n or (40 if quick else 1000), steps or (8 if quick else 64), seed, encoder, quick,
     )  # fmt: skip
     judge = evaluate.load_judge()
     make_rows = {
         "variance": lambda: variance_rows(setting),
         "reader": lambda: reader_rows(setting.n, SIZE, 20 if quick else 600),
-        "ablations": lambda: ablation_rows(setting, judge),
+        "ablations": lambda: ablation_rows(setting, judge, names or tuple(MODELS)),
         "guidance": lambda: guidance_rows(setting, judge, model, factors or FACTORS),
         "oneshot": lambda: oneshot_rows(setting, judge, model),
         "unseen": lambda: unseen_rows(setting, judge),
