@@ -30,14 +30,13 @@ from guidekit_kernels import tiles
 from attention_model import BANDWIDTH, CHOSEN, COLUMNS, RATE, SHAPES, Shape, modelled
 from memory import PeakMemory
 
+CORE = ("fused, as the core runs it", "vendor, as the core runs it")  # what the core chooses by
 # The core's name of a way to compute both, and the row it is read from: measured, modelled.
 ROUTES = {
     "sdpa": ("SDPA + token_maps", "SDPA + second softmax"),
-    "fused": ("fused, as the core runs it", "fused"),
-    "vendor": ("vendor, as the core runs it", "vendor + columns"),
+    "fused": (CORE[0], "fused"),
+    "vendor": (CORE[1], "vendor + columns"),
 }
-
-
 AHEAD = 10_000_000  # cycles that a GPU is kept busy before a call, 5 ms
 
 
@@ -153,8 +152,7 @@ def fused_in_core(x: Inputs) -> tuple[Tensor, Tensor]:
 METHODS = {
     "SDPA, no maps": floor, "eager": eager, "SDPA + second softmax": second_softmax,
     "SDPA + token_maps": chunked, "SDPA, augmented V": augmented, "FlexAttention + lse": flex,
-    "fused": fused, "vendor + columns": vendor, "fused, as the core runs it": fused_in_core,
-    "vendor, as the core runs it": vendor,
+    "fused": fused, "vendor + columns": vendor, CORE[0]: fused_in_core, CORE[1]: vendor,
 }  # fmt: skip
 OURS = ("fused", "vendor + columns")  # held against the rivals; the core runs without compilation
 
@@ -201,7 +199,7 @@ def measured(shape: Shape, dtype: torch.dtype, device: str, repeats: int, seed: 
     x, cuda, rows = inputs(shape, dtype, device, seed), device == "cuda", []
     truth = token_maps(x.query, x.key, x.weights, x.mask, rows=x.rows).detach()
     for name, function in METHODS.items():
-        if not cuda and ("fused" in name or "core" in name or name == "FlexAttention + lse"):
+        if not cuda and name in ("FlexAttention + lse", "fused", *CORE):
             continue  # no GPU for the kernels; no backward of FlexAttention on a CPU
         row = {"shape": shape.name, "method": name}
         if "vendor" in name and (shape.mask or not shape.joint):
@@ -264,8 +262,7 @@ def goals(rows: list[dict]) -> list[str]:
     for shape in SHAPES:
         found = {r["method"]: r for r in rows if r["shape"] == shape.name and r["both ms"]}
         ours = [found[m] for m in OURS if m in found]
-        rivals = [r for m, r in found.items() if m not in (*OURS, "SDPA, no maps")]
-        rivals = [r for r in rivals if "as the core" not in r["method"]]
+        rivals = [r for m, r in found.items() if m not in (*OURS, *CORE, "SDPA, no maps")]
         if not (ours and rivals and "SDPA, no maps" in found):
             lines.append(f"{shape.name}: not measured")
             continue

@@ -83,7 +83,7 @@ def write_pages(
 
 def _check_same(path: Path, facts: dict) -> None:
     """Compares the facts with those that the first shard was written under, if there is one."""
-    before = json.loads(path.read_text()) if path.exists() else facts
+    before = json.loads(path.read_text()) if _shards(path.parent) else facts
     if other := sorted(k for k in before.keys() | facts.keys() if before.get(k) != facts.get(k)):
         raise ValueError(
             f"{path.parent} was begun with "
