@@ -1,31 +1,41 @@
 """What a training step of Semantica's full-size models costs: memory on a CPU, speed on a GPU."""
 
+import json
 import multiprocessing
+import os
+import tempfile
 import time
+from dataclasses import dataclass
+from pathlib import Path
 
 import torch
+from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from guidekit.semantica.model import VARIANTS, UViT, variant
 from guidekit.semantica.schedule import epsilon_loss, logsnr, noised
+from guidekit.semantica.train import SemanticaOptions, SemanticaTask
+from guidekit.train.loop import Loop, Options
 
 from memory import PeakMemory
 
 TOKENS = 257  # of DINOv2 at 224x224
 
 
-def training_step(
-    model: UViT, optimizer: torch.optim.Optimizer, batch: int, device: str, autocast: bool
-) -> float:
-    """One step on noise; returns the loss."""
+WARM, TIMED = 10, 30  # steps, the first of which compiles
+# On a GPU of 80 GB and more; the sizes at which nothing has to be computed twice.
+BATCHES = {"a": 64, "b": 32, "c": 32, "tiny": 4}
+
+
+def training_step(model: UViT, optimizer: torch.optim.Optimizer) -> float:
+    """One step on one picture of noise; returns the loss."""
     side = model.config.sample_size
-    x0, eps = torch.randn(2, batch, 3, side, side, device=device)
-    states = torch.randn(batch, TOKENS, model.config.cross_attention_dim, device=device)
-    t = torch.rand(batch, device=device)
+    x0, eps = torch.randn(2, 1, 3, side, side)
+    states = torch.randn(1, TOKENS, model.config.cross_attention_dim)
+    t = torch.rand(1)
     level = logsnr(t, side)
     z, v = noised(x0, eps, level)
-    with torch.autocast(device, torch.bfloat16, enabled=autocast):
-        out = model(z, t * 1000 - 1, states, return_dict=False)[0]
+    out = model(z, t * 1000 - 1, states, return_dict=False)[0]
     loss = epsilon_loss(out, v, level).mean()
     loss.backward()
     optimizer.step()
@@ -33,12 +43,11 @@ def training_step(
     return float(loss.detach())
 
 
-def cost_rows(quick: bool) -> list[dict]:
-    """Rows of (a), and (b) and (c) with checkpointing; the tiny ones with `quick`."""
+def cost_rows(quick: bool, names: tuple[str, ...] = ("a", "b", "c")) -> list[dict]:
+    """Rows of (a), and (b) with checkpointing; on a GPU of `names`. The tiny ones with `quick`."""
     if torch.cuda.is_available():
-        names = ("tiny",) if quick else ("a", "b", "c")
         rate = matrix_rate()
-        return [gpu_row(name, 4 if quick else 32, rate) for name in names]
+        return [gpu_row(name, rate) for name in (("tiny",) if quick else names)]
     kinds = [("tiny", False), ("tiny-pixel", True)] if quick else [("a", False), ("b", True)]
     # One process each: what the first leaves to the allocator would hide what the second takes.
     context, rows = multiprocessing.get_context("spawn"), []
@@ -48,23 +57,16 @@ def cost_rows(quick: bool) -> list[dict]:
     return rows
 
 
-def _made(name: str, checkpointing: bool, device: str) -> tuple[UViT, torch.optim.Optimizer]:
-    model = variant(name).to(device).train()
-    if checkpointing:
-        model.enable_gradient_checkpointing()
-    fused = device == "cuda"
-    return model, torch.optim.AdamW(
-        model.parameters(), lr=1e-4, betas=(0.9, 0.99), eps=1e-12, weight_decay=0, fused=fused
-    )
-
-
 def cpu_row(name: str, checkpointing: bool) -> dict:
     """Peak memory and time of one step in float32, batch 1, optimizer state included."""
     torch.set_num_threads(1)
     with PeakMemory() as memory:
-        model, optimizer = _made(name, checkpointing, "cpu")
+        model = variant(name).train()
+        if checkpointing:
+            model.enable_gradient_checkpointing()
+        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, betas=(0.9, 0.99), eps=1e-12)
         started = time.perf_counter()
-        loss = training_step(model, optimizer, 1, "cpu", autocast=False)
+        loss = training_step(model, optimizer)
         seconds = time.perf_counter() - started
     assert torch.isfinite(torch.tensor(loss))
     # Weights, gradients and two moments in float32 are the least that it can be.
@@ -106,14 +108,70 @@ def seconds_of(action, repeats: int) -> float:
     return (time.perf_counter() - started) / repeats
 
 
-def gpu_row(name: str, batch: int, rate: float) -> dict:
-    """Pictures a second and model FLOPs utilisation of training in bf16, compiled."""
-    model, optimizer = _made(name, name != "a", "cuda")
-    model.compile()
-    with PeakMemory() as memory:
-        seconds = seconds_of(lambda: training_step(model, optimizer, batch, "cuda", True), 10)
-    speed = batch / seconds
+@dataclass(frozen=True)
+class NoisePages:
+    """Noise in the place of encoded pages and of their encoder."""
+
+    side: int
+    width: int
+
+    def shapes(self) -> tuple[int, int, int]:
+        """Those of DINOv2's features."""
+        return TOKENS, self.width, self.width
+
+    def batch(self, numbers: range, feature: str) -> tuple[Tensor, Tensor]:
+        """States and pictures."""
+        n, generator = len(numbers), torch.Generator().manual_seed(numbers.start)
+        states = torch.randn(n, TOKENS, self.width, generator=generator)
+        return states, torch.rand(n, 3, self.side, self.side, generator=generator) * 2 - 1
+
+
+class Unsaved(Loop):
+    """The trainer without its files but for metrics.jsonl."""
+
+    def save(self) -> None:
+        """A checkpoint of (c) has 21 GB."""
+
+    def preview(self) -> None:
+        """There are no references to draw after."""
+
+
+def trainer(name: str, folder: Path, batch: int, device_name: str) -> Loop:
+    """The training of a full-size model as a recipe asks for it, on noise."""
+    config = VARIANTS[name]
+    side, gpu = config["sample_size"], device_name == "cuda"
+    pages = NoisePages(side, config["cross_attention_dim"])
+    options = SemanticaOptions(variant=name, compile=gpu)
+    task = SemanticaTask(options, pages, pages, side)
+    steps = WARM + TIMED if gpu else 4
+    loop = Options(
+        steps=steps, batch=batch, precision="bf16" if gpu else "no", log_every=steps // 4,
+        workers=min(12, max((os.cpu_count() or 1) - 2, 0)) if gpu else 0, lr=1e-4, decay="constant",
+    )  # fmt: skip
+    return Unsaved(task, loop, folder)
+
+
+def pictures_per_second(loop: Loop) -> float:
+    """Speed from the first quarter of the steps on, by what the trainer logs of itself."""
+    loop.run()
+    rows = [json.loads(row) for row in (loop.folder / "metrics.jsonl").read_text().splitlines()]
+    done = [row["step"] * loop.options.batch for row in rows]
+    seconds = [n / row["images_per_second"] for n, row in zip(done, rows, strict=True)]
+    return (done[-1] - done[0]) / (seconds[-1] - seconds[0])
+
+
+def gpu_row(name: str, rate: float) -> dict:
+    """Pictures a second and model FLOPs utilisation of training in bf16, compiled.
+
+    Utilisation is three forwards' operations, as for forward and backward, over `rate`.
+    """
+    with tempfile.TemporaryDirectory() as folder, PeakMemory() as memory:
+        started = time.perf_counter()
+        loop = trainer(name, Path(folder), BATCHES[name], "cuda")
+        speed = pictures_per_second(loop)
+        seconds = time.perf_counter() - started
     return {
-        "method": f"training {name}", "batch": batch, "gibibytes": memory.mebibytes / 1024,
+        "method": f"training {name}", "batch": BATCHES[name], "gibibytes": memory.mebibytes / 1024,
         "images_per_second": speed, "utilisation": 3 * forward_flop(name) * speed / rate,
+        "matrix_tflops": rate / 1e12, "seconds_in_all": seconds,
     }  # fmt: skip

@@ -195,6 +195,31 @@ def test_a_checkpoint_of_another_model_is_refused(encoder, tmp_path):
         train(write(tmp_path / "r.toml", encoder, 2, "film"), tmp_path, quiet=True)
 
 
+def test_training_is_compiled_and_its_previews_are_not(encoder, tmp_path):
+    """A preview has other shapes and no gradient, which would be compiled anew."""
+    graphs = []
+
+    def backend(graph, inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    options = SemanticaOptions(encoder=str(encoder), pages=8, per_page=2)
+    task = make(options, tmp_path, 16)
+    task.net.unet.compile(fullgraph=True, backend=backend)
+    loop = Loop(task, Options(steps=4, batch=4, preview_every=2), tmp_path / "run", quiet=True)
+    loop.run()
+    loop.export(tmp_path / "model")
+    assert len(graphs) == 1 and len(list((tmp_path / "run").glob("preview-*.png"))) == 2
+
+
+def test_compiling_without_a_compiler_is_refused(encoder, tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    options = SemanticaOptions(encoder=str(encoder), pages=8, per_page=2, compile=True)
+    with pytest.raises(ValueError, match="needs no-such-compiler, which is not here"):
+        make(options, tmp_path, 16)
+
+
 def test_losses_are_means_over_what_is_accumulated(encoder, tmp_path):
     """As the gradient is: two batches of 4 at the first step are those of steps 1 and 2 alone."""
     write(tmp_path / "r.toml", encoder, steps=1, accumulate=2)

@@ -1,17 +1,21 @@
 """Trainers: recipes are checked, a killed run continues exactly, finished models load."""
 
 import json
+import os
 import signal
 import subprocess
 import sys
 import textwrap
+from dataclasses import dataclass
 
 import pytest
 import torch
+from accelerate import Accelerator
 from diffusers import StableDiffusionPipeline
 from safetensors.torch import load_file
 
 from guidekit import Condition, Sampling, digits, load, scenes
+from guidekit.train.batches import batches
 from guidekit.train.digits import DigitJudge
 from guidekit.train.loop import Options, lr_at
 from guidekit.train.pixels import jitter
@@ -96,6 +100,63 @@ def test_killed_run_continues_exactly(tmp_path):
     ]
     assert [r["step"] for r in rows[1]] == [1, 2, 3, 4, 5, 6]
     assert [r["mse"] for r in rows[0]] == [r["mse"] for r in rows[1]]
+
+
+@dataclass
+class Told:
+    """A task whose batches say what they were made from, and where."""
+
+    encodes: bool = False
+
+    def batch(self, numbers, generator):
+        noise = torch.rand(2, generator=generator)
+        return {"numbers": torch.tensor(numbers), "noise": noise, "pid": torch.tensor(os.getpid())}
+
+
+def test_batches_are_the_same_from_workers_which_leave_ctrl_c_alone():
+    place, turns = Accelerator(), range(3, 9)
+    alone = list(batches(Told(), 4, 1, place, turns, workers=0))
+    assert [b["numbers"].tolist()[0] for b in alone] == [4 * turn for turn in turns]
+    assert {int(b["pid"]) for b in alone} == {os.getpid()}
+    helped = []
+    for batch in batches(Told(), 4, 1, place, turns, workers=2):
+        helped.append(batch)
+        if len(helped) < 3:
+            os.kill(int(batch["pid"]), signal.SIGINT)
+    for one, other in zip(alone, helped, strict=True):
+        assert all(torch.equal(one[k], other[k]) for k in ("numbers", "noise"))
+    pids = {int(b["pid"]) for b in helped}
+    assert len(pids) == 2 and os.getpid() not in pids
+
+
+def test_workers_are_refused_where_batches_need_a_network():
+    with pytest.raises(ValueError, match="it takes workers = 0"):
+        batches(Told(encodes=True), 4, 1, Accelerator(), range(2), workers=1)
+
+
+def test_workers_change_no_weight(tmp_path):
+    path = tmp_path / "small.toml"
+    text = RECIPE[: RECIPE.index('[[stage]]\ntask = "text"')]
+    models = []
+    for workers in (0, 2):
+        path.write_text(text + f"workers = {workers}\n")
+        models.append(train(path, tmp_path / str(workers), quiet=True))
+    name = "diffusion_pytorch_model.safetensors"
+    first, second = (load_file(model / name) for model in models)
+    assert all(torch.equal(first[k], second[k]) for k in first)
+
+
+@pytest.mark.filterwarnings("ignore:this CPU computes bf16")
+def test_stages_have_precisions_of_their_own(recipe, tmp_path):
+    recipe.write_text(RECIPE.replace("width = 16", 'width = 16\nprecision = "bf16"'))
+    assert (train(recipe, tmp_path, quiet=True) / "model_index.json").exists()
+
+
+def test_slow_bf16_is_told(recipe, tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: False)
+    recipe.write_text(RECIPE[: RECIPE.index('[[stage]]\ntask = "text"')])
+    with pytest.warns(UserWarning, match="train with --set precision=no"):
+        train(recipe, tmp_path, quiet=True, overrides={"precision": "bf16"})
 
 
 def test_built_in_recipes_are_valid():

@@ -77,6 +77,7 @@ class NoisyClipTask:
             self.vae = AutoencoderKL.from_pretrained(path).eval().requires_grad_(False)
             factor = 2 ** (len(self.vae.config.block_out_channels) - 1)
             latents = {"channels": self.vae.config.latent_channels, "factor": factor}
+        self.encodes = self.vae is not None  # its batches
         encoder = NoisyClip(clip, options.width, size=size, **latents)
         for weight in encoder.trained():
             weight.requires_grad_(True)

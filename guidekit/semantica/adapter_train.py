@@ -48,6 +48,8 @@ class AdapterLoss(nn.Module):
 class AdapterTask:
     """Trains the adapter of a Stable Diffusion pipeline on encoded pages."""
 
+    encodes = True  # its batches, by the backbone's autoencoder and text encoder
+
     def __init__(
         self, options: AdapterOptions, episodes: Episodes, encoder: ImageEncoder,
         pipeline: StableDiffusionPipeline, size: int,

@@ -6,6 +6,8 @@ with (0.9, 0.99), eps 1e-12, a constant rate and an EMA of 0.9999 (arXiv:2405.14
 
 import copy
 import hashlib
+import os
+import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import timedelta
@@ -74,7 +76,7 @@ class SemanticaOptions(PagesOptions):
     frac: float = 0.2  # of the sampler's variance
     reading: str = "lineage"  # of frac: lineage | literal
     checkpointing: bool = False  # less memory for a third more time
-    compile: bool = False
+    compile: bool = False  # by torch.compile, which on a CPU needs a C++ compiler
 
 
 class SemanticaLoss(nn.Module):
@@ -110,6 +112,7 @@ class SemanticaTask:
             unet.enable_gradient_checkpointing()
         self.net = SemanticaLoss(unet.train(), options.gamma)
         if options.compile:
+            _check_compiler()
             unet.compile(fullgraph=True)
 
     def whole_net(self) -> nn.Module:
@@ -153,6 +156,12 @@ class SemanticaTask:
         """Saves the pipeline, encoder included, in half precision."""
         unet, encoder = copy.deepcopy(self.net.unet).half(), self.encoder.copied().half()
         SemanticaPipeline(unet, self.scheduler(), encoder).save_pretrained(folder)
+
+
+def _check_compiler() -> None:
+    """ValueError where torch.compile has nothing to compile with."""
+    if not torch.cuda.is_available() and shutil.which(name := os.environ.get("CXX", "g++")) is None:
+        raise ValueError(f"compile = true needs {name}, which is not here; install it or say false")
 
 
 def items(options: PagesOptions, size: int) -> Iterator[Item | None]:

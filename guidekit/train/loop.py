@@ -11,13 +11,15 @@ import json
 import math
 import os
 import time
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
 import torch
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 from accelerate.utils import broadcast_object_list
 from diffusers.training_utils import EMAModel
 from PIL import Image
@@ -28,6 +30,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from tqdm.auto import tqdm
 
+from guidekit.train.batches import batches
 from guidekit.train.interrupt import Interrupt
 
 
@@ -68,6 +71,9 @@ class Options:
     preview_every: int = 1000
     log_every: int = 20
     precision: str = "no"  # no | bf16 | fp16, as accelerate names them
+    workers: int = (
+        0  # processes that make batches ahead of the training's own, which makes all at 0
+    )
     tracker: str = ""  # tensorboard, wandb, ...: what accelerate reports to, beside metrics.jsonl
     minutes: float = math.inf  # wall time after which the cosine is cut short and the stage ends
 
@@ -91,6 +97,8 @@ class Loop:
 
     def __init__(self, task: Task, options: Options, folder: Path, quiet: bool = False):
         self.task, self.options, self.folder, self.quiet = task, options, Path(folder), quiet
+        # accelerate keeps the first precision of a process; an earlier stage may have had another.
+        AcceleratorState._reset_state()
         self.accelerator = Accelerator(
             mixed_precision=options.precision,
             gradient_accumulation_steps=options.accumulate,
@@ -98,17 +106,20 @@ class Loop:
             project_dir=self.folder,
         )
         _keep_inputs(self.accelerator)
+        _warn_of_slow_bf16(self.accelerator)
         self.folder.mkdir(parents=True, exist_ok=True)
+        on_gpu = self.accelerator.device.type == "cuda"  # where many small kernels cost most
         optimizer = torch.optim.AdamW(
             [p for p in task.net.parameters() if p.requires_grad],
             lr=options.lr, betas=(0.9, 0.99), eps=options.eps, weight_decay=options.weight_decay,
+            fused=on_gpu,
         )  # fmt: skip
         self.net, self.optimizer = self.accelerator.prepare(task.net, optimizer)
         # After prepare: FSDP2 puts shards in the place of the weights.
         self.weights = [p for p in task.net.parameters() if p.requires_grad]
         if options.tracker:
             self.accelerator.init_trackers("guidekit", _plain(options))
-        self.ema = EMAModel(self.weights, decay=options.ema)
+        self.ema = EMAModel(self.weights, decay=options.ema, foreach=on_gpu)
         self.ema.to(self.accelerator.device)
         self.step = self._load()
 
@@ -124,7 +135,10 @@ class Loop:
             disable=self.quiet or not self.accelerator.is_main_process,
         )
         self.started, self.first = time.monotonic(), self.step
-        with bar, Interrupt() as stop:
+        self._batches = iter(self._turns())
+        # Shapes do not change, so convolutions are worth a search for their fastest algorithm.
+        fastest = torch.backends.cudnn.flags(enabled=True, benchmark=True)
+        with bar, fastest, Interrupt() as stop:
             while self.step < self.options.steps and not self._out_of_time():
                 losses = self._train_step()
                 self.step += 1
@@ -148,8 +162,8 @@ class Loop:
         for group in self.optimizer.param_groups:
             group["lr"] = lr_at(self.step, options)
         means: dict[str, Tensor] = {}
-        for part in range(options.accumulate):
-            batch = self._batch(part)
+        for _ in range(options.accumulate):
+            batch = self._on_device(next(self._batches))
             with self.accelerator.accumulate(self.net), _fast_attention(self.accelerator.device):
                 losses = self.net(**batch)
                 self.accelerator.backward(sum(losses.values()))
@@ -162,14 +176,16 @@ class Loop:
         self.ema.step(self.weights)
         return means
 
-    def _batch(self, part: int) -> dict:
-        """This process's inputs of this step, on its device."""
-        options, place = self.options, self.accelerator
-        index = (self.step * options.accumulate + part) * place.num_processes + place.process_index
-        generator = torch.Generator().manual_seed(hash((options.seed, index)) % 2**63)
-        numbers = range(index * options.batch, (index + 1) * options.batch)
-        batch = self.task.batch(numbers, generator)
-        return {key: value.to(place.device) for key, value in batch.items()}
+    def _turns(self) -> Iterable[dict]:
+        """This process's inputs of what is left of the training."""
+        options = self.options
+        turns = range(self.step * options.accumulate, options.steps * options.accumulate)
+        return batches(
+            self.task, options.batch, options.seed, self.accelerator, turns, options.workers
+        )
+
+    def _on_device(self, batch: dict) -> dict:
+        return {k: v.to(self.accelerator.device, non_blocking=True) for k, v in batch.items()}
 
     def _out_of_time(self) -> bool:
         """True on every process as soon as the first one says that the time is spent."""
@@ -281,7 +297,8 @@ class Loop:
         sharded = any(isinstance(p, DTensor) for p in self.weights)
         if not (sharded or self.accelerator.is_main_process):
             return
-        with self.averaged(), torch.no_grad():
+        # Not compiled: what is drawn once in a while is not worth a second compilation.
+        with self.averaged(), torch.no_grad(), torch.compiler.set_stance("force_eager"):
             if sharded:
                 self._on_a_copy(action)
             else:
@@ -298,6 +315,18 @@ class Loop:
                 action()
             finally:
                 self.task.net = sharded
+
+
+def _warn_of_slow_bf16(accelerator: Accelerator) -> None:
+    """Says so where bf16 costs several times what float32 does."""
+    if accelerator.device.type != "cpu" or accelerator.mixed_precision != "bf16":
+        return
+    if not (torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()):
+        warnings.warn(
+            "this CPU computes bf16 by emulation, several times slower than float32; train with "
+            "--set precision=no",
+            stacklevel=2,
+        )
 
 
 def _keep_inputs(accelerator: Accelerator) -> None:

@@ -1,0 +1,49 @@
+"""The inputs of one step after another, made ahead by worker processes where they are asked for."""
+
+import signal
+from collections.abc import Iterable
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+
+class _Turns(Dataset):
+    """Inputs by turn, the number of a batch in its process; every turn's are its own function."""
+
+    def __init__(self, task, size: int, seed: int, accelerator: Accelerator):
+        self.task, self.size, self.seed = task, size, seed
+        self.processes, self.process = accelerator.num_processes, accelerator.process_index
+
+    def __getitem__(self, turn: int) -> dict[str, Tensor]:
+        index = turn * self.processes + self.process
+        generator = torch.Generator().manual_seed(hash((self.seed, index)) % 2**63)
+        return self.task.batch(range(index * self.size, (index + 1) * self.size), generator)
+
+
+def batches(
+    task, size: int, seed: int, accelerator: Accelerator, turns: range, workers: int
+) -> Iterable[dict[str, Tensor]]:
+    """This process's batches of the given turns, in their order, the same for every `workers`.
+
+    workers: processes that make them; 0 for none but this one. Raises ValueError for a task that
+    makes its batches with a network, which workers do not share.
+    """
+    if workers and getattr(task, "encodes", False):
+        raise ValueError("this task makes its batches with a network; it takes workers = 0")
+    return DataLoader(
+        _Turns(task, size, seed, accelerator),
+        batch_size=None,
+        sampler=turns,
+        num_workers=workers,
+        pin_memory=accelerator.device.type == "cuda",
+        multiprocessing_context="fork" if workers else None,  # the task is not pickled
+        worker_init_fn=_leave_ctrl_c_to_the_loop,
+        generator=torch.Generator(),  # not the global one, which first weights are drawn from
+    )
+
+
+def _leave_ctrl_c_to_the_loop(worker: int) -> None:
+    """A terminal sends it to every process, and the loop still finishes its step."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
