@@ -25,7 +25,7 @@ from guidekit.references import square, to_pixels
 from guidekit.semantica.encode import ImageEncoder
 from guidekit.semantica.sources import Item
 
-OPEN_SHARDS = 16  # memory-mapped at a time
+OPEN_SHARDS = 256  # memory-mapped at a time
 
 
 def _decode(item: Item | None, sizes: tuple[int, int]) -> list[Tensor] | None:
@@ -200,13 +200,12 @@ class Pages:
 
     def rows(self, indices: list[int], *names: str) -> list[Tensor]:
         """The named tensors of the rows, in the order of `indices`."""
-        found: list[list[Tensor]] = [[] for _ in names]
-        for index in indices:
+        found: dict[int, list[Tensor]] = {}
+        for index in sorted(indices):  # rows of a shard together: it is opened once
             place = bisect_right(self.starts, index) - 1
-            row = index - self.starts[place]
-            for out, name in zip(found, names, strict=True):
-                out.append(self._open(place).get_slice(name)[row : row + 1])
-        return [torch.cat(out) for out in found]
+            row, file = index - self.starts[place], self._open(place)
+            found[index] = [file.get_slice(name)[row : row + 1] for name in names]
+        return [torch.cat(rows) for rows in zip(*(found[i] for i in indices), strict=True)]
 
     def captions(self, indices: list[int]) -> list[str]:
         """The texts beside the rows' pictures, empty where there was none."""
