@@ -174,8 +174,9 @@ def _tried(name: str) -> str:
     weights = torch.eye(16, device=device)[None, :, :4]
     try:
         call = AttentionCall("", None, 0, query, key, value, implementation=name)
-        out = call.run() if name == "xformers" else attend(call, weights, name)[0]
-        gap = float((out - attend(call, weights, "eager")[0]).abs().max())
+        wanted = attend(call, weights, "eager")  # output and maps
+        given = (call.run(),) if name == "xformers" else attend(call, weights, name)
+        gap = max(float((a - b).abs().max()) for a, b in zip(given, wanted, strict=False))
     except (ImportError, OSError, RuntimeError, NotImplementedError) as error:
         return f"fails: {(str(error) or type(error).__name__).splitlines()[0]}"
     return "works" if gap < 1e-2 else f"wrong: it differs from eager attention by {gap:.2g}"

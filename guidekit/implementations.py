@@ -4,6 +4,8 @@ import functools
 import importlib
 import importlib.util
 import os
+import subprocess
+import sys
 
 import torch
 from torch import Tensor
@@ -27,8 +29,8 @@ def choose(name: str | None = None) -> str:
     """
     name = name or os.environ.get("GUIDEKIT_ATTENTION") or "auto"
     if name == "auto":
-        timed = _state("triton") == "available" and torch.cuda.is_available() and measured_on()
-        return "auto" if timed else "sdpa"
+        timed = torch.cuda.is_available() and not _triton_lacks("cuda") and measured_on()
+        return "auto" if timed and _state("triton") == "available" else "sdpa"
     if name not in IMPLEMENTATIONS:
         raise ValueError(f"no attention implementation {name!r}; there are {IMPLEMENTATIONS}")
     if _state(name) != "available":
@@ -64,6 +66,11 @@ def _state(name: str) -> str:
 
 @functools.cache
 def _triton_state(device: str) -> str:
+    return _triton_lacks(device) or (_checked() if device == "cuda" else "available")
+
+
+def _triton_lacks(device: str) -> str:
+    """What the kernels need and is not there; empty if nothing."""
     if importlib.util.find_spec(KERNELS) is None:
         return f"{KERNELS} is not installed"
     if importlib.util.find_spec("triton") is None:
@@ -72,7 +79,20 @@ def _triton_state(device: str) -> str:
         return "the GPU's compute capability is below 8.0"
     if device != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
         return "no CUDA device"
-    return "available"
+    return ""
+
+
+def _checked() -> str:
+    """Availability by the kernels' own check, which compiles some of them: half a minute once.
+
+    In a process of its own, because a fault in a kernel ends all use of the GPU in its process.
+    """
+    command = [sys.executable, "-m", f"{KERNELS}.check"]
+    run = subprocess.run(command, capture_output=True, text=True)
+    if run.returncode == 0:
+        return "available"
+    told = (run.stdout.strip() or run.stderr.strip() or f"exit code {run.returncode}").splitlines()
+    return f"its check on this GPU failed ({told[-1]})"
 
 
 @functools.cache

@@ -11,6 +11,7 @@ import pytest
 import torch
 from attention_map_cases import Case, check
 
+from guidekit_kernels import check as own_check
 from guidekit_kernels import tiles
 from guidekit_kernels.attention_map import attend, attention_map, attention_map_backward
 
@@ -179,3 +180,14 @@ def test_registration(t):
     call = functools.partial(torch.library.opcheck, attention_map)
     for mean in (True, False):
         call((q, k, v, torch.rand(1, t, 3), None, None, None, *sizes, mean, True))
+
+
+@pytest.mark.parametrize("spoilt", ["", "out", "maps"])
+def test_the_check_that_users_machines_run_sees_wrong_numbers(monkeypatch, spoilt):
+    def wrong(*arguments, **options):
+        out, maps = attend(*arguments, **options)
+        return out * (1 + 0.1 * (spoilt == "out")), maps * (1 + 0.1 * (spoilt == "maps"))
+
+    monkeypatch.setattr(own_check, "attend", wrong)
+    error = own_check.worst(40, 32, True, torch.float16, "cpu")
+    assert (error > own_check.ALLOWED) == bool(spoilt)

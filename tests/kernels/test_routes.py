@@ -81,7 +81,14 @@ def test_automatic_choice_call_by_call(rows, monkeypatch):
 def test_automatic_needs_times_measured_on_such_a_gpu(gpu, chosen, monkeypatch):
     monkeypatch.delenv("GUIDEKIT_ATTENTION", raising=False)
     monkeypatch.setattr(implementations, "_state", lambda name: "available")
+    monkeypatch.setattr(implementations, "_triton_lacks", lambda device: "")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(implementations, "measured_on", lambda: gpu)
     assert implementations.choose() == chosen
     assert implementations.choose("triton") == "triton"
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU to check")
+def test_kernels_that_fail_their_check_are_not_available():
+    pytest.importorskip("triton")
+    assert implementations._checked().startswith("its check on this GPU failed (")
