@@ -2,6 +2,7 @@
 
 import signal
 from collections.abc import Iterable
+from typing import Protocol
 
 import torch
 from accelerate import Accelerator
@@ -9,10 +10,17 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 
+class Source(Protocol):
+    """What is needed of a task; with `encodes = True` its batches are made by a network."""
+
+    def batch(self, numbers: range, generator: torch.Generator) -> dict[str, Tensor]:
+        """Inputs from the numbers of their scenes, which with the generator say all of them."""
+
+
 class _Turns(Dataset):
     """Inputs by turn, the number of a batch in its process; every turn's are its own function."""
 
-    def __init__(self, task, size: int, seed: int, accelerator: Accelerator):
+    def __init__(self, task: Source, size: int, seed: int, accelerator: Accelerator):
         self.task, self.size, self.seed = task, size, seed
         self.processes, self.process = accelerator.num_processes, accelerator.process_index
 
@@ -23,7 +31,7 @@ class _Turns(Dataset):
 
 
 def batches(
-    task, size: int, seed: int, accelerator: Accelerator, turns: range, workers: int
+    task: Source, size: int, seed: int, accelerator: Accelerator, turns: range, workers: int
 ) -> Iterable[dict[str, Tensor]]:
     """This process's batches of the given turns, in their order, the same for every `workers`.
 

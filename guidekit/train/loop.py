@@ -38,6 +38,7 @@ class Task(Protocol):
     """What the loop needs of a task."""
 
     net: nn.Module  # all trained weights; called as net(**batch) and returns named losses
+    # encodes: True for a task whose `batch` runs a network; may be left out where it does not.
 
     def whole_net(self) -> nn.Module:
         """A second net of the same form, needed by FSDP2 alone, whose nets are in shards."""
@@ -71,9 +72,7 @@ class Options:
     preview_every: int = 1000
     log_every: int = 20
     precision: str = "no"  # no | bf16 | fp16, as accelerate names them
-    workers: int = (
-        0  # processes that make batches ahead of the training's own, which makes all at 0
-    )
+    workers: int = 0  # processes that make batches ahead; 0: the training's own makes them
     tracker: str = ""  # tensorboard, wandb, ...: what accelerate reports to, beside metrics.jsonl
     minutes: float = math.inf  # wall time after which the cosine is cut short and the stage ends
 
@@ -112,7 +111,7 @@ class Loop:
         optimizer = torch.optim.AdamW(
             [p for p in task.net.parameters() if p.requires_grad],
             lr=options.lr, betas=(0.9, 0.99), eps=options.eps, weight_decay=options.weight_decay,
-            fused=on_gpu,
+            fused=on_gpu or None,
         )  # fmt: skip
         self.net, self.optimizer = self.accelerator.prepare(task.net, optimizer)
         # After prepare: FSDP2 puts shards in the place of the weights.
