@@ -12,6 +12,7 @@ from torch import Tensor
 
 IMPLEMENTATIONS = ("eager", "sdpa", "triton", "xformers")
 KERNELS = "guidekit_kernels"
+CHECKING = 600  # seconds that the kernels' own check may take
 
 
 def implementations() -> dict[str, str]:
@@ -83,12 +84,15 @@ def _triton_lacks(device: str) -> str:
 
 
 def _checked() -> str:
-    """Availability by the kernels' own check, which compiles some of them: half a minute once.
+    """Availability by the kernels' own check on the first GPU; it compiles them, a minute once.
 
     In a process of its own, because a fault in a kernel ends all use of the GPU in its process.
     """
     command = [sys.executable, "-m", f"{KERNELS}.check"]
-    run = subprocess.run(command, capture_output=True, text=True)
+    try:
+        run = subprocess.run(command, capture_output=True, text=True, timeout=CHECKING)
+    except subprocess.TimeoutExpired:
+        return f"its check on this GPU did not end in {CHECKING} seconds"
     if run.returncode == 0:
         return "available"
     told = (run.stdout.strip() or run.stderr.strip() or f"exit code {run.returncode}").splitlines()

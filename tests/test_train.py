@@ -1,6 +1,7 @@
 """Trainers: recipes are checked, a killed run continues exactly, finished models load."""
 
 import json
+import multiprocessing
 import os
 import signal
 import subprocess
@@ -134,6 +135,13 @@ def test_workers_are_refused_where_batches_need_a_network():
         batches(Told(encodes=True), 4, 1, Accelerator(), range(2), workers=1)
 
 
+def test_workers_are_refused_where_processes_cannot_fork(monkeypatch):
+    monkeypatch.setattr(multiprocessing, "get_all_start_methods", lambda: ["spawn"])
+    with pytest.raises(ValueError, match="take workers = 0"):
+        batches(Told(), 4, 1, Accelerator(), range(2), workers=1)
+    assert len(list(batches(Told(), 4, 1, Accelerator(), range(0), workers=1))) == 0
+
+
 def test_workers_change_no_weight(tmp_path):
     path = tmp_path / "small.toml"
     text = RECIPE[: RECIPE.index('[[stage]]\ntask = "text"')]
@@ -141,6 +149,7 @@ def test_workers_change_no_weight(tmp_path):
     for workers in (0, 2):
         path.write_text(text + f"workers = {workers}\n")
         models.append(train(path, tmp_path / str(workers), quiet=True))
+        assert not multiprocessing.active_children()
     name = "diffusion_pytorch_model.safetensors"
     first, second = (load_file(model / name) for model in models)
     assert all(torch.equal(first[k], second[k]) for k in first)

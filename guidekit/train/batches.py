@@ -1,5 +1,6 @@
 """The inputs of one step after another, made ahead by worker processes where they are asked for."""
 
+import multiprocessing
 import signal
 from collections.abc import Iterable
 from typing import Protocol
@@ -11,14 +12,14 @@ from torch.utils.data import DataLoader, Dataset
 
 
 class Source(Protocol):
-    """What is needed of a task; with `encodes = True` its batches are made by a network."""
+    """What makes batches. `encodes = True` says that it takes a network to; it may be left out."""
 
     def batch(self, numbers: range, generator: torch.Generator) -> dict[str, Tensor]:
-        """Inputs from the numbers of their scenes, which with the generator say all of them."""
+        """Inputs of one process for one step, from the numbers of its scenes."""
 
 
 class _Turns(Dataset):
-    """Inputs by turn, the number of a batch in its process; every turn's are its own function."""
+    """Batches by their number in this process, of which and of the seed they are a function."""
 
     def __init__(self, task: Source, size: int, seed: int, accelerator: Accelerator):
         self.task, self.size, self.seed = task, size, seed
@@ -36,16 +37,19 @@ def batches(
     """This process's batches of the given turns, in their order, the same for every `workers`.
 
     workers: processes that make them; 0 for none but this one. Raises ValueError for a task that
-    makes its batches with a network, which workers do not share.
+    makes its batches with a network, which workers do not share, and where processes cannot fork.
     """
+    workers = min(workers, len(turns))
     if workers and getattr(task, "encodes", False):
         raise ValueError("this task makes its batches with a network; it takes workers = 0")
+    if workers and "fork" not in multiprocessing.get_all_start_methods():
+        raise ValueError("workers are forked, which this system cannot do; take workers = 0")
     return DataLoader(
         _Turns(task, size, seed, accelerator),
         batch_size=None,
         sampler=turns,
         num_workers=workers,
-        pin_memory=accelerator.device.type == "cuda",
+        pin_memory=workers > 0 and accelerator.device.type == "cuda",
         multiprocessing_context="fork" if workers else None,  # the task is not pickled
         worker_init_fn=_leave_ctrl_c_to_the_loop,
         generator=torch.Generator(),  # not the global one, which first weights are drawn from

@@ -1,7 +1,8 @@
 """One training loop for every task: device and processes by accelerate, EMA, exact resume.
 
 A step's data and noise are functions of (seed, step, process), and the learning rate is a function
-of the step, so a run that is killed and started again continues exactly as if it had not been.
+of the step, so a run that is killed and started again continues exactly as if it had not been: on a
+CPU to the bit, on a GPU but for the order of sums in algorithms that are chosen anew.
 Several processes and machines: `accelerate launch`, data parallel or FSDP2 by its configuration.
 """
 
@@ -12,7 +13,7 @@ import math
 import os
 import time
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -30,21 +31,17 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from tqdm.auto import tqdm
 
-from guidekit.train.batches import batches
+from guidekit.train.batches import Source, batches
 from guidekit.train.interrupt import Interrupt
 
 
-class Task(Protocol):
+class Task(Source, Protocol):
     """What the loop needs of a task."""
 
     net: nn.Module  # all trained weights; called as net(**batch) and returns named losses
-    # encodes: True for a task whose `batch` runs a network; may be left out where it does not.
 
     def whole_net(self) -> nn.Module:
         """A second net of the same form, needed by FSDP2 alone, whose nets are in shards."""
-
-    def batch(self, numbers: range, generator: torch.Generator) -> dict:
-        """Inputs of one process for one step, from the numbers of its scenes."""
 
     def preview(self) -> Image.Image:
         """A picture that shows where the training stands; the weights are the averaged ones."""
@@ -96,7 +93,8 @@ class Loop:
 
     def __init__(self, task: Task, options: Options, folder: Path, quiet: bool = False):
         self.task, self.options, self.folder, self.quiet = task, options, Path(folder), quiet
-        # accelerate keeps the first precision of a process; an earlier stage may have had another.
+        # accelerate keeps the first precision of a process, which an earlier stage may have had. It
+        # has no public way to forget it; one loop of a process trains at a time.
         AcceleratorState._reset_state()
         self.accelerator = Accelerator(
             mixed_precision=options.precision,
@@ -118,7 +116,9 @@ class Loop:
         self.weights = [p for p in task.net.parameters() if p.requires_grad]
         if options.tracker:
             self.accelerator.init_trackers("guidekit", _plain(options))
-        self.ema = EMAModel(self.weights, decay=options.ema, foreach=on_gpu)
+        self.sharded = any(isinstance(p, DTensor) for p in self.weights)
+        # foreach copies no shards.
+        self.ema = EMAModel(self.weights, decay=options.ema, foreach=on_gpu and not self.sharded)
         self.ema.to(self.accelerator.device)
         self.step = self._load()
 
@@ -134,10 +134,7 @@ class Loop:
             disable=self.quiet or not self.accelerator.is_main_process,
         )
         self.started, self.first = time.monotonic(), self.step
-        self._batches = iter(self._turns())
-        # Shapes do not change, so convolutions are worth a search for their fastest algorithm.
-        fastest = torch.backends.cudnn.flags(enabled=True, benchmark=True)
-        with bar, fastest, Interrupt() as stop:
+        with bar, self._taking_batches(), _searched_convolutions(), Interrupt() as stop:
             while self.step < self.options.steps and not self._out_of_time():
                 losses = self._train_step()
                 self.step += 1
@@ -175,13 +172,18 @@ class Loop:
         self.ema.step(self.weights)
         return means
 
-    def _turns(self) -> Iterable[dict]:
-        """This process's inputs of what is left of the training."""
+    @contextlib.contextmanager
+    def _taking_batches(self):
+        """This process's inputs of what is left of the training; their makers end with it."""
         options = self.options
         turns = range(self.step * options.accumulate, options.steps * options.accumulate)
-        return batches(
+        self._batches = iter(batches(
             self.task, options.batch, options.seed, self.accelerator, turns, options.workers
-        )
+        ))  # fmt: skip
+        try:
+            yield
+        finally:
+            del self._batches
 
     def _on_device(self, batch: dict) -> dict:
         return {k: v.to(self.accelerator.device, non_blocking=True) for k, v in batch.items()}
@@ -293,12 +295,11 @@ class Loop:
 
         Shards are gathered for each of its layers as they run, in which all processes take part.
         """
-        sharded = any(isinstance(p, DTensor) for p in self.weights)
-        if not (sharded or self.accelerator.is_main_process):
+        if not (self.sharded or self.accelerator.is_main_process):
             return
         # Not compiled: what is drawn once in a while is not worth a second compilation.
         with self.averaged(), torch.no_grad(), torch.compiler.set_stance("force_eager"):
-            if sharded:
+            if self.sharded:
                 self._on_a_copy(action)
             else:
                 action()
@@ -314,6 +315,18 @@ class Loop:
                 action()
             finally:
                 self.task.net = sharded
+
+
+@contextlib.contextmanager
+def _searched_convolutions():
+    """cuDNN looks for its fastest algorithms, which pays where steps repeat their shapes."""
+    cudnn = torch.backends.cudnn
+    before = cudnn.benchmark
+    cudnn.benchmark = before or not cudnn.deterministic
+    try:
+        yield
+    finally:
+        cudnn.benchmark = before
 
 
 def _warn_of_slow_bf16(accelerator: Accelerator) -> None:

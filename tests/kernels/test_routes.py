@@ -1,6 +1,9 @@
 """The table of times and the choices that are made by it."""
 
 import math
+import re
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -88,7 +91,27 @@ def test_automatic_needs_times_measured_on_such_a_gpu(gpu, chosen, monkeypatch):
     assert implementations.choose("triton") == "triton"
 
 
+@pytest.mark.parametrize(
+    "check, state",
+    [
+        ("print('right')", "available"),
+        ("raise SystemExit(print('77 keys are off') or 1)", "its .* failed \\(77 keys are off\\)"),
+        ("import os; os.abort()", "its check on this GPU failed \\(exit code -6\\)"),
+        ("import time; time.sleep(60)", "its check on this GPU did not end in 1 seconds"),
+    ],
+)
+def test_kernels_that_fail_their_check_are_not_available(check, state, tmp_path, monkeypatch):
+    (tmp_path / "own_kernels").mkdir()
+    (tmp_path / "own_kernels" / "check.py").write_text(check)
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    monkeypatch.setattr(implementations, "KERNELS", "own_kernels")
+    monkeypatch.setattr(implementations, "CHECKING", 1 if "sleep" in check else 60)
+    assert re.fullmatch(state, implementations._checked())
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU to check")
-def test_kernels_that_fail_their_check_are_not_available():
+def test_the_check_fails_without_a_gpu():
     pytest.importorskip("triton")
-    assert implementations._checked().startswith("its check on this GPU failed (")
+    command = [sys.executable, "-m", "guidekit_kernels.check"]
+    run = subprocess.run(command, capture_output=True, text=True)
+    assert run.returncode == 1 and "complaint" in run.stderr and "No module" not in run.stderr
