@@ -25,7 +25,7 @@ from guidekit import evaluate, load, scenes
 from guidekit.semantica.schedule import SemanticaScheduler
 from guidekit.semantica.train import SemanticaOptions, SemanticaTask, make
 from guidekit.train.judge import Judge
-from guidekit.train.loop import Loop, Options
+from guidekit.train.loop import Loop, Options, emulates_bf16
 
 from semantica_cost import cost_rows
 from semantica_measures import HELD_OUT, SIZE, PagesSeen, held_out, measure
@@ -82,6 +82,12 @@ def step_flop(task: SemanticaTask) -> float:
     return 3 * counter.get_total_flops() / 2 * BATCH
 
 
+def precision() -> str:
+    """Of all ablation models of a table: bf16 where this machine computes in it."""
+    slow = not torch.cuda.is_available() and emulates_bf16(torch.device("cpu"))
+    return "no" if slow else "bf16"
+
+
 def trained(name: str, setting: Setting):
     """The pipeline of an ablation model, trained now or before."""
     folder = setting.out / name.replace(", ", "-")
@@ -96,7 +102,7 @@ def trained(name: str, setting: Setting):
         loop = Options(
             steps=max(int(setting.flop / step_flop(task)), 2), batch=BATCH, lr=2e-3, warmup=50,
             decay="cosine", weight_decay=0.0, eps=1e-12, ema=0.999, seed=setting.seed,
-            precision="bf16", save_every=200, preview_every=10**6,
+            precision=precision(), save_every=200, preview_every=10**6,
         )  # fmt: skip
         loop = Loop(task, loop, folder / "run")
         loop.run()
@@ -266,7 +272,8 @@ def main(parts, model, factors, names, encoder, out, flop, n, steps, seed, quick
     print(table(rows))
     print("\n" + "\n".join(verdicts(rows)))
     print(
-        f"\nn = {setting.n} held-out pages, {setting.flop:g} FLOP a model, {setting.steps} steps, "
+        f"\nn = {setting.n} held-out pages, {setting.flop:g} FLOP a model (precision "
+        f"{precision()}), {setting.steps} steps, "
         f"w = {W:g} unless named, seed {seed}, torch {torch.__version__} on "
         f"{os.cpu_count()} {platform.machine()} cores; 95% bootstrap intervals over pages"
     )

@@ -43,11 +43,11 @@ def training_step(model: UViT, optimizer: torch.optim.Optimizer) -> float:
     return float(loss.detach())
 
 
-def cost_rows(quick: bool, names: tuple[str, ...] = ("a", "b", "c")) -> list[dict]:
-    """Rows of (a), and (b) with checkpointing; on a GPU of `names`. The tiny ones with `quick`."""
+def cost_rows(quick: bool) -> list[dict]:
+    """Rows of (a), and (b) with checkpointing; on a GPU of all. The tiny ones with `quick`."""
     if torch.cuda.is_available():
         rate = matrix_rate()
-        return [gpu_row(name, rate) for name in (("tiny",) if quick else names)]
+        return [gpu_row(name, rate) for name in (("tiny",) if quick else ("a", "b", "c"))]
     kinds = [("tiny", False), ("tiny-pixel", True)] if quick else [("a", False), ("b", True)]
     # One process each: what the first leaves to the allocator would hide what the second takes.
     context, rows = multiprocessing.get_context("spawn"), []
@@ -136,23 +136,21 @@ class Unsaved(Loop):
         """There are no references to draw after."""
 
 
-def trainer(name: str, folder: Path, batch: int, device_name: str) -> Loop:
+def trainer(name: str, folder: Path) -> Loop:
     """The training of a full-size model as a recipe asks for it, on noise."""
     config = VARIANTS[name]
-    side, gpu = config["sample_size"], device_name == "cuda"
-    pages = NoisePages(side, config["cross_attention_dim"])
-    options = SemanticaOptions(variant=name, compile=gpu)
-    task = SemanticaTask(options, pages, pages, side)
-    steps = WARM + TIMED if gpu else 4
+    pages = NoisePages(config["sample_size"], config["cross_attention_dim"])
+    options = SemanticaOptions(variant=name, compile=True)
+    task = SemanticaTask(options, pages, pages, pages.side)
     loop = Options(
-        steps=steps, batch=batch, precision="bf16" if gpu else "no", log_every=steps // 4,
-        workers=min(12, max((os.cpu_count() or 1) - 2, 0)) if gpu else 0, lr=1e-4, decay="constant",
+        steps=WARM + TIMED, batch=BATCHES[name], precision="bf16", log_every=WARM, lr=1e-4,
+        decay="constant", workers=min(12, max((os.cpu_count() or 1) - 2, 0)),
     )  # fmt: skip
     return Unsaved(task, loop, folder)
 
 
 def pictures_per_second(loop: Loop) -> float:
-    """Speed from the first quarter of the steps on, by what the trainer logs of itself."""
+    """Speed after the first WARM steps, by what the trainer logs of itself."""
     loop.run()
     rows = [json.loads(row) for row in (loop.folder / "metrics.jsonl").read_text().splitlines()]
     done = [row["step"] * loop.options.batch for row in rows]
@@ -167,7 +165,7 @@ def gpu_row(name: str, rate: float) -> dict:
     """
     with tempfile.TemporaryDirectory() as folder, PeakMemory() as memory:
         started = time.perf_counter()
-        loop = trainer(name, Path(folder), BATCHES[name], "cuda")
+        loop = trainer(name, Path(folder))
         speed = pictures_per_second(loop)
         seconds = time.perf_counter() - started
     return {

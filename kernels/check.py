@@ -13,7 +13,7 @@ from guidekit_kernels.attention_map import attend
 
 # Keys, head size, and whether there is a mask, a vector of PixArt's kind: every tile of few keys in
 # halves, and several blocks.
-FEW = ((77, 32, False), (77, 64, False), (77, 128, False))
+FEW = ((77, 32, False), (77, 64, False), (77, 128, False), (77, 160, False))
 CASES = {
     torch.bfloat16: (*FEW, (300, 72, True)),
     torch.float16: FEW,

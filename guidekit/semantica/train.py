@@ -77,7 +77,7 @@ class SemanticaOptions(PagesOptions):
     frac: float = 0.2  # of the sampler's variance
     reading: str = "lineage"  # of frac: lineage | literal
     checkpointing: bool = False  # less memory for a third more time
-    compile: bool = False  # by torch.compile, where there is a C or C++ compiler, which it needs
+    compile: bool = False  # by torch.compile, where there is a C++ compiler, which it needs
 
 
 class SemanticaLoss(nn.Module):
@@ -159,8 +159,8 @@ class SemanticaTask:
 
 
 def _has_compiler() -> bool:
-    """Whether torch.compile finds a compiler; a warning says so if not."""
-    names = [os.environ.get("CXX", "").split(" ")[0], "g++", "clang++", "gcc", "clang"]
+    """Whether there is a C++ compiler for torch.compile; a warning says so if not."""
+    names = [os.environ.get("CXX", "").split(" ")[0], "g++", "clang++"]
     found = any(shutil.which(name) for name in names if name)
     if not found:
         warnings.warn(

@@ -329,11 +329,15 @@ def _searched_convolutions():
         cudnn.benchmark = before
 
 
+def emulates_bf16(device: torch.device) -> bool:
+    """Whether bf16 costs several times what float32 does: CPUs that do not compute in it."""
+    mkldnn = torch.backends.mkldnn
+    computed = mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    return device.type == "cpu" and not computed
+
+
 def _warn_of_slow_bf16(accelerator: Accelerator) -> None:
-    """Says so where bf16 costs several times what float32 does."""
-    if accelerator.device.type != "cpu" or accelerator.mixed_precision != "bf16":
-        return
-    if not (torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()):
+    if accelerator.mixed_precision == "bf16" and emulates_bf16(accelerator.device):
         warnings.warn(
             "this CPU computes bf16 by emulation, several times slower than float32; train with "
             "--set precision=no",
