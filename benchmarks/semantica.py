@@ -232,7 +232,13 @@ def _cell(row: dict, column: str) -> str:
 
 
 @click.command()
-@click.option("--part", "parts", multiple=True, type=click.Choice(PARTS), help="Default: all.")
+@click.option(
+    "--part",
+    "parts",
+    multiple=True,
+    type=click.Choice(PARTS),
+    help="Default: all, or none with --rows.",
+)
 @click.option("--model", help="Of guidance and one-shot; default: the ablation model `tokens`.")
 @click.option("--w", "factors", multiple=True, type=float, help="Of guidance; default: five.")
 @click.option(
@@ -250,7 +256,15 @@ def _cell(row: dict, column: str) -> str:
 @click.option("--seed", default=0, show_default=True)
 @click.option("--quick", is_flag=True, help="1e11 FLOP, 40 pages, 8 steps, no full-size models.")
 @click.option("--json", "json_file", type=click.Path(), help="Also write the rows here.")
-def main(parts, model, factors, names, encoder, out, flop, n, steps, seed, quick, json_file):
+@click.option(
+    "--rows",
+    "row_files",
+    multiple=True,
+    type=click.Path(exists=True, path_type=Path),
+    help="Rows that --json wrote, with the same options otherwise; they are printed first.",
+)
+def main(parts, model, factors, names, encoder, out, flop, n, steps, seed, quick, json_file,
+         row_files):  # fmt: skip
     """Prints the rows of all parts, then which claims they confirm."""
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
     setting = Setting(
@@ -268,7 +282,8 @@ def main(parts, model, factors, names, encoder, out, flop, n, steps, seed, quick
         "unseen": lambda: unseen_rows(setting, judge),
         "cost": lambda: cost_rows(quick),
     }
-    rows = [row for part in parts or PARTS for row in make_rows[part]()]
+    rows = [row for file in row_files for row in json.loads(file.read_text())]
+    rows += [row for part in parts or (() if row_files else PARTS) for row in make_rows[part]()]
     print(table(rows))
     print("\n" + "\n".join(verdicts(rows)))
     print(
