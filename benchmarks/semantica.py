@@ -25,7 +25,8 @@ from guidekit import evaluate, load, scenes
 from guidekit.semantica.schedule import SemanticaScheduler
 from guidekit.semantica.train import SemanticaOptions, SemanticaTask, make
 from guidekit.train.judge import Judge
-from guidekit.train.loop import Loop, Options, emulates_bf16
+from guidekit.train.loop import Loop, Options
+from guidekit.train.precision import emulates_bf16
 
 from semantica_cost import cost_rows
 from semantica_measures import HELD_OUT, SIZE, PagesSeen, held_out, measure
@@ -284,6 +285,7 @@ def main(parts, model, factors, names, encoder, out, flop, n, steps, seed, quick
     }
     rows = [row for file in row_files for row in json.loads(file.read_text())]
     rows += [row for part in parts or (() if row_files else PARTS) for row in make_rows[part]()]
+    rows = list({row["method"]: row for row in rows}.values())  # each process has a row "real"
     print(table(rows))
     print("\n" + "\n".join(verdicts(rows)))
     print(

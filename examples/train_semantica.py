@@ -1,8 +1,9 @@
 """A Semantica model of your own pages, a data set from one picture a class, and an adapter.
 
-Arguments: a Stable Diffusion pipeline for the adapter, the number of steps, a picture encoder. On
-several GPUs, or to shard the model over them, start the same with `accelerate launch`; its own
-configuration says which (`accelerate config`: multi-GPU, or FSDP with version 2).
+Arguments: a Stable Diffusion pipeline for the adapter, the number of steps, a picture encoder. To
+train on several GPUs, or to shard the model over them, write the options below as a recipe and
+start `accelerate launch -m guidekit train RECIPE`; accelerate's configuration says how
+(`accelerate config`: multi-GPU, or FSDP with version 2).
 """
 
 # %% What to train on: a folder is a page. Here the pages are scenes, drawn and saved

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import click
+from safetensors import SafetensorError
 
 from guidekit import __version__
 from guidekit.cli_heads import augment, fit
@@ -75,6 +76,8 @@ def _one_line_errors() -> Iterator[None]:
             sys.stdout = None
             sys.exit(1)
         _fail(_file_error(error))
+    except SafetensorError as error:  # it does not say which file
+        _fail(f"a file of weights is damaged ({error}); download or save it again")
     except (ValueError, ArithmeticError) as error:
         _fail(str(error))
     except RuntimeError as error:
@@ -129,7 +132,7 @@ SAMPLE_OPTIONS = (
     ("--layout", click.Path(path_type=Path), "JSON file with prompt and segments."),
     ("--image", click.Path(path_type=Path), "Picture to follow, by models and plugins that can."),
     ("--image-folder", click.Path(path_type=Path), "Pictures to follow, a class each: a data set."),
-    ("--per-image", int, "Pictures drawn for each of --image-folder [1]."),
+    ("--per-image", int, "Pictures for each of --image-folder, from the first seed on [1]."),
     ("--seeds", str, "A picture for each: 0-7 or 0,3,9 [0-3]."),
     ("--steps", int, "Number of denoising steps [the model's, else 50]."),
     ("--scheduler", str, "ddim, ddpm, euler, euler-a, heun, dpm++, unipc, ... [the model's]."),
@@ -178,6 +181,10 @@ def sample(config: Path | None, quiet: bool, as_json: bool, **flags: Any) -> Non
     from guidekit.config import make_settings, read_config
 
     settings = make_settings({} if config is None else read_config(config), flags)
+    if flags["compare"] and settings.image_folder is not None:
+        raise ValueError(
+            "--compare is not for --image-folder, whose pictures are drawn once; leave it out"
+        )
     with warnings.catch_warnings():  # what matters of them is in the account's notes
         warnings.simplefilter("ignore")
         from guidekit.studio import Studio

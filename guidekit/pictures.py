@@ -4,7 +4,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import ExifTags, Image, ImageOps
 from torch import Tensor
 
 COLOURS = ("#e6194b", "#4363d8", "#3cb44b", "#f58231", "#911eb4", "#00a5a5", "#f032e6", "#808000")
@@ -12,8 +12,17 @@ COLOURS = ("#e6194b", "#4363d8", "#3cb44b", "#f58231", "#911eb4", "#00a5a5", "#f
 HEAT = ((0, 0, 4), (60, 15, 110), (140, 40, 110), (220, 80, 60), (250, 160, 20), (252, 255, 164))
 SHOWN = 256  # least long side of pictures that are made to be looked at
 
-# What Pillow raises for files that are damaged or claim to be huge.
-PICTURE_ERRORS = (OSError, SyntaxError, ValueError, Image.DecompressionBombError)
+TURNS = {  # by EXIF's orientation
+    2: Image.Transpose.FLIP_LEFT_RIGHT, 3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM, 5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270, 7: Image.Transpose.TRANSVERSE, 8: Image.Transpose.ROTATE_90,
+}  # fmt: skip
+# Where Pillow looks for an orientation.
+ORIENTATIONS = ("exif", "Raw profile type exif", "XML:com.adobe.xmp", "xmp")
+
+# What Pillow raises for files that are damaged or claim to be huge. Its decoders pass on whatever
+# they meet: struct.error, TypeError, RuntimeError and more, so there is no list to keep.
+PICTURE_ERRORS = Exception
 
 
 def read_picture(path: str | Path, size: tuple[int, int]) -> Tensor:
@@ -23,13 +32,29 @@ def read_picture(path: str | Path, size: tuple[int, int]) -> Tensor:
     """
     try:
         with Image.open(path) as image:
-            upright = ImageOps.exif_transpose(image).convert("RGB")
-            fitted = ImageOps.fit(upright, size[::-1], Image.Resampling.BICUBIC)
+            turned = upright(image).convert("RGB")
+            fitted = ImageOps.fit(turned, size[::-1], Image.Resampling.BICUBIC)
     except FileNotFoundError:
         raise ValueError(f"picture {path}: no such file") from None
     except PICTURE_ERRORS as error:
         raise ValueError(f"picture {path}: not a readable picture ({error})") from None
     return torch.from_numpy(np.array(fitted)).permute(2, 0, 1).float() / 127.5 - 1
+
+
+def upright(image: Image.Image) -> Image.Image:
+    """A copy that is turned as its EXIF says, which it has no more; as it is if that is unreadable.
+
+    Raises what Pillow raises for a damaged picture. ImageOps.exif_transpose writes the EXIF anew,
+    which fails where any part of it is damaged.
+    """
+    image.load()
+    try:
+        turn = TURNS.get(image.getexif().get(ExifTags.Base.Orientation))
+    except PICTURE_ERRORS:
+        turn = None
+    copy = image.copy() if turn is None else image.transpose(turn)
+    copy.info = {k: v for k, v in copy.info.items() if k not in ORIENTATIONS}
+    return copy
 
 
 def to_image(picture: Tensor) -> Image.Image:

@@ -1,5 +1,6 @@
 """Reference pictures: what a user shows in place of, or beside, words."""
 
+import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -7,15 +8,16 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import Image
 from torch import Tensor
 
 from guidekit import scenes
-from guidekit.pictures import PICTURE_ERRORS, read_picture, to_image
+from guidekit.pictures import PICTURE_ERRORS, read_picture, to_image, upright
 
 BUILT_IN = re.compile(r"scene-(\d+)")
 SCENE_SIZE = 64  # of built-in references
-LARGEST = 1024  # longer side of a folder's references; encoders see 224 to 518
+LARGEST = 1024  # longer side of a folder's references
+ENOUGH = 518  # shorter side of the same; encoders see the middle square at 224 to 518
 PICTURES = (".jpg", ".jpeg", ".png", ".webp")
 
 
@@ -41,7 +43,7 @@ def load_reference(path: str | Path) -> Reference:
         return Reference(to_image((_scene(int(built_in[1]), SCENE_SIZE) + 1) / 2), path.name)
     try:
         with Image.open(path) as image:
-            return Reference(ImageOps.exif_transpose(image), str(Path(path).resolve()))
+            return Reference(upright(image), str(Path(path).resolve()))
     except FileNotFoundError:
         raise ValueError(f"image {path}: no such file") from None
     except PICTURE_ERRORS as error:
@@ -64,10 +66,17 @@ def load_references(folder: str | Path) -> dict[str, Reference]:
                 f"{folder} has two pictures for {name!r}, {found[name].path} and {path}; leave one"
             )
         found[name] = load_reference(path)
-        found[name].picture.thumbnail((LARGEST, LARGEST), Image.Resampling.LANCZOS)
+        _reduce(found[name].picture)
     if not found:
         raise ValueError(f"image folder {folder}: no {', '.join(PICTURES)} in it")
     return found
+
+
+def _reduce(picture: Image.Image) -> None:
+    """Makes the picture no larger than its middle square needs, in place."""
+    width, height = picture.size
+    longest = min(LARGEST, math.ceil(ENOUGH * max(width, height) / max(min(width, height), 1)))
+    picture.thumbnail((longest, longest), Image.Resampling.LANCZOS)
 
 
 def read_references(paths: Sequence[Path], size: tuple[int, int]) -> Tensor:
@@ -97,7 +106,7 @@ def square(image: Image.Image, size: int) -> Tensor:
 
     Raises ValueError for pictures of no area, and what Pillow raises for damaged ones.
     """
-    image = ImageOps.exif_transpose(image)
+    image = upright(image)
     if image.mode.startswith("I;16"):  # Pillow cuts what is over 255 where it converts
         image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
     if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:

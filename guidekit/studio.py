@@ -20,7 +20,7 @@ from guidekit.config import Settings, dump
 from guidekit.denoiser import Denoiser
 from guidekit.guidance import Guidance
 from guidekit.loading import ZOO, load, make_scheduler
-from guidekit.references import Reference, load_references
+from guidekit.references import Reference, load_references, square
 from guidekit.registry import Registry
 from guidekit.report import write_report
 from guidekit.request import ask, example, nothing_asked, plugin_options, with_defaults
@@ -64,8 +64,14 @@ class Studio:
 
     def _lay_out_folder(self) -> None:
         """A seed for every picture of the data set, from the first one on."""
+        seeds = self.settings.seeds
+        if seeds != tuple(range(seeds[0], seeds[0] + len(seeds))):
+            raise ValueError(
+                "image_folder draws per_image pictures of each, with one seed after the other; "
+                f"give the first alone, --seeds {seeds[0]}"
+            )
         references = load_references(self.settings.image_folder)
-        each, first = self.settings.per_image or 1, self.settings.seeds[0]
+        each, first = self.settings.per_image or 1, seeds[0]
         numbers = range(first, first + each * len(references))
         owners = [pair for pair in references.items() for _ in range(each)]
         self.places = dict(zip(numbers, owners, strict=True))
@@ -99,7 +105,8 @@ class Studio:
         few = list(settings.seeds[: settings.batch])
         self._sampling(few, self._conditions(few), self.guidances)  # may refuse
         if self.condition.image is not None and not self.places:
-            shown = self.condition.image.picture.convert("RGB")
+            picture = self.condition.image.picture
+            shown = pictures.to_image(square(picture, min(picture.size)) / 255)
             outputs.save_picture(shown, self.folder / "reference.png")
         self.settings = replace(
             settings,

@@ -12,6 +12,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
 
 import torch
+from PIL import Image
+from safetensors import SafetensorError
 from torch import Tensor
 
 from guidekit import (
@@ -25,9 +27,15 @@ from guidekit import (
     hookimpl,
     load_reference,
 )
+from guidekit.config import ZOO
+from guidekit.loading import LOAD_ERRORS
+from guidekit.pictures import to_image
+from guidekit.references import square
 from guidekit.semantica.adapter import SITES, load_adapter, random_adapter
 
 if TYPE_CHECKING:
+    from transformers import CLIPVisionModelWithProjection
+
     from guidekit.semantica.encode import ImageEncoder
 
 RANDOM = "random"  # the name of an adapter that nobody trained
@@ -46,8 +54,11 @@ class Semantica(Guidance):
 
     def __post_init__(self):
         super().__post_init__()
-        if self.w < 0:
-            raise ValueError(f"{self.name}.w is a guidance factor of at least 0, not {self.w}")
+        if not 0 <= self.w < float("inf"):  # nan is not either
+            raise ValueError(
+                f"{self.name}.w is a finite guidance factor of at least 0, not {self.w}"
+            )
+        self.encoder = _settled(self.encoder)
 
     @property
     def needs(self) -> tuple[str, ...]:
@@ -60,6 +71,11 @@ class Semantica(Guidance):
             raise ValueError(f"{self.name} follows a picture: give --image ref.png")
         self._tokens: Tensor | None = None
         if run.denoiser.reads_image:
+            if run.denoiser.model.config.conditioning == "none":
+                raise ValueError(
+                    f"{self.name} follows a picture and this model was trained without any; "
+                    "take one of conditioning tokens or film"
+                )
             if run.cfg > 1:
                 raise ValueError(f"give cfg or {self.name}.w, not both: cfg is 1 + w")
             return
@@ -83,6 +99,12 @@ class Semantica(Guidance):
         else:
             self._adapter = load_adapter(self.adapter, model)
             states, null = self._encoded(references, run)
+        if states.shape[-1] != self._adapter.reads:
+            raise ValueError(
+                f"{self.name}.adapter {self.adapter} reads {self._adapter.reads} channels, the "
+                f"picture encoder gives {states.shape[-1]}; set {self.name}.encoder to the one "
+                "that it was trained with"
+            )
         with torch.no_grad():
             self._tokens = self._adapter(states.to(run.device, model.dtype))
             self._null = self._adapter(null.to(run.device, model.dtype))
@@ -96,19 +118,16 @@ class Semantica(Guidance):
         from guidekit.semantica.encode import load_encoder
 
         name = self.encoder or str(self.adapter / "encoder")
-        folder = Path(name)
         published = self.adapter.suffix == ".safetensors"
         if published and not self.encoder and getattr(run.denoiser.pipeline, "image_encoder", None):
             return self._clip(run.denoiser.pipeline.image_encoder, references)
-        if published and (folder / "config.json").exists():
-            from transformers import CLIPVisionModelWithProjection
-
-            return self._clip(CLIPVisionModelWithProjection.from_pretrained(folder), references)
-        if published:
+        if published and not self.encoder:
             raise ValueError(
                 f"{self.name} needs the picture encoder of {self.adapter.name}: set "
                 f"{self.name}.encoder to the folder of its CLIPVisionModelWithProjection"
             )
+        if published:
+            return self._clip(_load_clip(Path(name), f"{self.name}.encoder"), references)
         states = _tokens(load_encoder(name), references)
         return states, torch.zeros_like(states)
 
@@ -121,7 +140,7 @@ class Semantica(Guidance):
 
         size = encoder.config.image_size
         pixels = CLIPImageProcessor(size=size, crop_size=size)(
-            [r.picture.convert("RGB") for r in references], return_tensors="pt"
+            [_opaque(r.picture) for r in references], return_tensors="pt"
         ).pixel_values
         pixels = pixels.to(encoder.device, encoder.dtype)
         with torch.no_grad():
@@ -170,6 +189,42 @@ def _tokens(encoder: "ImageEncoder", references: list[Reference]) -> Tensor:
     pixels = torch.stack([r.pixels(encoder.config.image_size) for r in references])
     with torch.no_grad():
         return encoder(pixels)[0]
+
+
+def _opaque(picture: Image.Image) -> Image.Image:
+    """The picture as diffusers shows it to CLIP, but transparency is white, as elsewhere."""
+    if not picture.has_transparency_data:
+        return picture.convert("RGB")
+    return to_image(square(picture, min(picture.size)) / 255)
+
+
+def _settled(encoder: str) -> str:
+    """An encoder's name; a folder's is made absolute, so that run.json holds from anywhere."""
+    built_in = (ZOO / encoder / "open_clip_config.json").exists()  # those come first, as in loading
+    folder = encoder and not built_in and Path(encoder).is_dir()
+    return str(Path(encoder).resolve()) if folder else encoder
+
+
+def _load_clip(folder: Path, option: str) -> "CLIPVisionModelWithProjection":
+    """A saved picture tower of CLIP; ValueError that names the folder, and others beside it."""
+    from transformers import CLIPVisionModelWithProjection
+
+    remedy = "give the folder of a CLIPVisionModelWithProjection with safetensors"
+    if not (folder / "config.json").exists():
+        others = sorted(p.parent.name for p in folder.parent.glob("*/config.json"))
+        beside = f"; in {folder.parent.resolve()} there are {', '.join(others)}" if others else ""
+        wrong = "has no config.json" if folder.is_dir() else "is no folder"
+        raise ValueError(f"{option} {folder} {wrong}; {remedy}{beside}")
+    try:
+        encoder, found = CLIPVisionModelWithProjection.from_pretrained(
+            folder, use_safetensors=True, output_loading_info=True
+        )
+    except (*LOAD_ERRORS, SafetensorError) as error:
+        first = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise ValueError(f"{option} {folder} cannot be loaded: {first}; {remedy}") from None
+    if missing := found["missing_keys"]:  # transformers leaves them random
+        raise ValueError(f"{option} {folder} lacks {min(missing)}; {remedy}")
+    return encoder
 
 
 @hookimpl

@@ -1,5 +1,7 @@
 """Tiny random Semantica: an encoder of 8x8 patches, a UViT of 16x16 pictures, their pipeline."""
 
+import json
+
 import torch
 
 from guidekit.miniatures import frozen_model, randomised
@@ -32,3 +34,41 @@ def pipeline(**changes) -> SemanticaPipeline:
     pipe = SemanticaPipeline(unet, SemanticaScheduler(image_size=SIZE), encoder())
     pipe.set_progress_bar_config(disable=True)
     return pipe
+
+
+RECIPE = """
+model = "small"
+size = 16
+[[stage]]
+task = "semantica"
+encoder = "{encoder}"
+conditioning = "{conditioning}"
+pages = 8
+per_page = 3
+low = -1.0
+high = 1.0
+steps = {steps}
+batch = 4
+lr = 2e-3
+decay = "constant"
+weight_decay = 0.0
+eps = 1e-12
+ema = 0.9999
+warmup = 2
+save_every = 2
+log_every = 1
+preview_every = 1000
+"""
+
+
+def write(path, encoder, steps=6, conditioning="tokens", **lines):
+    """A recipe of a small training; lines are of its stage."""
+    text = RECIPE.format(encoder=encoder, steps=steps, conditioning=conditioning)
+    path.write_text(text + "".join(f"{k} = {v}\n" for k, v in lines.items()))
+    return path
+
+
+def losses(folder):
+    """Step and loss of every row that the recipe logged below `folder`."""
+    rows = (folder / "small/semantica/metrics.jsonl").read_text().splitlines()
+    return [(json.loads(row)["step"], json.loads(row)["epsilon"]) for row in rows]

@@ -2,13 +2,13 @@
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 from click.testing import CliRunner
 from PIL import Image
-from safetensors.torch import save_file
 
 from guidekit import Condition, Reference, Sampling, load, scenes
 from guidekit.cli import main
@@ -18,8 +18,10 @@ from guidekit.loading import make_scheduler
 from guidekit.miniatures import sd_pipeline
 from guidekit.pictures import to_image
 from guidekit.references import load_references
-from guidekit.semantica.adapter import ImageAdapter, from_published, load_adapter, new_adapter
+from guidekit.semantica import adapter_train
+from guidekit.semantica.adapter import ImageAdapter, load_adapter, new_adapter
 from guidekit.semantica.adapter_train import AdapterOptions, make
+from guidekit.semantica.pipeline import denoise
 from guidekit.train.loop import Loop, Options
 from guidekit_semantica import Semantica
 
@@ -110,71 +112,45 @@ def test_a_picture_that_nothing_reads_is_refused():
         drawn(sd_pipeline(), Condition("red", image=RED.image))
     with pytest.raises(ValueError, match="needs an adapter"):
         drawn(sd_pipeline(), Condition("red", image=RED.image), [Semantica()])
-    with pytest.raises(ValueError, match="at least 0"):
-        Semantica(w=-1)
+    for w in (-1, float("nan"), float("inf")):
+        with pytest.raises(ValueError, match=f"semantica.w is a finite .* at least 0, not {w}"):
+            Semantica(w=w)
 
 
-def published(unet, embedding=24, count=4):
-    """Random weights in the form of a published IP-Adapter."""
-    generator, width = torch.Generator().manual_seed(0), unet.config.cross_attention_dim
-
-    def random(*shape):
-        return torch.randn(shape, generator=generator) * 0.3
-
-    weights = {
-        "image_proj.proj.weight": random(count * width, embedding),
-        "image_proj.proj.bias": random(count * width),
-        "image_proj.norm.weight": 1 + random(width), "image_proj.norm.bias": random(width),
-    }  # fmt: skip
-    sites = [n for n in unet.attn_processors if n.endswith("attn2.processor")]
-    for index, name in enumerate(sites):
-        inner = unet.get_submodule(name.removesuffix(".processor")).to_k.out_features
-        for kind in "kv":
-            weights[f"ip_adapter.{2 * index + 1}.to_{kind}_ip.weight"] = random(inner, width)
-    return weights
+def test_a_model_without_condition_is_refused():
+    pipe = semantica_tiny.pipeline(conditioning="none")
+    with pytest.raises(ValueError, match="this model was trained without any"):
+        drawn(pipe, RED, [Semantica()])
 
 
-def test_adapter_equals_diffusers_ip_adapter():
-    ours, theirs = sd_pipeline().unet, sd_pipeline().unet
-    weights = published(ours)
-    adapter = from_published(weights, ours)
-    parts = {"image_proj": {}, "ip_adapter": {}}
-    for key, value in weights.items():
-        part, _, rest = key.partition(".")
-        parts[part][rest] = value
-    theirs._load_ip_adapter_weights([parts], low_cpu_mem_usage=False)
-    generator = torch.Generator().manual_seed(1)
-    z, text, image = (
-        torch.randn(shape, generator=generator) for shape in ((2, 4, 16, 16), (2, 7, 32), (2, 24))
-    )
-    with torch.no_grad():
-        expected = theirs(z, 10, text, added_cond_kwargs={"image_embeds": [image[:, None]]}).sample
-        plain = ours(z, 10, text).sample
-        with adapter.attached(ours, adapter(image)):
-            found = ours(z, 10, text).sample
-        with adapter.attached(ours, adapter(image), scale=0.0):
-            assert torch.equal(ours(z, 10, text).sample, plain)
-    assert (plain - expected).abs().max() > 1e-2
-    assert (found - expected).abs().max() < 1e-6 * expected.abs().max().clamp(min=1)
+class Offloaded(torch.nn.Module):
+    """A denoiser whose weights lie elsewhere until it is called."""
+
+    device = torch.device("meta")
+
+    def __init__(self, unet):
+        super().__init__()
+        self.unet, self.config, self.dtype = unet, unet.config, unet.dtype
+
+    def forward(self, *args, **options):
+        return self.unet(*args, **options)
 
 
-def test_weights_of_another_model_are_refused(tmp_path):
-    unet = sd_pipeline().unet
-    weights = published(unet)
-    for key, message in (("ip_adapter.1.to_k_ip.weight", "attention sites"),
-                         ("extra.weight", "no IP-Adapter weights")):  # fmt: skip
-        wrong = dict(weights)
-        if key in wrong:
-            del wrong[key], wrong["ip_adapter.1.to_v_ip.weight"]
-        else:
-            wrong[key] = torch.zeros(1)
-        with pytest.raises(ValueError, match=message):
-            from_published(wrong, unet)
-    weights["ip_adapter.1.to_k_ip.weight"] = torch.zeros(3, 3)
-    with pytest.raises(ValueError, match="take those made for this kind"):
-        from_published(weights, unet)
-    with pytest.raises(ValueError, match="give a folder saved by guidekit"):
-        load_adapter(tmp_path / "no.bin", unet)
+def test_offloaded_weights(pipe, monkeypatch):
+    """Noise is drawn where the model computes; its hooks are freed after the last step."""
+    states = pipe.states(RED.image.pixels(16)[None])
+    seed = lambda: torch.Generator().manual_seed(5)  # noqa: E731
+    expected = denoise(pipe.unet, pipe.scheduler, states, 0.5, 2, seed())
+    found = denoise(Offloaded(pipe.unet), pipe.scheduler, states, 0.5, 2, seed())
+    assert torch.equal(found, expected)
+    other, order = semantica_tiny.pipeline(), []
+    other.enable_model_cpu_offload(device="cpu")
+    free = other.maybe_free_model_hooks
+    monkeypatch.setattr(other, "maybe_free_model_hooks", lambda: order.append("free") or free())
+    for name in ("encoder", "unet"):
+        getattr(other, name).register_forward_hook(lambda *_, name=name: order.append(name))
+    images = other(RED.image.picture, 0.5, 2, seed(), "pt").images
+    assert torch.equal(images, expected) and order == ["encoder", "unet", "unet", "free"]
 
 
 @pytest.fixture(scope="module")
@@ -219,6 +195,22 @@ def test_trained_adapter_is_used_by_the_plugin(trained):
     wrong = sd_pipeline().unet.__class__(**dict(pipe.unet.config) | {"layers_per_block": 2})
     with pytest.raises(ValueError, match="other attention sites"):
         load_adapter(trained / "strong", wrong)
+
+
+def test_the_backbone_goes_to_the_processes_own_device(trained, monkeypatch):
+    """ "meta" stands for the second GPU; load would take the first."""
+    monkeypatch.setattr(
+        adapter_train, "PartialState", lambda: SimpleNamespace(device=torch.device("meta"))
+    )
+    loaded = []
+    monkeypatch.setattr(adapter_train, "load", lambda *args: loaded.append(args[1]) or load(*args))
+    options = AdapterOptions(
+        backbone=str(trained / "sd"), encoder=str(trained / "encoder"), pages=6, per_page=2,
+        low=-2.0, high=2.0,
+    )  # fmt: skip
+    task = make(options, trained, 64)
+    assert loaded == ["cpu"] and task.pipeline.device.type == "meta"
+    assert {p.device.type for p in task.net.parameters()} == {"cpu"}
 
 
 def test_adapters_are_trained_for_stable_diffusion_alone(tmp_path):
@@ -266,10 +258,24 @@ def test_command_line(pipe, tmp_path, monkeypatch):
         (["--image", "none.png"], "no such file"),
         (["--per-image", "2"], "needs image_folder"),
         (["--image", "ref.png", *folder], "not both"),
+        ([*folder, "--seeds", "7,3,100"], "give the first alone, --seeds 7"),
+        ([*folder, "--compare"], "--compare is not for --image-folder"),
+        (["--image", "ref.png", "--set", "semantica.w=inf"], "semantica.w is a finite"),
         ([], "follows a picture"),
     ):
         refused = CliRunner().invoke(main, [*args, *wrong])
         assert refused.exit_code == 2 and message in refused.output, refused.output
+
+
+def test_a_transparent_reference_is_saved_as_the_model_sees_it(pipe, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    pipe.save_pretrained("model")
+    Image.new("RGBA", (20, 16)).save("clear.png")
+    words = "sample --model model --image clear.png --steps 1 --seeds 0 --out o"
+    result = CliRunner().invoke(main, words.split())
+    assert result.exit_code == 0, result.output
+    saved = Image.open("o/reference.png")
+    assert saved.size == (16, 16) and saved.getextrema() == ((255, 255),) * 3
 
 
 def test_folders_of_references(tmp_path):
@@ -285,82 +291,6 @@ def test_folders_of_references(tmp_path):
     assert list(found) == ["a", "b"] and found["b"].pixels(8).shape == (3, 8, 8)
     with pytest.raises(ValueError, match="no .jpg"):
         load_references(tmp_path / "nothing")
-
-
-def plus(unet, channels=16):
-    """Random weights in the form of a published IP-Adapter Plus: a resampler of all tokens."""
-    width, inner = unet.config.cross_attention_dim, 64
-    generator = torch.Generator().manual_seed(3)
-    shapes = {"latents": (1, 4, inner), "proj_in.weight": (inner, channels),
-              "proj_in.bias": (inner,), "proj_out.weight": (width, inner),
-              "proj_out.bias": (width,),
-              "norm_out.weight": (width,), "norm_out.bias": (width,)}  # fmt: skip
-    for i in range(4):
-        for norm in ("0.norm1", "0.norm2", "1.0"):
-            shapes |= {f"layers.{i}.{norm}.{part}": (inner,) for part in ("weight", "bias")}
-        shapes |= {
-            f"layers.{i}.0.to_q.weight": (inner, inner),
-            f"layers.{i}.0.to_kv.weight": (2 * inner, inner),
-            f"layers.{i}.0.to_out.weight": (inner, inner),
-            f"layers.{i}.1.1.weight": (4 * inner, inner),
-            f"layers.{i}.1.3.weight": (inner, 4 * inner),
-        }
-    resampler = {
-        f"image_proj.{name}": torch.randn(shape, generator=generator) * shape[-1] ** -0.5
-        for name, shape in shapes.items()
-    }
-    attention = {k: v for k, v in published(unet).items() if k.startswith("ip_adapter")}
-    return resampler | attention
-
-
-@pytest.mark.parametrize("weights", [published, plus])
-def test_pictures_are_those_of_diffusers_with_an_ip_adapter(tmp_path, weights):
-    """With classifier-free guidance, so the branch without the picture is diffusers' as well."""
-    from transformers import CLIPImageProcessor, CLIPVisionConfig, CLIPVisionModelWithProjection
-
-    pipe, theirs = sd_pipeline(), sd_pipeline()
-    given = weights(pipe.unet)
-    save_file(given, tmp_path / "ip.safetensors")
-    torch.manual_seed(0)
-    clip = CLIPVisionModelWithProjection(
-        CLIPVisionConfig(
-            hidden_size=16, intermediate_size=16, projection_dim=24, num_hidden_layers=2,
-            num_attention_heads=2, image_size=16, patch_size=8,
-        )
-    ).eval()  # fmt: skip
-    clip.save_pretrained(tmp_path / "clip")
-    condition = Condition("red circle", "blue", image=RED.image)
-    adapter = tmp_path / "ip.safetensors"
-    follow = Semantica(adapter=adapter, encoder=str(tmp_path / "clip"))
-    found = drawn(pipe, condition, [follow], steps=2, cfg=7.5).images
-
-    processor = CLIPImageProcessor(size=16, crop_size=16)
-    theirs.register_modules(image_encoder=clip, feature_extractor=processor)
-    parts = {"image_proj": {}, "ip_adapter": {}}
-    for key, value in given.items():
-        part, _, rest = key.partition(".")
-        parts[part][rest] = value
-    theirs.unet._load_ip_adapter_weights([parts], low_cpu_mem_usage=False)
-    expected = theirs(
-        ["red circle"] * 2, negative_prompt=["blue"] * 2, ip_adapter_image=RED.image.picture,
-        generator=[torch.Generator().manual_seed(seed) for seed in (5, 6)],
-        num_inference_steps=2, guidance_scale=7.5, output_type="pt",
-    ).images  # fmt: skip
-    assert (
-        found - drawn(pipe, Condition("red circle", "blue"), steps=2, cfg=7.5).images
-    ).abs().max() > 1e-3
-    assert (found - expected).abs().max() < 2e-5
-    with pytest.raises(ValueError, match="needs the picture encoder"):
-        drawn(pipe, condition, [Semantica(adapter=adapter)])
-
-
-def test_an_adapter_of_another_text_is_refused(tmp_path):
-    unet = sd_pipeline().unet
-    adapter = new_adapter(unet, 16)
-    other = ImageAdapter(adapter.config.sites, 2 * unet.config.cross_attention_dim, 16)
-    other.save_pretrained(tmp_path / "other")
-    with pytest.raises(ValueError, match="whose text is 64 wide, not 32"):
-        load_adapter(tmp_path / "other", unet)
 
 
 @pytest.mark.parametrize("name", ["ddim", "ddpm", "dpm++", "euler", "heun", "unipc"])

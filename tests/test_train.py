@@ -185,12 +185,35 @@ def test_built_in_recipes_are_valid():
         ('model = "x"\nsize = "big"\n[[stage]]\ntask = "text"', "size must be"),
         ('model = "x"\nsize = 8\n[[stage]]\ntask = "text"', "stage text lacks steps"),
         ('model = "x"\nsize = 8\n[[stage]]\ntask = "text"\nsteps = "no"', "text: steps must be"),
+        ('model = "x"\nsize = 0\n[[stage]]\ntask = "text"\nsteps = 1', "size must be 1 or more"),
+        ('model = "../x"\nsize = 8\n[[stage]]\ntask = "text"\nsteps = 1', "not '../x'"),
+        ('model = "x"\nsize = 8\n[[stage]]\ntask = "text"\nname = ".."\nsteps = 1', "not '..'"),
     ],
 )
 def test_wrong_recipe_says_what_is_wrong(tmp_path, text, says):
     path = tmp_path / "r.toml"
     path.write_text(text)
     with pytest.raises(ValueError) as error:
+        read_recipe(path)
+    assert says in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("line", "says"),
+    [
+        ("save_every = 0", "save_every must be 1 or more, not 0"),
+        ("batch = -3", "batch must be 1 or more, not -3"),
+        ("lr = -1.0", "lr must be 0 or more, not -1"),
+        ("lr = nan", "lr must be 0 or more, not nan"),
+        ("clip = 0.0", "clip must be above 0, not 0"),
+        ("ema = 1.0", "ema must be 0 or more and below 1, not 1"),
+        ('precision = "half"', "precision must be no or bf16 or fp16, not 'half'"),
+    ],
+)
+def test_numbers_that_no_training_has_are_refused(tmp_path, line, says):
+    path = tmp_path / "r.toml"
+    path.write_text(f'model = "x"\nsize = 8\n[[stage]]\ntask = "judge"\nsteps = 1\n{line}')
+    with pytest.raises(ValueError, match="stage judge: ") as error:
         read_recipe(path)
     assert says in str(error.value)
 

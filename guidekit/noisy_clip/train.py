@@ -134,5 +134,10 @@ def logsnr_at(fraction: Tensor) -> Tensor:
     return -2 * torch.log(torch.tan((fraction * math.pi / 2).clamp(1e-3, math.pi / 2 - 1e-3)))
 
 
-OPTIONS, make = NoisyClipOptions, NoisyClipTask  # of a recipe's stage
+def make(options: NoisyClipOptions, folder: Path, size: int, quiet: bool = True) -> NoisyClipTask:
+    """The task of a recipe's stage."""
+    return NoisyClipTask(options, folder, size)
+
+
+OPTIONS = NoisyClipOptions  # of a recipe's stage
 LOOP = {"lr": 1e-4, "weight_decay": 1e-3, "batch": 256}  # the paper's

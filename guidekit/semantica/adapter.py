@@ -7,18 +7,23 @@ form can be used; adapters trained here on episodes have the same form.
 import contextlib
 from collections.abc import Iterator
 from pathlib import Path
+from textwrap import shorten
 
 import torch
 from diffusers import ConfigMixin, ModelMixin, UNet2DConditionModel
 from diffusers.configuration_utils import register_to_config
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from guidekit.attention import AttentionCall
+from guidekit.loading import LOAD_ERRORS
 from guidekit.miniatures import randomised
 from guidekit.taps import find_sites, tap_attention
 
 SITES = "*.attn2"
+# Of published projections: the key that tells the kind.
+PROJECTIONS = {"proj.weight": "IP-Adapter", "proj.3.weight": "Full", "latents": "Plus"}
 
 
 class TokenProjection(nn.Module):
@@ -52,6 +57,11 @@ class ImageAdapter(ModelMixin, ConfigMixin):
     def forward(self, states: Tensor) -> Tensor:
         """Image tokens (B, T, width) of what the encoder says of the pictures."""
         return self.projection(states)
+
+    @property
+    def reads(self) -> int:
+        """Channels of the encoder's states that it takes."""
+        return _in_width(self.projection)
 
     def extend(self, call: AttentionCall, tokens: Tensor, scale: float | Tensor = 1.0) -> None:
         """Lets the call attend to `tokens` (B, T, width) too, softmaxed by themselves."""
@@ -99,23 +109,46 @@ def load_adapter(path: str | Path, model: UNet2DConditionModel) -> ImageAdapter:
     """
     path = Path(path)
     if path.is_dir():
-        adapter = ImageAdapter.from_pretrained(path)
-        wanted = [tuple(site) for site in adapter.config.sites]
-        width = model.config.cross_attention_dim
-        if adapter.config.width != width:
-            raise ValueError(
-                f"{path} was trained for a backbone whose text is {adapter.config.width} wide, not "
-                f"{width}"
-            )
-        if wanted != list(sites_of(model)):
-            raise ValueError(f"{path} was trained for a backbone with other attention sites")
+        adapter = _from_folder(path, model)
     elif path.suffix == ".safetensors" and path.exists():
-        adapter = from_published(load_file(path), model)
+        try:
+            adapter = from_published(load_file(path), model)
+        except SafetensorError as error:
+            raise ValueError(f"adapter {path} is damaged ({error}); download it again") from None
+        except ValueError as error:
+            raise ValueError(f"adapter {path}: {error}") from None
     else:
         raise ValueError(
             f"adapter {path}: give a folder saved by guidekit, or the .safetensors of an IP-Adapter"
         )
     return adapter.to(model.device, model.dtype).eval().requires_grad_(False)
+
+
+def _from_folder(path: Path, model: UNet2DConditionModel) -> ImageAdapter:
+    """A saved adapter; ValueError where it is not whole or for another backbone."""
+    remedy = "give a folder that guidekit saved, whose weights are safetensors"
+    try:
+        adapter, found = ImageAdapter.from_pretrained(
+            path, use_safetensors=True, output_loading_info=True
+        )
+    except (*LOAD_ERRORS, SafetensorError) as error:
+        raise ValueError(f"adapter {path} cannot be loaded: {_line(error)}; {remedy}") from None
+    if missing := found["missing_keys"]:  # diffusers leaves them random
+        raise ValueError(f"adapter {path} lacks {', '.join(sorted(missing))}; {remedy}")
+    width = model.config.cross_attention_dim
+    if adapter.config.width != width:
+        raise ValueError(
+            f"{path} was trained for a backbone whose text is {adapter.config.width} wide, not "
+            f"{width}"
+        )
+    if [tuple(site) for site in adapter.config.sites] != list(sites_of(model)):
+        raise ValueError(f"{path} was trained for a backbone with other attention sites")
+    return adapter
+
+
+def _line(error: Exception) -> str:
+    """What an error says, in one line of at most 200 characters."""
+    return shorten(str(error) or type(error).__name__, 200, placeholder=" ...")
 
 
 def from_published(weights: dict[str, Tensor], model: UNet2DConditionModel) -> ImageAdapter:
@@ -131,7 +164,13 @@ def from_published(weights: dict[str, Tensor], model: UNet2DConditionModel) -> I
             raise ValueError(f"these are no IP-Adapter weights: they hold {key!r}")
         parts[part][rest] = value
     adapter = ImageAdapter(sites_of(model), model.config.cross_attention_dim)
-    attention = parts["ip_adapter"]
+    _fill_sites(adapter, parts["ip_adapter"])
+    adapter.projection = _projection(parts["image_proj"], model)
+    return adapter
+
+
+def _fill_sites(adapter: ImageAdapter, attention: dict[str, Tensor]) -> None:
+    """Copies the published keys and values; ValueError if they are for other sites."""
     if len(attention) != 2 * len(adapter.names):
         raise ValueError(
             f"the weights are for {len(attention) // 2} attention sites, the model has "
@@ -139,12 +178,51 @@ def from_published(weights: dict[str, Tensor], model: UNet2DConditionModel) -> I
         )
     for index in range(len(adapter.names)):
         for layers, kind in ((adapter.to_k, "k"), (adapter.to_v, "v")):
-            given = attention[f"{2 * index + 1}.to_{kind}_ip.weight"]
-            if given.shape != layers[index].weight.shape:
+            key = f"{2 * index + 1}.to_{kind}_ip.weight"
+            if key not in attention:
+                raise ValueError(f"they lack ip_adapter.{key}; take an IP-Adapter's own file")
+            given, layer = attention[key], layers[index]
+            if given.shape != layer.weight.shape:
                 raise ValueError(
                     f"attention site {index} of the weights is {tuple(given.shape)}, the model's "
-                    f"{tuple(layers[index].weight.shape)}; take those made for this kind of model"
+                    f"{tuple(layer.weight.shape)}; take those made for this kind of model"
                 )
-            layers[index].weight.data.copy_(given)
-    adapter.projection = model._convert_ip_adapter_image_proj_to_diffusers(parts["image_proj"])
-    return adapter
+            layer.weight.data.copy_(given)
+
+
+def _projection(weights: dict[str, Tensor], model: UNet2DConditionModel) -> nn.Module:
+    """diffusers' module of a published projection; ValueError if it is not whole or does not fit.
+
+    Those of faces (Face ID) read what no picture encoder says, so they are not among PROJECTIONS.
+    """
+    if not any(key in weights for key in PROJECTIONS):
+        known = ", ".join(f"image_proj.{key} ({kind})" for key, kind in PROJECTIONS.items())
+        raise ValueError(f"they lack the projection of the picture's tokens, one of {known}")
+    try:  # low memory would leave what is missing without numbers
+        projection = model._convert_ip_adapter_image_proj_to_diffusers(
+            weights, low_cpu_mem_usage=False
+        )
+        given = _out_width(projection)
+    except KeyError as error:
+        raise ValueError(f"they lack image_proj.{error.args[0]}; download them again") from None
+    except (RuntimeError, ValueError, IndexError, ArithmeticError) as error:
+        raise ValueError(
+            f"image_proj is not whole or does not fit together: {_line(error)}; download it again"
+        ) from None
+    if given != (width := model.config.cross_attention_dim):
+        raise ValueError(
+            f"image_proj makes tokens {given} wide, the model's text is {width}; take those made "
+            "for this kind of model"
+        )
+    return projection
+
+
+def _in_width(projection: nn.Module) -> int:
+    """Channels of what a projection reads: all kinds begin with a linear layer."""
+    return next(m for m in projection.modules() if isinstance(m, nn.Linear)).in_features
+
+
+def _out_width(projection: nn.Module) -> int:
+    """Channels of the tokens that a projection makes."""
+    with torch.no_grad():
+        return projection(torch.zeros(1, 1, _in_width(projection))).shape[-1]

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from accelerate import PartialState
 from diffusers import DDPMScheduler, StableDiffusionPipeline
 from PIL import Image
 from torch import Tensor, nn
@@ -111,16 +112,19 @@ class AdapterTask:
         self.encoder.save_pretrained(Path(folder) / "encoder")
 
 
-def make(options: AdapterOptions, folder: Path, size: int) -> AdapterTask:
+def make(options: AdapterOptions, folder: Path, size: int, quiet: bool = True) -> AdapterTask:
     """The task of a recipe's stage."""
-    pipeline = load(options.backbone, dtype=torch.float32)  # half precision is the loop's
+    # Half precision is the loop's; which device is this process's, make_episodes settles.
+    pipeline = load(options.backbone, "cpu", torch.float32)
     if not isinstance(pipeline, StableDiffusionPipeline):
         raise ValueError(
             f"backbone {options.backbone} is a {type(pipeline).__name__}; adapters are trained for "
             "Stable Diffusion 1.x and 2.x, such as the built-in scenes"
         )
-    episodes, encoder = make_episodes(options, folder, size, quiet=True)
-    return AdapterTask(options, episodes, encoder, pipeline, size)
+    episodes, encoder = make_episodes(options, folder, size, quiet)
+    task = AdapterTask(options, episodes, encoder, pipeline, size)
+    pipeline.to(PartialState().device)
+    return task
 
 
 OPTIONS = AdapterOptions  # of a recipe's stage

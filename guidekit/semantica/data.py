@@ -15,7 +15,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 from tqdm.auto import tqdm
@@ -26,6 +26,7 @@ from guidekit.semantica.encode import ImageEncoder
 from guidekit.semantica.sources import Item
 
 OPEN_SHARDS = 256  # memory-mapped at a time
+LONGEST = 2000  # characters of a text of a shard, whose header safetensors reads up to 100 MB
 
 
 def _decode(item: Item | None, sizes: tuple[int, int]) -> list[Tensor] | None:
@@ -93,13 +94,20 @@ def _check_same(path: Path, facts: dict) -> None:
 
 
 def _shards(folder: Path) -> list[Path]:
-    return sorted(folder.glob("*.safetensors"))
+    """The shards up to the first that is missing, from which on they are made anew."""
+    paths = (folder / f"{number:05d}.safetensors" for number in itertools.count())
+    return list(itertools.takewhile(Path.exists, paths))
 
 
 def _meta(path: Path) -> dict:
     """What a shard says of itself: lists `page`, `key`, `caption`; `seen`, `unreadable`, `last`."""
-    with safe_open(path, "pt") as file:
-        return {k: json.loads(v) for k, v in file.metadata().items()}
+    try:
+        with safe_open(path, "pt") as file:
+            return {k: json.loads(v) for k, v in file.metadata().items()}
+    except SafetensorError as error:
+        raise ValueError(
+            f"{path} is damaged ({error}); remove it, and it is encoded anew"
+        ) from None
 
 
 class _Writer:
@@ -132,8 +140,9 @@ class _Writer:
         if decoded is None:
             self.unreadable += 1
             return
-        for name, values in self.lists.items():
-            values.append(getattr(item, name))
+        self.lists["page"].append(_bounded(item.page))
+        self.lists["key"].append(_bounded(item.key))
+        self.lists["caption"].append(item.caption[:LONGEST])
         self.pictures.append(decoded[0])
         self.waiting.append(decoded[1])
         if len(self.waiting) == self.batch:
@@ -151,7 +160,7 @@ class _Writer:
         counts = {"seen": self.seen, "unreadable": self.unreadable, "last": last}
         metadata = {k: json.dumps(v) for k, v in (self.lists | counts).items()}
         if not self.number:
-            (self.folder / "pages.json").write_text(json.dumps(self.facts))
+            save_text(self.folder / "pages.json", json.dumps(self.facts))
         path = self.folder / f"{self.number:05d}.safetensors"
         save_file(tensors, f"{path}.part", metadata=metadata)
         os.replace(f"{path}.part", path)
@@ -165,11 +174,25 @@ class _Writer:
         return {"pictures": torch.stack(self.pictures), "tokens": tokens, "pooled": pooled}
 
 
+def save_text(path: Path, text: str) -> None:
+    """Writes a file that appears only when it is complete."""
+    part = path.with_name(f"{path.name}.part")
+    part.write_text(text)
+    os.replace(part, path)
+
+
 def _number(name: str) -> int:
     """64 bits of a page's name: of 10^8 pages two agree with a chance of 3 in 10^4."""
     return int.from_bytes(
-        hashlib.blake2b(name.encode(), digest_size=8).digest(), "big", signed=True
+        hashlib.blake2b(name.encode(errors="surrogatepass"), digest_size=8).digest(),
+        "big",
+        signed=True,
     )
+
+
+def _bounded(name: str) -> str:
+    """A name; of a long one, such as a URL that holds data, its beginning and its number."""
+    return name if len(name) <= LONGEST else f"{name[:LONGEST]} {_number(name)}"
 
 
 class Pages:

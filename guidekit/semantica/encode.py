@@ -68,20 +68,34 @@ class ImageEncoder(ModelMixin, ConfigMixin):
         """Tokens (B, T, D) and global features (B, P) of pixels (B, 3, H, W) in [-1, 1].
 
         The global feature is the class token (DINOv2), the attention pool's output (SigLIP) or the
-        joint embedding (CLIP). Convolutions' tokens are the places of their last map.
+        joint embedding (CLIP). Convolutions' tokens are the places of their last map. Raises
+        ValueError for a model that has several maps.
         """
         x, net = self._normalised(pixels), self.net
         if hasattr(net, "trunk"):  # open_clip's wrapper of a timm model
             tokens = net.trunk.forward_features(x)
-            return _flat(tokens, net.trunk), net.head(net.trunk.forward_head(tokens))
+            return self._flat(tokens, net.trunk), net.head(net.trunk.forward_head(tokens))
         if isinstance(net, ModifiedResNet):
             tokens = nn.Sequential(net.layer1, net.layer2, net.layer3, net.layer4)(net.stem(x))
-            return _flat(tokens, net), net.attnpool(tokens)
+            return self._flat(tokens, net), net.attnpool(tokens)
         if self.config.library == "open_clip":
             pooled, tokens = net(x)
             return tokens, pooled
         tokens = net.forward_features(x)
-        return _flat(tokens, net), net.forward_head(tokens, pre_logits=True)
+        return self._flat(tokens, net), net.forward_head(tokens, pre_logits=True)
+
+    def _flat(self, tokens: Tensor, net: nn.Module) -> Tensor:
+        """Tokens (B, T, D) of features, which may be a map (B, D, h, w), or timm's (B, h, w, D)."""
+        if not isinstance(tokens, Tensor):
+            raise ValueError(
+                f"{self.source or type(net).__name__} has {len(tokens)} maps of features, not one; "
+                "give a model that has one, such as a vit_*, swin_* or convnext_* of timm"
+            )
+        if tokens.ndim == 3:
+            return tokens
+        if getattr(net, "output_fmt", "NCHW") == "NHWC":
+            return tokens.flatten(1, 2)
+        return tokens.flatten(2).transpose(1, 2)
 
     def _normalised(self, pixels: Tensor) -> Tensor:
         """Pixels (B, 3, s, s) as the network was trained on them."""
@@ -118,28 +132,20 @@ class ImageEncoder(ModelMixin, ConfigMixin):
         return tokens.shape[1], tokens.shape[2], pooled.shape[1]
 
 
-def _flat(tokens: Tensor, net: nn.Module) -> Tensor:
-    """Tokens (B, T, D) of features, which may be a map (B, D, h, w), or timm's (B, h, w, D)."""
-    if tokens.ndim == 3:
-        return tokens
-    if getattr(net, "output_fmt", "NCHW") == "NHWC":
-        return tokens.flatten(1, 2)
-    return tokens.flatten(2).transpose(1, 2)
-
-
 def load_encoder(name: str | Path) -> ImageEncoder:
     """An encoder by name, with its weights.
 
     name: dinov2-b, dinov2-l, siglip-b, `timm/NAME`, `open_clip/ARCHITECTURE/TAG` (those are
     downloaded at the first use), a built-in such as scenes-clip, or a folder: a saved
-    ImageEncoder, or what open_clip reads as `local-dir:`. Raises ValueError that names what exists.
+    ImageEncoder, or what open_clip reads as `local-dir:`. Raises ValueError that names what exists,
+    and for a saved one whose weights are no safetensors.
     """
     name = str(name)
     folder = ZOO / name if (ZOO / name / CLIP_CONFIG).exists() else Path(name)
     if (folder / CLIP_CONFIG).exists():
         return _from_clip_folder(folder, name)
     if (folder / "config.json").exists():
-        return ImageEncoder.from_pretrained(folder).eval().requires_grad_(False)
+        return _from_saved(folder)
     full, settings = NAMES.get(name, (name, {}))
     library, _, rest = full.partition("/")
     if library == "timm" and rest:
@@ -151,6 +157,14 @@ def load_encoder(name: str | Path) -> ImageEncoder:
         f"no encoder {name!r}; there are {', '.join([*NAMES, *built_in])}, timm/NAME, "
         "open_clip/ARCHITECTURE/TAG, and folders of saved ones"
     )
+
+
+def _from_saved(folder: Path) -> ImageEncoder:
+    """A saved ImageEncoder; weights that have to be unpickled are not read."""
+    if not list(folder.glob("*.safetensors")):
+        raise ValueError(f"{folder} has no safetensors; save the encoder in that format")
+    encoder = ImageEncoder.from_pretrained(folder, use_safetensors=True)
+    return encoder.eval().requires_grad_(False)
 
 
 def random_encoder() -> ImageEncoder:

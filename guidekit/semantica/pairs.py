@@ -22,10 +22,11 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from guidekit.outputs import save_picture
 from guidekit.references import to_pixels
-from guidekit.semantica.data import Pages
+from guidekit.semantica.data import Pages, save_text
 
-LOW, HIGH = 0.3, 0.9
+LOW, HIGH = 0.3, 0.9  # of DINOv2, the paper's
 COPY = 1 - 1e-5  # cosine of one picture with itself, but for rounding; quantiles leave it out
 FINE = 20_000  # bins over cosines from -1 to 1, for quantiles
 BINS = 200  # of the picture
@@ -87,8 +88,8 @@ def bounds_at(counts: np.ndarray, quantiles: tuple[float, float]) -> tuple[float
 
 def find_pairs(
     pages: Pages,
-    low: float | None = LOW,
-    high: float | None = HIGH,
+    low: float | None = None,
+    high: float | None = None,
     quantiles: tuple[float, float] | None = None,
     out: Path | None = None,
 ) -> Filtered:
@@ -96,7 +97,8 @@ def find_pairs(
 
     A page of more than 64 pictures is dealt at random into groups of that many at most, within
     which they are paired. low, high: cosines to keep; None for no bound. quantiles: shares of the
-    pairs that say them instead, copies apart. Raises ValueError when no pair is left.
+    pairs that say them instead, copies apart. Raises ValueError when no pair is left, and for
+    quantiles beside low or high.
     """
     asked = request(pages, low, high, quantiles)
     counts = histogram(pages)
@@ -114,7 +116,7 @@ def find_pairs(
     result = Filtered(low, high, int(counts.sum()), len(pairs) // 2, asked)
     out = pages.folder / "filter" if out is None else Path(out)
     out.mkdir(parents=True, exist_ok=True)
-    picture(counts, result).save(out / "histogram.png")
+    save_picture(picture(counts, result), out / "histogram.png")
     if not len(pairs):
         raise ValueError(
             f"none of {result.total} pairs has a cosine from {low:g} to {high:g}; see "
@@ -124,15 +126,30 @@ def find_pairs(
     path = out / "pairs.safetensors"
     save_file({"pairs": torch.from_numpy(pairs)}, f"{path}.part")
     os.replace(f"{path}.part", path)
-    table = asdict(result) | {"share": result.share, "histogram": _coarse(counts).tolist()}
-    (out / "filter.json").write_text(json.dumps(table))
+    table = asdict(result) | {
+        "share": result.share, "unreadable": pages.unreadable,
+        "histogram": _coarse(counts).tolist(),
+    }  # fmt: skip
+    save_text(out / "filter.json", json.dumps(table))
     return result
+
+
+def check_bounds(
+    low: float | None, high: float | None, quantiles: tuple[float, float] | None
+) -> None:
+    """Raises ValueError if quantiles are given beside the bounds that they would replace."""
+    if quantiles is not None and (low, high) != (None, None):
+        given = ", ".join(
+            f"{k} = {v:g}" for k, v in (("low", low), ("high", high)) if v is not None
+        )
+        raise ValueError(f"quantiles say low and high, so {given} would be ignored; leave one out")
 
 
 def request(
     pages: Pages, low: float | None, high: float | None, quantiles: tuple[float, float] | None
 ) -> dict:
-    """What a filter is asked, as filter.json keeps it."""
+    """What a filter is asked, as filter.json keeps it. Raises ValueError as `check_bounds`."""
+    check_bounds(low, high, quantiles)
     chosen = None if quantiles is None else list(quantiles)
     return {
         "low": low, "high": high, "quantiles": chosen, "pictures": len(pages), "pages": pages.facts
@@ -140,11 +157,14 @@ def request(
 
 
 def answered(folder: Path, asked: dict) -> bool:
-    """Whether `folder` holds the pairs of that request."""
-    table = folder / "filter.json"
-    if not (table.exists() and (folder / "pairs.safetensors").exists()):
+    """Whether `folder` holds the pairs of that request; not if filter.json cannot be read."""
+    if not (folder / "pairs.safetensors").exists():
         return False
-    return json.loads(table.read_text()).get("asked") == asked
+    try:
+        table = json.loads((folder / "filter.json").read_text())
+    except (OSError, ValueError):
+        return False
+    return isinstance(table, dict) and table.get("asked") == asked
 
 
 def _coarse(counts: np.ndarray) -> np.ndarray:

@@ -32,7 +32,8 @@ class SemanticaPipeline(DiffusionPipeline):
         with torch.no_grad():
             tokens, pooled = self.encoder(pixels.to(self._execution_device))
         film = self.unet.config.conditioning == "film"
-        return (pooled[:, None] if film else tokens).to(self.unet.dtype)
+        states = pooled[:, None] if film else tokens
+        return states.to(self._execution_device, self.unet.dtype)
 
     @torch.no_grad()
     def __call__(
@@ -50,6 +51,7 @@ class SemanticaPipeline(DiffusionPipeline):
             self.unet, self.scheduler, self.states(pixels), w, num_inference_steps, generator,
             self.progress_bar,
         )  # fmt: skip
+        self.maybe_free_model_hooks()
         if output_type != "pt":
             images = images.cpu().permute(0, 2, 3, 1).float().numpy()
         if output_type == "pil":
@@ -68,10 +70,13 @@ def denoise(
     unet: UViT, scheduler: SemanticaScheduler, states: Tensor, w: float, steps: int, generator,
     bar=iter,
 ) -> Tensor:  # fmt: skip
-    """Pictures (B, 3, H, W) in [0, 1] for states (B, T, D), zeros being no condition."""
-    side, batch = unet.config.sample_size, len(states)
-    scheduler.set_timesteps(steps, device=unet.device)
-    z = randn_tensor((batch, 3, side, side), generator, unet.device, unet.dtype)
+    """Pictures (B, 3, H, W) in [0, 1] for states (B, T, D), zeros being no condition.
+
+    Drawn on the device of the states: an offloaded model's weights lie on another.
+    """
+    side, batch, device = unet.config.sample_size, len(states), states.device
+    scheduler.set_timesteps(steps, device=device)
+    z = randn_tensor((batch, 3, side, side), generator, device, unet.dtype)
     both = states if w == 0 else torch.cat([torch.zeros_like(states), states])
     for t in bar(scheduler.timesteps):
         out = unet(z if w == 0 else torch.cat([z, z]), t, both, return_dict=False)[0]

@@ -7,6 +7,7 @@ Pictures that share `page` are those of one page, class or scene.
 import functools
 import io
 import json
+import os
 import tarfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -31,17 +32,44 @@ class Item:
     caption: str = ""
 
 
-def folder_items(root: Path) -> Iterator[Item | None]:
+def files_below(root: Path, leave_out: tuple[Path, ...] = ()) -> Iterator[Path]:
+    """Every file below `root`, in the order of `sorted(root.rglob("*"))`, one folder in memory.
+
+    leave_out: folders whose files are passed over, such as a run's own. Links to folders are not
+    followed; a folder that cannot be read is empty.
+    """
+    away = {os.path.realpath(folder) for folder in leave_out}
+    if os.path.realpath(root) not in away:
+        yield from _walk(Path(root), away)
+
+
+def _walk(folder: Path, away: set[str]) -> Iterator[Path]:
+    """Every file below `folder` but for those in the folders `away`, which are real paths."""
+    try:
+        with os.scandir(folder) as found:
+            entries = sorted((e.name, e.is_dir(follow_symlinks=False)) for e in found)
+    except OSError:
+        return
+    for name, is_folder in entries:
+        path = folder / name
+        if not is_folder:
+            yield path
+        elif os.path.realpath(path) not in away:
+            yield from _walk(path, away)
+
+
+def folder_items(root: Path, leave_out: tuple[Path, ...] = ()) -> Iterator[Item | None]:
     """Every picture below `root`: a folder is a page, so classes are pages too.
 
-    Raises ValueError where there is none.
+    leave_out: as of `files_below`. Raises ValueError where there is none.
     """
-    paths = sorted(p for p in Path(root).rglob("*") if p.suffix.lower() in PICTURES)
-    if not paths:
+    empty = True
+    for path in files_below(root, leave_out):
+        if path.suffix.lower() in PICTURES:
+            empty, place = False, path.relative_to(root)
+            yield Item(str(place.parent), str(place), functools.partial(Image.open, path))
+    if empty:
         raise ValueError(f"no pictures below {root}; a folder of {', '.join(PICTURES)} is a page")
-    for path in paths:
-        place = path.relative_to(root)
-        yield Item(str(place.parent), str(place), functools.partial(Image.open, path))
 
 
 def shard_items(paths: list[Path], page: str = "page_url") -> Iterator[Item | None]:

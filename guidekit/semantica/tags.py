@@ -92,7 +92,7 @@ def held(plans: list[scenes.Scene]) -> Tensor:
     return table
 
 
-def make(options: TagsOptions, folder: Path, size: int) -> TagsTask:
+def make(options: TagsOptions, folder: Path, size: int, quiet: bool = True) -> TagsTask:
     """The task of a recipe's stage, which needs nothing of earlier ones."""
     return TagsTask(options, size)
 

@@ -11,18 +11,24 @@ import shutil
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
-from datetime import timedelta
 from pathlib import Path
 
 import torch
-from accelerate import PartialState
 from PIL import Image
 from torch import Tensor, nn
 
 from guidekit.semantica.data import Pages, write_pages
 from guidekit.semantica.encode import ImageEncoder, load_encoder
-from guidekit.semantica.model import UViT, variant
-from guidekit.semantica.pairs import HIGH, LOW, Episodes, answered, find_pairs, request
+from guidekit.semantica.model import VARIANTS, UViT, variant
+from guidekit.semantica.pairs import (
+    HIGH,
+    LOW,
+    Episodes,
+    answered,
+    check_bounds,
+    find_pairs,
+    request,
+)
 from guidekit.semantica.pipeline import SemanticaPipeline, denoise
 from guidekit.semantica.schedule import (
     STEPS,
@@ -34,11 +40,13 @@ from guidekit.semantica.schedule import (
 )
 from guidekit.semantica.sources import (
     Item,
+    files_below,
     folder_items,
     labelled_scene_items,
     scene_items,
     shard_items,
 )
+from guidekit.train.processes import processes
 from guidekit.train.vae import grid
 
 QUANTILES = (0.02, 0.98)  # of the pairs' cosines, for encoders other than DINOv2
@@ -79,6 +87,19 @@ class SemanticaOptions(PagesOptions):
     checkpointing: bool = False  # less memory for a third more time
     compile: bool = False  # by torch.compile, where there is a C++ compiler, which it needs
 
+    def __post_init__(self):
+        if self.variant not in VARIANTS:
+            raise ValueError(f"no variant {self.variant!r}; there are {', '.join(VARIANTS)}")
+        if self.conditioning not in ("tokens", "film"):
+            raise ValueError(f"conditioning must be tokens or film, not {self.conditioning!r}")
+        for name in ("drop", "frac"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"{name} must be from 0 to 1, not {getattr(self, name):g}")
+        if self.noise_size < 1 or not self.gamma >= 0:
+            raise ValueError("noise_size must be 1 or more, gamma 0 or more")
+        # Which refuses a wrong reading.
+        SemanticaScheduler(noise_size=self.noise_size, frac=self.frac, reading=self.reading)
+
 
 class SemanticaLoss(nn.Module):
     """Error of the noise that the predicted velocity stands for."""
@@ -113,7 +134,7 @@ class SemanticaTask:
             unet.enable_gradient_checkpointing()
         self.net = SemanticaLoss(unet.train(), options.gamma)
         if options.compile and _has_compiler():
-            unet.compile(fullgraph=True)
+            unet.compile()
 
     def whole_net(self) -> nn.Module:
         """A second net of the same form."""
@@ -148,8 +169,10 @@ class SemanticaTask:
         generators = [torch.Generator().manual_seed(i) for i in range(len(states))]
         training, unet.training = unet.training, False
         device = next(unet.parameters()).device
-        drawn = denoise(unet, self.scheduler(), states.to(device), 0.5, 32, generators)
-        unet.training = training
+        try:
+            drawn = denoise(unet, self.scheduler(), states.to(device), 0.5, 32, generators)
+        finally:
+            unet.training = training
         return grid(torch.cat([rows.float() / 127.5 - 1, drawn.cpu() * 2 - 1]), 8)
 
     def export(self, folder: Path) -> None:
@@ -171,8 +194,13 @@ def _has_compiler() -> bool:
     return found
 
 
-def items(options: PagesOptions, size: int) -> Iterator[Item | None]:
-    """The pictures that the options name; ValueError that says what is missing."""
+def items(
+    options: PagesOptions, size: int, leave_out: tuple[Path, ...] = ()
+) -> Iterator[Item | None]:
+    """The pictures that the options name; ValueError that says what is missing.
+
+    leave_out: folders inside a folder of pages that are none, such as the run's own.
+    """
     if options.source not in SOURCES:
         raise ValueError(f"no source {options.source!r}; there are {', '.join(SOURCES)}")
     if options.source == "scenes":
@@ -187,19 +215,19 @@ def items(options: PagesOptions, size: int) -> Iterator[Item | None]:
     if not options.data:
         raise ValueError(f"source {options.source} needs data, the folder that it is in")
     if options.source == "folder":
-        return folder_items(Path(options.data))
+        return folder_items(Path(options.data), leave_out)
     shards = sorted(Path(options.data).glob("*.tar"))
     if not shards:
         raise ValueError(f"no .tar files in {options.data}")
     return shard_items(shards, options.page)
 
 
-def facts(options: PagesOptions) -> dict:
+def facts(options: PagesOptions, leave_out: tuple[Path, ...] = ()) -> dict:
     """What decides which pictures there are: options, names and sizes of the files."""
     names = ("source", "data", "page", "pages", "per_page", "polluted", "without")
     found = {n: list(v) if isinstance(v := getattr(options, n), tuple) else v for n in names}
     digest = hashlib.sha256()
-    for path in sorted(Path(options.data).rglob("*")) if options.data else ():
+    for path in files_below(Path(options.data), leave_out) if options.data else ():
         if path.is_file():
             digest.update(f"{path.relative_to(options.data)} {path.stat().st_size}\n".encode())
     return found | {"files": digest.hexdigest()[:16]}
@@ -212,6 +240,7 @@ def bounds(options: PagesOptions, encoder: ImageEncoder) -> Bounds:
     """low, high and quantiles of the filter, by the encoder where none is given."""
     if len(options.quantiles) not in (0, 2):
         raise ValueError(f"quantiles are two numbers, not {len(options.quantiles)}")
+    check_bounds(options.low, options.high, options.quantiles or None)
     if options.quantiles or (options.low, options.high) != (None, None):
         return options.low, options.high, options.quantiles or None
     if "dinov2" in encoder.source:
@@ -226,19 +255,19 @@ def make_episodes(
 
     On several machines `folder` and `store` lie where all of them read.
     """
-    # The other processes wait as long as encoding takes, which the default timeout cuts short.
     own = folder / options.encoder
     name = own if (own / "config.json").exists() else options.encoder
-    encoder, state = load_encoder(name), PartialState(timeout=timedelta(days=7))
+    encoder, state = load_encoder(name), processes()
     kept = bounds(options, encoder)
     store = Path(options.store) if options.store else folder / "pages"
-    chosen = folder / "filter"
+    chosen, away = folder / "filter", (folder, store)
     with state.main_process_first():
         if state.is_main_process:
             encoder.to(state.device)
             pages = write_pages(
-                items(options, size), encoder, store, size, quiet=quiet, facts=facts(options)
-            )
+                items(options, size, away), encoder, store, size, quiet=quiet,
+                facts=facts(options, away),
+            )  # fmt: skip
             if not answered(chosen, request(pages, *kept)):
                 found = find_pairs(pages, *kept, chosen)
                 if not quiet:
@@ -250,10 +279,12 @@ def make_episodes(
     return Episodes(Pages(store), chosen), encoder
 
 
-def make(options: SemanticaOptions, folder: Path, size: int) -> SemanticaTask:
-    """The task of a recipe's stage."""
+def make(options: SemanticaOptions, folder: Path, size: int, quiet: bool = True) -> SemanticaTask:
+    """The task of a recipe's stage. Raises ValueError for a size that the model has not."""
+    with torch.device("meta"):  # before pictures are encoded for it
+        variant(options.variant, sample_size=size)
     torch_state = torch.get_rng_state()
-    episodes, encoder = make_episodes(options, folder, size, quiet=True)
+    episodes, encoder = make_episodes(options, folder, size, quiet)
     torch.set_rng_state(torch_state)  # first weights do not depend on what was cached
     return SemanticaTask(options, episodes, encoder, size)
 

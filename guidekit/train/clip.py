@@ -127,7 +127,7 @@ def _key(plan: scenes.Scene) -> int:
     return number
 
 
-def make(options: ClipOptions, folder: Path, size: int) -> ClipTask:
+def make(options: ClipOptions, folder: Path, size: int, quiet: bool = True) -> ClipTask:
     """The task of a recipe's stage, which needs nothing of earlier ones."""
     return ClipTask(options, size)
 

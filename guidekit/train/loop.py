@@ -14,7 +14,6 @@ import os
 import time
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
@@ -28,11 +27,18 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
-from torch.nn.attention import SDPBackend, sdpa_kernel
 from tqdm.auto import tqdm
 
 from guidekit.train.batches import Source, batches
 from guidekit.train.interrupt import Interrupt
+from guidekit.train.options import Options, lr_at
+from guidekit.train.precision import (
+    fast_attention,
+    keep_inputs,
+    searched_convolutions,
+    warn_of_slow_bf16,
+)
+from guidekit.train.processes import processes
 
 
 class Task(Source, Protocol):
@@ -50,44 +56,6 @@ class Task(Source, Protocol):
         """Writes the finished model."""
 
 
-@dataclass(kw_only=True)
-class Options:
-    """How long and how fast a stage trains."""
-
-    steps: int
-    batch: int = 32  # per process and accumulation step
-    accumulate: int = 1  # batches whose gradients are added before the weights move
-    lr: float = 1e-3  # reached after `warmup` steps
-    decay: str = "cosine"  # what follows: cosine, down to 1% of it | constant
-    warmup: int = 100
-    weight_decay: float = 0.01
-    eps: float = 1e-8  # of Adam
-    clip: float = 1.0  # largest norm of the gradient
-    ema: float = 0.999
-    seed: int = 0
-    save_every: int = 500
-    preview_every: int = 1000
-    log_every: int = 20
-    precision: str = "no"  # no | bf16 | fp16, as accelerate names them
-    workers: int = 0  # processes that make batches ahead; 0: the training's own makes them
-    tracker: str = ""  # tensorboard, wandb, ...: what accelerate reports to, beside metrics.jsonl
-    minutes: float = math.inf  # wall time after which the cosine is cut short and the stage ends
-
-    def __post_init__(self):
-        if self.decay not in ("cosine", "constant"):
-            raise ValueError(f"decay must be cosine or constant, not {self.decay!r}")
-
-
-def lr_at(step: int, options: Options) -> float:
-    """Learning rate of a step: linear warm-up, then half a cosine, or no change."""
-    if step < options.warmup:
-        return options.lr * (step + 1) / options.warmup
-    if options.decay == "constant":
-        return options.lr
-    done = (step - options.warmup) / max(options.steps - options.warmup, 1)
-    return options.lr * (0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * min(done, 1.0))))
-
-
 class Loop:
     """Trains `task.net`; the state lies in `folder/checkpoint.safetensors`, replaced atomically."""
 
@@ -96,14 +64,15 @@ class Loop:
         # accelerate keeps the first precision of a process, which an earlier stage may have had. It
         # has no public way to forget it; one loop of a process trains at a time.
         AcceleratorState._reset_state()
+        processes()
         self.accelerator = Accelerator(
             mixed_precision=options.precision,
             gradient_accumulation_steps=options.accumulate,
             log_with=options.tracker or None,
             project_dir=self.folder,
         )
-        _keep_inputs(self.accelerator)
-        _warn_of_slow_bf16(self.accelerator)
+        keep_inputs(self.accelerator)
+        warn_of_slow_bf16(self.accelerator)
         self.folder.mkdir(parents=True, exist_ok=True)
         on_gpu = self.accelerator.device.type == "cuda"  # where many small kernels cost most
         optimizer = torch.optim.AdamW(
@@ -115,12 +84,19 @@ class Loop:
         # After prepare: FSDP2 puts shards in the place of the weights.
         self.weights = [p for p in task.net.parameters() if p.requires_grad]
         if options.tracker:
-            self.accelerator.init_trackers("guidekit", _plain(options))
+            self._start_tracker()
         self.sharded = any(isinstance(p, DTensor) for p in self.weights)
         # foreach copies no shards.
         self.ema = EMAModel(self.weights, decay=options.ema, foreach=on_gpu and not self.sharded)
         self.ema.to(self.accelerator.device)
         self.step = self._load()
+
+    def _start_tracker(self) -> None:
+        """accelerate's tracker of the options' name; ValueError where it is not installed."""
+        name = self.options.tracker
+        self.accelerator.init_trackers("guidekit", _plain(self.options))
+        if self.accelerator.is_main_process and not self.accelerator.trackers:
+            raise ValueError(f"the tracker {name!r} is not installed: pip install {name}")
 
     def run(self) -> None:
         """Trains from the last checkpoint to the end.
@@ -134,16 +110,18 @@ class Loop:
             disable=self.quiet or not self.accelerator.is_main_process,
         )
         self.started, self.first = time.monotonic(), self.step
-        with bar, self._taking_batches(), _searched_convolutions(), Interrupt() as stop:
+        with bar, self._taking_batches(), searched_convolutions(), Interrupt() as stop:
             while self.step < self.options.steps and not self._out_of_time():
                 losses = self._train_step()
                 self.step += 1
                 bar.update()
                 if self.step % self.options.log_every == 0 or self.step == self.options.steps:
                     bar.set_postfix({k: f"{v:.4f}" for k, v in self._log(losses).items()})
-                if self.step % self.options.save_every == 0 or stop.asked:
+                asked = self._agreed(stop.asked)
+                if self.step % self.options.save_every == 0 or asked:
+                    self._finite_means(losses)
                     self.save()
-                if stop.asked:
+                if asked:
                     raise KeyboardInterrupt
                 if self.step % self.options.preview_every == 0:
                     self.preview()
@@ -160,8 +138,9 @@ class Loop:
         means: dict[str, Tensor] = {}
         for _ in range(options.accumulate):
             batch = self._on_device(next(self._batches))
-            with self.accelerator.accumulate(self.net), _fast_attention(self.accelerator.device):
-                losses = self.net(**batch)
+            with self.accelerator.accumulate(self.net), fast_attention(self.accelerator.device):
+                with self._autocast():
+                    losses = self.net(**batch)
                 self.accelerator.backward(sum(losses.values()))
                 if self.accelerator.sync_gradients:
                     self.accelerator.clip_grad_norm_(self.weights, options.clip)
@@ -171,6 +150,10 @@ class Loop:
                 means[name] = means.get(name, 0) + loss.detach() / options.accumulate
         self.ema.step(self.weights)
         return means
+
+    def _autocast(self):
+        """FSDP2 casts the weights and needs the inputs cast too; elsewhere prepare saw to both."""
+        return self.accelerator.autocast() if self.sharded else contextlib.nullcontext()
 
     @contextlib.contextmanager
     def _taking_batches(self):
@@ -197,7 +180,7 @@ class Loop:
 
     def _log(self, losses: dict[str, Tensor]) -> dict[str, float]:
         """Appends the losses, averaged over processes, and the speed to metrics.jsonl."""
-        values = {k: float(self.accelerator.reduce(v.detach(), "mean")) for k, v in losses.items()}
+        values = self._finite_means(losses)
         if self.accelerator.is_main_process:
             done = self.step - self.first
             images = done * self.options.batch * self.options.accumulate
@@ -212,19 +195,40 @@ class Loop:
                 file.write(json.dumps(row) + "\n")
         return values
 
+    def _finite_means(self, losses: dict[str, Tensor]) -> dict[str, float]:
+        """The losses averaged over processes; ValueError before a save if one is nan or inf."""
+        values = {k: float(self.accelerator.reduce(v.detach(), "mean")) for k, v in losses.items()}
+        for name, value in values.items():
+            if not math.isfinite(value):
+                raise ValueError(
+                    f"{self.folder}: the loss {name} is {value} at step {self.step}; lower lr or "
+                    "clip, and start again: it continues from the last checkpoint"
+                )
+        return values
+
+    def _agreed(self, asked: bool) -> bool:
+        """Whether any process was asked to stop, where all of them take part in saving."""
+        if not self.sharded:
+            return asked
+        flag = torch.tensor(float(asked), device=self.accelerator.device)
+        return float(self.accelerator.reduce(flag, "sum")) > 0
+
     def save(self) -> None:
         """Writes weights, averages and optimizer state as one safetensors file."""
         tensors = {f"weight.{i}": p.detach() for i, p in enumerate(self.weights)}
         tensors |= {f"ema.{i}": p for i, p in enumerate(self.ema.shadow_params)}
         for i, state in self.optimizer.state_dict()["state"].items():
             tensors |= {f"adam.{i}.{key}": value for key, value in state.items()}
-        # Every process takes part in gathering shards; the first one writes.
-        tensors = {k: _whole(v).cpu().contiguous() for k, v in tensors.items()}
-        if not self.accelerator.is_main_process:
+        # Every process takes part in gathering shards; the first one keeps and writes them.
+        main = self.accelerator.is_main_process
+        wholes = ((k, _whole(v)) for k, v in tensors.items())
+        tensors = {k: v.cpu().contiguous() for k, v in wholes if main}
+        if not main:
             return
         path = self.folder / "checkpoint.safetensors"
         scaler = self.accelerator.scaler  # of gradients in fp16
         facts = {"step": self.step, "scaler": scaler.state_dict() if scaler else {}}
+        facts["options"] = self._deciding()
         facts = {k: json.dumps(v) for k, v in facts.items()}
         save_file(tensors, str(path) + ".part", metadata=facts)
         os.replace(str(path) + ".part", path)
@@ -241,6 +245,7 @@ class Loop:
             facts = {k: json.loads(v) for k, v in file.metadata().items()}
             step = facts["step"]
             self._check_same_net(file)
+            self._warn_of_other_options(facts.get("options", {}))
             for key in file.keys():  # noqa: SIM118  (safe_open is no mapping)
                 kind, i, *rest = key.split(".")
                 value = _like(self.weights[int(i)], file.get_tensor(key))
@@ -270,6 +275,22 @@ class Loop:
                 "folder (--out), or remove it"
             )
 
+    def _deciding(self) -> dict[str, str]:
+        """Options that decide the batches and their losses, as text."""
+        own = getattr(self.task, "options", None)
+        names = {n: getattr(self.options, n) for n in ("batch", "accumulate", "seed")}
+        names |= {"processes": self.accelerator.num_processes}
+        names |= dataclasses.asdict(own) if dataclasses.is_dataclass(own) else {}
+        return {name: str(value) for name, value in names.items()}
+
+    def _warn_of_other_options(self, before: dict[str, str]) -> None:
+        now = self._deciding()
+        other = [f"{k} was {v}, is {now.get(k)}" for k, v in before.items() if now.get(k) != v]
+        if other:
+            warnings.warn(
+                f"{self.folder} goes on with other options: {'; '.join(other)}", stacklevel=3
+            )
+
     @contextlib.contextmanager
     def averaged(self):
         """The averaged weights in place of the trained ones."""
@@ -289,6 +310,7 @@ class Loop:
     def export(self, folder: Path) -> None:
         """Writes the finished model with the averaged weights."""
         self._on_whole_weights(lambda: self.task.export(folder))
+        self.accelerator.wait_for_everyone()  # what follows may read it
 
     def _on_whole_weights(self, action: Callable[[], None]) -> None:
         """Runs `action` on the first process with the averaged weights.
@@ -317,43 +339,6 @@ class Loop:
                 self.task.net = sharded
 
 
-@contextlib.contextmanager
-def _searched_convolutions():
-    """cuDNN looks for its fastest algorithms, which pays where steps repeat their shapes."""
-    cudnn = torch.backends.cudnn
-    before = cudnn.benchmark
-    cudnn.benchmark = before or not cudnn.deterministic
-    try:
-        yield
-    finally:
-        cudnn.benchmark = before
-
-
-def emulates_bf16(device: torch.device) -> bool:
-    """Whether bf16 costs several times what float32 does: CPUs that do not compute in it."""
-    mkldnn = torch.backends.mkldnn
-    computed = mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
-    return device.type == "cpu" and not computed
-
-
-def _warn_of_slow_bf16(accelerator: Accelerator) -> None:
-    if accelerator.mixed_precision == "bf16" and emulates_bf16(accelerator.device):
-        warnings.warn(
-            "this CPU computes bf16 by emulation, several times slower than float32; train with "
-            "--set precision=no",
-            stacklevel=2,
-        )
-
-
-def _keep_inputs(accelerator: Accelerator) -> None:
-    """FSDP2 leaves inputs and outputs as they are, as autocast does: times are not for bf16."""
-    plugin = accelerator.state.fsdp_plugin if accelerator.is_fsdp2 else None
-    if plugin is not None and plugin.mixed_precision_policy is not None:
-        plugin.mixed_precision_policy = dataclasses.replace(
-            plugin.mixed_precision_policy, cast_forward_inputs=False, output_dtype=None
-        )
-
-
 def _whole(tensor: Tensor) -> Tensor:
     """The tensor, gathered from all processes where each holds a shard."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
@@ -372,13 +357,12 @@ def _plain(options: Options) -> dict:
     return {k: v for k, v in dataclasses.asdict(options).items() if v != math.inf}
 
 
-def _fast_attention(device: torch.device):
-    """On a CPU the backward of fused attention is slower than plain matrix products (3 times)."""
-    return sdpa_kernel(SDPBackend.MATH) if device.type == "cpu" else contextlib.nullcontext()
-
-
 def _cut_log(path: Path, step: int) -> None:
     """Drops the rows of steps that the checkpoint does not hold; they will be written again."""
     if path.exists():
-        rows = [row for row in path.read_text().splitlines() if json.loads(row)["step"] <= step]
-        path.write_text("".join(row + "\n" for row in rows))
+        # A kill may have torn the last row.
+        rows = [row for row in path.read_text().splitlines() if row.endswith("}")]
+        rows = [row for row in rows if json.loads(row)["step"] <= step]
+        part = path.with_name(path.name + ".part")
+        part.write_text("".join(row + "\n" for row in rows))
+        part.replace(path)

@@ -21,17 +21,18 @@ from guidekit.train.digits import DigitsOptions, DigitsTask
 from guidekit.train.judge import JudgeOptions, JudgeTask
 from guidekit.train.loop import Loop, Options, Task
 from guidekit.train.pixels import PixelsOptions, PixelsTask
+from guidekit.train.processes import processes
 from guidekit.train.text import TextOptions, TextTask
 from guidekit.train.vae import VAEOptions, VAETask
 
-Make = Callable[[Any, Path, int], Task]
+Make = Callable[[Any, Path, int, bool], Task]  # options, folder, size, quiet
 
 
-def _vae(options: VAEOptions, folder: Path, size: int) -> Task:
+def _vae(options: VAEOptions, folder: Path, size: int, quiet: bool) -> Task:
     return VAETask(options, size, folder / options.start if options.start else None)
 
 
-def _denoiser(options: DenoiserOptions, folder: Path, size: int) -> Task:
+def _denoiser(options: DenoiserOptions, folder: Path, size: int, quiet: bool) -> Task:
     vae = AutoencoderKL.from_pretrained(folder / options.vae)
     return DenoiserTask(options, vae, folder / options.text, size)
 
@@ -39,13 +40,13 @@ def _denoiser(options: DenoiserOptions, folder: Path, size: int) -> Task:
 # A text is a module with OPTIONS and `make`, imported when named: open_clip and timm are slow.
 TASKS: dict[str, tuple[type, Make] | str] = {
     "vae": (VAEOptions, _vae),
-    "text": (TextOptions, lambda options, folder, size: TextTask(options)),
+    "text": (TextOptions, lambda options, folder, size, quiet: TextTask(options)),
     "denoiser": (DenoiserOptions, _denoiser),
-    "pixels": (PixelsOptions, lambda options, folder, size: PixelsTask(options, size)),
+    "pixels": (PixelsOptions, lambda options, folder, size, quiet: PixelsTask(options, size)),
     "clip": "guidekit.train.clip",
     "noisy-clip": "guidekit.noisy_clip.train",
-    "judge": (JudgeOptions, lambda options, folder, size: JudgeTask(options)),
-    "digits": (DigitsOptions, lambda options, folder, size: DigitsTask(options)),
+    "judge": (JudgeOptions, lambda options, folder, size, quiet: JudgeTask(options)),
+    "digits": (DigitsOptions, lambda options, folder, size, quiet: DigitsTask(options)),
     "semantica": "guidekit.semantica.train",
     "adapter": "guidekit.semantica.adapter_train",
     "tags": "guidekit.semantica.tags",
@@ -100,17 +101,25 @@ def read_recipe(name: str | Path) -> Recipe:
         raise ValueError(f"no recipe {name}; there are {', '.join(recipes())}") from None
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise ValueError(f"recipe {path} is not TOML: {error}") from None
-    if set(table) != {"model", "size", "stage"} or not isinstance(table["stage"], list):
+    stages = table.get("stage")
+    if set(table) != {"model", "size", "stage"} or not (
+        isinstance(stages, list) and all(isinstance(stage, dict) for stage in stages)
+    ):
         raise ValueError(f"recipe {path}: it has the keys model, size and [[stage]] tables")
     size = convert(table["size"], int, f"recipe {path}: size")
-    stages = tuple(_stage(dict(entry), path) for entry in table["stage"])
-    return Recipe(str(table["model"]), size, stages)
+    if size < 1:
+        raise ValueError(f"recipe {path}: size must be 1 or more, not {size}")
+    stages = tuple(_stage(dict(entry), path) for entry in stages)
+    names = [stage.name for stage in stages]
+    if len(set(names)) < len(names):
+        raise ValueError(f"recipe {path}: two stages have one name; give each its own: {names}")
+    return Recipe(_folder_name(table["model"], f"recipe {path}: model"), size, stages)
 
 
 def _stage(entry: dict, path: Path) -> Stage:
     """One [[stage]] table; every key belongs to the loop or to the task."""
     task = entry.pop("task", None)
-    if task not in TASKS:
+    if not isinstance(task, str) or task not in TASKS:
         raise ValueError(f"recipe {path}: no task {task!r}; there are {', '.join(TASKS)}")
     name = entry.pop("name", task)
     kind = task_kind(task)[0]
@@ -125,8 +134,19 @@ def _stage(entry: dict, path: Path) -> Stage:
         k: convert(v, (kinds | own_kinds)[k], f"recipe {path}: stage {name}: {k}")
         for k, v in entry.items()
     }
-    loop = Options(**loop_defaults(task) | {k: v for k, v in entry.items() if k in kinds})
-    return Stage(name, task, loop, kind(**{k: v for k, v in entry.items() if k in own_kinds}))
+    try:
+        loop = Options(**loop_defaults(task) | {k: v for k, v in entry.items() if k in kinds})
+        own = kind(**{k: v for k, v in entry.items() if k in own_kinds})
+    except ValueError as error:
+        raise ValueError(f"recipe {path}: stage {name}: {error}") from None
+    return Stage(_folder_name(name, f"recipe {path}: name"), task, loop, own)
+
+
+def _folder_name(name: Any, what: str) -> str:
+    """The name, which becomes a folder inside the output's. Raises ValueError for a path."""
+    if not isinstance(name, str) or name in ("", "..") or Path(name).name != name:
+        raise ValueError(f"{what} must be a folder's name, not {name!r}")
+    return name
 
 
 def train(
@@ -141,14 +161,17 @@ def train(
     finished before is passed over.
     """
     plan = read_recipe(recipe)
+    processes()
     folder = Path(out) / plan.model
     model = folder
     for stage in plan.stages:
         model = folder / stage.name / "model"
         if model.exists():
+            if not quiet:
+                print(f"finished {stage.name}: {model} (remove it to train it again)")
             continue
         torch.manual_seed(stage.loop.seed)  # of the first weights
-        task = task_kind(stage.task)[1](stage.options, folder, plan.size)
+        task = task_kind(stage.task)[1](stage.options, folder, plan.size, quiet)
         options = dataclasses.replace(stage.loop, **(overrides or {}))
         loop = Loop(task, options, folder / stage.name, quiet)
         loop.run()

@@ -1,0 +1,61 @@
+"""How long and how fast a training goes: the options of its loop, and the learning rate."""
+
+import math
+from dataclasses import dataclass
+
+
+@dataclass(kw_only=True)
+class Options:
+    """How long and how fast a stage trains."""
+
+    steps: int
+    batch: int = 32  # per process and accumulation step
+    accumulate: int = 1  # batches whose gradients are added before the weights move
+    lr: float = 1e-3  # reached after `warmup` steps
+    decay: str = "cosine"  # what follows: cosine, down to 1% of it | constant
+    warmup: int = 100
+    weight_decay: float = 0.01
+    eps: float = 1e-8  # of Adam
+    clip: float = 1.0  # largest norm of the gradient
+    ema: float = 0.999
+    seed: int = 0
+    save_every: int = 500
+    preview_every: int = 1000
+    log_every: int = 20
+    precision: str = "no"  # no | bf16 | fp16, as accelerate names them
+    workers: int = 0  # processes that make batches ahead; 0: the training's own makes them
+    tracker: str = ""  # tensorboard, wandb, ...: what accelerate reports to, beside metrics.jsonl
+    minutes: float = math.inf  # wall time after which the cosine is cut short and the stage ends
+
+    def __post_init__(self):
+        _one_of("decay", self.decay, ("cosine", "constant"))
+        _one_of("precision", self.precision, ("no", "bf16", "fp16"))
+        for name in COUNTS:
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be 1 or more, not {getattr(self, name)}")
+        for name in ("eps", "clip", "minutes"):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"{name} must be above 0, not {getattr(self, name):g}")
+        for name in ("lr", "warmup", "weight_decay", "workers"):
+            if not getattr(self, name) >= 0:
+                raise ValueError(f"{name} must be 0 or more, not {getattr(self, name):g}")
+        if not 0 <= self.ema < 1:
+            raise ValueError(f"ema must be 0 or more and below 1, not {self.ema:g}")
+
+
+COUNTS = ("steps", "batch", "accumulate", "save_every", "preview_every", "log_every")
+
+
+def _one_of(name: str, value: str, values: tuple[str, ...]) -> None:
+    if value not in values:
+        raise ValueError(f"{name} must be {' or '.join(values)}, not {value!r}")
+
+
+def lr_at(step: int, options: Options) -> float:
+    """Learning rate of a step: linear warm-up, then half a cosine, or no change."""
+    if step < options.warmup:
+        return options.lr * (step + 1) / options.warmup
+    if options.decay == "constant":
+        return options.lr
+    done = (step - options.warmup) / max(options.steps - options.warmup, 1)
+    return options.lr * (0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * min(done, 1.0))))
