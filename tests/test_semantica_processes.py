@@ -5,6 +5,7 @@ import os
 import random
 import subprocess
 import sys
+from functools import partialmethod
 
 import pytest
 import torch
@@ -52,6 +53,8 @@ def joint(rank, port, recipe, out, sharded):
     assert state.num_processes == 2
     if sharded:  # accelerate shards on GPUs alone, though gloo can
         PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
+    # Without inductor, which takes minutes and has no part in what is asked.
+    torch.nn.Module.compile = partialmethod(torch.nn.Module.compile, backend="aot_eager")
     run = Loop.run
 
     def checked(loop):
