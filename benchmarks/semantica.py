@@ -33,7 +33,7 @@ from semantica_measures import HELD_OUT, SIZE, PagesSeen, held_out, measure
 from semantica_reader import reader_rows
 
 BATCH, W = 16, 0.5
-LEAST_MEMORY = 24e9  # bytes of the machine that a training step of the full-size models fits
+MEMORY = 24e9  # bytes within which a training step of the full-size models is to stay
 POLLUTED = 0.3
 BASE = SemanticaOptions(
     variant="tiny-pixel", pages=6000, quantiles=(0.02, 0.98), without=HELD_OUT, gamma=1.0
@@ -207,8 +207,8 @@ def verdicts(rows: list[dict]) -> list[str]:
             lines.append(f"{word}: {text} ({column} {a[column]:.3f} against {b[column]:.3f})")
     for row in rows:
         if row["method"].startswith("step of"):
-            word = "reached" if row["gibibytes"] * 2**30 < LEAST_MEMORY else "not reached"
-            lines.append(f"{word}: {row['method']} within {LEAST_MEMORY / 1e9:g} GB")
+            word = "reached" if row["gibibytes"] * 2**30 < MEMORY else "not reached"
+            lines.append(f"{word}: {row['method']} within {MEMORY / 1e9:g} GB")
     if (row := by_name.get("w = 0.5")) is not None:
         for text, holds in (("attributes kept >= 0.85", row["kept"] >= 0.85),
                             ("copies < 2%", row["copies"] < 0.02)):  # fmt: skip

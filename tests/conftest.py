@@ -19,3 +19,23 @@ def model(tmp_path_factory):
     folder = tmp_path_factory.mktemp("model")
     tiny.sd_pipeline().save_pretrained(folder)
     return folder
+
+
+@pytest.fixture(scope="session")
+def encoder(tmp_path_factory):
+    """The directory of Semantica's tiny picture encoder."""
+    import semantica_tiny
+
+    folder = tmp_path_factory.mktemp("encoder")
+    semantica_tiny.encoder().save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def small_uvit(monkeypatch):
+    """A tiny model under the name of the variant `tiny`."""
+    from guidekit.semantica.model import VARIANTS
+
+    import semantica_tiny
+
+    monkeypatch.setitem(VARIANTS, "tiny", semantica_tiny.UVIT)

@@ -6,25 +6,13 @@ import shutil
 import pytest
 from PIL import Image
 
-from guidekit.semantica.model import VARIANTS
 from guidekit.semantica.train import SemanticaOptions, make
 from guidekit.train.loop import Loop, Options
 from guidekit.train.recipe import train
 
-import semantica_tiny
 from semantica_tiny import losses, write
 
-
-@pytest.fixture(scope="module")
-def encoder(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("encoder")
-    semantica_tiny.encoder().save_pretrained(folder)
-    return folder
-
-
-@pytest.fixture(autouse=True)
-def small_variant(monkeypatch):
-    monkeypatch.setitem(VARIANTS, "tiny", semantica_tiny.UVIT)
+pytestmark = pytest.mark.usefixtures("small_uvit")
 
 
 def test_a_training_that_diverges_ends_before_it_is_saved(encoder, tmp_path):
@@ -130,3 +118,10 @@ def test_a_folder_of_pages_may_hold_the_run(encoder, tmp_path):
     run = tmp_path / "runs"
     Loop(make(options, run, 16), Options(steps=1, batch=2), run / "train", True).run()
     assert len(make(options, run, 16).episodes.pages) == 6
+
+
+def test_wrong_settings_are_refused_before_pictures_are_encoded(encoder, tmp_path):
+    recipe = write(tmp_path / "r.toml", encoder)
+    with pytest.raises(ValueError, match="accumulate must be 1 or more, not 0"):
+        train(recipe, tmp_path, quiet=True, overrides={"accumulate": 0})
+    assert not (tmp_path / "small/pages").exists()

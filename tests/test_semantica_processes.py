@@ -10,25 +10,13 @@ from functools import partialmethod
 import pytest
 import torch
 
-from guidekit.semantica.model import VARIANTS
 from guidekit.train.loop import Loop
 from guidekit.train.processes import processes
 from guidekit.train.recipe import train
 
-import semantica_tiny
 from semantica_tiny import losses, write
 
-
-@pytest.fixture(scope="module")
-def encoder(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("encoder")
-    semantica_tiny.encoder().save_pretrained(folder)
-    return folder
-
-
-@pytest.fixture(autouse=True)
-def small_variant(monkeypatch):
-    monkeypatch.setitem(VARIANTS, "tiny", semantica_tiny.UVIT)
+pytestmark = pytest.mark.usefixtures("small_uvit")
 
 
 def joint(rank, port, recipe, out, sharded):

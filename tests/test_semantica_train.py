@@ -12,7 +12,6 @@ import torch
 from PIL import Image
 
 from guidekit import load
-from guidekit.semantica.model import VARIANTS
 from guidekit.semantica.train import SemanticaOptions, bounds, items, make, make_episodes
 from guidekit.train.loop import Loop, Options, lr_at
 from guidekit.train.recipe import read_recipe, task_kind, train
@@ -20,17 +19,7 @@ from guidekit.train.recipe import read_recipe, task_kind, train
 import semantica_tiny
 from semantica_tiny import losses, write
 
-
-@pytest.fixture(scope="module")
-def encoder(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("encoder")
-    semantica_tiny.encoder().save_pretrained(folder)
-    return folder
-
-
-@pytest.fixture(autouse=True)
-def small_variant(monkeypatch):
-    monkeypatch.setitem(VARIANTS, "tiny", semantica_tiny.UVIT)
+pytestmark = pytest.mark.usefixtures("small_uvit")
 
 
 def dying(recipe, out, at):

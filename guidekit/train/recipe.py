@@ -170,9 +170,9 @@ def train(
             if not quiet:
                 print(f"finished {stage.name}: {model} (remove it to train it again)")
             continue
+        options = dataclasses.replace(stage.loop, **(overrides or {}))  # refused before the work
         torch.manual_seed(stage.loop.seed)  # of the first weights
         task = task_kind(stage.task)[1](stage.options, folder, plan.size, quiet)
-        options = dataclasses.replace(stage.loop, **(overrides or {}))
         loop = Loop(task, options, folder / stage.name, quiet)
         loop.run()
         part = model.with_name("model.part")  # a kill while it is written leaves no model
