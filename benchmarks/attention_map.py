@@ -24,10 +24,9 @@ from torch import Tensor
 
 import guidekit_kernels.attention_map as kernels
 import guidekit_kernels.attention_map_joint as joint
-from guidekit.attention import token_maps
-from guidekit_kernels import tiles
-
 from attention_model import BANDWIDTH, CHOSEN, COLUMNS, RATE, SHAPES, Shape, modelled
+from guidekit.attention.call import token_maps
+from guidekit_kernels import tiles
 from memory import PeakMemory
 
 CORE = ("fused, as the core runs it", "vendor, as the core runs it")  # what the core chooses by
@@ -282,7 +281,6 @@ def goals(rows: list[dict]) -> list[str]:
 def end_to_end(repeats: int) -> list[str]:
     """A guided SDXL step with random weights against the CFG step, by implementation."""
     from guidekit_zest import Zest
-
     from overhead import Guided, fastest, random_pipeline
 
     pipeline = random_pipeline(True, torch.bfloat16).to("cuda")

@@ -8,13 +8,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import guidekit
-from guidekit import scenes
+from clip_measures import columns
 from guidekit.noise import Level
 from guidekit.noisy_clip.files import load_clip
 from guidekit.noisy_clip.model import CleanClip, NoisyClip
 from guidekit.noisy_clip.train import logsnr_at, noised
-
-from clip_measures import columns
+from guidekit.worlds import scenes
 
 LEVELS = 10
 CAPTIONS = list(itertools.product(scenes.CLASSES, scenes.BACKGROUNDS))  # of one object: 192

@@ -27,12 +27,6 @@ from torch import Tensor
 from tqdm import tqdm
 
 import guidekit
-from guidekit import Condition, Guidance, evaluate, scenes
-from guidekit.loading import make_scheduler
-from guidekit.noisy_clip.files import load_clip
-from guidekit.noisy_clip.model import CleanClip
-from guidekit.registry import Registry
-
 from clip_encoders import encoder_rows, latent_rows
 from clip_measures import (
     SAMPLES,
@@ -49,6 +43,13 @@ from clip_measures import (
     table,
 )  # fmt: skip
 from clip_verdicts import words
+from guidekit import Condition, Guidance
+from guidekit.backbones.loading import make_scheduler
+from guidekit.evaluate import judge as evaluate
+from guidekit.noisy_clip.files import load_clip
+from guidekit.noisy_clip.model import CleanClip
+from guidekit.registry import Registry
+from guidekit.worlds import scenes
 
 PARTS = ("encoder", "latents", "text", "image", "structure", "style", "both", "cost")
 REFERENCE = 2000  # real scenes for the Frechet distance

@@ -7,7 +7,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from guidekit import evaluate, scenes
+from guidekit.evaluate import judge as evaluate
+from guidekit.worlds import scenes
 
 NEGATIVES = 99  # real scenes that a picture is retrieved among
 SAMPLES = 4  # pictures of one condition, one after the other

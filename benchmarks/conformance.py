@@ -19,13 +19,14 @@ from diffusers import DiffusionPipeline
 from diffusers.utils import logging
 from tqdm import tqdm
 
-from guidekit import Condition, Denoiser, Guidance, Sampling, miniatures
-from guidekit.loading import make_scheduler, schedulers_for
+from guidekit import Condition, Denoiser, Guidance, Sampling
+from guidekit.backbones.loading import make_scheduler, schedulers_for
 from guidekit.registry import Registry, entries
+from guidekit.testing import miniatures
 
 STEPS, CFG, LABEL = 4, 5.0, 207  # PNDM begins with four
 
-# Family: its builder in guidekit.miniatures. Its schedulers are those of `schedulers_for`.
+# Family: its builder in guidekit.testing.miniatures. Its schedulers are those of `schedulers_for`.
 FAMILIES = {
     "UNet2DCond": "sd",
     "SDXL": "sdxl",

@@ -19,11 +19,6 @@ from pathlib import Path
 import click
 import torch
 
-from guidekit import Condition, Denoiser, Sampling, digits, load
-from guidekit.heads import Examples, FitOptions, fit
-from guidekit.loading import ZOO, model_defaults
-from guidekit_fewshot import FORMS, Fewshot
-
 from fewshot_digits import (
     METHODS,
     NAMES,
@@ -35,6 +30,12 @@ from fewshot_digits import (
 )
 from fewshot_scenes import Scenes
 from fewshot_store import Store, table
+from guidekit import Condition, Denoiser, Sampling, load
+from guidekit.backbones.loading import model_defaults
+from guidekit.heads import Examples, FitOptions, fit
+from guidekit.worlds import digits
+from guidekit.zoo.shipped import ZOO
+from guidekit_fewshot import FORMS, Fewshot
 
 PARTS = ("digits", "scenes", "latents", "attribute", "augment", "cost")
 

@@ -9,16 +9,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from guidekit import Condition, Denoiser, Guidance, Sampling, digits, evaluate, load
-from guidekit.heads import Examples, FitOptions, Head, fit
-from guidekit.heads.augment import accepted_pictures
-from guidekit.loading import model_defaults
-from guidekit.run import derived_seed
-from guidekit.train.digits import DigitJudge
-from guidekit_fewshot import Fewshot
-
 from fewshot_baselines import by_logits, clean_pixels, noised_pixels, other_features, random_twin
 from fewshot_store import Store, over_draws
+from guidekit import Condition, Denoiser, Guidance, Sampling, load
+from guidekit.backbones.loading import model_defaults
+from guidekit.evaluate import judge as evaluate
+from guidekit.heads import Examples, FitOptions, Head, fit
+from guidekit.heads.augment import accepted_pictures
+from guidekit.run import derived_seed
+from guidekit.train.digits import DigitJudge
+from guidekit.worlds import digits
+from guidekit_fewshot import Fewshot
 
 NAMES = [str(digit) for digit in range(10)]
 OURS = {

@@ -6,14 +6,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from guidekit import Condition, Denoiser, Guidance, Sampling, evaluate, load, scenes
-from guidekit.heads import Examples, FitOptions, Head, fit
-from guidekit.loading import model_defaults
-from guidekit.run import derived_seed
-from guidekit_fewshot import Fewshot
-
 from fewshot_baselines import train_segmenter
 from fewshot_store import Store, over_draws
+from guidekit import Condition, Denoiser, Guidance, Sampling, load
+from guidekit.backbones.loading import model_defaults
+from guidekit.evaluate import judge as evaluate
+from guidekit.heads import Examples, FitOptions, Head, fit
+from guidekit.run import derived_seed
+from guidekit.worlds import scenes
+from guidekit_fewshot import Fewshot
 
 SHAPES = ("background", *scenes.SHAPES)
 PAPER = 25.0  # its scale; rows other than "ours, paper" have the model's tuned one

@@ -25,10 +25,11 @@ from torch import Tensor
 from tqdm import tqdm
 
 import guidekit
-from guidekit import Condition, Segment, evaluate, scenes
-from guidekit.loading import model_defaults
+from guidekit import Condition, Segment
+from guidekit.backbones.loading import model_defaults
+from guidekit.evaluate import judge as evaluate
 from guidekit.registry import Registry
-
+from guidekit.worlds import scenes
 from memory import PeakMemory
 
 CEILINGS = "ceilings"

@@ -24,7 +24,6 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProject
 import guidekit
 from guidekit import Condition, Segment, average_maps, box_mask
 from guidekit_zest import Zest
-
 from memory import PeakMemory
 
 PROMPT = "a red circle and a blue square on a white background"
@@ -67,7 +66,7 @@ class Plain:
         self.timestep = self.run.run.scheduler.timesteps[0]
         prompts = [PROMPT] * batch
         null, cond = self.run.run.text([""] * batch, null=True), self.run.run.text(prompts)
-        self.text = guidekit.denoiser.Text.cat([null, cond])
+        self.text = guidekit.backbones.denoiser.Text.cat([null, cond])
         self.store: dict[str, Tensor] = {}
         # Hung in before the clock starts, as public code does once a run.
         self.before = pipeline.unet.attn_processors
@@ -115,7 +114,7 @@ class Guided:
 
     def __enter__(self) -> None:
         """What a run does once, before its steps."""
-        self.frozen = guidekit.denoiser.frozen(*self.sampling.denoiser.models)
+        self.frozen = guidekit.backbones.denoiser.frozen(*self.sampling.denoiser.models)
         self.frozen.__enter__()
 
     def __exit__(self, *error) -> None:

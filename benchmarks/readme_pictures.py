@@ -6,15 +6,15 @@ python benchmarks/readme_pictures.py docs/layout.png
 import sys
 
 import torch
-from layout import PAPER, held_out
 from PIL import Image
 from torch import Tensor
 from torchvision.utils import make_grid
 
 import guidekit
-from guidekit import scenes
-from guidekit.loading import model_defaults
+from guidekit.backbones.loading import model_defaults
 from guidekit.registry import Registry
+from guidekit.worlds import scenes
+from layout import PAPER, held_out
 
 FIRST, COUNT, ENLARGE = 40, 8, 2  # held-out scenes from number FIRST on, pixels per pixel
 

@@ -21,13 +21,14 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
-from guidekit import evaluate, load, scenes
+from guidekit import load
+from guidekit.evaluate import judge as evaluate
 from guidekit.semantica.schedule import SemanticaScheduler
 from guidekit.semantica.train import SemanticaOptions, SemanticaTask, make
 from guidekit.train.judge import Judge
 from guidekit.train.loop import Loop, Options
 from guidekit.train.precision import emulates_bf16
-
+from guidekit.worlds import scenes
 from semantica_cost import cost_rows
 from semantica_measures import HELD_OUT, SIZE, PagesSeen, held_out, measure
 from semantica_reader import reader_rows

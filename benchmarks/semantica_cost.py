@@ -16,7 +16,6 @@ from guidekit.semantica.model import VARIANTS, UViT, variant
 from guidekit.semantica.schedule import epsilon_loss, logsnr, noised
 from guidekit.semantica.train import SemanticaOptions, SemanticaTask
 from guidekit.train.loop import Loop, Options
-
 from memory import PeakMemory
 
 TOKENS = 257  # of DINOv2 at 224x224

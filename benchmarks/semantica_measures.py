@@ -5,8 +5,9 @@ from dataclasses import dataclass
 import numpy as np
 from torch import Tensor
 
-from guidekit import evaluate, scenes
+from guidekit.evaluate import judge as evaluate
 from guidekit.train.judge import Judge
+from guidekit.worlds import scenes
 
 SIZE = 32
 HELD_OUT = ("red circle", "blue square", "green star", "yellow ring", "pink cross", "cyan triangle")

@@ -4,9 +4,10 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from guidekit import evaluate, scenes
-from guidekit.config import ZOO
+from guidekit.cli.settings import ZOO
+from guidekit.evaluate import judge as evaluate
 from guidekit.semantica.tags import TagLoss, TagsOptions, TagsTask, held
+from guidekit.worlds import scenes
 
 ENCODERS = {
     "scenes-clip": "scenes-clip",

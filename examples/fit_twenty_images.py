@@ -9,10 +9,11 @@ import tempfile
 from pathlib import Path
 
 import guidekit
-from guidekit import Condition, Denoiser, digits
+from guidekit import Condition, Denoiser
 from guidekit.heads import FitOptions, fit, read_examples
 from guidekit.heads.augment import accepted_pictures
 from guidekit.registry import Registry
+from guidekit.worlds import digits
 
 model = sys.argv[1] if len(sys.argv) > 1 else "digits-ddpm"
 steps = int(sys.argv[2]) if len(sys.argv) > 2 else 50

@@ -16,18 +16,18 @@ from guidekit.hookspecs import hookimpl
 __version__ = "0.1.0"
 
 _HOME = {
-    "AttentionCall": "attention",
+    "AttentionCall": "attention.call",
     "AttentionRead": "guidance",
     "BlockCall": "taps",
     "Branch": "guidance",
     "Condition": "conditions",
-    "Denoiser": "denoiser",
+    "Denoiser": "backbones.denoiser",
     "Eval": "guidance",
     "FeatureRead": "guidance",
     "Guidance": "guidance",
     "Level": "noise",
     "Move": "noise",
-    "Perturbed": "perturbation",
+    "Perturbed": "perturbed",
     "Reference": "references",
     "Run": "run",
     "Sampling": "sampler",
@@ -38,27 +38,27 @@ _HOME = {
     "box_mask": "conditions",
     "draw": "sampler",
     "level": "noise",
-    "load": "loading",
+    "load": "backbones.loading",
     "load_layout": "conditions",
     "load_mask": "conditions",
     "load_reference": "references",
     "sample": "sampler",
     "tap_attention": "taps",
     "tap_blocks": "taps",
-    "token_maps": "attention",
+    "token_maps": "attention.call",
 }
 
 __all__ = ["hookimpl", *_HOME]
 
 if TYPE_CHECKING:
     from guidekit.attached import attach
-    from guidekit.attention import AttentionCall, token_maps
+    from guidekit.attention.call import AttentionCall, token_maps
+    from guidekit.backbones.denoiser import Denoiser
+    from guidekit.backbones.loading import load
     from guidekit.conditions import Condition, Segment, box_mask, load_layout, load_mask
-    from guidekit.denoiser import Denoiser
     from guidekit.guidance import AttentionRead, Branch, Eval, FeatureRead, Guidance, average_maps
-    from guidekit.loading import load
     from guidekit.noise import Level, Move, level
-    from guidekit.perturbation import Perturbed
+    from guidekit.perturbed import Perturbed
     from guidekit.references import Reference, load_reference
     from guidekit.run import Run
     from guidekit.sampler import Sampling, draw, sample

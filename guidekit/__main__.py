@@ -1,5 +1,5 @@
 """`python -m guidekit` is the command `guidekit`."""
 
-from guidekit.cli import main
+from guidekit.cli.main import main
 
 main(prog_name="guidekit")

@@ -26,15 +26,15 @@ from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from torch import Tensor, nn
 
 from guidekit.account import Account
+from guidekit.backbones.denoiser import frozen
+from guidekit.backbones.replay import Replay
+from guidekit.backbones.tokens import segment_columns
 from guidekit.conditions import Condition, Layouts, spread_layouts, with_prompts
-from guidekit.denoiser import frozen
-from guidekit.engine import Engine
+from guidekit.engine.engine import Engine
 from guidekit.guidance import Guidance
-from guidekit.replay import Replay
 from guidekit.run import Run
 from guidekit.step import Step
 from guidekit.taps import Patch
-from guidekit.tokens import segment_columns
 
 _ATTACHED: "weakref.WeakSet[nn.Module]" = weakref.WeakSet()  # denoisers, shared by pipelines
 

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from PIL import Image, ImageColor
 from torch import Tensor
 
-from guidekit.pictures import PICTURE_ERRORS
+from guidekit.images import PICTURE_ERRORS
 from guidekit.references import Reference
 
 

@@ -18,7 +18,7 @@ from torch import Tensor
 from guidekit.conditions import Condition, Segment, box_mask
 
 if TYPE_CHECKING:
-    from guidekit.attention import AttentionCall
+    from guidekit.attention.call import AttentionCall
     from guidekit.run import Run
     from guidekit.step import Step
     from guidekit.taps import BlockCall

@@ -27,7 +27,7 @@ def pytest_configure(config: pytest.Config) -> None:
         config.stash[GUIDANCES] = _guidances(names)
     except ValueError as error:
         raise pytest.UsageError(str(error)) from None
-    checks = str(Path(__file__).with_name("conformance.py"))
+    checks = str(Path(__file__).parent / "testing" / "conformance.py")
     named = config.args_source is pytest.Config.ArgsSource.ARGS
     config.args = [*config.args, checks] if named else [checks]
 

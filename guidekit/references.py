@@ -11,8 +11,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from guidekit import scenes
-from guidekit.pictures import PICTURE_ERRORS, read_picture, to_image, upright
+from guidekit.images import PICTURE_ERRORS, read_picture, to_image, upright
+from guidekit.worlds import scenes
 
 BUILT_IN = re.compile(r"scene-(\d+)")
 SCENE_SIZE = 64  # of built-in references

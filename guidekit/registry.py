@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import pluggy
 
 from guidekit import hookspecs
-from guidekit.config import convert, option_kinds
+from guidekit.cli.settings import convert, option_kinds
 
 if TYPE_CHECKING:
     from guidekit.guidance import Guidance

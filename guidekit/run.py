@@ -7,11 +7,11 @@ import torch
 from torch import Tensor
 
 from guidekit.account import Account
-from guidekit.backbones import layout_sites, site_grid
+from guidekit.attention.choice import choose
+from guidekit.backbones.denoiser import Denoiser, Text
+from guidekit.backbones.records import layout_sites, site_grid
 from guidekit.conditions import Condition
-from guidekit.denoiser import Denoiser, Text
 from guidekit.guidance import AttentionRead, FeatureRead, Guidance
-from guidekit.implementations import choose
 from guidekit.taps import find_sites
 
 MEMORY = ("fast", "low")

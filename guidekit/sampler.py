@@ -13,9 +13,9 @@ from diffusers import DiffusionPipeline
 from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
+from guidekit.backbones.denoiser import Denoiser, frozen
 from guidekit.conditions import Condition
-from guidekit.denoiser import Denoiser, frozen
-from guidekit.engine import Engine
+from guidekit.engine.engine import Engine
 from guidekit.guidance import Guidance
 from guidekit.noise import is_flow
 from guidekit.run import Run, derived_seed

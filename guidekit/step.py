@@ -9,7 +9,7 @@ from guidekit.guidance import Branch, Eval, Guidance
 from guidekit.noise import Level, Move, level
 
 if TYPE_CHECKING:
-    from guidekit.engine import Engine
+    from guidekit.engine.engine import Engine
 
 
 class Step:

@@ -20,8 +20,8 @@ from diffusers.models.attention_dispatch import AttentionBackendName, _Attention
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from guidekit.attention import AttentionCall
-from guidekit.implementations import choose
+from guidekit.attention.call import AttentionCall
+from guidekit.attention.choice import choose
 
 SDPA = F.scaled_dot_product_attention
 _SDPA_NAMES = (

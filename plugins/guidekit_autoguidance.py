@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from guidekit import BlockCall, Branch, Perturbed, Run, Step, hookimpl
-from guidekit.perturbation import layers
+from guidekit.perturbed import layers
 
 
 @dataclass(kw_only=True)

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from guidekit import Guidance, Run, Step, hookimpl
-from guidekit.loading import schedulers_for
+from guidekit.backbones.loading import schedulers_for
 from guidekit.references import read_references
 
 # Schedulers by --scheduler's name whose every step starts from the sample that it is given.

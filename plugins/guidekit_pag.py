@@ -10,7 +10,7 @@ StableDiffusion3PAGPipeline.
 from dataclasses import dataclass
 
 from guidekit import AttentionCall, Branch, Perturbed, Run, Step, hookimpl
-from guidekit.perturbation import pixel_rows
+from guidekit.perturbed import pixel_rows
 
 
 @dataclass(kw_only=True)

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from guidekit import AttentionCall, Branch, Guidance, Level, Run, Step, hookimpl
+from guidekit.backbones.tokens import segment_weights
 from guidekit.conditions import require_segments, segment_masks, segment_strengths
-from guidekit.tokens import segment_weights
 
 SCHEDULES = ("log", "log2", "noise", "constant")
 STATISTICS = ("max", "std")

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from guidekit import AttentionCall, Branch, Perturbed, Run, Step, hookimpl
-from guidekit.perturbation import pixel_rows
+from guidekit.perturbed import pixel_rows
 
 
 @dataclass(kw_only=True)

@@ -27,9 +27,9 @@ from guidekit import (
     hookimpl,
     load_reference,
 )
-from guidekit.config import ZOO
-from guidekit.loading import LOAD_ERRORS
-from guidekit.pictures import to_image
+from guidekit.backbones.loading import LOAD_ERRORS
+from guidekit.cli.settings import ZOO
+from guidekit.images import to_image
 from guidekit.references import square
 from guidekit.semantica.adapter import SITES, load_adapter, random_adapter
 

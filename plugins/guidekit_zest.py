@@ -16,8 +16,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from guidekit import AttentionRead, Guidance, Run, Step, average_maps, hookimpl
+from guidekit.backbones.tokens import real_tokens, segment_weights
 from guidekit.conditions import require_segments, segment_masks, segment_strengths
-from guidekit.tokens import real_tokens, segment_weights
 
 AGGREGATES = ("global", "layer", "head", "top")
 LOSSES = ("bce", "bce_plain", "bce_normalised", "power4", "mse")

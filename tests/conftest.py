@@ -34,8 +34,7 @@ def encoder(tmp_path_factory):
 @pytest.fixture
 def small_uvit(monkeypatch):
     """A tiny model under the name of the variant `tiny`."""
-    from guidekit.semantica.model import VARIANTS
-
     import semantica_tiny
+    from guidekit.semantica.model import VARIANTS
 
     monkeypatch.setitem(VARIANTS, "tiny", semantica_tiny.UVIT)

@@ -1,5 +1,5 @@
-"""Tiny pipelines of the transformer families; see guidekit.miniatures."""
+"""Tiny pipelines of the transformer families; see guidekit.testing.miniatures."""
 
-from guidekit.miniatures import dit_pipeline, flux_pipeline, pixart_pipeline, sd3_pipeline
+from guidekit.testing.miniatures import dit_pipeline, flux_pipeline, pixart_pipeline, sd3_pipeline
 
 __all__ = ["dit_pipeline", "flux_pipeline", "pixart_pipeline", "sd3_pipeline"]

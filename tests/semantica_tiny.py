@@ -4,11 +4,11 @@ import json
 
 import torch
 
-from guidekit.miniatures import frozen_model, randomised
 from guidekit.semantica.encode import ImageEncoder, from_timm
 from guidekit.semantica.model import UViT
 from guidekit.semantica.pipeline import SemanticaPipeline
 from guidekit.semantica.schedule import SemanticaScheduler
+from guidekit.testing.miniatures import frozen_model, randomised
 
 SIZE = 16
 UVIT = dict(

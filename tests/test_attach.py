@@ -15,6 +15,8 @@ from diffusers import (
 )
 from diffusers.models.attention_processor import IPAdapterAttnProcessor2_0
 
+import tiny
+from drawing import draw, draw_family, transformer
 from guidekit import Condition, Guidance, Segment, attach, box_mask, sample
 from guidekit.taps import Patch, find_sites
 from guidekit_cfg import ClassifierFree
@@ -22,9 +24,6 @@ from guidekit_clip import Clip
 from guidekit_multidiffusion import MultiDiffusion
 from guidekit_pww import PaintWithWords
 from guidekit_zest import Zest
-
-import tiny
-from drawing import draw, draw_family, transformer
 
 SEGMENTS = (Segment("red circle", box_mask((0, 0, 0.5, 1))),)
 RED = Condition("a red circle", "blue", SEGMENTS)

@@ -9,13 +9,12 @@ from diffusers.models.attention_processor import Attention, IPAdapterAttnProcess
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from guidekit import attention
-from guidekit import implementations as chosen
-from guidekit.attention import AttentionCall, attend, token_maps
-from guidekit.implementations import choose, implementations
-from guidekit.taps import tap_attention
-
 import tiny
+from guidekit.attention import call as attention
+from guidekit.attention import choice as chosen
+from guidekit.attention.call import AttentionCall, attend, token_maps
+from guidekit.attention.choice import choose, implementations
+from guidekit.taps import tap_attention
 
 
 def make_call(b=2, h=4, hk=4, n=12, t=7, d=8, dtype=torch.float32, grad=False, seed=0):

@@ -4,8 +4,9 @@ import pytest
 import torch
 from diffusers import UNet2DConditionModel, VQModel
 
-from guidekit import backbones
-from guidekit.backbones import (
+import tiny
+from guidekit.backbones import records as backbones
+from guidekit.backbones.records import (
     family_of,
     halved_grid,
     halvings,
@@ -14,8 +15,6 @@ from guidekit.backbones import (
     site_level,
 )
 from guidekit.taps import find_sites, tap_attention
-
-import tiny
 
 UNETS = dict(
     two_levels=dict(),

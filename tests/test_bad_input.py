@@ -15,8 +15,8 @@ import pytest
 from click.testing import CliRunner
 from PIL import Image
 
-from guidekit.cli import main
-from guidekit.loading import load
+from guidekit.backbones.loading import load
+from guidekit.cli.main import main
 
 PROMPT = "a red circle and a blue square on white"
 
@@ -187,7 +187,7 @@ def test_a_full_disk(model, tmp_path):
 
 @pytest.mark.parametrize("code", [errno.ENOSPC, errno.EDQUOT, errno.EFBIG])
 def test_every_way_of_being_full_names_the_remedy(model, monkeypatch, code):
-    from guidekit import outputs
+    from guidekit.cli import outputs
 
     def full(*_, **__):
         raise OSError(code, os.strerror(code), "o/0.png")

@@ -3,11 +3,10 @@
 import pytest
 import torch
 
+import tiny
 from guidekit import Condition, Guidance, Sampling, Segment, box_mask
 from guidekit_cfg import ClassifierFree
 from guidekit_multidiffusion import MultiDiffusion
-
-import tiny
 
 PROMPT = "a red circle"
 SEGMENTS = (Segment("red circle", box_mask((0, 0, 0.5, 1))),)

@@ -11,9 +11,8 @@ import torch
 from click.testing import CliRunner
 from PIL import Image
 
-from guidekit.cli import _next_step, main
-
 import tiny
+from guidekit.cli.main import _next_step, main
 
 PROMPT = "a red circle and a blue square on white"
 SEGMENTS = ("red circle=0,0,0.5,0.5", "blue square=0.5,0.5,1,1")
@@ -54,7 +53,7 @@ def pictures(folder):
 
 def test_help_is_quick_and_needs_no_torch():
     code = (
-        "import sys\nfrom guidekit.cli import main\n"
+        "import sys\nfrom guidekit.cli.main import main\n"
         "try:\n    main(['sample', '--help'])\nexcept SystemExit:\n    pass\n"
         "print(sorted({'torch', 'diffusers', 'numpy', 'PIL'} & set(sys.modules)))"
     )
@@ -299,7 +298,7 @@ def test_ctrl_c_keeps_what_is_finished(model, tmp_path, monkeypatch):
 
 
 def test_ctrl_c_while_the_model_is_loaded(model, tmp_path, monkeypatch):
-    from guidekit import studio
+    from guidekit.cli import session as studio
 
     def load(*_):
         raise KeyboardInterrupt

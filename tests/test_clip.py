@@ -10,14 +10,14 @@ import torch
 import torch.nn.functional as F
 
 from guidekit import Condition, Guidance, Sampling, Segment, box_mask, load
-from guidekit.evaluate import FOUND, load_judge, see
-from guidekit.loading import make_scheduler, schedulers_for
-from guidekit.miniatures import ddpm_pipeline, sd3_pipeline, sd_pipeline
+from guidekit.backbones.loading import make_scheduler, schedulers_for
+from guidekit.evaluate.judge import FOUND, load_judge, see
 from guidekit.noisy_clip.miniature import random_clip, random_encoder
 from guidekit.references import read_references
 from guidekit.registry import Registry
-from guidekit.scenes import CLASSES
 from guidekit.testing import run_check
+from guidekit.testing.miniatures import ddpm_pipeline, sd3_pipeline, sd_pipeline
+from guidekit.worlds.scenes import CLASSES
 from guidekit_clip import Clip, gram, shifted, split, style, weighted
 from guidekit_zest import Zest
 

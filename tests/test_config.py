@@ -7,8 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from guidekit.conditions import load_layout, parse_layout
-from guidekit.config import (
+from guidekit.cli.settings import (
     Settings,
     convert,
     dump,
@@ -18,6 +17,7 @@ from guidekit.config import (
     read_config,
     sample_keys,
 )
+from guidekit.conditions import load_layout, parse_layout
 
 JSON = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8),

@@ -12,11 +12,12 @@ import pytest
 import torch
 from click.testing import CliRunner
 
-from guidekit import describe, integrity
-from guidekit.cli import main, sample
-from guidekit.config import Settings, dump, sample_keys
-from guidekit.describe import describe_plugin, plugin_text
+from guidekit.cli import describe
+from guidekit.cli.describe import describe_plugin, plugin_text
+from guidekit.cli.main import main, sample
+from guidekit.cli.settings import Settings, dump, sample_keys
 from guidekit.registry import Registry, entries
+from guidekit.zoo import shipped as integrity
 
 NAMES = [entry.name for entry in entries() if entry.first_party]
 
@@ -36,7 +37,7 @@ def test_doctor_tries_what_it_says():
 
 
 def test_doctor_runs_every_implementation(monkeypatch):
-    from guidekit import attention
+    from guidekit.attention import call as attention
 
     assert describe._tried("sdpa") == "works"
     right = attention._ATTEND["sdpa"]
@@ -55,7 +56,7 @@ def test_doctor_runs_every_implementation(monkeypatch):
 
 
 def test_the_list_of_hashes_is_that_of_the_models():
-    """After a change of a built-in model: python -m guidekit.integrity."""
+    """After a change of a built-in model: python -m guidekit.zoo.shipped."""
     assert integrity.shipped_hashes() == integrity.file_hashes()
     assert set(integrity.damages().values()) == {""}
 

@@ -9,7 +9,7 @@ import click
 import pytest
 
 from guidekit import Guidance, hookspecs
-from guidekit.cli import main
+from guidekit.cli.main import main
 from guidekit.step import Step
 from guidekit.testing import CHECKS
 

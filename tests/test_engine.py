@@ -8,12 +8,11 @@ import pytest
 import torch
 from diffusers import DDIMScheduler
 
+import tiny
 from guidekit import Branch, Condition, FeatureRead, Guidance, Sampling, Segment, box_mask
 from guidekit.account import NonFiniteError
 from guidekit_pww import PaintWithWords
 from guidekit_zest import Zest
-
-import tiny
 
 SEGMENTS = (
     Segment("red circle", box_mask((0, 0, 0.5, 1))),
@@ -488,7 +487,7 @@ def test_many_branches_are_one_result_in_several_calls(pipe, monkeypatch):
             return [*branches, *more]
 
     expected = predict(pipe, [Many()])[1].out
-    monkeypatch.setattr("guidekit.engine.CALL_BRANCHES", 2)
+    monkeypatch.setattr("guidekit.engine.engine.CALL_BRANCHES", 2)
     torch.testing.assert_close(predict(pipe, [Many()])[1].out, expected, rtol=1e-4, atol=1e-5)
 
 

@@ -4,8 +4,9 @@ import numpy as np
 import pytest
 import torch
 
-from guidekit import evaluate, scenes
+from guidekit.evaluate import judge as evaluate
 from guidekit.train.judge import Judge
+from guidekit.worlds import scenes
 
 
 def test_miou_of_shifted_box_and_of_spilling_object():

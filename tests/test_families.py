@@ -22,8 +22,8 @@ from guidekit import (
     box_mask,
     miniatures,
 )
-from guidekit.loading import make_scheduler
-from guidekit.tokens import segment_columns
+from guidekit.backbones.loading import make_scheduler
+from guidekit.backbones.tokens import segment_columns
 from guidekit_pww import PaintWithWords
 from guidekit_zest import Zest
 

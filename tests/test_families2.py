@@ -25,11 +25,11 @@ from guidekit import (
     miniatures,
     tap_attention,
 )
-from guidekit.loading import make_scheduler
-from guidekit.packing import aligned, taken
-from guidekit.subject import Subject
+from guidekit.backbones.loading import make_scheduler
+from guidekit.backbones.padding import aligned, taken
+from guidekit.backbones.tokens import real_tokens, segment_columns
 from guidekit.testing import restored
-from guidekit.tokens import real_tokens, segment_columns
+from guidekit.testing.subject import Subject
 from guidekit_pag import PerturbedAttention
 from guidekit_pww import PaintWithWords
 from guidekit_zest import Zest

@@ -8,15 +8,16 @@ import torch.nn.functional as F
 from click.testing import CliRunner
 from diffusers import DDIMScheduler
 
-from guidekit import Condition, Denoiser, Sampling, Segment, box_mask, digits, draw, load
-from guidekit.cli import main
+from guidekit import Condition, Denoiser, Sampling, Segment, box_mask, draw, load
+from guidekit.cli.main import main
 from guidekit.heads import Examples, FitOptions, Reading, fit
 from guidekit.heads.features import fingerprint
 from guidekit.heads.head import Head, HeadConfig
 from guidekit.heads.linear import fit_linear
-from guidekit.loading import ZOO
-from guidekit.miniatures import ddpm_pipeline, sd_pipeline
+from guidekit.testing.miniatures import ddpm_pipeline, sd_pipeline
 from guidekit.train.digits import DigitJudge
+from guidekit.worlds import digits
+from guidekit.zoo.shipped import ZOO
 from guidekit_fewshot import FORMS, Fewshot
 from guidekit_zest import Zest
 

@@ -6,6 +6,7 @@ import torch.nn.functional as F
 from diffusers import StableDiffusionPAGPipeline
 from diffusers.guiders.adaptive_projected_guidance import MomentumBuffer, normalized_guidance
 
+import tiny
 from guidekit import Condition, Sampling, Segment, box_mask
 from guidekit_apg import AdaptiveProjected
 from guidekit_autoguidance import Autoguidance
@@ -14,8 +15,6 @@ from guidekit_multidiffusion import MultiDiffusion
 from guidekit_pag import PerturbedAttention
 from guidekit_seg import SmoothedEnergy, blurred
 from guidekit_slg import SkipLayer
-
-import tiny
 
 CONDITION = Condition(
     "a red circle", segments=(Segment("red circle", box_mask((0, 0, 0.5, 1))),)

@@ -11,17 +11,16 @@ from diffusers import (
     StableDiffusionXLPAGPipeline,
 )
 
+import tiny
+from drawing import draw, draw_family, transformer
 from guidekit import attach, tap_attention, tap_blocks
-from guidekit.backbones import family_of
-from guidekit.perturbation import layers, self_attention
+from guidekit.backbones.records import family_of
+from guidekit.perturbed import layers, self_attention
 from guidekit_apg import AdaptiveProjected
 from guidekit_autoguidance import Autoguidance
 from guidekit_pag import PerturbedAttention
 from guidekit_seg import SmoothedEnergy
 from guidekit_slg import SkipLayer
-
-import tiny
-from drawing import draw, draw_family, transformer
 
 FAMILIES = ("sd3", "flux", "pixart")
 PERTURBED = {

@@ -24,7 +24,7 @@ from guidekit.heads.features import (
 from guidekit.heads.head import Head, HeadConfig
 from guidekit.heads.linear import fit_linear, log_loss
 from guidekit.heads.pixels import varied
-from guidekit.miniatures import ddpm_pipeline, sd_pipeline
+from guidekit.testing.miniatures import ddpm_pipeline, sd_pipeline
 
 SIZE = (16, 16)
 

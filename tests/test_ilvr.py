@@ -6,9 +6,9 @@ import pytest
 import torch
 
 from guidekit import Condition, Guidance, Sampling
-from guidekit.loading import make_scheduler, schedulers_for
-from guidekit.miniatures import ddpm_pipeline, sd3_pipeline
+from guidekit.backbones.loading import make_scheduler, schedulers_for
 from guidekit.references import read_references
+from guidekit.testing.miniatures import ddpm_pipeline, sd3_pipeline
 from guidekit_ilvr import READERS, Ilvr, low_pass
 
 SCENE = Path("scene-3")

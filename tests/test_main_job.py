@@ -49,7 +49,9 @@ def test_first_command_moves_the_objects(drawn):
     import torch
     from PIL import Image
 
-    from guidekit import box_mask, evaluate, scenes
+    from guidekit import box_mask
+    from guidekit.evaluate import judge as evaluate
+    from guidekit.worlds import scenes
 
     folder, _, _ = drawn
     record = json.loads((folder / "run.json").read_text())

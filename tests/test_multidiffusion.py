@@ -5,10 +5,9 @@ import copy
 import pytest
 import torch
 
+import tiny
 from guidekit import Condition, Sampling, Segment, box_mask
 from guidekit_multidiffusion import MultiDiffusion, region_masks, windows
-
-import tiny
 
 LEFT, RIGHT = box_mask((0, 0, 0.5, 1)), box_mask((0.5, 0, 1, 1))
 MIDDLE = box_mask((0.25, 0, 0.75, 1))

@@ -16,8 +16,8 @@ import timm
 import torch
 from PIL import Image
 
-from guidekit import Condition, Denoiser, Sampling, scenes
-from guidekit.miniatures import sd3_pipeline
+import clips
+from guidekit import Condition, Denoiser, Sampling
 from guidekit.noise import Level
 from guidekit.noisy_clip.data import Folder, open_data, reshaped
 from guidekit.noisy_clip.files import load_clip
@@ -31,11 +31,11 @@ from guidekit.noisy_clip.train import (
     logsnr_at,
     noised,
 )
+from guidekit.testing.miniatures import sd3_pipeline
 from guidekit.train import recipe
 from guidekit.train.loop import Loop, Options
+from guidekit.worlds import scenes
 from guidekit_clip import Clip
-
-import clips
 
 KINDS = ("resnet", "vit", "timm")
 LEVELS = (-math.inf, -6.0, 0.0, 6.0, math.inf)

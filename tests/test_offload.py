@@ -9,12 +9,11 @@ import torch
 from accelerate.hooks import AlignDevicesHook, CpuOffload
 from diffusers.hooks import HookRegistry
 
+import tiny
+from drawing import draw
 from guidekit import Condition, Segment, attach, box_mask, sample
 from guidekit_pag import PerturbedAttention
 from guidekit_zest import Zest
-
-import tiny
-from drawing import draw
 
 SHORT = {"seeds": (5,), "num_inference_steps": 2}
 HOOKS = {AlignDevicesHook, CpuOffload, HookRegistry}

@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from guidekit import Branch, Condition, Guidance
+from guidekit.cli.scaffold import template
 from guidekit.registry import Registry, entries
-from guidekit.scaffold import template
 from guidekit.testing import CHECKS, check_guidance, run_check
 
 

@@ -6,10 +6,9 @@ import pytest
 import torch
 from diffusers import DDIMScheduler
 
+import tiny
 from guidekit import Condition, Sampling, Segment, box_mask
 from guidekit_pww import PaintWithWords
-
-import tiny
 
 LEFT, RIGHT = box_mask((0, 0, 0.5, 1)), box_mask((0.5, 0, 1, 1))
 RED = Condition("a red circle on white", segments=(Segment("red circle", LEFT),))

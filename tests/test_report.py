@@ -8,8 +8,8 @@ import pytest
 import torch
 from PIL import Image
 
-from guidekit import pictures
-from guidekit.report import write_report
+from guidekit import images as pictures
+from guidekit.cli.report import write_report
 
 EVIL = "<script>alert('x')</script> & \"quotes\""
 

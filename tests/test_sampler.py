@@ -16,11 +16,10 @@ from diffusers import (
     UniPCMultistepScheduler,
 )
 
+import tiny
 from guidekit import Condition, Guidance, Sampling, Segment, box_mask, draw
 from guidekit_pww import PaintWithWords
 from guidekit_zest import Zest
-
-import tiny
 
 SCHEDULERS = [
     DDIMScheduler, PNDMScheduler, EulerDiscreteScheduler, EulerAncestralDiscreteScheduler,

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from guidekit import scenes
+from guidekit.worlds import scenes
 
 
 def test_a_scene_is_a_function_of_its_number():

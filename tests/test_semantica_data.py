@@ -32,7 +32,6 @@ from guidekit.semantica.sources import (
     scene_items,
     shard_items,
 )
-
 from semantica_tiny import SIZE, encoder
 from semantica_tiny import pipeline as semantica_pipeline
 

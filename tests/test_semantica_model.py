@@ -6,11 +6,11 @@ import pytest
 import torch
 from diffusers.models.embeddings import get_timestep_embedding
 
-from guidekit.backbones import layout_sites, site_grid
-from guidekit.miniatures import randomised
+from guidekit.backbones.records import layout_sites, site_grid
 from guidekit.semantica.model import VARIANTS, UViT, variant
 from guidekit.semantica.schedule import shift
 from guidekit.taps import block_features, find_sites, tap_attention, tap_blocks
+from guidekit.testing.miniatures import randomised
 
 SMALL = dict(
     sample_size=16, block_out_channels=(8, 16, 32), layers_per_block=(1, 2, 2), patch_size=1,

@@ -9,7 +9,6 @@ from PIL import Image
 from guidekit.semantica.train import SemanticaOptions, make
 from guidekit.train.loop import Loop, Options
 from guidekit.train.recipe import train
-
 from semantica_tiny import losses, write
 
 pytestmark = pytest.mark.usefixtures("small_uvit")

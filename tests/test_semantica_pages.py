@@ -12,14 +12,13 @@ from PIL.PngImagePlugin import PngInfo
 from safetensors.torch import save_file
 
 from guidekit.conditions import load_mask
-from guidekit.pictures import read_picture, upright
+from guidekit.images import read_picture, upright
 from guidekit.references import load_reference, load_references, square
 from guidekit.semantica import data, pairs
 from guidekit.semantica.data import Pages, write_pages
 from guidekit.semantica.encode import from_timm, load_encoder
 from guidekit.semantica.pairs import answered, find_pairs, request
 from guidekit.semantica.sources import Item, files_below, folder_items, scene_items
-
 from semantica_tiny import SIZE, encoder
 
 

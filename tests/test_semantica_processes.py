@@ -13,7 +13,6 @@ import torch
 from guidekit.train.loop import Loop
 from guidekit.train.processes import processes
 from guidekit.train.recipe import train
-
 from semantica_tiny import losses, write
 
 pytestmark = pytest.mark.usefixtures("small_uvit")

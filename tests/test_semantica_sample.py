@@ -10,22 +10,22 @@ import torch
 from click.testing import CliRunner
 from PIL import Image
 
-from guidekit import Condition, Reference, Sampling, load, scenes
-from guidekit.cli import main
-from guidekit.evaluate import load_judge, see
+import semantica_tiny
+from guidekit import Condition, Reference, Sampling, load
+from guidekit.backbones.loading import make_scheduler
+from guidekit.cli.main import main
+from guidekit.evaluate.judge import load_judge, see
 from guidekit.guidance import FeatureRead
-from guidekit.loading import make_scheduler
-from guidekit.miniatures import sd_pipeline
-from guidekit.pictures import to_image
+from guidekit.images import to_image
 from guidekit.references import load_references
 from guidekit.semantica import adapter_train
 from guidekit.semantica.adapter import ImageAdapter, load_adapter, new_adapter
 from guidekit.semantica.adapter_train import AdapterOptions, make
 from guidekit.semantica.pipeline import denoise
+from guidekit.testing.miniatures import sd_pipeline
 from guidekit.train.loop import Loop, Options
+from guidekit.worlds import scenes
 from guidekit_semantica import Semantica
-
-import semantica_tiny
 
 
 @pytest.fixture(scope="module")

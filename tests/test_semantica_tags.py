@@ -5,13 +5,13 @@ import json
 import pytest
 import torch
 
-from guidekit import load, scenes
+import semantica_tiny
+from guidekit import load
 from guidekit.semantica.encode import from_open_clip, load_encoder
 from guidekit.semantica.model import VARIANTS
 from guidekit.semantica.tags import TagsOptions, TagsTask, held
 from guidekit.train.recipe import train
-
-import semantica_tiny
+from guidekit.worlds import scenes
 
 RECIPE = """
 model = "small"

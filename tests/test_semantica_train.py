@@ -11,12 +11,11 @@ import pytest
 import torch
 from PIL import Image
 
+import semantica_tiny
 from guidekit import load
 from guidekit.semantica.train import SemanticaOptions, bounds, items, make, make_episodes
 from guidekit.train.loop import Loop, Options, lr_at
 from guidekit.train.recipe import read_recipe, task_kind, train
-
-import semantica_tiny
 from semantica_tiny import losses, write
 
 pytestmark = pytest.mark.usefixtures("small_uvit")

@@ -2,16 +2,16 @@
 
 import pytest
 
-from guidekit import Condition, Sampling, Segment, box_mask, miniatures
-from guidekit.tokens import (
+import tiny
+from guidekit import Condition, Sampling, Segment, box_mask
+from guidekit.backbones.tokens import (
     append_phrases,
     real_tokens,
     segment_columns,
     segment_weights,
     token_columns,
 )
-
-import tiny
+from guidekit.testing import miniatures
 
 MASK = box_mask((0, 0, 0.5, 1))
 

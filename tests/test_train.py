@@ -15,13 +15,14 @@ from accelerate import Accelerator
 from diffusers import StableDiffusionPipeline
 from safetensors.torch import load_file
 
-from guidekit import Condition, Sampling, digits, load, scenes
+from guidekit import Condition, Sampling, load
 from guidekit.train.batches import batches
 from guidekit.train.digits import DigitJudge
 from guidekit.train.loop import Options, lr_at
 from guidekit.train.pixels import jitter
 from guidekit.train.recipe import read_recipe, recipes, train
 from guidekit.train.text import TextOptions, train_tokenizer, varied_caption
+from guidekit.worlds import digits, scenes
 
 RECIPE = """
 model = "small"

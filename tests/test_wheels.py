@@ -11,9 +11,9 @@ from types import SimpleNamespace
 import pytest
 
 from guidekit import pytest_plugin
-from guidekit.integrity import damages, shipped_hashes
-from guidekit.scaffold import FILES, new_plugin
+from guidekit.cli.scaffold import FILES, new_plugin
 from guidekit.testing import CHECKS
+from guidekit.zoo.shipped import damages, shipped_hashes
 
 ROOT = Path(__file__).parent.parent
 

@@ -13,10 +13,9 @@ from diffusers import (
     UniPCMultistepScheduler,
 )
 
+import tiny
 from guidekit import Condition, Sampling, Segment, box_mask
 from guidekit_zest import AGGREGATES, DECAYS, LOSSES, NORMALISERS, PRESETS, TOKENS, Zest
-
-import tiny
 
 LEFT, CORNER = box_mask((0, 0, 0.5, 1)), box_mask((0.5, 0.5, 1, 1))
 SEGMENTS = (Segment("red circle", LEFT), Segment("blue", CORNER, strength=0.5))

@@ -1,7 +1,7 @@
 """Tiny random members of the denoiser families with inputs.
 
 `MODELS[name]()` returns (model, keyword inputs, name of the image input). The whole pipelines are
-`guidekit.miniatures`.
+`guidekit.testing.miniatures`.
 """
 
 import torch
@@ -18,7 +18,7 @@ from diffusers import (
 )
 from diffusers.utils import logging
 
-from guidekit.miniatures import (
+from guidekit.testing.miniatures import (
     SD_UNET,
     SDXL_UNET,
     WORDS,
@@ -28,7 +28,7 @@ from guidekit.miniatures import (
     text_encoder,
     tokenizer,
 )
-from guidekit.miniatures import frozen_model as _frozen
+from guidekit.testing.miniatures import frozen_model as _frozen
 
 __all__ = [
     "MODELS",

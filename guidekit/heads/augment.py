@@ -13,10 +13,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from guidekit.backbones.denoiser import Denoiser
 from guidekit.conditions import Condition
-from guidekit.denoiser import Denoiser
 from guidekit.guidance import Guidance
-from guidekit.pictures import to_image
+from guidekit.images import to_image
 from guidekit.run import derived_seed
 from guidekit.sampler import Sampling, accepted
 

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from guidekit.denoiser import Denoiser
+from guidekit.backbones.denoiser import Denoiser
 from guidekit.heads.data import Examples
 from guidekit.heads.features import Reading, collect
 from guidekit.heads.head import Head, HeadConfig

@@ -23,7 +23,7 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
-from guidekit.pictures import PICTURE_ERRORS
+from guidekit.images import PICTURE_ERRORS
 
 KINDS = ("classes", "labels", "masks")
 PICTURES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff"}

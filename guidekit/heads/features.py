@@ -18,10 +18,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from guidekit.backbones import site_features
-from guidekit.capture import StopForward
+from guidekit.backbones.denoiser import Denoiser, frozen
+from guidekit.backbones.records import site_features
 from guidekit.conditions import Condition
-from guidekit.denoiser import Denoiser, frozen
+from guidekit.engine.capture import StopForward
 from guidekit.taps import BlockCall, find_sites, tap_blocks
 
 Maps = dict[str, Tensor]  # features (B, C, h, w) by site

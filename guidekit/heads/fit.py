@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from guidekit.denoiser import Denoiser
+from guidekit.backbones.denoiser import Denoiser
 from guidekit.heads.auto import Candidate, best, candidates
 from guidekit.heads.data import Examples
 from guidekit.heads.features import (

@@ -17,7 +17,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from guidekit.denoiser import Denoiser
+from guidekit.backbones.denoiser import Denoiser
 from guidekit.heads.data import KINDS
 from guidekit.heads.features import (
     Maps,

@@ -6,8 +6,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from guidekit import scenes
-from guidekit.pictures import read_picture
+from guidekit.images import read_picture
+from guidekit.worlds import scenes
 
 ALIKE = 4  # neighbours in a batch of scenes
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")

@@ -15,7 +15,7 @@ from open_clip.factory import get_model_config
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from guidekit.config import ZOO
+from guidekit.cli.settings import ZOO
 
 CONFIG, WEIGHTS = "open_clip_config.json", "open_clip_model.safetensors"
 NOISY_CONFIG, NOISY_WEIGHTS = "noisy_clip.json", "noisy_clip.safetensors"

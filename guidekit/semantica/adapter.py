@@ -16,10 +16,10 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from guidekit.attention import AttentionCall
-from guidekit.loading import LOAD_ERRORS
-from guidekit.miniatures import randomised
+from guidekit.attention.call import AttentionCall
+from guidekit.backbones.loading import LOAD_ERRORS
 from guidekit.taps import find_sites, tap_attention
+from guidekit.testing.miniatures import randomised
 
 SITES = "*.attn2"
 # Of published projections: the key that tells the kind.

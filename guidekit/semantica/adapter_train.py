@@ -10,7 +10,7 @@ from diffusers import DDPMScheduler, StableDiffusionPipeline
 from PIL import Image
 from torch import Tensor, nn
 
-from guidekit.loading import load
+from guidekit.backbones.loading import load
 from guidekit.references import to_pixels
 from guidekit.semantica.adapter import ImageAdapter, new_adapter
 from guidekit.semantica.encode import ImageEncoder

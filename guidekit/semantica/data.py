@@ -20,7 +20,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from guidekit.pictures import PICTURE_ERRORS
+from guidekit.images import PICTURE_ERRORS
 from guidekit.references import square, to_pixels
 from guidekit.semantica.encode import ImageEncoder
 from guidekit.semantica.sources import Item

@@ -19,7 +19,7 @@ from open_clip.modified_resnet import ModifiedResNet
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from guidekit.config import ZOO
+from guidekit.cli.settings import ZOO
 from guidekit.noisy_clip.files import open_pretrained
 
 # Short names; everything else is `timm/NAME` or `open_clip/ARCHITECTURE/TAG`.

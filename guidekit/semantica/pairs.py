@@ -22,7 +22,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from guidekit.outputs import save_picture
+from guidekit.cli.outputs import save_picture
 from guidekit.references import to_pixels
 from guidekit.semantica.data import Pages, save_text
 

@@ -16,8 +16,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from guidekit import scenes
 from guidekit.references import PICTURES
+from guidekit.worlds import scenes
 
 LARGEST = 2**26  # bytes of a member; more is no picture of a web page
 

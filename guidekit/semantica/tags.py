@@ -13,9 +13,9 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor, nn
 
-from guidekit import scenes
-from guidekit.pictures import heat_map
+from guidekit.images import heat_map
 from guidekit.semantica.encode import ImageEncoder, load_encoder
+from guidekit.worlds import scenes
 
 RARE = -3.0  # first logit: most pictures hold one to three of the 48 objects
 

@@ -13,12 +13,12 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from guidekit import scenes
+from guidekit.images import heat_map
 from guidekit.noisy_clip.data import reshaped
 from guidekit.noisy_clip.files import Clip, build
 from guidekit.noisy_clip.loss import info_nce
-from guidekit.pictures import heat_map
 from guidekit.train.text import TextOptions, tokenize, train_tokenizer, varied_caption
+from guidekit.worlds import scenes
 
 # Pictures in [-1, 1]: half of the range as mean and spread leaves them as they are.
 PREPROCESS = {"mean": [0.5] * 3, "std": [0.5] * 3, "mode": "RGB", "interpolation": "bicubic",

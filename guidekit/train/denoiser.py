@@ -15,9 +15,9 @@ from PIL import Image
 from torch import Tensor, nn
 from transformers import CLIPTextModel, CLIPTokenizer
 
-from guidekit import scenes
 from guidekit.train.text import tokenize, varied_caption
 from guidekit.train.vae import encode, grid
+from guidekit.worlds import scenes
 
 
 @dataclass(kw_only=True)

@@ -11,9 +11,9 @@ from diffusers.configuration_utils import register_to_config
 from PIL import Image
 from torch import Tensor, nn
 
-from guidekit import digits
 from guidekit.train.pixels import jitter
 from guidekit.train.vae import grid
+from guidekit.worlds import digits
 
 
 @dataclass(kw_only=True)

@@ -15,8 +15,8 @@ from diffusers.configuration_utils import register_to_config
 from PIL import Image
 from torch import Tensor, nn
 
-from guidekit import scenes
 from guidekit.train.vae import grid
+from guidekit.worlds import scenes
 
 FEATURES = 64
 

@@ -15,8 +15,8 @@ from diffusers import DDIMScheduler, DDPMPipeline, UNet2DModel
 from PIL import Image
 from torch import Tensor, nn
 
-from guidekit import digits, scenes
 from guidekit.train.vae import grid
+from guidekit.worlds import digits, scenes
 
 DATA = ("digits", "scenes")
 

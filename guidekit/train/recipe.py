@@ -14,8 +14,7 @@ from typing import Any
 import torch
 from diffusers import AutoencoderKL
 
-from guidekit.config import convert, option_kinds
-from guidekit.loading import ZOO
+from guidekit.cli.settings import convert, option_kinds
 from guidekit.train.denoiser import DenoiserOptions, DenoiserTask
 from guidekit.train.digits import DigitsOptions, DigitsTask
 from guidekit.train.judge import JudgeOptions, JudgeTask
@@ -24,6 +23,7 @@ from guidekit.train.pixels import PixelsOptions, PixelsTask
 from guidekit.train.processes import processes
 from guidekit.train.text import TextOptions, TextTask
 from guidekit.train.vae import VAEOptions, VAETask
+from guidekit.zoo.shipped import ZOO
 
 Make = Callable[[Any, Path, int, bool], Task]  # options, folder, size, quiet
 

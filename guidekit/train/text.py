@@ -16,7 +16,7 @@ from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, tr
 from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
-from guidekit import scenes
+from guidekit.worlds import scenes
 
 END = "<|endoftext|>"
 # Other ways to say it; `{}` are the phrases with articles. Most captions are scenes.caption's.

@@ -10,7 +10,7 @@ from PIL import Image
 from torch import Tensor, nn
 from torchvision.utils import make_grid
 
-from guidekit import scenes
+from guidekit.worlds import scenes
 
 
 @dataclass(kw_only=True)

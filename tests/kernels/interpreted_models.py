@@ -3,10 +3,9 @@
 import pytest
 import torch
 
-from guidekit import attention
-from guidekit.taps import tap_attention
-
 import tiny
+from guidekit.attention import call as attention
+from guidekit.taps import tap_attention
 
 
 @pytest.mark.parametrize("name", ["sd15", "sdxl", "pixart", "sd3", "flux"])

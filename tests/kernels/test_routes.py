@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch._subclasses import FakeTensorMode
 
-from guidekit import implementations
+from guidekit.attention import choice as implementations
 from guidekit_kernels import reference, routes, tiles
 
 ROW = dict(arch=90, joint=False, h=8, n=1000, t=77, d=64, source="model", device="a GPU")

@@ -1,0 +1,1 @@
+"""Attention calls of a denoiser: their maps, and which implementation runs them."""

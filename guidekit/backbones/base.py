@@ -1,0 +1,272 @@
+"""The denoiser of a pipeline: conditions in, model outputs and pictures out, one class per kind.
+
+`Denoiser(pipeline)` makes an instance of the subclass that has the pipeline's family. The
+pipeline's own `encode_prompt`, VAE and image processor do the work, so what they do stays what they
+do in diffusers.
+"""
+
+import contextlib
+import copy
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+import torch
+from diffusers import DiffusionPipeline
+from torch import Tensor, nn
+
+from guidekit.backbones.records import Family, family_of, layout_sites
+from guidekit.conditions import Condition
+
+
+@dataclass(frozen=True)
+class Text:
+    """What the model is told of B pictures: arguments of its forward, one row per picture."""
+
+    given: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def states(self) -> Tensor:
+        """The encoded prompts (B, T, D)."""
+        return self.given["encoder_hidden_states"]
+
+    def kwargs(self) -> dict[str, Any]:
+        """Arguments of the model's forward, in containers of their own."""
+        return {k: dict(v) if isinstance(v, dict) else v for k, v in self.given.items()}
+
+    @staticmethod
+    def cat(texts: list["Text"]) -> "Text":
+        """The texts one after the other along the batch."""
+        return texts[0] if len(texts) == 1 else Text(_joined([t.given for t in texts]))
+
+
+def _joined(values: list[Any]) -> Any:
+    """Tensors after one another, also inside dicts; what is None stays it."""
+    if isinstance(values[0], dict):
+        return {key: _joined([value[key] for value in values]) for key in values[0]}
+    return None if values[0] is None else torch.cat(values)
+
+
+class Denoiser:
+    """The model of a live pipeline, what it is told, and its pictures: `Denoiser(pipeline)`.
+
+    Raises ValueError for a pipeline whose denoiser is of no family that is known.
+    """
+
+    # What a subclass says of its kind of pipeline.
+    cfg: ClassVar[float] = 1.0  # guidance scale where the user names none
+    reads_text: ClassVar[bool] = False  # whether phrases have tokens that pixels attend to
+    reads_image: ClassVar[bool] = False  # whether it follows `Condition.image`
+
+    _kinds: ClassVar[dict[str, type["Denoiser"]]] = {}
+
+    def __init_subclass__(cls, families: tuple[str, ...] = (), **options):
+        super().__init_subclass__(**options)
+        Denoiser._kinds |= {family: cls for family in families}
+
+    def __new__(cls, pipeline: DiffusionPipeline | None = None):
+        kind = Denoiser._kind(pipeline) if cls is Denoiser else cls
+        return super().__new__(kind)
+
+    @staticmethod
+    def _kind(pipeline: DiffusionPipeline) -> type["Denoiser"]:
+        """The subclass for the pipeline's family; ValueError, naming the families, for none."""
+        model = denoiser_of(pipeline)
+        family = None if model is None else family_of(model).name
+        if family not in Denoiser._kinds:
+            raise ValueError(
+                f"{type(pipeline).__name__} cannot be used; this takes pipelines of the families "
+                f"{', '.join(Denoiser._kinds)}"
+            )
+        return Denoiser._kinds[family]
+
+    def __init__(self, pipeline: DiffusionPipeline):
+        self.pipeline, self.model = pipeline, denoiser_of(pipeline)
+        self.family: Family = family_of(self.model)
+        self.vae: nn.Module | None = getattr(pipeline, "vae", None)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Type of the latents, as the pipeline has it."""
+        return self.model.dtype
+
+    @property
+    def device(self) -> torch.device:
+        """Where the denoiser runs."""
+        return self.pipeline._execution_device
+
+    @property
+    def models(self) -> list[nn.Module]:
+        """The networks of a run that must not ask for gradients of their weights."""
+        return [self.model] if self.vae is None else [self.model, self.vae]
+
+    @property
+    def tokenizers(self) -> list:
+        """One tokenizer per text encoder that has columns among the keys, over all columns."""
+        return []
+
+    @property
+    def text_length(self) -> int:
+        """Number of text tokens that pixels attend to."""
+        return self.tokenizers[0].model_max_length if self.tokenizers else 0
+
+    def text_lengths(self, prompts: list) -> list[int]:
+        """Number of text tokens that the pixels of each picture attend to in a call for `prompts`.
+
+        It differs between pictures only where a model packs text and pixels without padding.
+        """
+        return [self.text_length] * len(prompts)
+
+    @property
+    def factor(self) -> int:
+        """Pixels per latent pixel, along a side."""
+        return 1
+
+    @property
+    def channels(self) -> int:
+        """Channels of the latents."""
+        return self.model.config.in_channels
+
+    @property
+    def multiple(self) -> int:
+        """What height and width of a picture must be multiples of."""
+        return max(8, self.factor)
+
+    @property
+    def own_size(self) -> tuple[int, int] | None:
+        """Height and width of the latents that the model was trained on; None if it says none."""
+        own = self.model.config.sample_size
+        return (own, own) if isinstance(own, int) else own and tuple(own)
+
+    def latent_shape(self, height: int | None, width: int | None) -> tuple[int, int, int]:
+        """(C, h, w) of the latents of a picture; None stands for the model's own size.
+
+        Raises ValueError for a size that the model or the autoencoder cannot have.
+        """
+        if None in (height, width) and not self.own_size:
+            raise ValueError("the model has no size of its own; give height and width")
+        own = self.own_size or (0, 0)
+        size = [side or o * self.factor for side, o in zip((height, width), own, strict=True)]
+        if any(side <= 0 or side % self.multiple for side in size):
+            raise ValueError(
+                f"height and width must be multiples of {self.multiple}, not {size[0]}x{size[1]}"
+            )
+        return (self.channels, size[0] // self.factor, size[1] // self.factor)
+
+    def layout_grids(self, height: int | None = None, width: int | None = None) -> list[tuple]:
+        """Grids (h, w) of the default layout sites, for a picture of that size."""
+        _, h, w = self.latent_shape(height, width)
+        return sorted(set(layout_sites(self.model, h, w).values()))
+
+    def set_timesteps(self, scheduler, steps: int, shape: tuple[int, int, int]) -> None:
+        """Lays out the scheduler's steps for latents of `shape` (C, h, w) as the pipeline does."""
+        scheduler.set_timesteps(steps, device=self.device)
+
+    def with_embedded_cfg(self, scale: float) -> "Denoiser":
+        """A view of this denoiser with another guidance scale as an input of the model.
+
+        Raises ValueError for a model that has no such input.
+        """
+        raise ValueError(
+            f"{type(self.model).__name__} takes no guidance scale as an input (embedded_cfg); "
+            "use cfg"
+        )
+
+    def prepared(self, condition: Condition) -> Condition:
+        """The condition with its texts as the text encoder reads them."""
+        return condition
+
+    def content(self, condition: Condition) -> Any:
+        """What a branch is told of the condition: prompt, class or picture; it is hashable."""
+        return condition.content
+
+    def check_cfg(self, cfg: float) -> None:
+        """Raises ValueError for a guidance scale that the model cannot have."""
+
+    def check(self, conditions: list[Condition]) -> None:
+        """Raises ValueError for what the model does not read."""
+        if any(c.label is not None for c in conditions):
+            name = type(self.pipeline).__name__
+            raise ValueError(f"{name} has no class labels; leave label out")
+
+    def text(self, prompts: list, size: tuple[int, int], null: bool = False) -> Text:
+        """What the model is told for `prompts`, one per picture of `size` (height, width).
+
+        prompts: `content` of each. null: they are the negative ones.
+        """
+        raise NotImplementedError
+
+    def __call__(self, z: Tensor, timestep: Tensor, text: Text) -> Tensor:
+        """The model's output for scaled latents z (B, C, h, w).
+
+        (B, C, h, w), or (B, 2C, h, w) where the model learned the variance.
+        """
+        return self.model(z, timestep=timestep, return_dict=False, **text.kwargs())[0]
+
+    def rescaled(self, combined: Tensor, cond: Tensor) -> Tensor:
+        """What the pipeline makes of classifier-free guidance's combination (B, C, h, w)."""
+        return combined
+
+    def unpack(self, x: Tensor, grid: tuple[int, int]) -> Tensor:
+        """Latents (B, C, h, w) with `grid` (h, w) out of what the pipeline carries."""
+        return x
+
+    def pack(self, z: Tensor) -> Tensor:
+        """What the pipeline carries out of latents (B, C, h, w)."""
+        return z
+
+    def decode(self, z: Tensor) -> Tensor:
+        """Pictures (B, 3, H, W) in [0, 1] of finished latents, exactly as the pipeline does it."""
+        raise NotImplementedError
+
+    def pixels(self, x0: Tensor) -> Tensor:
+        """Pictures (B, 3, H, W) in [-1, 1] of clean latents x0, in float32 and with gradient."""
+        raise NotImplementedError
+
+    def latents(self, pixels: Tensor) -> Tensor:
+        """Clean latents x0 of pictures (B, 3, H, W) in [-1, 1], in float32 and with gradient."""
+        raise NotImplementedError
+
+
+def denoiser_of(pipeline: DiffusionPipeline) -> nn.Module | None:
+    """The pipeline's denoising network, None if it has none under the usual names."""
+    return getattr(pipeline, "unet", None) or getattr(pipeline, "transformer", None)
+
+
+@contextlib.contextmanager
+def in_float32(model: nn.Module) -> Iterator[None]:
+    """The model in float32 for a while; half precision overflows in SDXL's decoder."""
+    before = model.dtype
+    if before in (torch.float32, torch.float64):
+        yield
+        return
+    model.to(torch.float32)
+    try:
+        yield
+    finally:
+        model.to(before)
+
+
+def wide(model: nn.Module) -> nn.Module:
+    """The model in float32 or better: itself, or a copy of a half one, whose backward needs it."""
+    if model.dtype in (torch.float32, torch.float64):
+        return model
+    return copy.deepcopy(model).float().eval().requires_grad_(False)
+
+
+@contextlib.contextmanager
+def frozen(*models: nn.Module) -> Iterator[None]:
+    """No weight asks for a gradient and no layer drops out for a while."""
+    weights = [p for m in models for p in m.parameters() if p.requires_grad]
+    training = [m for model in models for m in model.modules() if m.training]
+    for p in weights:
+        p.requires_grad_(False)
+    for m in training:
+        m.training = False
+    try:
+        yield
+    finally:
+        for p in weights:
+            p.requires_grad_(True)
+        for m in training:
+            m.training = True

@@ -1,0 +1,179 @@
+"""Where a model name leads: a built-in, a diffusers pipeline directory or a hub id."""
+
+import importlib
+import json
+from pathlib import Path
+
+import torch
+from diffusers import DiffusionPipeline
+
+from guidekit.noise import is_flow
+from guidekit.zoo.shipped import ZOO
+
+# What diffusers and transformers raise for files that are missing, cut short or not theirs.
+LOAD_ERRORS = (OSError, ValueError, TypeError, KeyError, AttributeError, RuntimeError, ImportError)
+VOCABULARIES = ("tokenizer.json", "vocab.*", "*.model")
+SCHEDULERS = {
+    "ddim": "DDIMScheduler",
+    "ddpm": "DDPMScheduler",
+    "deis": "DEISMultistepScheduler",
+    "dpm++": "DPMSolverMultistepScheduler",
+    "dpm++2s": "DPMSolverSinglestepScheduler",
+    "euler": "EulerDiscreteScheduler",
+    "euler-a": "EulerAncestralDiscreteScheduler",
+    "flow-euler": "FlowMatchEulerDiscreteScheduler",
+    "flow-heun": "FlowMatchHeunDiscreteScheduler",
+    "heun": "HeunDiscreteScheduler",
+    "kdpm2": "KDPM2DiscreteScheduler",
+    "kdpm2-a": "KDPM2AncestralDiscreteScheduler",
+    "lms": "LMSDiscreteScheduler",
+    "pndm": "PNDMScheduler",
+    "sa": "SASolverScheduler",
+    "unipc": "UniPCMultistepScheduler",
+}
+
+# Pipelines of guidekit's own, which diffusers finds once their module is imported.
+PIPELINES = {"SemanticaPipeline": "guidekit.semantica.pipeline"}
+
+# Those that can follow a flow model's sigmas too (use_flow_sigmas).
+FLOW_TOO = ("deis", "dpm++", "dpm++2s", "sa", "unipc")
+
+
+def built_in() -> list[str]:
+    """Names of the built-in pipelines."""
+    return sorted(p.parent.name for p in ZOO.glob("*/model_index.json"))
+
+
+def model_defaults(name: str) -> dict:
+    """A built-in's tuned settings: `steps`, `cfg`, and `plugin` tables; empty for other models."""
+    path = ZOO / name / "defaults.json"
+    return json.loads(path.read_text()) if path.exists() else {}
+
+
+def load(
+    name: str,
+    device: str | None = None,
+    dtype: torch.dtype | None = None,
+) -> DiffusionPipeline:
+    """A diffusers pipeline from a built-in's name, a directory or a hub id.
+
+    Weights are safetensors; nothing is unpickled and no remote code runs. device: default CUDA if
+    there is one; dtype: default float32 on a CPU and for built-ins, else float16. Raises ValueError
+    that says what exists or what is wrong with the directory.
+    """
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    own = ZOO / name / "model_index.json"
+    path = ZOO / name if own.exists() else Path(name)
+    if dtype is None:
+        dtype = torch.float32 if device == "cpu" or own.exists() else torch.float16
+    there = bool(name) and path.exists()
+    if there:
+        _check_directory(path)
+    elif name.count("/") != 1:
+        raise ValueError(
+            f"no model {name!r}: not a built-in ({', '.join(built_in())}), not a directory, "
+            "not a hub id of the form owner/name"
+        )
+    try:
+        pipeline = _pipeline_class(path).from_pretrained(
+            path if there else name, dtype=dtype, use_safetensors=True
+        )
+    except LOAD_ERRORS as error:
+        first = (str(error).strip() or type(error).__name__).splitlines()[0]
+        remedy = "download it again" if there else f"check its name, or run hf download {name}"
+        raise ValueError(f"model {name!r} cannot be loaded: {first}; {remedy}") from None
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline.to(device)
+
+
+def _pipeline_class(path: Path) -> type[DiffusionPipeline]:
+    """The class to load a directory with; diffusers finds its own by itself."""
+    index = path / "model_index.json"
+    name = json.loads(index.read_text()).get("_class_name") if index.exists() else None
+    if name not in PIPELINES:
+        return DiffusionPipeline
+    return getattr(importlib.import_module(PIPELINES[name]), name)
+
+
+def _check_directory(path: Path) -> None:
+    """Raises ValueError for a directory that is no complete pipeline with safe weights."""
+    index = path / "model_index.json"
+    if not index.exists():
+        raise ValueError(f"{path} has no model_index.json, so it is not a diffusers pipeline")
+    try:
+        parts = json.loads(index.read_text())
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{index} is not readable JSON ({error}); download it again") from None
+    for part, kind in parts.items():
+        if not isinstance(kind, list) or kind[0] is None:
+            continue
+        folder = path / part
+        if not folder.is_dir():
+            raise ValueError(f"{path} lacks the folder {part!r}; download the model again")
+        _check_weights(folder)
+        # transformers makes a tokenizer without words of a folder that has none.
+        if "Tokenizer" in str(kind[1]) and not any(any(folder.glob(v)) for v in VOCABULARIES):
+            raise ValueError(f"{folder} lacks its vocabulary; download the model again")
+
+
+def _check_weights(folder: Path) -> None:
+    """Raises ValueError for pickled weights without safetensors and for files cut short."""
+    pickled = [*folder.glob("*.bin"), *folder.glob("*.ckpt"), *folder.glob("*.pt")]
+    safe = list(folder.glob("*.safetensors"))
+    if pickled and not safe:
+        raise ValueError(
+            f"{pickled[0]} is a pickle, which can run code when it is read; convert it to "
+            "safetensors (save_pretrained(..., safe_serialization=True))"
+        )
+    if safe and not (folder / "config.json").exists():
+        raise ValueError(f"{folder} lacks config.json; download the model again")
+    for file in safe:
+        _check_safetensors(file)
+    for index in folder.glob("*.safetensors.index.json"):
+        try:
+            parts = set(json.loads(index.read_text())["weight_map"].values())
+        except (OSError, ValueError, KeyError, TypeError, AttributeError):
+            raise ValueError(f"{index} is damaged; download it again") from None
+        if lost := sorted(part for part in parts if not (folder / part).exists()):
+            raise ValueError(f"{folder} lacks {', '.join(lost)}; download the model again")
+
+
+def _check_safetensors(file: Path) -> None:
+    """Raises ValueError unless the header fits the file's length."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(file, "pt"):
+            pass
+    except (SafetensorError, OSError) as error:
+        raise ValueError(f"{file} is damaged ({error}); download it again") from None
+
+
+def make_scheduler(pipeline: DiffusionPipeline, name: str):
+    """A scheduler by its short name, with the settings of the pipeline's own.
+
+    Raises ValueError for a name that does not exist, or is not for models of this kind.
+    """
+    import diffusers
+
+    if name not in SCHEDULERS:
+        raise ValueError(f"no scheduler {name!r}; there are {', '.join(SCHEDULERS)}")
+    own = pipeline.scheduler
+    if name not in (possible := schedulers_for(own)):
+        kind = "not for flow models" if is_flow(own) else "for flow models alone"
+        raise ValueError(f"scheduler {name!r} is {kind}; there are {', '.join(possible)}")
+    scheduler = getattr(diffusers, SCHEDULERS[name])
+    # A scheduler with a schedule of its own says what others need to know of it.
+    more = own.shared_settings() if hasattr(own, "shared_settings") else {}
+    if is_flow(own) and not name.startswith("flow-"):
+        shift = own.config.get("shift", own.config.get("flow_shift", 1.0))
+        more = {"use_flow_sigmas": True, "prediction_type": "flow_prediction", "flow_shift": shift}
+    return scheduler.from_config(own.config, **more)
+
+
+def schedulers_for(own) -> list[str]:
+    """Names of the schedulers for models of the kind that the scheduler `own` is for."""
+    flow = [name for name in SCHEDULERS if name.startswith("flow-")]
+    if not is_flow(own):
+        return [name for name in SCHEDULERS if name not in flow]
+    return sorted([*flow, *FLOW_TOO])

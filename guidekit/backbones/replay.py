@@ -1,0 +1,206 @@
+"""The denoiser of a pipeline that is running, called again with what the pipeline gives it.
+
+Texts, image embeddings, ControlNet residuals, sizes and whatever else goes into the denoiser are
+rows of the pipeline's own call, [null, cond] or [cond]; a branch gets the rows of its kind.
+"""
+
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from diffusers import DiffusionPipeline
+from torch import Tensor
+
+from guidekit.backbones.denoiser import Denoiser
+
+# Not one row per picture, though their first side may be as long as the batch.
+WHOLE = ("img_ids", "txt_ids", "ip_adapter_masks", "skip_layers")
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Halves of the pipeline's own denoiser call, in place of encoded prompts: null or cond."""
+
+    null: tuple[bool, ...]
+
+    @staticmethod
+    def cat(parts: list["Rows"]) -> "Rows":
+        """The halves one after the other."""
+        return Rows(tuple(null for part in parts for null in part.null))
+
+
+class Replay:
+    """The denoiser of a live pipeline with the arguments of the pipeline's own latest call.
+
+    `prompts` and `negatives` are the pipeline's own, one per picture; a branch with other prompts
+    raises ValueError, because the pipeline has not encoded them.
+    """
+
+    families = ("sd", "sdxl", "sd3", "flux", "pixart")
+
+    def __init__(self, pipeline: DiffusionPipeline):
+        own = Denoiser(pipeline)
+        if own.family.name not in self.families:
+            raise ValueError(
+                f"{type(pipeline).__name__} cannot be attached to; this takes pipelines of the "
+                f"families {', '.join(self.families)}"
+            )
+        self.own, self.pipeline, self.models = own, pipeline, own.models
+        self.model, self.family, self.factor = own.model, own.family, own.factor
+        self.reads_text = own.reads_text
+        self.pixels, self.latents, self.check = own.pixels, own.latents, own.check
+        self.rescaled, self.vae = own.rescaled, own.vae
+        self.channels = own.vae.config.latent_channels  # an inpainting model's input has more
+        self.content, self.reads_image = own.content, own.reads_image
+        # The class's, because the instance's may be a wrapper of offloading.
+        names = list(inspect.signature(type(self.model).forward).parameters)[1:]
+        self.names, self.input_name = names, names[0]
+        self.prompts: list[str] = []
+        self.negatives: list[str] = []
+        self._forward: Callable | None = None
+        self._given: dict[str, Any] = {}
+        self._timestep: Tensor | None = None
+        self._channels = 0
+
+    def start(self, prompts: list[str], negatives: list[str]) -> None:
+        """A new call of the pipeline, with these prompts."""
+        self.prompts, self.negatives, self._given = prompts, negatives, {}
+
+    def record(self, forward: Callable, args: tuple, kwargs: dict) -> None:
+        """Keeps the arguments of the pipeline's call of `forward` for the calls of one step."""
+        given = dict(zip(self.names, args, strict=False)) | kwargs
+        given.pop("return_dict", None)
+        self._forward, self._given = forward, _normal(given)
+
+    def begin(self, scheduler, z: Tensor) -> Tensor:
+        """The scheduler's timestep of the recorded call, which was for z (B, C, h, w)."""
+        times, self._channels = scheduler.timesteps, z.shape[1]
+        # The model's own is the nearest: Flux's is divided by 1000, and rounded in half precision.
+        near = torch.as_tensor(self._given["timestep"]).flatten()[0] / self._time_scale
+        known = [getattr(scheduler, name, None) for name in ("step_index", "begin_index")]
+        index = next((i for i in known if i is not None), (times - near).abs().argmin())
+        self._timestep = times[index]
+        return self._timestep
+
+    @property
+    def input(self) -> Tensor:
+        """The model input of the pipeline's own call, all its rows."""
+        return self._given[self.input_name]
+
+    @property
+    def copies(self) -> int:
+        """How many rows of the call each picture has: 1, [cond], or 2, [null, cond].
+
+        Raises ValueError for other numbers.
+        """
+        rows, pictures = len(self.input), len(self.prompts)
+        if rows not in (pictures, 2 * pictures):
+            raise ValueError(
+                f"{type(self.pipeline).__name__} calls its denoiser with {rows} rows for "
+                f"{pictures} pictures; attach knows [cond] and [null, cond] in one batch"
+            )
+        return rows // pictures
+
+    @property
+    def device(self) -> torch.device:
+        """Where the denoiser runs."""
+        return self.own.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Type of the model's input."""
+        return self.input.dtype
+
+    @property
+    def _time_scale(self) -> float:
+        return 1e-3 if self.family.name == "flux" else 1.0
+
+    @property
+    def text_length(self) -> int:
+        """Number of text tokens in the call; before it is made, more than there can be."""
+        return self._given["encoder_hidden_states"].shape[1] if self._given else 10**6
+
+    def text_lengths(self, prompts: list[str]) -> list[int]:
+        """Number of text tokens that the pixels of each picture attend to."""
+        return [self.text_length] * len(prompts)
+
+    @property
+    def tokenizers(self) -> list:
+        """One tokenizer per text encoder that has columns among the keys, over all columns."""
+        return self.own.key_tokenizers(self.text_length)
+
+    def text(self, prompts: list[str], size: tuple[int, int], null: bool = False) -> Rows:
+        """The rows of the pipeline's own prompts, or of its own negative ones."""
+        if null and self.copies == 1:
+            raise ValueError(
+                "a guidance adds the null branch, and the pipeline was called without it; call it "
+                "with a guidance_scale above 1"
+            )
+        if prompts != (self.negatives if null else self.prompts):
+            raise ValueError(
+                "a guidance needs prompts that the pipeline has not encoded "
+                f"({', '.join(map(repr, prompts))}); draw with guidekit.sample instead"
+            )
+        return Rows((null,))
+
+    def _index(self, text: Rows) -> tuple[int, ...]:
+        """Rows of the call, which may have lost its null half since the last step."""
+        count, last = len(self.prompts), len(self.input)
+        starts = [0 if null else last - count for null in text.null]
+        return tuple(row for start in starts for row in range(start, start + count))
+
+    def __call__(self, z: Tensor, timestep: Tensor, text: Rows) -> Tensor:
+        """The model's output (B, C, h, w) for scaled latents z (B, C, h, w)."""
+        index, count = self._index(text), len(self.input)
+        given = {k: _rows(v, index, count, k) for k, v in self._given.items()}
+        x = self.pack(z)
+        if x.ndim == 4:  # inpainting's mask and picture are further channels
+            x = torch.cat([x, given[self.input_name][:, self._channels :]], 1)
+        given[self.input_name] = x
+        if timestep is not self._timestep and not torch.equal(timestep, self._timestep):
+            own = given["timestep"]
+            given["timestep"] = (timestep * self._time_scale).to(own).expand(own.shape)
+        out = self._forward(**given, return_dict=False)[0]
+        return self.unpack(out)[:, : z.shape[1]]
+
+    def unpack(self, x: Tensor) -> Tensor:
+        """Latents (B, C, h, w) out of what the pipeline carries, which may be packed."""
+        if x.ndim == 4:
+            return x
+        h, w = (2 * int(side) + 2 for side in self._given["img_ids"].reshape(-1, 3).amax(0)[1:])
+        return self.own.unpack(x, (h, w))
+
+    def pack(self, z: Tensor) -> Tensor:
+        """What the pipeline carries out of latents (B, C, h, w)."""
+        return self.own.pack(z)
+
+
+def _normal(value: Any) -> Any:
+    """Arguments that autograd may save: tensors of inference mode are copied."""
+    if isinstance(value, Tensor):
+        return value.clone() if value.is_inference() else value
+    if isinstance(value, dict):
+        return {k: _normal(v) for k, v in value.items()}
+    if isinstance(value, list | tuple):
+        return type(value)(_normal(v) for v in value)
+    return value
+
+
+def _rows(value: Any, index: tuple[int, ...], count: int, name: str) -> Any:
+    """The chosen rows of every tensor with `count` of them; containers are always new.
+
+    SD3 takes arguments out of the containers that it is given.
+    """
+    if name in WHOLE:
+        return value
+    if isinstance(value, dict):
+        return {k: _rows(v, index, count, k) for k, v in value.items()}
+    if isinstance(value, list | tuple):
+        return type(value)(_rows(v, index, count, name) for v in value)
+    if not isinstance(value, Tensor) or value.ndim == 0 or len(value) != count:
+        return value
+    if index == tuple(range(index[0], index[0] + len(index))):
+        return value[index[0] : index[0] + len(index)]
+    return value[list(index)]

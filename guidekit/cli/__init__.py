@@ -1,0 +1,1 @@
+"""The command line: settings, a plan, a session that draws it, the record that it leaves."""

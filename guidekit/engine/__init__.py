@@ -1,0 +1,1 @@
+"""One guided step: branches, denoiser calls, energies, one backward per push rule."""

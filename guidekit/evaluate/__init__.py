@@ -1,0 +1,1 @@
+"""Measures of guided images."""

@@ -1,1 +1,0 @@
-"""What differs between kinds of pipelines, one file each: conditions, latents, calls, pictures."""

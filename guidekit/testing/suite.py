@@ -1,0 +1,297 @@
+"""What every guidance must hold to, as checks that a plugin's author runs on tiny real pipelines.
+
+    from guidekit.testing import check_guidance
+    check_guidance(Vignette)
+
+or, once the plugin is installed, `pytest --guidekit-plugin vignette`. A check that does not hold by
+design is named in the class's `waived` with the reason, which is then reported in its place.
+"""
+
+import dataclasses
+import inspect
+import json
+import re
+import warnings
+from collections.abc import Callable, Sequence
+
+import torch
+from diffusers.utils import logging
+from torch import Tensor
+
+from guidekit.backbones.denoiser import Denoiser
+from guidekit.guidance import Branch, Guidance
+from guidekit.registry import Registry
+from guidekit.step import Step
+from guidekit.taps import BlockCall, find_sites
+from guidekit.testing.miniatures import sd_pipeline, sdxl_pipeline
+from guidekit.testing.subject import SEEDS, Subject, same, state
+
+__all__ = ["CHECKS", "check_guidance", "run_check", "sd_pipeline", "sdxl_pipeline"]
+
+TOLERANCE = 1e-4  # of full range, between a picture alone and in a batch
+SOURCE = re.compile(r"arxiv:?\s?\d{4}\.\d{4,5}|doi\.org|doi:|https?://|\b(19|20)\d\d\b", re.I)
+
+
+def constructs(subject: Subject) -> None:
+    """Every field has a default, and `example` gives an instance of the class."""
+    subject.cls()
+    found = type(subject.cls.example())
+    assert issubclass(found, subject.cls), f"example() returns a {found.__name__}"
+
+
+def documented(subject: Subject) -> None:
+    """The docstring of the class or of its module cites a source: a year, an arXiv id, a link."""
+    module = getattr(inspect.getmodule(subject.cls), "__doc__", None) or ""
+    own = subject.cls.__dict__.get("__doc__") or ""
+    # A dataclass without a docstring gets its signature for one.
+    assert own and not own.startswith(f"{subject.cls.__name__}("), "the class has no docstring"
+    assert SOURCE.search(f"{module}\n{own}"), "no paper, year or link in the docstrings"
+
+
+def energy(subject: Subject) -> str | None:
+    """The energy is finite, (B,), and its gradient that of finite differences in float64."""
+    if not subject.cls().has_energy:
+        return "it has no energy"
+    guidance = subject.example(start=0.0, stop=1.0)
+    found = _recorded(guidance)
+    sampling = subject.sampling(guidance, pipe=subject.build().to(torch.float64))
+    run, timesteps = sampling.run, sampling.run.scheduler.timesteps
+    z = run.noise(run.latent_shape, "z").double()
+    direction = run.noise(run.latent_shape, "direction").double()
+    width = 1e-5
+    for index in (0, len(timesteps) // 2):
+
+        def energy_at(x: Tensor, index: int = index) -> tuple[Tensor, Tensor]:
+            found.clear()
+            sampling.engine.predict(x, timesteps[index], index, len(timesteps))
+            return found[0]
+
+        value, grad = energy_at(z)
+        assert value.shape == (len(SEEDS),), f"the energy has shape {tuple(value.shape)}"
+        assert torch.isfinite(value).all(), f"the energy is {value.tolist()}"
+        ends = [energy_at(z + sign * width * direction)[0] for sign in (1, -1)]
+        numeric = (ends[0] - ends[1]) / (2 * width)
+        exact = (grad * direction).sum((1, 2, 3))
+        floor = 1e-9 * (1 + value.abs())  # rounding of the energies over the width
+        wrong = (exact - numeric).abs() > 1e-3 * numeric.abs() + floor
+        assert not wrong.any(), (
+            f"along one direction the gradient is {exact.tolist()}, finite differences in float64 "
+            f"give {numeric.tolist()}"
+        )
+    return None
+
+
+def _recorded(guidance: Guidance) -> list[tuple[Tensor, Tensor]]:
+    """Energies and their gradients with respect to z, kept on every call of the energy."""
+    found: list[tuple[Tensor, Tensor]] = []
+    original = guidance.energy
+
+    def recording(step: Step) -> Tensor:
+        value = original(step)
+        (grad,) = torch.autograd.grad(value.sum(), step.z, retain_graph=True)
+        found.append((value.detach(), grad))
+        return value
+
+    guidance.energy = recording
+    return found
+
+
+def scale_0(subject: Subject) -> None:
+    """Scale 0 is bit-identical to no plugin."""
+    without = subject.plain
+    idle = subject.sampling(subject.example(scale=0.0)).finish()
+    assert torch.equal(idle.images, without.images), "pictures differ from those without it"
+
+
+def window(subject: Subject) -> None:
+    """Steps before start and from stop on are bit-identical to those without the plugin."""
+    begin, end = 0.3, 0.6  # of three steps the middle one
+    bare = subject.sampling()
+    for step in subject.sampling(subject.example(start=begin, stop=end)):
+        with torch.no_grad():
+            # DDIM keeps no state, so any step of the plain run can be asked for.
+            expected = bare.engine.predict(step.z, step.timestep, step.index, step.n)
+        same = torch.equal(step.prediction, expected.prediction)
+        inside = begin <= step.frac < end
+        assert inside or same, f"with start={begin} and stop={end} it acts at {step.frac:.2g}"
+
+
+def batch(subject: Subject) -> None:
+    """A picture drawn in a batch of two is the same alone.
+
+    Within 1e-4 of full range, and within a hundredth of what the guidance does to it, so that a
+    weak example hides nothing.
+    """
+    together, plain = subject.sampling(subject.example()).finish(), subject.plain
+    for i in range(len(SEEDS)):
+        alone = subject.sampling(subject.example(), pictures=(i,)).finish()
+        for kind in ("images", "latents"):
+            one, two, bare = (
+                getattr(s, kind)[j] for s, j in ((alone, 0), (together, i), (plain, i))
+            )
+            # Pictures have range 1; latents the range that they have.
+            full = 1.0 if kind == "images" else float(two.max() - two.min())
+            effect = float((two - bare).abs().max())
+            limit = min(TOLERANCE * full, max(0.01 * effect, 0.1 * TOLERANCE * full))
+            gap = float((one - two).abs().max())
+            assert gap < limit, f"{kind} of picture {i} differ by {gap:.2g} from those alone"
+
+
+def repeatable(subject: Subject) -> None:
+    """The same instance draws the same pictures again, bit for bit, and moves no global seed."""
+    guidance = subject.example()
+    first = subject.sampling(guidance).finish()
+    torch.randn(3)
+    before = torch.get_rng_state()
+    second = subject.sampling(guidance).finish()
+    assert torch.equal(first.latents, second.latents), (
+        "a second run differs: set up in prepare what changes, draw noise by step.noise"
+    )
+    assert torch.equal(before, torch.get_rng_state()), "it draws from torch's global generator"
+
+
+def restored(subject: Subject) -> None:
+    """The model is as it was, also after an exception in the middle and an abandoned run."""
+    pipe, _ = subject.pipe, subject.plain  # text encoders install hooks at their first use
+    for model in Denoiser(pipe).models:  # flags that a run must put back
+        model.train().requires_grad_(True)
+    before = state(pipe)
+    subject.sampling(subject.example()).finish()
+    same(before, state(pipe), "after a run")
+    try:
+        subject.sampling(subject.example(), _Interruption()).finish()
+    except _Interrupted:
+        pass
+    same(before, state(pipe), "after an exception in the middle of a run")
+    steps = iter(subject.sampling(subject.example()))
+    next(steps)
+    steps.close()
+    same(before, state(pipe), "after a run that was given up")
+
+
+class _Interrupted(Exception):
+    """Raised in the middle of a denoiser call."""
+
+
+class _Interruption(Guidance):
+    """Raises in the last block of the second step's first call."""
+
+    def prepare(self, run) -> None:
+        run.tap_blocks(self, find_sites(run.denoiser.model, "*", kind="block")[-1])
+
+    def touches(self, branch: Branch) -> bool:
+        return True
+
+    def edit_block(self, step: Step, branch: Branch, call: BlockCall) -> None:
+        if step.index == 1:
+            raise _Interrupted
+
+
+def config(subject: Subject) -> None:
+    """The fields survive JSON and the registry: what run.json keeps makes the same instance."""
+    example = subject.cls.example()
+    names = [f.name for f in dataclasses.fields(example) if f.init]
+    values = {name: getattr(example, name) for name in names}
+    kept = json.loads(json.dumps(values, default=str))
+    again = _Just(subject.cls).make_guidance("example", kept)
+    found = {name: getattr(again, name) for name in names}
+    assert found == values, f"{values} comes back as {found}"
+
+
+class _Just(Registry):
+    """A registry of one class, which need not be installed."""
+
+    def __init__(self, cls: type[Guidance]):
+        super().__init__()
+        self._cls = cls
+
+    def guidance_class(self, name: str) -> type[Guidance]:
+        return self._cls
+
+
+def half(subject: Subject) -> None:
+    """It runs in bfloat16 and float16, and the pictures are finite."""
+    for dtype in (torch.bfloat16, torch.float16):
+        before = logging.get_verbosity()
+        logging.set_verbosity_error()  # diffusers warns of float16 in general
+        try:
+            pipe = subject.build().to(dtype)
+        finally:
+            logging.set_verbosity(before)
+        # One picture and two steps: half precision is slow on a CPU.
+        drawn = subject.sampling(subject.example(), pictures=(0,), pipe=pipe, steps=2).finish()
+        for kind in ("latents", "images"):
+            assert torch.isfinite(getattr(drawn, kind)).all(), f"{kind} are not finite in {dtype}"
+
+
+def acts(subject: Subject) -> None:
+    """It says in the account that it acted, and the pictures show it."""
+    guidance = subject.example()
+    drawn = subject.sampling(guidance).finish()
+    assert drawn.account.acted(guidance.name), "the account has no gradient and no edit of it"
+    if subject.cls.accept is Guidance.accept:
+        assert not torch.equal(drawn.latents, subject.plain.latents), (
+            "the pictures are those without it"
+        )
+
+
+# A check returns the reason for which it does not apply, or None.
+_ON_SD = (
+    constructs, documented, config, energy, scale_0, window, batch, repeatable, restored, half, acts
+)  # fmt: skip
+# Two text encoders; classes in place of text; joint attention, flow matching, three text encoders.
+_ON_OTHERS = {
+    "sdxl": (acts, scale_0, energy, restored),
+    "dit": (acts, scale_0, energy, restored),
+    "sd3": (acts, scale_0, energy, restored, window, batch),
+}
+# Name: the check, the family of the pipeline.
+CHECKS: dict[str, tuple[Callable[[Subject], str | None], str]] = {
+    **{check.__name__: (check, "sd") for check in _ON_SD},
+    **{
+        f"{check.__name__}_on_{family}": (check, family)
+        for family, checks in _ON_OTHERS.items()
+        for check in checks
+    },
+}
+
+
+def run_check(cls: type[Guidance], name: str) -> str | None:
+    """Runs one check; returns the reason for which it does not apply, None if it holds.
+
+    A check that is waived is so on every family. A family without what the class says it needs must
+    be refused, and the refusal is the reason. Raises AssertionError if the check does not hold, or
+    whatever the guidance raised.
+    """
+    check, family = CHECKS[name]
+    for waived in (name, check.__name__):
+        if waived in cls.waived:
+            return cls.waived[waived]
+    with warnings.catch_warnings():
+        # An empty window warns by design; what matters else is asserted.
+        warnings.simplefilter("ignore")
+        with torch.random.fork_rng(devices=[]):
+            subject = Subject(cls, family)
+            return subject.refusal() or check(subject)
+
+
+def check_guidance(cls: type[Guidance], checks: Sequence[str] = tuple(CHECKS)) -> dict[str, str]:
+    """Runs the checks and returns {name: "holds", or the reason for which it does not apply}.
+
+    Raises AssertionError with a line for each check that fails, and ValueError for a waiver or a
+    check of a name that there is not.
+    """
+    for name in [*checks, *cls.waived]:
+        if name not in CHECKS:
+            raise ValueError(f"no check {name!r}; there are {', '.join(CHECKS)}")
+    results, failures = {}, []
+    for name in checks:
+        try:
+            results[name] = run_check(cls, name) or "holds"
+        except Exception as error:  # an author wants all failures at once
+            text = str(error) or type(error).__name__
+            kind = "" if isinstance(error, AssertionError) else f"{type(error).__name__}: "
+            failures.append(f"{name}: {kind}{text}")
+    if failures:
+        raise AssertionError(f"{cls.__name__} fails\n  " + "\n  ".join(failures))
+    return results

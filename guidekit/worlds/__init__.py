@@ -1,0 +1,1 @@
+"""Built-in worlds: images drawn from a seed, with captions and masks."""

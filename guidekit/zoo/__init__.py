@@ -1,0 +1,1 @@
+"""Built-in models: recipes and weights."""

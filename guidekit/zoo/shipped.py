@@ -1,0 +1,54 @@
+"""Whether the built-in models are as they were shipped: a hash of every file of theirs.
+
+`python -m guidekit.zoo.shipped` writes the list anew, after a model was added or trained again.
+"""
+
+import hashlib
+import json
+from pathlib import Path
+
+ZOO = Path(__file__).parent
+REPAIR = (
+    "reinstall guidekit (pip install --force-reinstall --no-deps guidekit), or in a checkout: "
+    "git restore guidekit/zoo"
+)
+
+
+def file_hashes(zoo: Path = ZOO) -> dict[str, dict[str, str]]:
+    """SHA-256 of every file of every model folder: {model: {path in it: hash}}."""
+    return {
+        folder.name: {
+            file.relative_to(folder).as_posix(): hashlib.sha256(file.read_bytes()).hexdigest()
+            for file in sorted(folder.rglob("*"))
+            if file.is_file()
+        }
+        for folder in sorted(zoo.iterdir())
+        if folder.is_dir() and not folder.name.startswith("_")
+    }
+
+
+def shipped_hashes(zoo: Path = ZOO) -> dict[str, dict[str, str]]:
+    """The list that was shipped; empty if it is missing."""
+    path = zoo / "hashes.json"
+    return json.loads(path.read_text()) if path.exists() else {}
+
+
+def damages(zoo: Path = ZOO) -> dict[str, str]:
+    """What is wrong with each built-in model and how to repair it; "" for an intact one."""
+    shipped, found = shipped_hashes(zoo), file_hashes(zoo)
+    states = {}
+    for model in sorted(shipped.keys() | found.keys()):
+        wanted, there = shipped.get(model, {}), found.get(model, {})
+        wrong = [
+            f"{file} is {'damaged' if file in there else 'missing'}"
+            for file, value in wanted.items()
+            if there.get(file) != value
+        ]
+        if not wanted:
+            wrong = ["its hashes were not shipped"]
+        states[model] = f"{', '.join(wrong)}; {REPAIR}" if wrong else ""
+    return states
+
+
+if __name__ == "__main__":
+    (ZOO / "hashes.json").write_text(json.dumps(file_hashes(), indent=1) + "\n")
