@@ -112,9 +112,12 @@ def augmented(x: Inputs) -> tuple[Tensor, Tensor]:
     columns = F.pad(x.weights.to(x.value.dtype), (0, extra - COLUMNS))[:, None]
     columns = columns.expand(*x.value.shape[:3], extra)
     both = F.scaled_dot_product_attention(
-        F.pad(x.query, (0, extra)), F.pad(x.key, (0, extra)), torch.cat([x.value, columns], -1),
-        attn_mask=x.mask, scale=d**-0.5,
-    )  # fmt: skip
+        F.pad(x.query, (0, extra)),
+        F.pad(x.key, (0, extra)),
+        torch.cat([x.value, columns], -1),
+        attn_mask=x.mask,
+        scale=d**-0.5,
+    )
     return both[..., :d], both[:, :, x.rows, d : d + COLUMNS].mean(1).float().transpose(-1, -2)
 
 
@@ -149,10 +152,17 @@ def fused_in_core(x: Inputs) -> tuple[Tensor, Tensor]:
 
 
 METHODS = {
-    "SDPA, no maps": floor, "eager": eager, "SDPA + second softmax": second_softmax,
-    "SDPA + token_maps": chunked, "SDPA, augmented V": augmented, "FlexAttention + lse": flex,
-    "fused": fused, "vendor + columns": vendor, CORE[0]: fused_in_core, CORE[1]: vendor,
-}  # fmt: skip
+    "SDPA, no maps": floor,
+    "eager": eager,
+    "SDPA + second softmax": second_softmax,
+    "SDPA + token_maps": chunked,
+    "SDPA, augmented V": augmented,
+    "FlexAttention + lse": flex,
+    "fused": fused,
+    "vendor + columns": vendor,
+    CORE[0]: fused_in_core,
+    CORE[1]: vendor,
+}
 OURS = ("fused", "vendor + columns")  # held against the rivals; the core runs without compilation
 
 
@@ -217,8 +227,12 @@ def measured(shape: Shape, dtype: torch.dtype, device: str, repeats: int, seed: 
                 backward(function, x)()
             row["peak MiB"] = peak.mebibytes
         except Exception as error:  # triton's are of many kinds; the other rows are worth having
-            row |= {"map error": str(error).splitlines()[0][:60], "forward ms": "", "both ms": "",
-                    "peak MiB": ""}  # fmt: skip
+            row |= {
+                "map error": str(error).splitlines()[0][:60],
+                "forward ms": "",
+                "both ms": "",
+                "peak MiB": "",
+            }
         rows.append(row)
     base = rows[0]["both ms"]
     for row in rows:
@@ -312,8 +326,14 @@ def table(rows: list[dict]) -> str:
 def small(shape: Shape) -> Shape:
     """A shape that a CPU core runs in milliseconds."""
     n = min(shape.n, 1024) if not shape.joint else 256 + 32
-    return replace(shape, name=f"{shape.name}, cut", n=n, t=n if shape.joint else shape.t, h=2,
-                   text=32 if shape.joint else 0)  # fmt: skip
+    return replace(
+        shape,
+        name=f"{shape.name}, cut",
+        n=n,
+        t=n if shape.joint else shape.t,
+        h=2,
+        text=32 if shape.joint else 0,
+    )
 
 
 @click.command()
@@ -331,23 +351,32 @@ def main(quick, seed, json_file, timings_file):
     rows = []
     cuda = torch.cuda.is_available()
     if cuda:
-        rows = [r for s in SHAPES for r in measured(s, torch.bfloat16, "cuda", 10 if quick else 100,
-                                                    seed)]  # fmt: skip
+        rows = [
+            r
+            for s in SHAPES
+            for r in measured(s, torch.bfloat16, "cuda", 10 if quick else 100, seed)
+        ]
         print(table(rows))
-        print(f"\nmeasured: {torch.cuda.get_device_name()}, bf16, torch {torch.__version__}, "
-              f"median, cache flushed; {time.strftime('%Y-%m-%d')}\n")  # fmt: skip
+        print(
+            f"\nmeasured: {torch.cuda.get_device_name()}, bf16, torch {torch.__version__}, "
+            f"median, cache flushed; {time.strftime('%Y-%m-%d')}\n"
+        )
         print("\n".join(goals(rows) + end_to_end(3 if quick else 20)))
     else:
         rows = [r for shape in SHAPES for r in modelled(shape)]
-        print("MODEL, nothing measured: one layer, one image, 16 bits, at "
-              f"{BANDWIDTH / 1e12} TB/s and {RATE / 1e12:.0f} TFLOP/s\n")  # fmt: skip
+        print(
+            "MODEL, nothing measured: one layer, one image, 16 bits, at "
+            f"{BANDWIDTH / 1e12} TB/s and {RATE / 1e12:.0f} TFLOP/s\n"
+        )
         print(table(rows))
     if timings_file:
         write_timings(timings_file, rows)
     if quick and not cuda:
         cut = [r for s in SHAPES for r in measured(small(s), torch.float32, "cpu", 3, seed)]
-        print(f"\nmeasured: {platform.machine()} CPU, {torch.get_num_threads()} threads, fp32, "
-              "cut shapes, torch rivals only\n")  # fmt: skip
+        print(
+            f"\nmeasured: {platform.machine()} CPU, {torch.get_num_threads()} threads, fp32, "
+            "cut shapes, torch rivals only\n"
+        )
         print(table(cut))
         rows += cut
     if json_file:

@@ -86,9 +86,16 @@ def modelled(shape: Shape) -> list[dict]:
         roof = max(fb / BANDWIDTH, ff / RATE) + max(bb / BANDWIDTH, bf / RATE)
         if name == "vendor + columns":
             roof += (fb + bb - forward["SDPA, no maps"][0] - back["SDPA, no maps"][0]) / BANDWIDTH
-        rows.append({
-            "shape": shape.name, "method": name, "forward MB": fb / 1e6, "forward GFLOP": ff / 1e9,
-            "backward MB": bb / 1e6, "backward GFLOP": bf / 1e9, "model us": 1e6 * roof,
-            "all layers, model ms": 1e3 * shape.layers * roof,
-        })  # fmt: skip
+        rows.append(
+            {
+                "shape": shape.name,
+                "method": name,
+                "forward MB": fb / 1e6,
+                "forward GFLOP": ff / 1e9,
+                "backward MB": bb / 1e6,
+                "backward GFLOP": bf / 1e9,
+                "model us": 1e6 * roof,
+                "all layers, model ms": 1e3 * shape.layers * roof,
+            }
+        )
     return rows

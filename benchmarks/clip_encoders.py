@@ -40,8 +40,12 @@ class Quiz:
         """Of each picture: are colour, shape and background of its caption right? (n, 3)"""
         nearest = (F.normalize(embedding, dim=-1) @ words.T).argmax(1).tolist()
         said = [(*CAPTIONS[i][0].split(), CAPTIONS[i][1]) for i in nearest]
-        return np.array([[a == b for a, b in zip(s, t, strict=True)]
-                         for s, t in zip(said, self.truth, strict=True)])  # fmt: skip
+        return np.array(
+            [
+                [a == b for a, b in zip(s, t, strict=True)]
+                for s, t in zip(said, self.truth, strict=True)
+            ]
+        )
 
 
 def level_row(level: int, logsnr: float, **right: np.ndarray) -> dict:

@@ -41,7 +41,7 @@ from clip_measures import (
     spread,
     statistics,
     table,
-)  # fmt: skip
+)
 from clip_verdicts import words
 from guidekit import Condition, Guidance
 from guidekit.backbones.loading import make_scheduler
@@ -138,10 +138,14 @@ class Bench:
         for i in tqdm(range(0, s.n, s.batch), leave=False):
             given = self.wanted.part(i, min(i + s.batch, s.n))
             run = guidekit.sample(
-                self.pipeline, Condition(), make(given), steps=s.steps,
+                self.pipeline,
+                Condition(),
+                make(given),
+                steps=s.steps,
                 seeds=range(s.seed + i, s.seed + i + len(given.texts)),
-                scheduler=make_scheduler(self.pipeline, "ddpm"), cfg=1.0,
-            )  # fmt: skip
+                scheduler=make_scheduler(self.pipeline, "ddpm"),
+                cfg=1.0,
+            )
             images.append(run.finish().images)
         return torch.cat(images), (clock() - start) / s.n
 
@@ -313,9 +317,14 @@ def cost_rows(bench: Bench) -> list[dict]:
     runs = {}
     for name, guidances in kinds.items():
         runs[name] = guidekit.sample(
-            bench.pipeline, Condition(), guidances, steps=50, seeds=range(SAMPLES), cfg=1.0,
+            bench.pipeline,
+            Condition(),
+            guidances,
+            steps=50,
+            seeds=range(SAMPLES),
+            cfg=1.0,
             scheduler=make_scheduler(bench.pipeline, "ddpm"),
-        )  # fmt: skip
+        )
     least = dict.fromkeys(runs, float("inf"))
     iterators = {name: iter(run) for name, run in runs.items()}
     for _ in range(10):
@@ -325,8 +334,10 @@ def cost_rows(bench: Bench) -> list[dict]:
             least[name] = min(least[name], (time.perf_counter() - start) * 1000)
     for steps in iterators.values():
         steps.close()
-    return [{"method": name, "n": SAMPLES, "ms a step": ms, "over unguided": ms / least["unguided"]}
-            for name, ms in least.items()]  # fmt: skip
+    return [
+        {"method": name, "n": SAMPLES, "ms a step": ms, "over unguided": ms / least["unguided"]}
+        for name, ms in least.items()
+    ]
 
 
 ROWS = {

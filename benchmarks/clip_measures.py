@@ -12,14 +12,18 @@ from guidekit.worlds import scenes
 
 NEGATIVES = 99  # real scenes that a picture is retrieved among
 SAMPLES = 4  # pictures of one condition, one after the other
-COLOURS = {c: [i + 1 for i, k in enumerate(scenes.CLASSES) if k.startswith(f"{c} ")]
-           for c in scenes.COLOURS}  # fmt: skip
+COLOURS = {
+    c: [i + 1 for i, k in enumerate(scenes.CLASSES) if k.startswith(f"{c} ")]
+    for c in scenes.COLOURS
+}
 
 
 def measure(values: np.ndarray) -> dict[str, object]:
     """Mean and 95% bootstrap interval of numbers of pictures."""
-    return {"mean": float(values.mean()),
-            "95%": evaluate.interval(lambda i: float(values[i].mean()), len(values))}  # fmt: skip
+    return {
+        "mean": float(values.mean()),
+        "95%": evaluate.interval(lambda i: float(values[i].mean()), len(values)),
+    }
 
 
 def columns(**values: np.ndarray) -> dict[str, object]:
@@ -69,8 +73,10 @@ def asked_found(found: np.ndarray, kinds: list[str]) -> dict[str, np.ndarray]:
 def spread(features: np.ndarray) -> np.ndarray:
     """Mean distance of features (n, d) between the samples of each condition."""
     groups = features[: len(features) // SAMPLES * SAMPLES].reshape(-1, SAMPLES, features.shape[1])
-    pairs = [np.linalg.norm(groups[:, i] - groups[:, j], axis=1)
-             for i, j in itertools.combinations(range(SAMPLES), 2)]  # fmt: skip
+    pairs = [
+        np.linalg.norm(groups[:, i] - groups[:, j], axis=1)
+        for i, j in itertools.combinations(range(SAMPLES), 2)
+    ]
     return np.mean(pairs, 0)
 
 

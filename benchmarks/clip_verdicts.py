@@ -67,15 +67,19 @@ def structure(by: dict[str, dict]) -> list[str]:
 def style(by: dict[str, dict]) -> list[str]:
     """Colours move, objects do not: two draws without guidance share silhouettes by chance only."""
     held = by["structure of the unguided picture"]
-    lines = [said("style brings colours nearer", by["style"]["moved 95%"][0] > 0,
-                  by["style"]["moved"])]  # fmt: skip
+    lines = [
+        said("style brings colours nearer", by["style"]["moved 95%"][0] > 0, by["style"]["moved"])
+    ]
     for name in ("the same, and style 0.3", "the same, and style 0.6"):
         row, scale = by[name], name.split()[-1]
         lines += [
             said(f"so does {scale} beside structure", row["moved 95%"][0] > 0, row["moved"]),
-            said("at a layout as with structure alone, within the intervals",
-                 row["same layout 95%"][1] >= held["same layout 95%"][0], row["same layout"]),
-        ]  # fmt: skip
+            said(
+                "at a layout as with structure alone, within the intervals",
+                row["same layout 95%"][1] >= held["same layout 95%"][0],
+                row["same layout"],
+            ),
+        ]
     return lines
 
 

@@ -44,14 +44,32 @@ QUICK = {False: ("ddim", "unipc"), True: ("flow-euler", "unipc")}  # by: is it a
 # diffusers' own guiders, measured by running them on 2026-11-21 with diffusers 0.42.1.
 THEIRS_DATE = "diffusers 0.42.1, 2026-11-21"
 THEIRS = {
-    "slg": {"UNet2DCond": "ok", "UNet2D": "ValueError", "DiT": "ok", "PixArt": "ok",
-            "SD3": "RuntimeError", "Flux": "wrong tensor"},
-    "pag": {"UNet2DCond": "ok", "UNet2D": "ok", "DiT": "ok", "PixArt": "ok",
-            "SD3": "ValueError", "Flux": "AttributeError"},
+    "slg": {
+        "UNet2DCond": "ok",
+        "UNet2D": "ValueError",
+        "DiT": "ok",
+        "PixArt": "ok",
+        "SD3": "RuntimeError",
+        "Flux": "wrong tensor",
+    },
+    "pag": {
+        "UNet2DCond": "ok",
+        "UNet2D": "ok",
+        "DiT": "ok",
+        "PixArt": "ok",
+        "SD3": "ValueError",
+        "Flux": "AttributeError",
+    },
     "seg": dict.fromkeys(("UNet2DCond", "UNet2D", "DiT", "PixArt", "SD3", "Flux"), "no effect"),
-    "autoguidance": {"UNet2DCond": "ok", "UNet2D": "no effect", "DiT": "ok", "PixArt": "ok",
-                     "SD3": "ok", "Flux": "ok"},
-}  # fmt: skip
+    "autoguidance": {
+        "UNet2DCond": "ok",
+        "UNet2D": "no effect",
+        "DiT": "ok",
+        "PixArt": "ok",
+        "SD3": "ok",
+        "Flux": "ok",
+    },
+}
 
 
 @dataclass(frozen=True)
@@ -107,9 +125,14 @@ def sampling(pipe, name: str, seed: int, wanted: Condition, *guidances: Guidance
     """A short run, not yet begun."""
     given, cfg = condition(pipe, wanted)
     return Sampling(
-        pipe, given, guidances, seeds=[seed], steps=STEPS, cfg=cfg,
+        pipe,
+        given,
+        guidances,
+        seeds=[seed],
+        steps=STEPS,
+        cfg=cfg,
         scheduler=make_scheduler(pipe, name),
-    )  # fmt: skip
+    )
 
 
 def draw(*args) -> Sampling:

@@ -58,9 +58,14 @@ class Setting:
 def digit_bench(setting: Setting) -> Digits:
     """The digits with their judge."""
     return Digits(
-        setting.digits_model, load_judge(setting.judge), Store(setting.cells),
-        setting.n // setting.draws // 10 * 10, setting.draws, setting.steps, seed=setting.seed,
-    )  # fmt: skip
+        setting.digits_model,
+        load_judge(setting.judge),
+        Store(setting.cells),
+        setting.n // setting.draws // 10 * 10,
+        setting.draws,
+        setting.steps,
+        seed=setting.seed,
+    )
 
 
 def digit_rows(setting: Setting) -> list[list[dict]]:
@@ -85,9 +90,14 @@ def augment_rows(setting: Setting) -> list[list[dict]]:
 def scene_bench(setting: Setting, model: str, **options) -> Scenes:
     """A model of scenes with their judge."""
     return Scenes(
-        model, Store(setting.cells), setting.n // setting.draws, setting.draws,
-        steps=setting.steps, seed=setting.seed, **options,
-    )  # fmt: skip
+        model,
+        Store(setting.cells),
+        setting.n // setting.draws,
+        setting.draws,
+        steps=setting.steps,
+        seed=setting.seed,
+        **options,
+    )
 
 
 def scene_rows(setting: Setting) -> list[list[dict]]:
@@ -114,23 +124,43 @@ def cost_rows(setting: Setting) -> list[list[dict]]:
     examples, rows = Examples.of(*digits.shots(2), NAMES), []
     heads = {}
     with tempfile.TemporaryDirectory() as folder:
-        for name, options in {"clean": FitOptions(), "noised": FitOptions(noised=True),
-                              "auto": FitOptions(auto=True, budget=20)}.items():  # fmt: skip
+        for name, options in {
+            "clean": FitOptions(),
+            "noised": FitOptions(noised=True),
+            "auto": FitOptions(auto=True, budget=20),
+        }.items():
             clock, cpu = time.perf_counter(), time.process_time()
             head, _ = fit(denoiser, examples, options)
-            rows.append({"fit": f"20 digits, {name}", "s": time.perf_counter() - clock,
-                         "s of CPU": time.process_time() - cpu})  # fmt: skip
+            rows.append(
+                {
+                    "fit": f"20 digits, {name}",
+                    "s": time.perf_counter() - clock,
+                    "s of CPU": time.process_time() - cpu,
+                }
+            )
             heads[name] = head.save(Path(folder) / name)
-        made = {form: Fewshot(head=heads["noised" if form == "first" else "clean"], label="7",
-                              form=form) for form in FORMS}  # fmt: skip
+        made = {
+            form: Fewshot(
+                head=heads["noised" if form == "first" else "clean"], label="7", form=form
+            )
+            for form in FORMS
+        }
         steps = {
             name: step_seconds(denoiser, guidances, 4 if setting.quick else 10)
             for name, guidances in {"unguided": [], **{f: [g] for f, g in made.items()}}.items()
         }
-    return [rows, [
-        {"step": name, "batch": 8, "ms of CPU": 1000 * s, "over unguided": s / steps["unguided"]}
-        for name, s in steps.items()
-    ]]  # fmt: skip
+    return [
+        rows,
+        [
+            {
+                "step": name,
+                "batch": 8,
+                "ms of CPU": 1000 * s,
+                "over unguided": s / steps["unguided"],
+            }
+            for name, s in steps.items()
+        ],
+    ]
 
 
 def step_seconds(denoiser: Denoiser, guidances: list, repeats: int) -> float:
@@ -144,9 +174,13 @@ def step_seconds(denoiser: Denoiser, guidances: list, repeats: int) -> float:
 
 
 TABLES = {
-    "digits": digit_rows, "scenes": scene_rows, "latents": latent_rows, "attribute": red_rows,
-    "augment": augment_rows, "cost": cost_rows,
-}  # fmt: skip
+    "digits": digit_rows,
+    "scenes": scene_rows,
+    "latents": latent_rows,
+    "attribute": red_rows,
+    "augment": augment_rows,
+    "cost": cost_rows,
+}
 
 
 @click.command()
@@ -166,8 +200,17 @@ def main(parts, model, scenes_model, judge, cells, n, draws, steps, seed, quick,
     torch.set_num_threads(1)
     steps = steps or (10 if quick else model_defaults(model).get("steps", 50))
     cells = cells or Path(tempfile.mkdtemp(prefix="fewshot-"))
-    setting = Setting(model, scenes_model, judge, cells, n or (20 if quick else 500),
-                      draws or (1 if quick else 5), steps, seed, quick)  # fmt: skip
+    setting = Setting(
+        model,
+        scenes_model,
+        judge,
+        cells,
+        n or (20 if quick else 500),
+        draws or (1 if quick else 5),
+        steps,
+        seed,
+        quick,
+    )
     everything = []
     for part in parts or PARTS:
         for rows in TABLES[part](setting):

@@ -29,9 +29,15 @@ OURS = {
     "first": FitOptions(noised=True),
 }
 METHODS = (
-    "unguided", *(f"ours, {form}" for form in OURS), "ours, detached + accept", "clean pixels",
-    "noised pixels", "random denoiser", "rejection only", "oracle, all labels",
-)  # fmt: skip
+    "unguided",
+    *(f"ours, {form}" for form in OURS),
+    "ours, detached + accept",
+    "clean pixels",
+    "noised pixels",
+    "random denoiser",
+    "rejection only",
+    "oracle, all labels",
+)
 # The same at other scales, to compare methods at equal diversity; of 20 labels.
 SWEEP = tuple(f"{m} x{s}" for m in ("ours, detached", "clean pixels") for s in (1, 3, 10, 25))
 
@@ -86,17 +92,27 @@ class Digits:
             seeds = [derived_seed(self.seed, tag, first + i) for i in range(len(part))]
             guidance = make(part)
             run = Sampling(
-                self.denoiser, Condition(), [] if guidance is None else [guidance], seeds=seeds,
+                self.denoiser,
+                Condition(),
+                [] if guidance is None else [guidance],
+                seeds=seeds,
                 steps=self.steps,
-            )  # fmt: skip
+            )
             found.append(run.finish().images * 2 - 1)
         return torch.cat(found)
 
     def cell(self, method: str, labels: int | None, draw: int) -> dict[str, np.ndarray]:
         """Judged pictures of one method, number of labels and draw of the shots."""
-        key = {"method": method, "labels": labels, "draw": draw, "n": self.per_draw,
-               "steps": self.steps, "scale": self.scale_of(method),
-               "seed": self.seed, "model": self.model}  # fmt: skip
+        key = {
+            "method": method,
+            "labels": labels,
+            "draw": draw,
+            "n": self.per_draw,
+            "steps": self.steps,
+            "scale": self.scale_of(method),
+            "seed": self.seed,
+            "model": self.model,
+        }
         return self.store.cell(key, lambda: self._make_cell(method, labels, draw))
 
     def _make_cell(self, method: str, labels: int | None, draw: int) -> dict[str, np.ndarray]:
@@ -124,12 +140,21 @@ class Digits:
     def _accepted(self, labels: int, draw: int, digit: int, each: int) -> Tensor:
         """Guided pictures that the head gives their digit at least 0.2; three tries each."""
         head = self.head(labels, draw, OURS["detached"])
-        guidance = Fewshot(head=self._saved(head), label=str(digit), form="detached",
-                           scale=self.scale, start=self.start)  # fmt: skip
+        guidance = Fewshot(
+            head=self._saved(head),
+            label=str(digit),
+            form="detached",
+            scale=self.scale,
+            start=self.start,
+        )
         images, _, _ = accepted_pictures(
-            self.denoiser, guidance, each, batch=self.batch, steps=self.steps,
+            self.denoiser,
+            guidance,
+            each,
+            batch=self.batch,
+            steps=self.steps,
             seed=derived_seed(self.seed, labels, draw, digit),
-        )  # fmt: skip
+        )
         return torch.zeros(0, 1, 8, 8) if images is None else images * 2 - 1
 
     def maker(self, method: str, labels: int | None, draw: int) -> Make:
@@ -173,8 +198,11 @@ class Digits:
         """Accuracy, diversity and Frechet distance of a method over the draws of the shots."""
         once = method.startswith(("unguided", "oracle"))
         cells = [self.cell(method, None if once else labels, d) for d in range(self.draws)]
-        row = {"labels": "" if once else labels, "method": method,
-               "n": sum(len(c["wanted"]) for c in cells)}  # fmt: skip
+        row = {
+            "labels": "" if once else labels,
+            "method": method,
+            "n": sum(len(c["wanted"]) for c in cells),
+        }
         for name, statistic in {
             "accuracy": lambda c: float((c["found"] == c["wanted"]).mean()),
             "diversity": lambda c: within_class(c["features"], c["wanted"]) / self.spread,
@@ -282,18 +310,29 @@ def augmented_rows(bench: Digits, counts: tuple[int, ...], seeds: int, steps: in
         for (times, mixup), found in scores.items():
             half = 1.96 * float(np.std(found, ddof=1)) / len(found) ** 0.5 if seeds > 1 else 0.0
             mean = float(np.mean(found))
-            rows.append({
-                "real a class": count, "generated": f"+{times}x", "mixup": mixup, "n": seeds,
-                "accuracy": mean, "accuracy 95%": (mean - half, mean + half),
-                "gain": mean - float(np.mean(scores[0, mixup])),
-            })  # fmt: skip
+            rows.append(
+                {
+                    "real a class": count,
+                    "generated": f"+{times}x",
+                    "mixup": mixup,
+                    "n": seeds,
+                    "accuracy": mean,
+                    "accuracy 95%": (mean - half, mean + half),
+                    "gain": mean - float(np.mean(scores[0, mixup])),
+                }
+            )
     return rows
 
 
 def _extra(bench: Digits, count: int, seed: int) -> list[Tensor]:
     """Accepted pictures of every digit, three times as many as there are real ones."""
-    key = {"method": "augmentation", "count": count, "seed": seed, "steps": bench.steps,
-           "model": bench.model}  # fmt: skip
+    key = {
+        "method": "augmentation",
+        "count": count,
+        "seed": seed,
+        "steps": bench.steps,
+        "model": bench.model,
+    }
 
     def make() -> dict[str, np.ndarray]:
         examples = Examples.of(*digits.shots(count, 100 + seed), NAMES)
@@ -301,12 +340,17 @@ def _extra(bench: Digits, count: int, seed: int) -> list[Tensor]:
         folder = bench._saved(head)
         found = {}
         for digit in range(10):
-            guidance = Fewshot(head=folder, label=str(digit), form="detached", scale=bench.scale,
-                               start=bench.start)  # fmt: skip
+            guidance = Fewshot(
+                head=folder, label=str(digit), form="detached", scale=bench.scale, start=bench.start
+            )
             images, drawn, kept = accepted_pictures(
-                bench.denoiser, guidance, 3 * count, batch=bench.batch, steps=bench.steps,
+                bench.denoiser,
+                guidance,
+                3 * count,
+                batch=bench.batch,
+                steps=bench.steps,
                 seed=derived_seed(seed, count, digit),
-            )  # fmt: skip
+            )
             found[str(digit)] = images.numpy() * 2 - 1
         return found
 

@@ -85,14 +85,25 @@ class Scenes:
 
     def sample(self, guidances: list[Guidance], seeds: list[int]) -> Tensor:
         """Pictures in [0, 1]."""
-        return Sampling(
-            self.denoiser, Condition(), guidances, seeds=seeds, steps=self.steps, cfg=self.cfg
-        ).finish().images  # fmt: skip
+        return (
+            Sampling(
+                self.denoiser, Condition(), guidances, seeds=seeds, steps=self.steps, cfg=self.cfg
+            )
+            .finish()
+            .images
+        )
 
     def _key(self, method: str, draw: int) -> dict:
-        return {"method": method, "draw": draw, "n": self.per_draw, "steps": self.steps,
-                "seed": self.seed, "model": self.model, "shots": self.shots,
-                "scale": self.scale}  # fmt: skip
+        return {
+            "method": method,
+            "draw": draw,
+            "n": self.per_draw,
+            "steps": self.steps,
+            "seed": self.seed,
+            "model": self.model,
+            "shots": self.shots,
+            "scale": self.scale,
+        }
 
     def mask_cell(self, method: str, draw: int) -> dict[str, np.ndarray]:
         """Judged pictures of one method and one draw of the pairs."""
@@ -126,8 +137,12 @@ class Scenes:
         rows = []
         for method in methods:
             cells = [self.mask_cell(method, d) for d in range(self.draws)]
-            row = {"model": self.model, "pairs": self.shots, "method": method,
-                   "n": sum(len(c["found"]) for c in cells)}  # fmt: skip
+            row = {
+                "model": self.model,
+                "pairs": self.shots,
+                "method": method,
+                "n": sum(len(c["found"]) for c in cells),
+            }
             row["mIoU"], row["mIoU 95%"] = over_draws(
                 cells, lambda c: shape_iou(c["found"], c["wanted"])
             )
@@ -155,17 +170,27 @@ class Scenes:
             shots = pairs(numbers, "shots", self.size)
             return segmenter_maps(train_segmenter(*shots, len(SHAPES)))
 
-        ways = {"head, paper": lambda d: head_maps("ours, paper", d),
-                "head, linear": lambda d: head_maps("ours, linear head", d),
-                "segmenter from scratch": trained}  # fmt: skip
+        ways = {
+            "head, paper": lambda d: head_maps("ours, paper", d),
+            "head, linear": lambda d: head_maps("ours, linear head", d),
+            "segmenter from scratch": trained,
+        }
         rows = []
         for method, maps in ways.items():
             cells = []
             for draw in range(self.draws):
-                key = {"method": method, "draw": draw, "real": count, "model": self.model,
-                       "shots": self.shots}  # fmt: skip
-                cells.append(self.store.cell(key, lambda m=maps, d=draw: {
-                    "found": m(d), "wanted": wanted.numpy()}))  # fmt: skip
+                key = {
+                    "method": method,
+                    "draw": draw,
+                    "real": count,
+                    "model": self.model,
+                    "shots": self.shots,
+                }
+                cells.append(
+                    self.store.cell(
+                        key, lambda m=maps, d=draw: {"found": m(d), "wanted": wanted.numpy()}
+                    )
+                )
             row = {"pairs": self.shots, "method": method, "real scenes": count}
             row["mIoU"], row["mIoU 95%"] = over_draws(
                 cells, lambda c: shape_iou(c["found"], c["wanted"])
@@ -178,8 +203,12 @@ class Scenes:
         rows = []
         for method in ("unguided", "ours, paper", "ours, detached", "ours, detached + accept"):
             cells = [self._attribute_cell(method, d, positives) for d in range(self.draws)]
-            row = {"attribute": "has a red object", "positives": positives, "method": method,
-                   "n": sum(len(c["red"]) for c in cells)}  # fmt: skip
+            row = {
+                "attribute": "has a red object",
+                "positives": positives,
+                "method": method,
+                "n": sum(len(c["red"]) for c in cells),
+            }
             row["rate"], row["rate 95%"] = over_draws(cells, lambda c: float(c["red"].mean()))
             rows.append(row)
         return rows

@@ -150,9 +150,13 @@ class Bench:
                 part = conditions[i : i + s.batch]
                 seeds = range(s.seed + i, s.seed + i + len(part))
                 run = guidekit.sample(
-                    self.pipeline, part, self.guidances(method), seeds=seeds, steps=s.steps,
+                    self.pipeline,
+                    part,
+                    self.guidances(method),
+                    seeds=seeds,
+                    steps=s.steps,
                     cfg=s.cfg,
-                )  # fmt: skip
+                )
                 images.append(run.finish().images)
         cost = {"s/image": (clock() - start) / s.n, "peak MiB": peak.mebibytes}
         return torch.cat(images), cost

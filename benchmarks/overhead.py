@@ -257,14 +257,18 @@ def random_pipeline(xl: bool, dtype: torch.dtype):
             torch.set_default_dtype(torch.float32)
     texts = [_text(tokenizer, 768, False)] + ([_text(tokenizer, 1280, True)] if xl else [])
     parts = {
-        "vae": AutoencoderKL(block_out_channels=(8, 8, 8, 8), norm_num_groups=4, latent_channels=4,
-                             down_block_types=("DownEncoderBlock2D",) * 4,
-                             up_block_types=("UpDecoderBlock2D",) * 4),
+        "vae": AutoencoderKL(
+            block_out_channels=(8, 8, 8, 8),
+            norm_num_groups=4,
+            latent_channels=4,
+            down_block_types=("DownEncoderBlock2D",) * 4,
+            up_block_types=("UpDecoderBlock2D",) * 4,
+        ),
         "unet": unet,
         "scheduler": scenes.scheduler,
         "tokenizer": tokenizer,
         "text_encoder": texts[0],
-    }  # fmt: skip
+    }
     if xl:
         pipeline = StableDiffusionXLPipeline(
             **parts, tokenizer_2=tokenizer, text_encoder_2=texts[1], add_watermarker=False
@@ -279,10 +283,16 @@ def random_pipeline(xl: bool, dtype: torch.dtype):
 
 def _text(tokenizer, width: int, projection: bool):
     config = CLIPTextConfig(
-        vocab_size=len(tokenizer), hidden_size=width, intermediate_size=width, num_hidden_layers=2,
-        num_attention_heads=4, max_position_embeddings=77, projection_dim=width,
-        bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id,
-    )  # fmt: skip
+        vocab_size=len(tokenizer),
+        hidden_size=width,
+        intermediate_size=width,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        max_position_embeddings=77,
+        projection_dim=width,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+    )
     return (CLIPTextModelWithProjection if projection else CLIPTextModel)(config)
 
 
@@ -295,9 +305,13 @@ def peak_row(xl: bool, dtype: torch.dtype) -> dict:
         with step:
             finite = bool(torch.isfinite(step()).all())
     seconds = time.perf_counter() - start
-    return {"method": f"{'SDXL' if xl else 'SD 1.5'}, Zest step, memory low", "batch": 1,
-            "s": seconds, "peak GiB with weights": peak.mebibytes / 1024,
-            "finite": str(finite)}  # fmt: skip
+    return {
+        "method": f"{'SDXL' if xl else 'SD 1.5'}, Zest step, memory low",
+        "batch": 1,
+        "s": seconds,
+        "peak GiB with weights": peak.mebibytes / 1024,
+        "finite": str(finite),
+    }
 
 
 def table(rows: list[dict]) -> str:

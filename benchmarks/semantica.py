@@ -103,10 +103,19 @@ def trained(name: str, setting: Setting):
             options = replace(options, pages=200)
         task = make(options, folder, SIZE)
         loop = Options(
-            steps=max(int(setting.flop / step_flop(task)), 2), batch=BATCH, lr=2e-3, warmup=50,
-            decay="cosine", weight_decay=0.0, eps=1e-12, ema=0.999, seed=setting.seed,
-            precision=precision(), save_every=200, preview_every=10**6,
-        )  # fmt: skip
+            steps=max(int(setting.flop / step_flop(task)), 2),
+            batch=BATCH,
+            lr=2e-3,
+            warmup=50,
+            decay="cosine",
+            weight_decay=0.0,
+            eps=1e-12,
+            ema=0.999,
+            seed=setting.seed,
+            precision=precision(),
+            save_every=200,
+            preview_every=10**6,
+        )
         loop = Loop(task, loop, folder / "run")
         loop.run()
         loop.export(folder / "model")
@@ -188,10 +197,14 @@ def unseen_rows(setting: Setting, judge: Judge) -> list[dict]:
     """Pages of objects that no training page held: episodes against label-grouped data."""
     pages = held_out(setting.n, setting.seed, unseen=True)
     return [
-        measure(f"{title}, unseen", draw(trained(name, setting), pages.conditions, setting),
-                pages, judge)
+        measure(
+            f"{title}, unseen",
+            draw(trained(name, setting), pages.conditions, setting),
+            pages,
+            judge,
+        )
         for title, name in (("episodes", "tokens"), ("labelled", "labelled"))
-    ]  # fmt: skip
+    ]
 
 
 def verdicts(rows: list[dict]) -> list[str]:
@@ -211,8 +224,10 @@ def verdicts(rows: list[dict]) -> list[str]:
             word = "reached" if row["gibibytes"] * 2**30 < MEMORY else "not reached"
             lines.append(f"{word}: {row['method']} within {MEMORY / 1e9:g} GB")
     if (row := by_name.get("w = 0.5")) is not None:
-        for text, holds in (("attributes kept >= 0.85", row["kept"] >= 0.85),
-                            ("copies < 2%", row["copies"] < 0.02)):  # fmt: skip
+        for text, holds in (
+            ("attributes kept >= 0.85", row["kept"] >= 0.85),
+            ("copies < 2%", row["copies"] < 0.02),
+        ):
             lines.append(f"{'reached' if holds else 'not reached'}: {text} at w = 0.5")
     return lines
 
@@ -270,15 +285,20 @@ def _cell(row: dict, column: str) -> str:
     type=click.Path(exists=True, path_type=Path),
     help="Rows that --json wrote, with the same options otherwise; they are printed first.",
 )
-def main(parts, model, factors, names, encoder, out, flop, n, steps, seed, quick, json_file,
-         row_files):  # fmt: skip
+def main(
+    parts, model, factors, names, encoder, out, flop, n, steps, seed, quick, json_file, row_files
+):
     """Prints the rows of all parts, then which claims they confirm."""
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
     setting = Setting(
         out / ("quick" if quick else "full") / str(seed) / encoder.strip("/").replace("/", "-"),
         flop or (1e11 if quick else 3e13),
-        n or (40 if quick else 1000), steps or (8 if quick else 64), seed, encoder, quick,
-    )  # fmt: skip
+        n or (40 if quick else 1000),
+        steps or (8 if quick else 64),
+        seed,
+        encoder,
+        quick,
+    )
     judge = evaluate.load_judge()
     make_rows = {
         "variance": lambda: variance_rows(setting),

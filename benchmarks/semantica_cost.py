@@ -72,9 +72,10 @@ def cpu_row(name: str, checkpointing: bool) -> dict:
     assert memory.mebibytes * 2**20 >= 16 * model.num_parameters()
     return {
         "method": f"step of {name}" + (", checkpointed" if checkpointing else ""),
-        "parameters": model.num_parameters(), "gibibytes": memory.mebibytes / 1024,
+        "parameters": model.num_parameters(),
+        "gibibytes": memory.mebibytes / 1024,
         "seconds": seconds,
-    }  # fmt: skip
+    }
 
 
 def forward_flop(name: str) -> float:
@@ -142,9 +143,14 @@ def trainer(name: str, folder: Path) -> Loop:
     options = SemanticaOptions(variant=name, compile=True)
     task = SemanticaTask(options, pages, pages, pages.side)
     loop = Options(
-        steps=WARM + TIMED, batch=BATCHES[name], precision="bf16", log_every=WARM, lr=1e-4,
-        decay="constant", workers=min(12, max((os.cpu_count() or 1) - 2, 0)),
-    )  # fmt: skip
+        steps=WARM + TIMED,
+        batch=BATCHES[name],
+        precision="bf16",
+        log_every=WARM,
+        lr=1e-4,
+        decay="constant",
+        workers=min(12, max((os.cpu_count() or 1) - 2, 0)),
+    )
     return Unsaved(task, loop, folder)
 
 
@@ -168,7 +174,11 @@ def gpu_row(name: str, rate: float) -> dict:
         speed = pictures_per_second(loop)
         seconds = time.perf_counter() - started
     return {
-        "method": f"training {name}", "batch": BATCHES[name], "gibibytes": memory.mebibytes / 1024,
-        "images_per_second": speed, "utilisation": 3 * forward_flop(name) * speed / rate,
-        "matrix_tflops": rate / 1e12, "seconds_in_all": seconds,
-    }  # fmt: skip
+        "method": f"training {name}",
+        "batch": BATCHES[name],
+        "gibibytes": memory.mebibytes / 1024,
+        "images_per_second": speed,
+        "utilisation": 3 * forward_flop(name) * speed / rate,
+        "matrix_tflops": rate / 1e12,
+        "seconds_in_all": seconds,
+    }

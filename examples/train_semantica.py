@@ -36,12 +36,18 @@ options = train.SemanticaOptions(variant="tiny", source="folder", data="mine", e
 loop = Loop(
     train.make(options, Path("runs/mine"), 32),
     Options(
-        steps=steps, batch=16, lr=1e-3, decay="constant", weight_decay=0, eps=1e-12, ema=0.9999,
+        steps=steps,
+        batch=16,
+        lr=1e-3,
+        decay="constant",
+        weight_decay=0,
+        eps=1e-12,
+        ema=0.9999,
         log_every=1,
     ),
     Path("runs/mine/train"),
     quiet=True,
-)  # fmt: skip
+)
 loop.run()
 loop.export(Path("runs/mine/model"))
 print("histogram of the filter: runs/mine/filter/histogram.png")

@@ -279,9 +279,15 @@ class _Call:
         if len(seeds) != len(z):
             raise ValueError(f"{len(seeds)} seeds for {len(z)} pictures; give one per picture")
         run = Run(
-            self.denoiser, self.conditions, seeds, tuple(z.shape[1:]), scheduler, cfg=cfg,
-            step_kwargs=self.step_kwargs, **self.attached.options,
-        )  # fmt: skip
+            self.denoiser,
+            self.conditions,
+            seeds,
+            tuple(z.shape[1:]),
+            scheduler,
+            cfg=cfg,
+            step_kwargs=self.step_kwargs,
+            **self.attached.options,
+        )
         self.attached.run = run
         self.engine = Engine(run, self.attached.guidances)
 

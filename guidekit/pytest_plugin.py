@@ -13,9 +13,12 @@ GUIDANCES = pytest.StashKey[dict[str, type]]()
 def pytest_addoption(parser: pytest.Parser) -> None:
     """Adds the option."""
     parser.getgroup("guidekit").addoption(
-        "--guidekit-plugin", action="append", default=[], metavar="NAME",
+        "--guidekit-plugin",
+        action="append",
+        default=[],
+        metavar="NAME",
         help="run guidekit's conformance checks on an installed plugin; repeat for several",
-    )  # fmt: skip
+    )
 
 
 def pytest_configure(config: pytest.Config) -> None:

@@ -117,9 +117,11 @@ def square(image: Image.Image, size: int) -> Tensor:
         raise ValueError("the picture is empty")
     left, top = ((length - side) // 2 for length in image.size)
     image = image.convert("RGB").resize(
-        (size, size), Image.Resampling.LANCZOS, (left, top, left + side, top + side),
+        (size, size),
+        Image.Resampling.LANCZOS,
+        (left, top, left + side, top + side),
         reducing_gap=3.0,
-    )  # fmt: skip
+    )
     return torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous()
 
 

@@ -73,10 +73,17 @@ class Sampling:
         denoiser.set_timesteps(scheduler, steps, shape)
         self.generators = [torch.Generator().manual_seed(seed) for seed in self.seeds]
         self.run = Run(
-            denoiser, self.conditions, self.seeds, shape, scheduler, cfg=cfg, memory=memory,
-            nonfinite=nonfinite, attention=attention,
+            denoiser,
+            self.conditions,
+            self.seeds,
+            shape,
+            scheduler,
+            cfg=cfg,
+            memory=memory,
+            nonfinite=nonfinite,
+            attention=attention,
             step_kwargs=_step_kwargs(scheduler, eta, self.generators),
-        )  # fmt: skip
+        )
         self.guidances = [g for g in guidances if g.scale != 0]
         _check_images(denoiser, self.conditions, guidances)
         with frozen(*denoiser.models):

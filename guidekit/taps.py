@@ -25,8 +25,15 @@ from guidekit.attention.choice import choose
 
 SDPA = F.scaled_dot_product_attention
 _SDPA_NAMES = (
-    "query", "key", "value", "attn_mask", "dropout_p", "is_causal", "scale", "enable_gqa",
-)  # fmt: skip
+    "query",
+    "key",
+    "value",
+    "attn_mask",
+    "dropout_p",
+    "is_causal",
+    "scale",
+    "enable_gqa",
+)
 
 
 class Patch:

@@ -135,9 +135,12 @@ class Fewshot(Guidance):
             if reading.noised:
                 x = noised(step.run.denoiser, x0, timestep, step.noise(f"{self.name}.{timestep}"))
             found = step.denoise(
-                x.to(step.run.denoiser.dtype), torch.as_tensor(timestep, device=x.device), self,
-                branch=self._branch, stop=self.form != "paper",
-            )  # fmt: skip
+                x.to(step.run.denoiser.dtype),
+                torch.as_tensor(timestep, device=x.device),
+                self,
+                branch=self._branch,
+                stop=self.form != "paper",
+            )
             rows.append(self._wide(found.features(self._read)))
         return self._head(rows)
 

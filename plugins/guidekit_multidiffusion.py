@@ -78,8 +78,10 @@ class MultiDiffusion(Guidance):
         """
         main = ("main", [c.content for c in conditions], [c.negative for c in conditions])
         most = max(len(c.segments) for c in conditions)
-        regions = [(f"region{s}", *zip(*(self._pair(c, s) for c in conditions), strict=True))
-                   for s in range(most)]  # fmt: skip
+        regions = [
+            (f"region{s}", *zip(*(self._pair(c, s) for c in conditions), strict=True))
+            for s in range(most)
+        ]
         return [main, *((name, list(p), list(n)) for name, p, n in regions)]
 
     def _pair(self, condition: Condition, index: int) -> tuple[str, str]:

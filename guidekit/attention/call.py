@@ -261,9 +261,15 @@ def _read_mask(call: AttentionCall) -> Tensor | None:
 
 def _run_sdpa(call: AttentionCall) -> Tensor:
     return F.scaled_dot_product_attention(
-        call.query, call.key, call.value, attn_mask=call.whole_mask(), dropout_p=call.dropout_p,
-        is_causal=call.is_causal, scale=call.scale, enable_gqa=call.enable_gqa,
-    )  # fmt: skip
+        call.query,
+        call.key,
+        call.value,
+        attn_mask=call.whole_mask(),
+        dropout_p=call.dropout_p,
+        is_causal=call.is_causal,
+        scale=call.scale,
+        enable_gqa=call.enable_gqa,
+    )
 
 
 def _eager(call: AttentionCall) -> tuple[Tensor, Tensor]:
@@ -361,10 +367,13 @@ def _attend_sdpa(call, weights, rows, reduce) -> tuple[Tensor, Tensor]:
     columns = F.pad(weights.to(call.value.dtype), (0, extra - s))[:, None]
     columns = columns.expand(*call.value.shape[:3], extra)
     both = F.scaled_dot_product_attention(
-        F.pad(call.query, (0, extra)), F.pad(call.key, (0, extra)),
-        torch.cat([call.value, columns], -1), attn_mask=_read_mask(call),
-        scale=d**-0.5 if call.scale is None else call.scale, enable_gqa=call.enable_gqa,
-    )  # fmt: skip
+        F.pad(call.query, (0, extra)),
+        F.pad(call.key, (0, extra)),
+        torch.cat([call.value, columns], -1),
+        attn_mask=_read_mask(call),
+        scale=d**-0.5 if call.scale is None else call.scale,
+        enable_gqa=call.enable_gqa,
+    )
     maps = both[:, :, rows, d : d + s].transpose(-1, -2)
     return both[..., :d], maps.mean(1) if reduce == "mean" else maps
 
@@ -377,9 +386,17 @@ def _attend_triton(call, weights, rows, reduce, columns=None) -> tuple[Tensor, T
     if factors is not None and factors[0].shape[1] > PAINTED:
         mask, factors = call.whole_mask(), None
     return importlib.import_module(KERNELS).attend(
-        call.query, call.key, call.value, weights, mask=mask, scale=call.scale, rows=rows,
-        reduce=reduce, columns=columns, bias=factors,
-    )  # fmt: skip
+        call.query,
+        call.key,
+        call.value,
+        weights,
+        mask=mask,
+        scale=call.scale,
+        rows=rows,
+        reduce=reduce,
+        columns=columns,
+        bias=factors,
+    )
 
 
 @functools.lru_cache(16)

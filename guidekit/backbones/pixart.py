@@ -45,10 +45,13 @@ class PixArt(TextDenoiser, families=("pixart",)):
                 "resolution": torch.tensor([size], **kind).repeat(count, 1),
                 "aspect_ratio": torch.tensor([[size[0] / size[1]]], **kind).repeat(count, 1),
             }
-        return Text({
-            "encoder_hidden_states": states, "encoder_attention_mask": mask,
-            "added_cond_kwargs": added,
-        })  # fmt: skip
+        return Text(
+            {
+                "encoder_hidden_states": states,
+                "encoder_attention_mask": mask,
+                "added_cond_kwargs": added,
+            }
+        )
 
     def __call__(self, z: Tensor, timestep: Tensor, text: Text) -> Tensor:
         """The model's output (B, 2C, h, w), or (B, C, h, w) if it learned no variance."""

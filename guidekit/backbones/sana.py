@@ -59,9 +59,12 @@ class Sana(TextDenoiser, families=("sana",)):
         instruction = None if null else self.pipeline_default("complex_human_instruction")
         with torch.no_grad():
             states, mask, _, _ = self.pipeline.encode_prompt(
-                prompts, False, device=self.device, max_sequence_length=self.text_length,
+                prompts,
+                False,
+                device=self.device,
+                max_sequence_length=self.text_length,
                 complex_human_instruction=instruction,
-            )  # fmt: skip
+            )
         states = states.to(self.model.dtype)
         return Text({"encoder_hidden_states": states, "encoder_attention_mask": mask})
 

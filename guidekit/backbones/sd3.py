@@ -42,9 +42,13 @@ class StableDiffusion3(TextDenoiser, families=("sd3",)):
         """The encoded prompts and their pooled states."""
         with torch.no_grad():
             states, _, pooled, _ = self.pipeline.encode_prompt(
-                prompts, None, None, device=self.device, do_classifier_free_guidance=False,
+                prompts,
+                None,
+                None,
+                device=self.device,
+                do_classifier_free_guidance=False,
                 max_sequence_length=TextDenoiser.text_length.fget(self),
-            )  # fmt: skip
+            )
         return Text({"encoder_hidden_states": states, "pooled_projections": pooled})
 
     def __call__(self, z: Tensor, timestep: Tensor, text: Text) -> Tensor:

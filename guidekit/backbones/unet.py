@@ -50,9 +50,11 @@ class StableDiffusionXL(StableDiffusion, families=("sdxl",)):
         """The encoded prompts; a null is zeros where it is empty and the pipeline says so."""
         with torch.no_grad():
             states, _, pooled, _ = self.pipeline.encode_prompt(
-                prompts, device=self.device, num_images_per_prompt=1,
+                prompts,
+                device=self.device,
+                num_images_per_prompt=1,
                 do_classifier_free_guidance=False,
-            )  # fmt: skip
+            )
         if null and self.pipeline.config.force_zeros_for_empty_prompt:
             empty = torch.tensor([not p for p in prompts], device=states.device)
             states = states.masked_fill(empty[:, None, None], 0)

@@ -101,8 +101,13 @@ def _scores(scores: dict) -> str:
 @click.option("--out", type=click.Path(path_type=Path), required=True, help="New folder.")
 @click.option("--plugin", default="fewshot", show_default=True, help="It has `head` and `label`.")
 @click.option("--set", "changes", multiple=True, help="Option of the plugin: fewshot.scale=10.")
-@click.option("--tries", type=click.IntRange(1), default=3, show_default=True,
-              help="Pictures drawn for one that is wanted, at most.")  # fmt: skip
+@click.option(
+    "--tries",
+    type=click.IntRange(1),
+    default=3,
+    show_default=True,
+    help="Pictures drawn for one that is wanted, at most.",
+)
 @click.option("--steps", type=click.IntRange(1), default=50, show_default=True)
 @click.option("--batch", type=click.IntRange(1), default=16, show_default=True)
 @click.option("--seed", default=0, show_default=True)
@@ -110,10 +115,19 @@ def _scores(scores: dict) -> str:
 @click.option("--quiet", is_flag=True, help="Print nothing but errors.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 def augment(
-    model: str, head: Path, classes: tuple[str, ...], out: Path, plugin: str,
-    changes: tuple[str, ...], per_class: int, device: str, seed: int, quiet: bool, as_json: bool,
+    model: str,
+    head: Path,
+    classes: tuple[str, ...],
+    out: Path,
+    plugin: str,
+    changes: tuple[str, ...],
+    per_class: int,
+    device: str,
+    seed: int,
+    quiet: bool,
+    as_json: bool,
     **options,
-):  # fmt: skip
+):
     """Write a folder of accepted, generated pictures per class."""
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ValueError(f"{out} exists; choose another --out")
@@ -141,8 +155,9 @@ def augment(
         click.echo(f"{row.label:12s} {row.accepted} of {row.drawn} accepted ({row.rate:.2f})")
 
     silent = quiet or as_json
-    rows = harvest(denoiser, make, chosen, per_class, out, seed,
-                   None if silent else tell, **options)  # fmt: skip
+    rows = harvest(
+        denoiser, make, chosen, per_class, out, seed, None if silent else tell, **options
+    )
     if as_json:
         classes_ = [dataclasses.asdict(r) | {"rate": r.rate} for r in rows]
         click.echo(json.dumps({"folder": str(out), "classes": classes_}))

@@ -166,11 +166,21 @@ class Studio:
         """A batch with the settings of this run."""
         s = self.settings
         return Sampling(
-            self.denoiser, conditions, guidances, seeds=seeds, steps=s.steps, cfg=s.cfg,
-            embedded_cfg=s.embedded_cfg, eta=s.eta, height=s.height, width=s.width,
-            scheduler=self.scheduler, memory=s.memory, nonfinite=s.nonfinite,
+            self.denoiser,
+            conditions,
+            guidances,
+            seeds=seeds,
+            steps=s.steps,
+            cfg=s.cfg,
+            embedded_cfg=s.embedded_cfg,
+            eta=s.eta,
+            height=s.height,
+            width=s.width,
+            scheduler=self.scheduler,
+            memory=s.memory,
+            nonfinite=s.nonfinite,
             attention=s.attention,
-        )  # fmt: skip
+        )
 
     @property
     def compares(self) -> bool:

@@ -102,9 +102,10 @@ class Engine:
     def _check_edits(self, step: Step) -> None:
         before = (step.index - 1) / step.n
         editors = [
-            g for g in self.guidances
+            g
+            for g in self.guidances
             if type(g).edit_sample is not Guidance.edit_sample and g.active(before)
-        ]  # fmt: skip
+        ]
         if step.index and editors and not step.move.reads_sample:
             raise ValueError(
                 f"{editors[0].name} edits samples, and {type(step.run.scheduler).__name__} does not"
@@ -288,9 +289,14 @@ class Engine:
         seconds = time.perf_counter() - started
         for guidance, value in zip(members, values, strict=True):
             self.run.account.energy(
-                guidance.name, step.index, step.repeat, value,
-                grad_norm=norm, update_ratio=ratio, seconds=seconds,
-            )  # fmt: skip
+                guidance.name,
+                step.index,
+                step.repeat,
+                value,
+                grad_norm=norm,
+                update_ratio=ratio,
+                seconds=seconds,
+            )
         return change
 
     def _change(self, step: Step, guidance: Guidance, grad: Tensor) -> Tensor:

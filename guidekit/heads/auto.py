@@ -64,9 +64,14 @@ def _choices(denoiser: Denoiser, reading: Reading, named: bool) -> tuple[str, ..
 
 
 def _at(
-    denoiser: Denoiser, examples: Examples, reading: Reading, sites: tuple[str, ...],
-    timestep: int, folder: Path, pool: int,
-) -> list[Candidate]:  # fmt: skip
+    denoiser: Denoiser,
+    examples: Examples,
+    reading: Reading,
+    sites: tuple[str, ...],
+    timestep: int,
+    folder: Path,
+    pool: int,
+) -> list[Candidate]:
     """Candidates of one timestep: the denoiser is called once for all sites and poolings."""
     masks = examples.kind == "masks"
     sides = (0,) if masks else (pool,) if pool else POOLS

@@ -85,9 +85,14 @@ class Examples:
         if kind == "masks":
             masks = torch.from_numpy(targets).long()
             return Examples(
-                kind, tuple(classes), len(pictures), pictures.__getitem__,
-                masks=masks.__getitem__, values=tuple(range(len(classes))), key=key,
-            )  # fmt: skip
+                kind,
+                tuple(classes),
+                len(pictures),
+                pictures.__getitem__,
+                masks=masks.__getitem__,
+                values=tuple(range(len(classes))),
+                key=key,
+            )
         return Examples(kind, tuple(classes), len(pictures), pictures.__getitem__, targets, key=key)
 
 
@@ -289,9 +294,13 @@ def _of_files(
         _open(file)
     key = repr([(str(f.resolve()), f.stat().st_mtime_ns, f.stat().st_size) for f in files])
     return Examples(
-        kind, classes, len(files), lambda i: read_picture(files[i], size, channels), targets,
+        kind,
+        classes,
+        len(files),
+        lambda i: read_picture(files[i], size, channels),
+        targets,
         key=f"{key} {size} {channels}",
-    )  # fmt: skip
+    )
 
 
 def read_picture(path: Path, size: tuple[int, int], channels: int = 3) -> Tensor:

@@ -128,9 +128,11 @@ def observe(denoiser: Denoiser, x0: Tensor, reading: Reading, eps: Tensor | None
 def fixed_noise(numbers: Sequence[int], shape: tuple[int, ...]) -> Tensor:
     """Noise (B, *shape) of numbered pictures, the same whatever their batch."""
     return torch.stack(
-        [torch.randn(shape, generator=torch.Generator().manual_seed(NOISE_SEED + n))
-         for n in numbers]
-    )  # fmt: skip
+        [
+            torch.randn(shape, generator=torch.Generator().manual_seed(NOISE_SEED + n))
+            for n in numbers
+        ]
+    )
 
 
 def pooled(maps: Maps, sites: Sequence[str], side: int) -> Tensor:

@@ -89,9 +89,15 @@ def fit(
         head_of = fit_masks if examples.kind == "masks" else fit_pictures
         head, notes = head_of(denoiser, examples, reading, estimator, options, folder)
     report = FitReport(
-        examples.kind, examples.per_class, reading, estimator, head.config.scores, notes, tried,
+        examples.kind,
+        examples.per_class,
+        reading,
+        estimator,
+        head.config.scores,
+        notes,
+        tried,
         time.monotonic() - started,
-    )  # fmt: skip
+    )
     return head.eval().requires_grad_(False), report
 
 
@@ -112,9 +118,13 @@ def _reading(denoiser: Denoiser, options: FitOptions, kind: str) -> Reading:
 
 
 def fit_pictures(
-    denoiser: Denoiser, examples: Examples, reading: Reading, estimator: str,
-    options: FitOptions, folder: Path,
-) -> tuple[Head, list[str]]:  # fmt: skip
+    denoiser: Denoiser,
+    examples: Examples,
+    reading: Reading,
+    estimator: str,
+    options: FitOptions,
+    folder: Path,
+) -> tuple[Head, list[str]]:
     """A linear head of whole pictures, for classes or for several labels."""
     arrays = collect(denoiser, examples.load, len(examples), reading, folder, examples.key)
     parts = [
@@ -123,9 +133,12 @@ def fit_pictures(
     ]
     parts = parts if reading.noised else [np.concatenate(parts, 1)]
     config = HeadConfig(
-        examples.kind, examples.classes, reading, parts[0].shape[1],
+        examples.kind,
+        examples.classes,
+        reading,
+        parts[0].shape[1],
         backbone=fingerprint(denoiser),
-    )  # fmt: skip
+    )
     head, scores, notes = Head(config), [], []
     for readout, x in zip(head.readouts, parts, strict=True):
         scores.append(_fit_readout(readout, x, examples, estimator, options.seed))
@@ -143,14 +156,19 @@ def _fit_readout(readout, x: np.ndarray, examples: Examples, estimator: str, see
         found = fit_linear(x, examples.targets, len(examples.classes), estimator, seed=seed)
         put_linear(readout, found)
         return found.scores and found.scores | {"strength": found.strength}
-    rows = [_fit_label(x, y, name, estimator, seed) for y, name in
-            zip(examples.targets.T, examples.classes, strict=True)]  # fmt: skip
-    put_linear(readout, dataclasses.replace(
-        rows[0],
-        weight=np.stack([(r.weight[1] - r.weight[0]) / r.temperature for r in rows]),
-        bias=np.array([(r.bias[1] - r.bias[0]) / r.temperature for r in rows]),
-        temperature=1.0,
-    ))  # fmt: skip
+    rows = [
+        _fit_label(x, y, name, estimator, seed)
+        for y, name in zip(examples.targets.T, examples.classes, strict=True)
+    ]
+    put_linear(
+        readout,
+        dataclasses.replace(
+            rows[0],
+            weight=np.stack([(r.weight[1] - r.weight[0]) / r.temperature for r in rows]),
+            bias=np.array([(r.bias[1] - r.bias[0]) / r.temperature for r in rows]),
+            temperature=1.0,
+        ),
+    )
     return _mean_scores([r.scores for r in rows]) if all(r.scores for r in rows) else {}
 
 
@@ -165,28 +183,38 @@ def _fit_label(x: np.ndarray, y: np.ndarray, name: str, estimator: str, seed: in
 
 
 def fit_masks(
-    denoiser: Denoiser, examples: Examples, reading: Reading, estimator: str,
-    options: FitOptions, folder: Path,
-) -> tuple[Head, list[str]]:  # fmt: skip
+    denoiser: Denoiser,
+    examples: Examples,
+    reading: Reading,
+    estimator: str,
+    options: FitOptions,
+    folder: Path,
+) -> tuple[Head, list[str]]:
     """A mask head at the grid of the denoiser's latents; the last score is of held-out pictures."""
     copies = options.copies if estimator == "mlp" else 1
 
     def pictures(rows: list[int]) -> torch.Tensor:
-        return torch.stack([
-            varied(examples.pictures(r // copies), examples.masks(r // copies), r % copies)[0]
-            for r in rows
-        ])  # fmt: skip
+        return torch.stack(
+            [
+                varied(examples.pictures(r // copies), examples.masks(r // copies), r % copies)[0]
+                for r in rows
+            ]
+        )
 
     key = f"{examples.key} {copies} variants"
     arrays = collect(denoiser, pictures, len(examples) * copies, reading, folder, key)
     sizes = [sum(arrays[f"{t}.{s}"].shape[1] for s in reading.sites) for t in reading.timesteps]
     first = denoiser.latents(examples.load([0]).to(denoiser.device))
     config = HeadConfig(
-        "masks", examples.classes, reading,
+        "masks",
+        examples.classes,
+        reading,
         sizes[0] if reading.noised else sum(sizes),
-        HIDDEN if estimator == "mlp" else (), tuple(first.shape[-2:]), examples.values,
+        HIDDEN if estimator == "mlp" else (),
+        tuple(first.shape[-2:]),
+        examples.values,
         fingerprint(denoiser),
-    )  # fmt: skip
+    )
     make = _mlp_maker(config, arrays, examples, copies, options)
     if estimator == "linear":
         rows = MaskRows(arrays, Head(config), examples, 1)

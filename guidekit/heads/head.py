@@ -227,8 +227,9 @@ def random_head(denoiser: Denoiser) -> Head:
     with torch.no_grad():
         (maps,) = observe(denoiser, z, reading)
     channels = maps[sites[0]].shape[1]
-    head = Head(HeadConfig("classes", ("a", "b"), reading, channels,
-                           backbone=fingerprint(denoiser)))  # fmt: skip
+    head = Head(
+        HeadConfig("classes", ("a", "b"), reading, channels, backbone=fingerprint(denoiser))
+    )
     generator = torch.Generator().manual_seed(0)
     for readout in head.readouts:
         last = readout.net[-1]

@@ -92,7 +92,7 @@ def train_mlp(
     """Trains the head's readouts with the paper's settings; returns the last mean loss.
 
     only: the examples to use, all if None.
-    """  # fmt: skip
+    """
     head, index = rows.head, list(range(len(rows.examples)) if only is None else only)
     generator = torch.Generator().manual_seed(seed)
     optimizer = torch.optim.Adam(head.readouts.parameters(), lr=lr)

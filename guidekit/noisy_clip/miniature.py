@@ -9,8 +9,13 @@ from guidekit.noisy_clip.model import CleanClip, NoisyClip
 
 VISION = {"layers": 2, "width": 32, "head_width": 16, "patch_size": 4, "image_size": 16}
 TEXT = {"context_length": 24, "vocab_size": 49408, "width": 16, "heads": 2, "layers": 1}
-PREPROCESS = {"mean": [0.48, 0.46, 0.41], "std": [0.27, 0.26, 0.28], "mode": "RGB",
-              "interpolation": "bicubic", "resize_mode": "squash"}  # fmt: skip
+PREPROCESS = {
+    "mean": [0.48, 0.46, 0.41],
+    "std": [0.27, 0.26, 0.28],
+    "mode": "RGB",
+    "interpolation": "bicubic",
+    "resize_mode": "squash",
+}
 
 
 def random_clip(vision: dict = VISION, size: int = 16) -> Clip:

@@ -205,7 +205,10 @@ def resized(pixels: Tensor, size: tuple[int, int]) -> Tensor:
 def stem(channels: int, factor: int, width: int = 64) -> nn.Sequential:
     """Latents (B, channels, h, w) to a picture (B, 3, factor h, factor w)."""
     return nn.Sequential(
-        nn.Conv2d(channels, width, 3, padding=1), nn.SiLU(),
-        nn.Conv2d(width, width, 3, padding=1), nn.SiLU(),
-        nn.Conv2d(width, 3 * factor**2, 3, padding=1), nn.PixelShuffle(factor),
-    )  # fmt: skip
+        nn.Conv2d(channels, width, 3, padding=1),
+        nn.SiLU(),
+        nn.Conv2d(width, width, 3, padding=1),
+        nn.SiLU(),
+        nn.Conv2d(width, 3 * factor**2, 3, padding=1),
+        nn.PixelShuffle(factor),
+    )

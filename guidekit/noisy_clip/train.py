@@ -98,9 +98,12 @@ class NoisyClipTask:
         spread = torch.arange(len(x0)) + torch.rand(len(x0), generator=generator)
         eps = torch.randn(x0.shape, generator=generator)
         return {
-            "pixels": pixels, "x0": x0, "eps": eps, "logsnr": logsnr_at(spread / len(x0)),
+            "pixels": pixels,
+            "x0": x0,
+            "eps": eps,
+            "logsnr": logsnr_at(spread / len(x0)),
             "keys": self.data.keys(numbers),
-        }  # fmt: skip
+        }
 
     def _latents(self, pixels: Tensor) -> Tensor:
         """Clean latents as the denoiser sees them, encoded where the encoder is trained."""

@@ -52,9 +52,13 @@ class AdapterTask:
     encodes = True  # its batches, by the backbone's autoencoder and text encoder
 
     def __init__(
-        self, options: AdapterOptions, episodes: Episodes, encoder: ImageEncoder,
-        pipeline: StableDiffusionPipeline, size: int,
-    ):  # fmt: skip
+        self,
+        options: AdapterOptions,
+        episodes: Episodes,
+        encoder: ImageEncoder,
+        pipeline: StableDiffusionPipeline,
+        size: int,
+    ):
         self.options, self.episodes, self.encoder = options, episodes, encoder
         self.pipeline, self.size = pipeline, size
         for part in (pipeline.unet, pipeline.vae, pipeline.text_encoder):
@@ -64,8 +68,9 @@ class AdapterTask:
 
     def whole_net(self) -> nn.Module:
         """A second net of the same form."""
-        return AdapterLoss(new_adapter(self.pipeline.unet, self.encoder.shapes()[1]),
-                           self.pipeline.unet)  # fmt: skip
+        return AdapterLoss(
+            new_adapter(self.pipeline.unet, self.encoder.shapes()[1]), self.pipeline.unet
+        )
 
     def batch(self, numbers: range, generator: torch.Generator) -> dict[str, Tensor]:
         """Noisy latents of the pictures to draw, their captions, and the conditions' tokens."""
@@ -99,9 +104,12 @@ class AdapterTask:
         pipeline.set_progress_bar_config(disable=True)
         with adapter.attached(pipeline.unet, image):
             drawn = pipeline(
-                [""] * 8, num_inference_steps=20, guidance_scale=1.0, output_type="pt",
+                [""] * 8,
+                num_inference_steps=20,
+                guidance_scale=1.0,
+                output_type="pt",
                 generator=[torch.Generator().manual_seed(i) for i in range(8)],
-            ).images  # fmt: skip
+            ).images
         drawn = drawn.cpu().float() * 2 - 1
         shown = F.interpolate(to_pixels(pictures), drawn.shape[-2:])
         return grid(torch.cat([shown, drawn]), 8)

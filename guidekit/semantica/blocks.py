@@ -47,9 +47,14 @@ class TransformerBlock(nn.Module):
     """Self-attention, cross-attention to the encoder's tokens, MLP, on tokens (B, N, C)."""
 
     def __init__(
-        self, channels: int, embedding: int, head: int, context: int | None, skips: bool,
+        self,
+        channels: int,
+        embedding: int,
+        head: int,
+        context: int | None,
+        skips: bool,
         dropout: float,
-    ):  # fmt: skip
+    ):
         super().__init__()
         heads = channels // head
         self.norm_skip = nn.LayerNorm(channels) if skips else None
@@ -91,9 +96,19 @@ class Stage(nn.Module):
     """
 
     def __init__(
-        self, kind: str, blocks: int, channels: int, side: int, embedding: int, *,
-        groups: int, head: int, context: int | None, dropout: float, skips: bool = False,
-    ):  # fmt: skip
+        self,
+        kind: str,
+        blocks: int,
+        channels: int,
+        side: int,
+        embedding: int,
+        *,
+        groups: int,
+        head: int,
+        context: int | None,
+        dropout: float,
+        skips: bool = False,
+    ):
         super().__init__()
         self.gradient_checkpointing, self.attentions, self.resnets = False, None, None
         if kind == "transformer":

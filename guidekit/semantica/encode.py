@@ -185,9 +185,14 @@ def from_timm(name: str, pretrained: bool, **settings: Any) -> ImageEncoder:
     data = timm.data.resolve_data_config({}, model=net)
     size = settings.get("img_size", data["input_size"][1])
     encoder = ImageEncoder(
-        "timm", name.split(".")[0], settings, size, tuple(data["mean"]),
-        tuple(data["std"]), source=f"timm/{name}",
-    )  # fmt: skip
+        "timm",
+        name.split(".")[0],
+        settings,
+        size,
+        tuple(data["mean"]),
+        tuple(data["std"]),
+        source=f"timm/{name}",
+    )
     encoder.net.load_state_dict(net.state_dict())
     return encoder
 
@@ -243,6 +248,8 @@ def _clip_tower(settings: dict[str, Any]) -> nn.Module:
     vision = {k: v for k, v in settings["vision_cfg"].items() if k in known}
     vision |= {"output_tokens": True, "timm_model_pretrained": False}
     return open_clip.CLIP(
-        settings["embed_dim"], open_clip.CLIPVisionCfg(**vision),
-        open_clip.CLIPTextCfg(**_NO_TEXT), quick_gelu=settings.get("quick_gelu", False),
-    ).visual  # fmt: skip
+        settings["embed_dim"],
+        open_clip.CLIPVisionCfg(**vision),
+        open_clip.CLIPTextCfg(**_NO_TEXT),
+        quick_gelu=settings.get("quick_gelu", False),
+    ).visual

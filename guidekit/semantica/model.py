@@ -30,29 +30,45 @@ FREQUENCIES = 256  # sines and cosines of the log-SNR
 
 CONV, ATTEND = "conv", "transformer"
 _A = dict(
-    sample_size=256, patch_size=2, block_out_channels=(128, 256, 512, 1024),
-    layers_per_block=(3, 3, 3, 16), down_block_types=(CONV, CONV, ATTEND),
-    mid_block_type=ATTEND, cross_attention_dim=768,
-)  # fmt: skip
+    sample_size=256,
+    patch_size=2,
+    block_out_channels=(128, 256, 512, 1024),
+    layers_per_block=(3, 3, 3, 16),
+    down_block_types=(CONV, CONV, ATTEND),
+    mid_block_type=ATTEND,
+    cross_attention_dim=768,
+)
 _B = _A | dict(
-    patch_size=1, block_out_channels=(128, 128, 256, 512, 1024),
-    layers_per_block=(2, 3, 3, 3, 16), down_block_types=(CONV, CONV, CONV, ATTEND),
-)  # fmt: skip
+    patch_size=1,
+    block_out_channels=(128, 128, 256, 512, 1024),
+    layers_per_block=(2, 3, 3, 3, 16),
+    down_block_types=(CONV, CONV, CONV, ATTEND),
+)
 _TINY = dict(
-    sample_size=32, patch_size=2, block_out_channels=(64, 128), layers_per_block=(2, 4),
-    down_block_types=(CONV,), mid_block_type=ATTEND, attention_head_dim=32,
-    cross_attention_dim=128, embedding_dim=256, norm_num_groups=8,
-)  # fmt: skip
+    sample_size=32,
+    patch_size=2,
+    block_out_channels=(64, 128),
+    layers_per_block=(2, 4),
+    down_block_types=(CONV,),
+    mid_block_type=ATTEND,
+    attention_head_dim=32,
+    cross_attention_dim=128,
+    embedding_dim=256,
+    norm_num_groups=8,
+)
 VARIANTS: dict[str, dict[str, Any]] = {
     "a": _A,
     "b": _B,
     "c": _B | dict(block_out_channels=(128, 256, 512, 1024, 2048), cross_attention_dim=1024),
     "tiny": _TINY,
-    "tiny-pixel": _TINY | dict(
-        patch_size=1, block_out_channels=(32, 64, 128), layers_per_block=(1, 2, 4),
+    "tiny-pixel": _TINY
+    | dict(
+        patch_size=1,
+        block_out_channels=(32, 64, 128),
+        layers_per_block=(1, 2, 4),
         down_block_types=(CONV, CONV),
     ),
-}  # fmt: skip
+}
 
 
 class UViT(ModelMixin, ConfigMixin):
@@ -100,9 +116,11 @@ class UViT(ModelMixin, ConfigMixin):
         if conditioning == "film":
             self.film = nn.Linear(cross_attention_dim, e)
         common = dict(
-            groups=norm_num_groups, head=attention_head_dim, dropout=dropout,
+            groups=norm_num_groups,
+            head=attention_head_dim,
+            dropout=dropout,
             context=cross_attention_dim if conditioning == "tokens" else None,
-        )  # fmt: skip
+        )
         sides = [sample_size // patch_size // 2**level for level in range(len(widths))]
         stages = list(zip(down_block_types, layers_per_block, widths, sides, strict=False))
         self.conv_in = nn.Conv2d(in_channels, widths[0], patch_size, patch_size)

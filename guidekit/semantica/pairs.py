@@ -127,9 +127,10 @@ def find_pairs(
     save_file({"pairs": torch.from_numpy(pairs)}, f"{path}.part")
     os.replace(f"{path}.part", path)
     table = asdict(result) | {
-        "share": result.share, "unreadable": pages.unreadable,
+        "share": result.share,
+        "unreadable": pages.unreadable,
         "histogram": _coarse(counts).tolist(),
-    }  # fmt: skip
+    }
     save_text(out / "filter.json", json.dumps(table))
     return result
 
@@ -152,8 +153,12 @@ def request(
     check_bounds(low, high, quantiles)
     chosen = None if quantiles is None else list(quantiles)
     return {
-        "low": low, "high": high, "quantiles": chosen, "pictures": len(pages), "pages": pages.facts
-    }  # fmt: skip
+        "low": low,
+        "high": high,
+        "quantiles": chosen,
+        "pictures": len(pages),
+        "pages": pages.facts,
+    }
 
 
 def answered(folder: Path, asked: dict) -> bool:
@@ -187,8 +192,11 @@ def picture(counts: np.ndarray, result: Filtered) -> Image.Image:
             fill=(40, 80, 200) if kept else (190, 190, 190),
         )
     for value in np.linspace(-1, 1, 9):
-        draw.text((min((value + 1) / 2 * width, width - 30), margin + height + 4), f"{value:g}",
-                  fill="black")  # fmt: skip
+        draw.text(
+            (min((value + 1) / 2 * width, width - 30), margin + height + 4),
+            f"{value:g}",
+            fill="black",
+        )
     text = f"{result.kept} of {result.total} pairs kept ({result.share:.1%}), cosine"
     draw.text((6, 4), f"{text} {result.low:.2f} to {result.high:.2f}", fill="black")
     return image

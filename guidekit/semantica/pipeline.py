@@ -48,9 +48,14 @@ class SemanticaPipeline(DiffusionPipeline):
         """One picture for each reference; a Tensor is (B, 3, H, W) in [0, 1]."""
         pixels = self._references(image)
         images = denoise(
-            self.unet, self.scheduler, self.states(pixels), w, num_inference_steps, generator,
+            self.unet,
+            self.scheduler,
+            self.states(pixels),
+            w,
+            num_inference_steps,
+            generator,
             self.progress_bar,
-        )  # fmt: skip
+        )
         self.maybe_free_model_hooks()
         if output_type != "pt":
             images = images.cpu().permute(0, 2, 3, 1).float().numpy()
@@ -67,9 +72,14 @@ class SemanticaPipeline(DiffusionPipeline):
 
 
 def denoise(
-    unet: UViT, scheduler: SemanticaScheduler, states: Tensor, w: float, steps: int, generator,
+    unet: UViT,
+    scheduler: SemanticaScheduler,
+    states: Tensor,
+    w: float,
+    steps: int,
+    generator,
     bar=iter,
-) -> Tensor:  # fmt: skip
+) -> Tensor:
     """Pictures (B, 3, H, W) in [0, 1] for states (B, T, D), zeros being no condition.
 
     Drawn on the device of the states: an offloaded model's weights lie on another.

@@ -160,9 +160,11 @@ def scene_items(
             if rng.random() < polluted:  # what is not of the page, from numbers no page has
                 plan = scenes.scene(10**6 + number * per_page + place, split)
             yield Item(
-                str(number), f"{split}-{number}-{place}",
-                functools.partial(_drawn, plan, size), plan.caption,
-            )  # fmt: skip
+                str(number),
+                f"{split}-{number}-{place}",
+                functools.partial(_drawn, plan, size),
+                plan.caption,
+            )
 
 
 def labelled_scene_items(
@@ -172,9 +174,11 @@ def labelled_scene_items(
     for number in _without(range(pages * per_page), split, without):
         plan = scenes.scene(number, split)
         yield Item(
-            plan.things[0].phrase, f"{split}-{number}",
-            functools.partial(_drawn, plan, size), plan.caption,
-        )  # fmt: skip
+            plan.things[0].phrase,
+            f"{split}-{number}",
+            functools.partial(_drawn, plan, size),
+            plan.caption,
+        )
 
 
 def _without(numbers: range, split: str, phrases: tuple[str, ...]) -> Iterator[int]:

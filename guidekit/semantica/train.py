@@ -126,10 +126,12 @@ class SemanticaTask:
         _, channels, pooled = encoder.shapes()
         self.feature = "pooled" if options.conditioning == "film" else "tokens"
         unet = variant(
-            options.variant, sample_size=size, conditioning=options.conditioning,
+            options.variant,
+            sample_size=size,
+            conditioning=options.conditioning,
             cross_attention_dim=pooled if self.feature == "pooled" else channels,
             noise_size=options.noise_size,
-        )  # fmt: skip
+        )
         if options.checkpointing:
             unet.enable_gradient_checkpointing()
         self.net = SemanticaLoss(unet.train(), options.gamma)
@@ -155,9 +157,11 @@ class SemanticaTask:
         """The sampler that fits the training's schedule."""
         options = self.options
         return SemanticaScheduler(
-            image_size=self.size, noise_size=options.noise_size,
-            frac=options.frac, reading=options.reading,
-        )  # fmt: skip
+            image_size=self.size,
+            noise_size=options.noise_size,
+            frac=options.frac,
+            reading=options.reading,
+        )
 
     def preview(self) -> Image.Image:
         """Eight references above two pictures drawn from each at w = 0.5."""
@@ -205,9 +209,12 @@ def items(
         raise ValueError(f"no source {options.source!r}; there are {', '.join(SOURCES)}")
     if options.source == "scenes":
         return scene_items(
-            options.pages, options.per_page, size,
-            polluted=options.polluted, without=tuple(options.without),
-        )  # fmt: skip
+            options.pages,
+            options.per_page,
+            size,
+            polluted=options.polluted,
+            without=tuple(options.without),
+        )
     if options.source == "labelled-scenes":
         return labelled_scene_items(
             options.pages, options.per_page, size, without=tuple(options.without)
@@ -265,9 +272,13 @@ def make_episodes(
         if state.is_main_process:
             encoder.to(state.device)
             pages = write_pages(
-                items(options, size, away), encoder, store, size, quiet=quiet,
+                items(options, size, away),
+                encoder,
+                store,
+                size,
+                quiet=quiet,
                 facts=facts(options, away),
-            )  # fmt: skip
+            )
             if not answered(chosen, request(pages, *kept)):
                 found = find_pairs(pages, *kept, chosen)
                 if not quiet:

@@ -63,18 +63,27 @@ LONGEST = sorted(WORDS, key=len, reverse=True)
 
 # Topologies of Stable Diffusion 1.x and of SDXL with two levels.
 SD_UNET = dict(
-    sample_size=16, in_channels=4, out_channels=4, block_out_channels=(32, 64),
-    layers_per_block=1, cross_attention_dim=32, attention_head_dim=4, norm_num_groups=8,
+    sample_size=16,
+    in_channels=4,
+    out_channels=4,
+    block_out_channels=(32, 64),
+    layers_per_block=1,
+    cross_attention_dim=32,
+    attention_head_dim=4,
+    norm_num_groups=8,
     down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
     up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
-)  # fmt: skip
+)
 SDXL_UNET = SD_UNET | dict(
     down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
     up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
-    attention_head_dim=(2, 4), use_linear_projection=True, addition_embed_type="text_time",
-    addition_time_embed_dim=8, projection_class_embeddings_input_dim=32 + 6 * 8,
+    attention_head_dim=(2, 4),
+    use_linear_projection=True,
+    addition_embed_type="text_time",
+    addition_time_embed_dim=8,
+    projection_class_embeddings_input_dim=32 + 6 * 8,
     transformer_layers_per_block=(1, 2),
-)  # fmt: skip
+)
 
 
 def frozen_model(model: nn.Module) -> nn.Module:
@@ -118,10 +127,16 @@ def tokenizer() -> CLIPTokenizer:
 def text_encoder(tokenizer: CLIPTokenizer, projection: bool = False) -> nn.Module:
     """A 32-channel CLIP text encoder of two layers over `tokenizer`'s vocabulary."""
     config = CLIPTextConfig(
-        vocab_size=len(tokenizer), hidden_size=32, intermediate_size=64, num_hidden_layers=2,
-        num_attention_heads=4, projection_dim=32, bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id,
-    )  # fmt: skip
+        vocab_size=len(tokenizer),
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        projection_dim=32,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
     return frozen_model((CLIPTextModelWithProjection if projection else CLIPTextModel)(config))
 
 
@@ -149,17 +164,23 @@ def gemma_tokenizer() -> GemmaTokenizer:
     merges += [("\u2581", word) for word in WORDS]
     vocab = dict.fromkeys([*special, *letters, *map("".join, merges)])
     return GemmaTokenizer(
-        vocab={token: i for i, token in enumerate(vocab)}, merges=list(dict.fromkeys(merges)),
+        vocab={token: i for i, token in enumerate(vocab)},
+        merges=list(dict.fromkeys(merges)),
         add_bos_token=True,
-    )  # fmt: skip
+    )
 
 
 def gemma_encoder(tokenizer: GemmaTokenizer) -> Gemma2Model:
     """A Gemma 2 decoder of two layers with 32 channels."""
     config = Gemma2Config(
-        vocab_size=len(tokenizer), hidden_size=32, intermediate_size=64, num_hidden_layers=2,
-        num_attention_heads=2, num_key_value_heads=1, head_dim=16,
-    )  # fmt: skip
+        vocab_size=len(tokenizer),
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        head_dim=16,
+    )
     return frozen_model(Gemma2Model(config))
 
 
@@ -170,21 +191,26 @@ def qwen_tokenizer() -> Qwen2Tokenizer:
     merges += [("\u0120", word) for word in WORDS]  # a space before the word
     vocab = dict.fromkeys([*sorted(ByteLevel.alphabet()), *map("".join, merges), *special])
     return Qwen2Tokenizer(
-        vocab={token: i for i, token in enumerate(vocab)}, merges=list(dict.fromkeys(merges)),
+        vocab={token: i for i, token in enumerate(vocab)},
+        merges=list(dict.fromkeys(merges)),
         extra_special_tokens=special[1:],
-    )  # fmt: skip
+    )
 
 
 def qwen_encoder(tokenizer: Qwen2Tokenizer) -> Qwen2_5_VLForConditionalGeneration:
     """A Qwen 2.5 VL of two layers with 32 channels and an eye of one layer."""
     ends = {"bos_token_id": tokenizer.eos_token_id, "eos_token_id": tokenizer.eos_token_id}
     text = dict(
-        vocab_size=len(tokenizer), hidden_size=32, intermediate_size=64, num_hidden_layers=2,
-        num_attention_heads=2, num_key_value_heads=1, max_position_embeddings=2048,
-        rope_parameters={
-            "rope_type": "default", "mrope_section": [2, 3, 3], "rope_theta": 10000.0
-        }, **ends,
-    )  # fmt: skip
+        vocab_size=len(tokenizer),
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        max_position_embeddings=2048,
+        rope_parameters={"rope_type": "default", "mrope_section": [2, 3, 3], "rope_theta": 10000.0},
+        **ends,
+    )
     eye = dict(depth=1, hidden_size=16, intermediate_size=32, num_heads=2, out_hidden_size=32)
     config = Qwen2_5_VLConfig(text_config=text, vision_config=eye, **ends)
     return frozen_model(Qwen2_5_VLForConditionalGeneration(config))
@@ -194,12 +220,18 @@ def autoencoder(**config) -> AutoencoderKL:
     """An AutoencoderKL of factor 2: 32x32 images for 16x16 latents; `config` adds to it."""
     return frozen_model(
         AutoencoderKL(
-            in_channels=3, out_channels=3, latent_channels=4, block_out_channels=(16, 16),
-            layers_per_block=1, norm_num_groups=8, sample_size=32,
+            in_channels=3,
+            out_channels=3,
+            latent_channels=4,
+            block_out_channels=(16, 16),
+            layers_per_block=1,
+            norm_num_groups=8,
+            sample_size=32,
             down_block_types=("DownEncoderBlock2D",) * 2,
-            up_block_types=("UpDecoderBlock2D",) * 2, **config,
+            up_block_types=("UpDecoderBlock2D",) * 2,
+            **config,
         )
-    )  # fmt: skip
+    )
 
 
 def _seeded(build: Callable[..., DiffusionPipeline]) -> Callable[..., DiffusionPipeline]:
@@ -232,14 +264,22 @@ def sd_pipeline() -> StableDiffusionPipeline:
     )
     words = tokenizer()
     return StableDiffusionPipeline(
-        vae=autoencoder(), text_encoder=text_encoder(words), tokenizer=words,
+        vae=autoencoder(),
+        text_encoder=text_encoder(words),
+        tokenizer=words,
         unet=frozen_model(unet),
         scheduler=DDIMScheduler(
-            beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear",
-            clip_sample=False, set_alpha_to_one=False, steps_offset=1,
+            beta_start=0.00085,
+            beta_end=0.012,
+            beta_schedule="scaled_linear",
+            clip_sample=False,
+            set_alpha_to_one=False,
+            steps_offset=1,
         ),
-        safety_checker=None, feature_extractor=None, requires_safety_checker=False,
-    )  # fmt: skip
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    )
 
 
 @_seeded
@@ -248,25 +288,33 @@ def sdxl_pipeline() -> StableDiffusionXLPipeline:
     unet = UNet2DConditionModel(**SDXL_UNET | dict(cross_attention_dim=64))
     words = tokenizer()
     return StableDiffusionXLPipeline(
-        vae=autoencoder(), text_encoder=text_encoder(words), tokenizer=words,
-        text_encoder_2=text_encoder(words, projection=True), tokenizer_2=words,
+        vae=autoencoder(),
+        text_encoder=text_encoder(words),
+        tokenizer=words,
+        text_encoder_2=text_encoder(words, projection=True),
+        tokenizer_2=words,
         unet=frozen_model(unet),
         scheduler=EulerDiscreteScheduler(
             beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", steps_offset=1
         ),
         add_watermarker=False,
-    )  # fmt: skip
+    )
 
 
 @_seeded
 def ddpm_pipeline(learned: bool = False) -> DDPMPipeline:
     """An unconditional pixel model at 16x16 with DDPM; `learned`: with learned variance."""
     unet = UNet2DModel(
-        sample_size=16, in_channels=3, out_channels=6 if learned else 3,
-        block_out_channels=(32, 64), layers_per_block=1, attention_head_dim=8,
+        sample_size=16,
+        in_channels=3,
+        out_channels=6 if learned else 3,
+        block_out_channels=(32, 64),
+        layers_per_block=1,
+        attention_head_dim=8,
         down_block_types=("DownBlock2D", "AttnDownBlock2D"),
-        up_block_types=("AttnUpBlock2D", "UpBlock2D"), norm_num_groups=8,
-    )  # fmt: skip
+        up_block_types=("AttnUpBlock2D", "UpBlock2D"),
+        norm_num_groups=8,
+    )
     kind = "learned_range" if learned else "fixed_small"
     return DDPMPipeline(frozen_model(unet), DDPMScheduler(variance_type=kind))
 
@@ -279,9 +327,16 @@ def _flow_autoencoder() -> AutoencoderKL:
 def dit_pipeline() -> DiTPipeline:
     """DiT: 1000 classes and a null, learned variance, DDIM."""
     model = DiTTransformer2DModel(
-        num_attention_heads=2, attention_head_dim=16, in_channels=4, out_channels=8, num_layers=3,
-        sample_size=16, patch_size=2, num_embeds_ada_norm=1000, norm_num_groups=4,
-    )  # fmt: skip
+        num_attention_heads=2,
+        attention_head_dim=16,
+        in_channels=4,
+        out_channels=8,
+        num_layers=3,
+        sample_size=16,
+        patch_size=2,
+        num_embeds_ada_norm=1000,
+        norm_num_groups=4,
+    )
     names = {0: "tench, Tinca tinca", 1: "goldfish"}
     scheduler = DDIMScheduler(clip_sample=False)
     return DiTPipeline(frozen_model(model), autoencoder(), scheduler, id2label=names)
@@ -291,48 +346,83 @@ def dit_pipeline() -> DiTPipeline:
 def pixart_pipeline() -> PixArtAlphaPipeline:
     """PixArt: T5 with a mask, learned variance, DPM++."""
     model = PixArtTransformer2DModel(
-        num_attention_heads=2, attention_head_dim=16, in_channels=4, out_channels=8, num_layers=2,
-        sample_size=16, patch_size=2, cross_attention_dim=32, caption_channels=64,
-        norm_num_groups=4, use_additional_conditions=False,
-    )  # fmt: skip
+        num_attention_heads=2,
+        attention_head_dim=16,
+        in_channels=4,
+        out_channels=8,
+        num_layers=2,
+        sample_size=16,
+        patch_size=2,
+        cross_attention_dim=32,
+        caption_channels=64,
+        norm_num_groups=4,
+        use_additional_conditions=False,
+    )
     t5 = t5_tokenizer()
     return PixArtAlphaPipeline(
-        transformer=frozen_model(model), scheduler=DPMSolverMultistepScheduler(),
-        vae=autoencoder(), tokenizer=t5, text_encoder=t5_encoder(t5),
-    )  # fmt: skip
+        transformer=frozen_model(model),
+        scheduler=DPMSolverMultistepScheduler(),
+        vae=autoencoder(),
+        tokenizer=t5,
+        text_encoder=t5_encoder(t5),
+    )
 
 
 @_seeded
 def sd3_pipeline() -> StableDiffusion3Pipeline:
     """SD3: two CLIPs and T5, joint attention, flow matching."""
     model = SD3Transformer2DModel(
-        sample_size=16, patch_size=2, in_channels=4, out_channels=4, num_layers=2,
-        attention_head_dim=8, num_attention_heads=4, joint_attention_dim=64,
-        caption_projection_dim=32, pooled_projection_dim=64, pos_embed_max_size=16,
-    )  # fmt: skip
+        sample_size=16,
+        patch_size=2,
+        in_channels=4,
+        out_channels=4,
+        num_layers=2,
+        attention_head_dim=8,
+        num_attention_heads=4,
+        joint_attention_dim=64,
+        caption_projection_dim=32,
+        pooled_projection_dim=64,
+        pos_embed_max_size=16,
+    )
     clip, t5 = tokenizer(), t5_tokenizer()
     return StableDiffusion3Pipeline(
-        transformer=frozen_model(model), scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
-        vae=_flow_autoencoder(), tokenizer=clip, tokenizer_2=clip, tokenizer_3=t5,
+        transformer=frozen_model(model),
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
+        vae=_flow_autoencoder(),
+        tokenizer=clip,
+        tokenizer_2=clip,
+        tokenizer_3=t5,
         text_encoder=text_encoder(clip, projection=True),
-        text_encoder_2=text_encoder(clip, projection=True), text_encoder_3=t5_encoder(t5),
-    )  # fmt: skip
+        text_encoder_2=text_encoder(clip, projection=True),
+        text_encoder_3=t5_encoder(t5),
+    )
 
 
 @_seeded
 def flux_pipeline() -> FluxPipeline:
     """Flux: T5 in joint attention, CLIP pooled, packed latents, the scale as an input."""
     model = FluxTransformer2DModel(
-        patch_size=1, in_channels=16, num_layers=1, num_single_layers=1, attention_head_dim=16,
-        num_attention_heads=2, joint_attention_dim=64, pooled_projection_dim=32,
-        axes_dims_rope=(4, 4, 8), guidance_embeds=True,
-    )  # fmt: skip
+        patch_size=1,
+        in_channels=16,
+        num_layers=1,
+        num_single_layers=1,
+        attention_head_dim=16,
+        num_attention_heads=2,
+        joint_attention_dim=64,
+        pooled_projection_dim=32,
+        axes_dims_rope=(4, 4, 8),
+        guidance_embeds=True,
+    )
     clip, t5 = tokenizer(), t5_tokenizer()
     pipe = FluxPipeline(
-        transformer=frozen_model(model), scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
-        vae=_flow_autoencoder(), tokenizer=clip, tokenizer_2=t5,
-        text_encoder=text_encoder(clip), text_encoder_2=t5_encoder(t5),
-    )  # fmt: skip
+        transformer=frozen_model(model),
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
+        vae=_flow_autoencoder(),
+        tokenizer=clip,
+        tokenizer_2=t5,
+        text_encoder=text_encoder(clip),
+        text_encoder_2=t5_encoder(t5),
+    )
     pipe.default_sample_size = 16  # the class's is 128
     return pipe
 
@@ -341,37 +431,60 @@ def flux_pipeline() -> FluxPipeline:
 def sana_pipeline() -> SanaPipeline:
     """Sana: linear attention, cross-attention to Gemma 2, an AutoencoderDC of factor 4, DPM++."""
     model = SanaTransformer2DModel(
-        in_channels=4, out_channels=4, num_attention_heads=2, attention_head_dim=16, num_layers=2,
-        num_cross_attention_heads=2, cross_attention_head_dim=16, cross_attention_dim=32,
-        caption_channels=32, sample_size=8, patch_size=1,
-    )  # fmt: skip
+        in_channels=4,
+        out_channels=4,
+        num_attention_heads=2,
+        attention_head_dim=16,
+        num_layers=2,
+        num_cross_attention_heads=2,
+        cross_attention_head_dim=16,
+        cross_attention_dim=32,
+        caption_channels=32,
+        sample_size=8,
+        patch_size=1,
+    )
     levels = dict.fromkeys(("encoder_block_out_channels", "decoder_block_out_channels"), (16,) * 3)
     depths = dict.fromkeys(("encoder_layers_per_block", "decoder_layers_per_block"), (1,) * 3)
     scales = dict.fromkeys(("encoder_qkv_multiscales", "decoder_qkv_multiscales"), ((),) * 3)
     vae = AutoencoderDC(latent_channels=4, scaling_factor=0.5, **levels, **depths, **scales)
     gemma = gemma_tokenizer()
     return SanaPipeline(
-        transformer=frozen_model(model), vae=frozen_model(vae), tokenizer=gemma,
+        transformer=frozen_model(model),
+        vae=frozen_model(vae),
+        tokenizer=gemma,
         text_encoder=gemma_encoder(gemma),
         scheduler=DPMSolverMultistepScheduler(
             prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0
         ),
-    )  # fmt: skip
+    )
 
 
 @_seeded
 def lumina2_pipeline() -> Lumina2Pipeline:
     """Lumina2: pixels packed after Gemma 2's tokens, each picture's own number; time runs up."""
     model = Lumina2Transformer2DModel(
-        sample_size=16, patch_size=2, in_channels=4, hidden_size=32, num_layers=2,
-        num_refiner_layers=1, num_attention_heads=2, num_kv_heads=1, multiple_of=16,
-        scaling_factor=1.0, axes_dim_rope=(4, 4, 8), axes_lens=(300, 64, 64), cap_feat_dim=32,
-    )  # fmt: skip
+        sample_size=16,
+        patch_size=2,
+        in_channels=4,
+        hidden_size=32,
+        num_layers=2,
+        num_refiner_layers=1,
+        num_attention_heads=2,
+        num_kv_heads=1,
+        multiple_of=16,
+        scaling_factor=1.0,
+        axes_dim_rope=(4, 4, 8),
+        axes_lens=(300, 64, 64),
+        cap_feat_dim=32,
+    )
     gemma = gemma_tokenizer()
     pipe = Lumina2Pipeline(
-        transformer=frozen_model(model), scheduler=FlowMatchEulerDiscreteScheduler(shift=6.0),
-        vae=_flow_autoencoder(), tokenizer=gemma, text_encoder=gemma_encoder(gemma),
-    )  # fmt: skip
+        transformer=frozen_model(model),
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=6.0),
+        vae=_flow_autoencoder(),
+        tokenizer=gemma,
+        text_encoder=gemma_encoder(gemma),
+    )
     pipe.vae_scale_factor = 2  # the class's is 8, whatever the autoencoder's
     return pipe
 
@@ -380,19 +493,32 @@ def lumina2_pipeline() -> Lumina2Pipeline:
 def qwen_pipeline() -> QwenImagePipeline:
     """Qwen-Image: packed latents, joint attention with Qwen 2.5 VL, a video autoencoder."""
     model = QwenImageTransformer2DModel(
-        patch_size=2, in_channels=16, out_channels=4, num_layers=2, attention_head_dim=16,
-        num_attention_heads=2, joint_attention_dim=32, axes_dims_rope=(4, 4, 8),
-    )  # fmt: skip
+        patch_size=2,
+        in_channels=16,
+        out_channels=4,
+        num_layers=2,
+        attention_head_dim=16,
+        num_attention_heads=2,
+        joint_attention_dim=32,
+        axes_dims_rope=(4, 4, 8),
+    )
     vae = AutoencoderKLQwenImage(
-        base_dim=8, z_dim=4, dim_mult=[1, 2], num_res_blocks=1, temperal_downsample=[False],
-        latents_mean=[-0.7, 0.1, 0.5, 0.0], latents_std=[2.8, 1.4, 2.3, 1.0],
-    )  # fmt: skip
+        base_dim=8,
+        z_dim=4,
+        dim_mult=[1, 2],
+        num_res_blocks=1,
+        temperal_downsample=[False],
+        latents_mean=[-0.7, 0.1, 0.5, 0.0],
+        latents_std=[2.8, 1.4, 2.3, 1.0],
+    )
     words = qwen_tokenizer()
     pipe = QwenImagePipeline(
-        transformer=frozen_model(model), vae=frozen_model(vae), tokenizer=words,
+        transformer=frozen_model(model),
+        vae=frozen_model(vae),
+        tokenizer=words,
         text_encoder=qwen_encoder(words),
         scheduler=FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True),
-    )  # fmt: skip
+    )
     before = pipe.prompt_template_encode.partition("{}")[0]
     pipe.prompt_template_encode_start_idx = len(words(before)["input_ids"])
     pipe.default_sample_size = 16  # the class's is 128

@@ -44,8 +44,10 @@ class Subject:
             return [Condition(label=label) for label in LABELS]
         first = self.cls.example_condition()
         mirrored = [dataclasses.replace(s, mask=s.mask.flip(-1)) for s in first.segments]
-        return [first, dataclasses.replace(first, prompt=f"{first.prompt} and blue",
-                                           segments=tuple(mirrored))]  # fmt: skip
+        return [
+            first,
+            dataclasses.replace(first, prompt=f"{first.prompt} and blue", segments=tuple(mirrored)),
+        ]
 
     def example(self, **changes: Any) -> Guidance:
         """The class's example with some fields changed."""
@@ -63,9 +65,13 @@ class Subject:
         if not any(g.reads_image for g in guidances):  # a picture that nothing reads is refused
             conditions = [dataclasses.replace(c, image=None) for c in conditions]
         return Sampling(
-            pipe or self.pipe, conditions, guidances,
-            seeds=[SEEDS[i] for i in pictures], steps=steps, cfg=CFG,
-        )  # fmt: skip
+            pipe or self.pipe,
+            conditions,
+            guidances,
+            seeds=[SEEDS[i] for i in pictures],
+            steps=steps,
+            cfg=CFG,
+        )
 
     @cached_property
     def plain(self) -> Sampling:

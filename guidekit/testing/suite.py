@@ -237,8 +237,18 @@ def acts(subject: Subject) -> None:
 
 # A check returns the reason for which it does not apply, or None.
 _ON_SD = (
-    constructs, documented, config, energy, scale_0, window, batch, repeatable, restored, half, acts
-)  # fmt: skip
+    constructs,
+    documented,
+    config,
+    energy,
+    scale_0,
+    window,
+    batch,
+    repeatable,
+    restored,
+    half,
+    acts,
+)
 # Two text encoders; classes in place of text; joint attention, flow matching, three text encoders.
 _ON_OTHERS = {
     "sdxl": (acts, scale_0, energy, restored),

@@ -21,8 +21,13 @@ from guidekit.train.text import TextOptions, tokenize, train_tokenizer, varied_c
 from guidekit.worlds import scenes
 
 # Pictures in [-1, 1]: half of the range as mean and spread leaves them as they are.
-PREPROCESS = {"mean": [0.5] * 3, "std": [0.5] * 3, "mode": "RGB", "interpolation": "bicubic",
-              "resize_mode": "squash"}  # fmt: skip
+PREPROCESS = {
+    "mean": [0.5] * 3,
+    "std": [0.5] * 3,
+    "mode": "RGB",
+    "interpolation": "bicubic",
+    "resize_mode": "squash",
+}
 
 
 @dataclass(kw_only=True)
@@ -69,15 +74,21 @@ class ClipTask:
             TextOptions(length=options.length, vocabulary=options.vocabulary)
         )
         vision = {
-            "image_size": size, "patch_size": options.patch, "width": options.width,
-            "layers": options.layers, "head_width": options.width // options.heads,
+            "image_size": size,
+            "patch_size": options.patch,
+            "width": options.width,
+            "layers": options.layers,
+            "head_width": options.width // options.heads,
             "output_tokens": True,
-        }  # fmt: skip
+        }
         text = {
-            "context_length": options.length, "vocab_size": len(self.tokenizer),
-            "hf_tokenizer_name": "scenes", "width": options.text_width,
-            "heads": options.text_heads, "layers": options.text_layers,
-        }  # fmt: skip
+            "context_length": options.length,
+            "vocab_size": len(self.tokenizer),
+            "hf_tokenizer_name": "scenes",
+            "width": options.text_width,
+            "heads": options.text_heads,
+            "layers": options.text_layers,
+        }
         model = {"embed_dim": options.embedding, "vision_cfg": vision, "text_cfg": text}
         self.config = {"model_cfg": model, "preprocess_cfg": PREPROCESS | {"size": [size, size]}}
         self.net = self.whole_net()

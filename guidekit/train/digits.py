@@ -36,11 +36,20 @@ class DigitJudge(ModelMixin, ConfigMixin):
         super().__init__()
         w = width
         self.body = nn.Sequential(
-            nn.Conv2d(1, w, 3, padding=1), nn.GroupNorm(4, w), nn.SiLU(),
-            nn.Conv2d(w, 2 * w, 3, 2, 1), nn.GroupNorm(4, 2 * w), nn.SiLU(),
-            nn.Conv2d(2 * w, 2 * w, 3, padding=1), nn.GroupNorm(4, 2 * w), nn.SiLU(),
-            nn.Flatten(), nn.Dropout(dropout), nn.Linear(32 * w, features), nn.Tanh(),
-        )  # fmt: skip
+            nn.Conv2d(1, w, 3, padding=1),
+            nn.GroupNorm(4, w),
+            nn.SiLU(),
+            nn.Conv2d(w, 2 * w, 3, 2, 1),
+            nn.GroupNorm(4, 2 * w),
+            nn.SiLU(),
+            nn.Conv2d(2 * w, 2 * w, 3, padding=1),
+            nn.GroupNorm(4, 2 * w),
+            nn.SiLU(),
+            nn.Flatten(),
+            nn.Dropout(dropout),
+            nn.Linear(32 * w, features),
+            nn.Tanh(),
+        )
         self.head = nn.Linear(features, 10)
 
     def forward(self, pixels: Tensor) -> tuple[Tensor, Tensor]:

@@ -77,9 +77,12 @@ class Loop:
         on_gpu = self.accelerator.device.type == "cuda"  # where many small kernels cost most
         optimizer = torch.optim.AdamW(
             [p for p in task.net.parameters() if p.requires_grad],
-            lr=options.lr, betas=(0.9, 0.99), eps=options.eps, weight_decay=options.weight_decay,
+            lr=options.lr,
+            betas=(0.9, 0.99),
+            eps=options.eps,
+            weight_decay=options.weight_decay,
             fused=on_gpu or None,
-        )  # fmt: skip
+        )
         self.net, self.optimizer = self.accelerator.prepare(task.net, optimizer)
         # After prepare: FSDP2 puts shards in the place of the weights.
         self.weights = [p for p in task.net.parameters() if p.requires_grad]
@@ -160,9 +163,11 @@ class Loop:
         """This process's inputs of what is left of the training; their makers end with it."""
         options = self.options
         turns = range(self.step * options.accumulate, options.steps * options.accumulate)
-        self._batches = iter(batches(
-            self.task, options.batch, options.seed, self.accelerator, turns, options.workers
-        ))  # fmt: skip
+        self._batches = iter(
+            batches(
+                self.task, options.batch, options.seed, self.accelerator, turns, options.workers
+            )
+        )
         try:
             yield
         finally:

@@ -92,9 +92,23 @@ def fine_dot(a, b, acc, SPLIT: tl.constexpr, DOT: tl.constexpr):
 
 @triton.jit
 def scores(
-    a, b, bias_a, bias_b, rows, keys, MASK, mask_offset, mask_n, mask_t, N, T, scale,
-    MASKED: tl.constexpr, DOT: tl.constexpr, SPLIT: tl.constexpr,
-):  # fmt: skip
+    a,
+    b,
+    bias_a,
+    bias_b,
+    rows,
+    keys,
+    MASK,
+    mask_offset,
+    mask_n,
+    mask_t,
+    N,
+    T,
+    scale,
+    MASKED: tl.constexpr,
+    DOT: tl.constexpr,
+    SPLIT: tl.constexpr,
+):
     """Logits in base 2, log2(e) (a b^T scale + bias_a bias_b^T + mask), -inf for keys past T.
 
     a holds queries and b keys with rows (BM, 1) and keys (1, BN), or the reverse with rows

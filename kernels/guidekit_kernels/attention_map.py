@@ -67,9 +67,21 @@ def attend(
     outs, maps = [], []
     for columns in weights.split(COLUMNS, -1):
         out, part, _ = attention_map(
-            query, key, value, columns, mask, segments, words, scale, row_start, row_stop,
-            key_start, key_stop, reduce == "mean", save,
-        )  # fmt: skip
+            query,
+            key,
+            value,
+            columns,
+            mask,
+            segments,
+            words,
+            scale,
+            row_start,
+            row_stop,
+            key_start,
+            key_stop,
+            reduce == "mean",
+            save,
+        )
         outs.append(out)
         maps.append(part.sum(1) if reduce == "mean" else part)
     return outs[0], maps[0] if len(maps) == 1 else torch.cat(maps, -2)
@@ -90,12 +102,15 @@ def _check(query, key, value, weights, mask, reduce, bias) -> None:
         raise ValueError(f"reduce is 'mean' or 'none', not {reduce!r}")
     if not query.dtype == key.dtype == value.dtype or query.dtype not in DTYPES:
         given = ", ".join(str(x.dtype) for x in (query, key, value))
-        raise ValueError(f"query, key and value share one of fp32, fp16, bf16, not {given}; "
-                         "'sdpa' takes others")  # fmt: skip
+        raise ValueError(
+            f"query, key and value share one of fp32, fp16, bf16, not {given}; 'sdpa' takes others"
+        )
     if key.shape != value.shape or key.shape != (b, hk, t, d) or h % hk or d > tiles.MAX_HEAD:
         given = f"{tuple(query.shape)}, {tuple(key.shape)}, {tuple(value.shape)}"
-        raise ValueError("query (B, H, N, d), key and value (B, Hk, T, d) with Hk dividing H and "
-                         f"d <= {tiles.MAX_HEAD}, not {given}; 'sdpa' takes others")  # fmt: skip
+        raise ValueError(
+            "query (B, H, N, d), key and value (B, Hk, T, d) with Hk dividing H and "
+            f"d <= {tiles.MAX_HEAD}, not {given}; 'sdpa' takes others"
+        )
     _check_factor("weights", weights, b, (t, weights.shape[-1]))
     if weights.shape[-1] == 0:
         raise ValueError("weights have no column (S = 0); without maps call SDPA")
@@ -110,29 +125,37 @@ def _check(query, key, value, weights, mask, reduce, bias) -> None:
         if mask.ndim > 4 or any(given not in (1, size) for given, size in sizes):
             raise ValueError(f"mask {tuple(mask.shape)} does not broadcast to {(b, h, n, t)}")
     if max(n, t) * h * d >= 2**31 or mask is not None and mask.shape[-2:].numel() >= 2**31:
-        raise ValueError(f"{n} queries, {t} keys: a tensor of one image has 2**31 numbers or more; "
-                         "'sdpa' takes others")  # fmt: skip
+        raise ValueError(
+            f"{n} queries, {t} keys: a tensor of one image has 2**31 numbers or more; "
+            "'sdpa' takes others"
+        )
     segments, words = bias or (None, None)
     fixed = dict(weights=weights, mask=mask, segments=segments, words=words)
     for name, tensor in fixed.items():
         if tensor is not None and tensor.requires_grad:
-            raise ValueError(f"no gradient is computed to weights, mask or bias ({name}); "
-                             "detach them")  # fmt: skip
+            raise ValueError(
+                f"no gradient is computed to weights, mask or bias ({name}); detach them"
+            )
 
 
 def _check_factor(name: str, tensor: Tensor, b: int, shape: tuple[int, int]) -> None:
     if tensor.ndim != 3 or tensor.shape[0] not in (1, b) or tensor.shape[1:] != shape:
-        raise ValueError(f"{name} must be (1 or {b}, {shape[0]}, {shape[1]}), "
-                         f"not {tuple(tensor.shape)}")  # fmt: skip
+        raise ValueError(
+            f"{name} must be (1 or {b}, {shape[0]}, {shape[1]}), not {tuple(tensor.shape)}"
+        )
 
 
 def _check_device(query: Tensor) -> None:
     if query.device.type != "cuda" and not INTERPRETED:
-        raise RuntimeError("the attention kernels need a CUDA device, or TRITON_INTERPRET=1 set "
-                           "before the start; 'sdpa' runs anywhere")  # fmt: skip
+        raise RuntimeError(
+            "the attention kernels need a CUDA device, or TRITON_INTERPRET=1 set "
+            "before the start; 'sdpa' runs anywhere"
+        )
     if not HAS_TRITON:
-        raise RuntimeError("triton is not installed (it has no build for this system, or: "
-                           "pip install triton); 'sdpa' needs none")  # fmt: skip
+        raise RuntimeError(
+            "triton is not installed (it has no build for this system, or: "
+            "pip install triton); 'sdpa' needs none"
+        )
 
 
 def _bounds(part: slice, size: int, name: str) -> tuple[int, int]:
@@ -162,8 +185,14 @@ def attention_map(
     """Output; maps (B, groups of heads, S, rows), to be summed over groups for the mean; and the
     log-sum-exp in base 2 in `log_parts` parts (parts, B, H, N), or nothing where backward will not
     read it."""
-    given = dict(scale=scale, row_start=row_start, row_stop=row_stop, key_start=key_start,
-                 key_stop=key_stop, mean=mean)  # fmt: skip
+    given = dict(
+        scale=scale,
+        row_start=row_start,
+        row_stop=row_stop,
+        key_start=key_start,
+        key_stop=key_stop,
+        mean=mean,
+    )
     from guidekit_kernels.attention_map_launch import launch_forward
 
     tensors = [query, key, value, weights, mask, segments, words]
@@ -173,8 +202,22 @@ def attention_map(
 
 
 @attention_map.register_fake
-def _(query, key, value, weights, mask, segments, words, scale, row_start, row_stop, key_start,
-      key_stop, mean, save):  # fmt: skip
+def _(
+    query,
+    key,
+    value,
+    weights,
+    mask,
+    segments,
+    words,
+    scale,
+    row_start,
+    row_stop,
+    key_start,
+    key_stop,
+    mean,
+    save,
+):
     return forward_results(query, key, weights, mask, row_stop - row_start, mean, save)
 
 
@@ -228,8 +271,14 @@ def attention_map_backward(
     keys: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of query, and of key and value if `keys`, else nothing for those two."""
-    given = dict(scale=scale, row_start=row_start, row_stop=row_stop, key_start=key_start,
-                 key_stop=key_stop, mean=mean)  # fmt: skip
+    given = dict(
+        scale=scale,
+        row_start=row_start,
+        row_stop=row_stop,
+        key_start=key_start,
+        key_stop=key_stop,
+        mean=mean,
+    )
     from guidekit_kernels.attention_map_launch import launch_backward
 
     tensors = [query, key, value, weights, mask, segments, words]
@@ -237,8 +286,27 @@ def attention_map_backward(
 
 
 @attention_map_backward.register_fake
-def _(grad_out, grad_maps, query, key, value, weights, mask, segments, words, out, maps, lse,
-      scale, row_start, row_stop, key_start, key_stop, mean, keys):  # fmt: skip
+def _(
+    grad_out,
+    grad_maps,
+    query,
+    key,
+    value,
+    weights,
+    mask,
+    segments,
+    words,
+    out,
+    maps,
+    lse,
+    scale,
+    row_start,
+    row_stop,
+    key_start,
+    key_stop,
+    mean,
+    keys,
+):
     return query_gradient(query), key_gradient(key, keys), key_gradient(key, keys)
 
 

@@ -28,14 +28,66 @@ from guidekit_kernels.attention_blocks import (
 
 @triton.jit
 def forward_kernel(
-    Q, K, V, W, MASK, SEGMENTS, WORDS, OUT, MAPS, LSE, LOG, scale, map_scale,
-    q_b, q_h, q_n, k_b, k_h, k_t, v_b, v_h, v_t, w_b, w_t, w_s, mask_b, mask_h, mask_n, mask_t,
-    seg_b, seg_s, seg_n, word_b, word_t, word_s, o_b, o_h, o_n,
-    H, N, T, S, C, row_start, row_stop, key_start, key_stop,
-    SHARED: tl.constexpr, G: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, BM: tl.constexpr,
-    BN: tl.constexpr, BS: tl.constexpr, BC: tl.constexpr, MASKED: tl.constexpr,
-    ALIGN: tl.constexpr, DOT: tl.constexpr, SPLIT: tl.constexpr,
-):  # fmt: skip
+    Q,
+    K,
+    V,
+    W,
+    MASK,
+    SEGMENTS,
+    WORDS,
+    OUT,
+    MAPS,
+    LSE,
+    LOG,
+    scale,
+    map_scale,
+    q_b,
+    q_h,
+    q_n,
+    k_b,
+    k_h,
+    k_t,
+    v_b,
+    v_h,
+    v_t,
+    w_b,
+    w_t,
+    w_s,
+    mask_b,
+    mask_h,
+    mask_n,
+    mask_t,
+    seg_b,
+    seg_s,
+    seg_n,
+    word_b,
+    word_t,
+    word_s,
+    o_b,
+    o_h,
+    o_n,
+    H,
+    N,
+    T,
+    S,
+    C,
+    row_start,
+    row_stop,
+    key_start,
+    key_stop,
+    SHARED: tl.constexpr,
+    G: tl.constexpr,
+    D: tl.constexpr,
+    BD: tl.constexpr,
+    BM: tl.constexpr,
+    BN: tl.constexpr,
+    BS: tl.constexpr,
+    BC: tl.constexpr,
+    MASKED: tl.constexpr,
+    ALIGN: tl.constexpr,
+    DOT: tl.constexpr,
+    SPLIT: tl.constexpr,
+):
     """Grid (blocks of BM queries * B * H / G,).
 
     MAPS (B, H / G, S, rows) receives map_scale times the group's sum; LSE (B, H, N), in base 2,
@@ -70,10 +122,23 @@ def forward_kernel(
             if SEGMENTS is not None:
                 words = load_columns(WORDS + image * word_b, keys, word_t, T, word_s, C, BC)
             s = scores(
-                q, k, segments, words, rows[:, None], keys[None, :], MASK,
-                image * mask_b + head * mask_h, mask_n, mask_t, N, T, scale, MASKED, DOT,
+                q,
+                k,
+                segments,
+                words,
+                rows[:, None],
+                keys[None, :],
+                MASK,
+                image * mask_b + head * mask_h,
+                mask_n,
+                mask_t,
+                N,
+                T,
+                scale,
+                MASKED,
+                DOT,
                 SPLIT,
-            )  # fmt: skip
+            )
             new = tl.maximum(top, tl.max(s, 1))
             # A row without any allowed key so far has maximum -inf; exp2(-inf - 0) is 0, while
             # exp2(-inf + inf) would be nan.
@@ -96,9 +161,13 @@ def forward_kernel(
         store_tile(OUT, image * o_b + head * o_h, rows, o_n, N, acc, D, BD, ALIGN)
         if LSE is not None:
             store_sums(
-                LSE, LOG, (image * H + head) * N + rows, rows < N, tl.where(empty, 0.0, top),
+                LSE,
+                LOG,
+                (image * H + head) * N + rows,
+                rows < N,
+                tl.where(empty, 0.0, top),
                 tl.where(empty, 1.0, total),
-            )  # fmt: skip
+            )
         maps += part * inverse[:, None]
 
     if reads:

@@ -35,10 +35,13 @@ def launch_forward(
     target = _computed(out)
     with _device(query):
         forward_kernel[(-(-n // tile.rows) * b * maps.shape[1],)](
-            OUT=target, MAPS=maps, **_log_sum(lse if lse.numel() else None),
-            **_arguments(tensors, given, tile), **_strides("o", target, "bhn"),
+            OUT=target,
+            MAPS=maps,
+            **_log_sum(lse if lse.numel() else None),
+            **_arguments(tensors, given, tile),
+            **_strides("o", target, "bhn"),
             G=h // maps.shape[1],
-        )  # fmt: skip
+        )
     if target is not out:
         out.copy_(target)
 
@@ -66,10 +69,17 @@ def launch_backward(
     tile = _tile("query", tensors)
     with _device(query):
         query_kernel[(-(-query.shape[2] // tile.rows) * query.shape[0] * query.shape[1],)](
-            OUT=out, MAPS=maps, **_log_sum(lse), DELTA=delta, DQ=dq, ONE=one, **shared,
-            **_arguments(tensors, given, tile, grad_out), **_strides("o", out, "bhn"),
+            OUT=out,
+            MAPS=maps,
+            **_log_sum(lse),
+            DELTA=delta,
+            DQ=dq,
+            ONE=one,
+            **shared,
+            **_arguments(tensors, given, tile, grad_out),
+            **_strides("o", out, "bhn"),
             **_strides("dq", dq, "bhn"),
-        )  # fmt: skip
+        )
     dq = dq.to(query.dtype)
     if not keys:
         return dq, key_gradient(key, False), key_gradient(key, False)
@@ -92,10 +102,13 @@ def _launch_key(tensors, given, shared) -> tuple[Tensor, Tensor]:
     )  # both (parts, B, Hk, T, d), in the memory order of the projections
     with _device(query):
         key_kernel[(blocks * b * hk, parts)](
-            DK=dk, DV=dv, part_rows=part_rows, **shared,
+            DK=dk,
+            DV=dv,
+            part_rows=part_rows,
+            **shared,
             **_arguments(tensors, given, tile, shared["DOUT"]),
             **_strides("dk", dk, "pbht"),
-        )  # fmt: skip
+        )
     # Summed as they lie in memory, so that the sums have the strides that `key_gradient` promises.
     dk, dv = (x.transpose(2, 3).sum(0).transpose(1, 2) if parts > 1 else x[0] for x in (dk, dv))
     return dk.to(key.dtype), dv.to(key.dtype)
@@ -108,8 +121,9 @@ def _device(query: Tensor) -> AbstractContextManager:
 
 def _log_sum(lse: Tensor | None) -> dict:
     """Its one or two parts, or nothing (see `attention_map.log_parts`)."""
-    return dict(LSE=None if lse is None else lse[0],
-                LOG=None if lse is None or len(lse) == 1 else lse[1])  # fmt: skip
+    return dict(
+        LSE=None if lse is None else lse[0], LOG=None if lse is None or len(lse) == 1 else lse[1]
+    )
 
 
 def _arguments(tensors, given, tile, grad_out=None) -> dict:
@@ -124,19 +138,45 @@ def _arguments(tensors, given, tile, grad_out=None) -> dict:
     columns = 0 if segments is None else segments.shape[1]
     dot, split = _precision(query)
     arguments = dict(
-        Q=query, K=key, V=value, W=weights, MASK=mask, SEGMENTS=segments, WORDS=words,
-        **_strides("q", query, "bhn"), **_strides("k", key, "bht"), **_strides("v", value, "bht"),
-        **_strides("w", weights, "bts"), **_strides("mask", mask, "bhnt"),
-        **_strides("seg", segments, "bsn"), **_strides("word", words, "bts"),
-        scale=given["scale"], map_scale=1 / h if given["mean"] else 1.0,
-        H=h, N=n, T=t, S=weights.shape[-1], C=columns,
-        row_start=given["row_start"], row_stop=given["row_stop"],
-        key_start=given["key_start"], key_stop=given["key_stop"],
-        SHARED=h // hk, D=d, BD=tiles.padded(d), BM=tile.rows, BN=tile.keys,
-        BS=_columns(weights.shape[-1]), BC=_columns(columns), MASKED=masked,
-        ALIGN=_alignment(query, key, value, grad_out), DOT=dot, SPLIT=split,
-        num_warps=tile.warps, num_stages=tile.stages,
-    )  # fmt: skip
+        Q=query,
+        K=key,
+        V=value,
+        W=weights,
+        MASK=mask,
+        SEGMENTS=segments,
+        WORDS=words,
+        **_strides("q", query, "bhn"),
+        **_strides("k", key, "bht"),
+        **_strides("v", value, "bht"),
+        **_strides("w", weights, "bts"),
+        **_strides("mask", mask, "bhnt"),
+        **_strides("seg", segments, "bsn"),
+        **_strides("word", words, "bts"),
+        scale=given["scale"],
+        map_scale=1 / h if given["mean"] else 1.0,
+        H=h,
+        N=n,
+        T=t,
+        S=weights.shape[-1],
+        C=columns,
+        row_start=given["row_start"],
+        row_stop=given["row_stop"],
+        key_start=given["key_start"],
+        key_stop=given["key_stop"],
+        SHARED=h // hk,
+        D=d,
+        BD=tiles.padded(d),
+        BM=tile.rows,
+        BN=tile.keys,
+        BS=_columns(weights.shape[-1]),
+        BC=_columns(columns),
+        MASKED=masked,
+        ALIGN=_alignment(query, key, value, grad_out),
+        DOT=dot,
+        SPLIT=split,
+        num_warps=tile.warps,
+        num_stages=tile.stages,
+    )
     if mask is not None and mask.stride(2) == 0:
         arguments["mask_n"] = None  # PixArt's and Qwen's: one vector for all queries
     return arguments

@@ -77,13 +77,25 @@ _TABLE = {
 # fp32 on every architecture, whatever the number of keys: exact products run on no tensor core and
 # are unrolled over the head, so that only small tiles stay in registers.
 _FP32 = {
-    "forward": {32: Tile(32, 32, 8, 1), 64: Tile(64, 32, 8, 1),
-                128: Tile(32, 32, 8, 1), 256: Tile(32, 16, 8, 1)},
-    "query": {32: Tile(32, 32, 8, 1), 64: Tile(32, 32, 8, 1),
-              128: Tile(16, 16, 8, 1), 256: Tile(16, 16, 4, 2)},
-    "key": {32: Tile(32, 32, 8, 1), 64: Tile(32, 32, 8, 1),
-            128: Tile(16, 16, 8, 1), 256: Tile(16, 16, 4, 1)},
-}  # fmt: skip
+    "forward": {
+        32: Tile(32, 32, 8, 1),
+        64: Tile(64, 32, 8, 1),
+        128: Tile(32, 32, 8, 1),
+        256: Tile(32, 16, 8, 1),
+    },
+    "query": {
+        32: Tile(32, 32, 8, 1),
+        64: Tile(32, 32, 8, 1),
+        128: Tile(16, 16, 8, 1),
+        256: Tile(16, 16, 4, 2),
+    },
+    "key": {
+        32: Tile(32, 32, 8, 1),
+        64: Tile(32, 32, 8, 1),
+        128: Tile(16, 16, 8, 1),
+        256: Tile(16, 16, 4, 1),
+    },
+}
 
 
 def tile(kernel: str, d: int, t: int, itemsize: int, arch: int) -> Tile:

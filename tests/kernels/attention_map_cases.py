@@ -136,7 +136,11 @@ def _results(attention, tensors, weights, options, case, noise, dtype) -> dict[s
     results = dict(out=out, maps=maps)
     wanted = [x for x in leaves if x.requires_grad]
     if wanted:
-        grads = torch.autograd.grad([results[name] for name in gradients], wanted,
-                                    list(gradients.values()), materialize_grads=True)  # fmt: skip
+        grads = torch.autograd.grad(
+            [results[name] for name in gradients],
+            wanted,
+            list(gradients.values()),
+            materialize_grads=True,
+        )
         results |= {f"grad {name}": grad for name, grad in zip(case.grads, grads, strict=True)}
     return {name: x.detach() for name, x in results.items()}

@@ -22,8 +22,11 @@ from guidekit_kernels import attention_map, tiles
 from guidekit_kernels import attention_map_launch as launch
 
 TYPES = {
-    torch.float32: "*fp32", torch.float16: "*fp16", torch.bfloat16: "*bf16", torch.uint8: "*u8",
-}  # fmt: skip
+    torch.float32: "*fp32",
+    torch.float16: "*fp16",
+    torch.bfloat16: "*bf16",
+    torch.uint8: "*u8",
+}
 KERNELS = dict(forward=launch.forward_kernel, query=launch.query_kernel, key=launch.key_kernel)
 
 
@@ -89,8 +92,14 @@ def resources(ptx: str, arch: int) -> dict:
         path = Path(folder) / "kernel.ptx"
         path.write_text(ptx)
         target = re.search(r"\.target (sm_\w+)", ptx)[1]
-        command = [nvidia.get_ptxas(arch).path, "-v", f"--gpu-name={target}", str(path), "-o",
-                   f"{folder}/kernel.cubin"]  # fmt: skip
+        command = [
+            nvidia.get_ptxas(arch).path,
+            "-v",
+            f"--gpu-name={target}",
+            str(path),
+            "-o",
+            f"{folder}/kernel.cubin",
+        ]
         report = subprocess.run(command, capture_output=True, text=True, check=True).stderr
     return dict(
         registers=int(re.search(r"Used (\d+) registers", report)[1]),

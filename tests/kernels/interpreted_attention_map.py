@@ -9,8 +9,8 @@ import os
 
 import pytest
 import torch
-from attention_map_cases import Case, check
 
+from attention_map_cases import Case, check
 from guidekit_kernels import check as own_check
 from guidekit_kernels import tiles
 from guidekit_kernels.attention_map import attend, attention_map, attention_map_backward
@@ -119,10 +119,23 @@ def test_parts_have_the_strides_that_compilers_are_told(monkeypatch):
     saved = attention_map(q, k, v, weights, None, None, None, *sizes, True, True)
     torch.library.opcheck(
         attention_map_backward,
-        (q, torch.randn_like(saved[1]), q, k, v, weights, None, None, None, *saved, *sizes, True,
-         True),
+        (
+            q,
+            torch.randn_like(saved[1]),
+            q,
+            k,
+            v,
+            weights,
+            None,
+            None,
+            None,
+            *saved,
+            *sizes,
+            True,
+            True,
+        ),
         test_utils=("test_schema", "test_faketensor"),
-    )  # fmt: skip
+    )
 
 
 def test_a_mask_that_favours_keys_reaches_no_row_past_the_last():

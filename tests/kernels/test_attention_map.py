@@ -25,8 +25,10 @@ def test_in_the_interpreter(file):
     options = ["-q", "-x", "-p", "no:cacheprovider", "--timeout=0"]
     run = subprocess.run(
         [sys.executable, "-m", "pytest", *options, str(HERE / file)],
-        env=os.environ | {"TRITON_INTERPRET": "1"}, capture_output=True, text=True,
-    )  # fmt: skip
+        env=os.environ | {"TRITON_INTERPRET": "1"},
+        capture_output=True,
+        text=True,
+    )
     assert run.returncode == 0, run.stdout[-5000:] + run.stderr[-2000:]
 
 
@@ -38,9 +40,11 @@ def compiled(arch: int, *cases: dict, other: str | None = None) -> list[dict]:
         environment["PYTHONPATH"] = other
     command = [sys.executable, "-W", "ignore", str(HERE / "compiled.py"), str(arch)]
     run = subprocess.run(
-        command + [json.dumps(case) for case in cases], env=environment, capture_output=True,
+        command + [json.dumps(case) for case in cases],
+        env=environment,
+        capture_output=True,
         text=True,
-    )  # fmt: skip
+    )
     assert run.returncode == 0, run.stderr[-3000:]
     return [json.loads(line) for line in run.stdout.splitlines()]
 

@@ -7,8 +7,8 @@ os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 
 import pytest
 import torch
-from attention_map_cases import Case, check
 
+from attention_map_cases import Case, check
 from guidekit_kernels import attention_map_joint as joint
 from guidekit_kernels import reference
 from guidekit_kernels.attention_map import attend

@@ -2,9 +2,9 @@
 
 import pytest
 import torch
-from attention_map_cases import poisoned
 from torch._subclasses import FakeTensorMode
 
+from attention_map_cases import poisoned
 from guidekit_kernels import attention_map_joint as joint
 from guidekit_kernels import reference
 
@@ -121,8 +121,10 @@ def test_autocast_rounds_the_inputs_alone():
 def test_the_gpus_kernels_take_these_arguments(name):
     """By torch's own shape functions; the numbers are tested on a GPU."""
     with FakeTensorMode():
-        q, k, v = (torch.empty(1, n, 3, 64, dtype=torch.bfloat16, device="cuda").transpose(1, 2)
-                   for n in (40, 48, 48))  # fmt: skip
+        q, k, v = (
+            torch.empty(1, n, 3, 64, dtype=torch.bfloat16, device="cuda").transpose(1, 2)
+            for n in (40, 48, 48)
+        )
         out, lse, *rest = joint._FORWARD[name](q, k, v, 0.1)
         assert out.shape == q.shape and lse.numel() == 3 * 40 and lse.dtype == torch.float32
         grads = joint._BACKWARD[name](out, q, k, v, out, lse, rest, 0.1)

@@ -1,0 +1,110 @@
+"""What the READMEs say exists: every hook with its arguments, every command with its flags."""
+
+import inspect
+import re
+import shlex
+from pathlib import Path
+
+import click
+import pytest
+
+from guidekit import Guidance, hookspecs
+from guidekit.cli.main import main
+from guidekit.step import Step
+from guidekit.testing import CHECKS
+
+ROOT = Path(__file__).parents[2]
+GUIDE = (ROOT / "plugins" / "README.md").read_text()
+READMES = [ROOT / "README.md", ROOT / "plugins" / "README.md", *ROOT.glob("examples/*/README.md")]
+HOOKS = {
+    name: inspect.signature(getattr(Guidance, name))
+    for name, value in vars(Guidance).items()
+    if not name.startswith("_") and (inspect.isfunction(value) or isinstance(value, classmethod))
+}
+SPECS = {
+    name: inspect.signature(value)
+    for name, value in vars(hookspecs).items()
+    if hasattr(value, f"{hookspecs.GROUP}_spec")
+}
+
+
+def commands(readme):
+    """Every `guidekit ...` of the code blocks, as words."""
+    blocks = re.findall(r"```\w*\n(.*?)```", readme.read_text(), re.DOTALL)
+    for line in "\n".join(blocks).replace("\\\n", " ").splitlines():
+        for part in line.split("&&"):
+            words = shlex.split(part, comments=True) if part.strip().startswith("guidekit ") else []
+            if words:
+                yield words[1:]
+
+
+@pytest.mark.parametrize("name", [*HOOKS, *SPECS])
+def test_every_hook_is_explained_with_its_arguments(name):
+    signature = (HOOKS | SPECS)[name]
+    arguments = ", ".join(argument for argument in signature.parameters if argument != "self")
+    assert f"| `{name}({arguments})` |" in GUIDE
+
+
+@pytest.mark.parametrize("name", [*HOOKS, *SPECS])
+def test_every_hook_is_defined_with_its_arguments_in_a_test(name):
+    arguments = [rf"{argument}\b[^,)]*" for argument in (HOOKS | SPECS)[name].parameters]
+    made = rf"def {name}\({', '.join(arguments)}\)" if arguments else rf"\w\.{name}\(\)"
+    if name == "example_condition":
+        made = rf"def {name}\(cls\)"
+    files = (ROOT / "tests").glob("*.py")
+    assert any(re.search(made, file.read_text()) for file in files), made
+
+
+def test_every_class_variable_and_property_is_explained():
+    others = [
+        name
+        for name, value in vars(Guidance).items()
+        if isinstance(value, property) or name in inspect.get_annotations(Guidance)
+    ]
+    assert len(others) > 5
+    for name in others:
+        assert re.search(rf"`{name}\b", GUIDE), name
+
+
+def test_every_check_is_explained():
+    for name in CHECKS:
+        assert f"| `{name}` |" in GUIDE
+    assert len(re.findall(r"^\| `\w+` \|", GUIDE, re.MULTILINE)) == len(CHECKS)
+
+
+def test_what_a_step_knows_is_there():
+    source = inspect.getsource(Step)
+    for name in set(re.findall(r"`step\.(\w+)", GUIDE)):
+        assert f"self.{name}" in source or f"def {name}(" in source, name
+
+
+@pytest.mark.parametrize("readme", READMES, ids=lambda path: path.parent.name)
+def test_every_command_and_flag_exists(readme):
+    found = list(commands(readme))
+    assert found
+    for words in found:
+        command = main
+        while isinstance(command, click.Group) and words and not words[0].startswith("-"):
+            name = words.pop(0)
+            command = command.commands.get(name)
+            assert command, f"no command {name!r}"
+        flags = {
+            flag for option in command.params for flag in (*option.opts, *option.secondary_opts)
+        }
+        for word in words:
+            assert not word.startswith("-") or word.partition("=")[0] in flags, word
+
+
+def test_the_guides_example_is_a_plugin_that_holds():
+    (code,) = re.findall(r"```python\n(.*?)```", GUIDE, re.DOTALL)
+    names: dict = {"__name__": "guide"}
+    exec(compile(code, "plugins/README.md", "exec"), names)
+    registered = {}
+    names["register_guidance"](registered.__setitem__)
+    assert registered == {"haze": names["Grey"]}
+
+
+@pytest.mark.parametrize("part", [".", "benchmarks", "kernels"])
+def test_every_script_with_numbers_exists(part):
+    named = re.findall(r"benchmarks/\w+\.py", (ROOT / part / "README.md").read_text())
+    assert named and all((ROOT / name).exists() for name in named), named

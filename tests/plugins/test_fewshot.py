@@ -1,0 +1,406 @@
+"""Few-shot guidance: the paper's step by hand, its cheaper forms, rejection, commands."""
+
+import json
+
+import pytest
+import torch
+import torch.nn.functional as F
+from click.testing import CliRunner
+from diffusers import DDIMScheduler
+
+from guidekit import Condition, Denoiser, Sampling, Segment, box_mask, draw, load
+from guidekit.cli.main import main
+from guidekit.heads import Examples, FitOptions, Reading, fit
+from guidekit.heads.features import fingerprint
+from guidekit.heads.head import Head, HeadConfig
+from guidekit.heads.linear import fit_linear
+from guidekit.testing.miniatures import ddpm_pipeline, sd_pipeline
+from guidekit.train.digits import DigitJudge
+from guidekit.worlds import digits
+from guidekit.zoo.shipped import ZOO
+from guidekit_fewshot import FORMS, Fewshot
+from guidekit_zest import Zest
+
+SITES = ("mid_block", "up_blocks.0")
+NAMES = ("a", "b", "c")
+
+
+def make_head(denoiser, kind="classes", noised=False, timesteps=(500,), seed=3):
+    """A head with random weights on a backbone's features."""
+    channels = {"mid_block": 64, "up_blocks.0": 64}
+    width = sum(channels.values()) * (1 if kind == "masks" else 4)
+    width *= 1 if noised else len(timesteps)
+    reading = Reading(SITES, timesteps, noised, 0 if kind == "masks" else 2)
+    _, h, w = denoiser.latent_shape(None, None)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        head = Head(
+            HeadConfig(
+                kind,
+                NAMES,
+                reading,
+                width,
+                grid=(h, w) if kind == "masks" else None,
+                values=(0, 1, 2),
+                backbone=fingerprint(denoiser),
+            )
+        )
+    return head.eval().requires_grad_(False)
+
+
+@pytest.fixture
+def pipe():
+    pipe = ddpm_pipeline()
+    pipe.scheduler = DDIMScheduler(clip_sample=False)
+    return pipe
+
+
+@pytest.fixture
+def wide(pipe):
+    return pipe.to(torch.float64)
+
+
+def saved(head, tmp_path, name="head"):
+    return head.save(tmp_path / name)
+
+
+def features(model, x, timestep):
+    """Features by hooks, as the released notebook takes them."""
+    kept = {}
+    hooks = [
+        model.get_submodule(site).register_forward_hook(
+            lambda module, given, out, site=site: kept.__setitem__(site, out)
+        )
+        for site in SITES
+    ]
+    out = model(x, timestep).sample
+    for hook in hooks:
+        hook.remove()
+    return out, kept
+
+
+def by_hand(pipe, head, z, timestep, loss):
+    """eps - s * d(-25 loss)/dz with both calls in the graph, for an epsilon model."""
+    alpha_bar = pipe.scheduler.alphas_cumprod[timestep].double()
+    a, s = alpha_bar.sqrt(), (1 - alpha_bar).sqrt()
+    z = z.clone().requires_grad_()
+    eps = pipe.unet(z, timestep).sample
+    x0 = (z - s * eps) / a
+    _, maps = features(pipe.unet, x0, 500)
+    (grad,) = torch.autograd.grad(-25 * loss(head([maps])).sum(), z)
+    return eps.detach() - s * grad
+
+
+def test_the_papers_step_by_hand(wide, tmp_path):
+    denoiser = Denoiser(wide)
+    head = make_head(denoiser).double()
+    guidance = Fewshot(head=saved(head, tmp_path), label="b", form="paper")
+    sampling = Sampling(denoiser, Condition(), [guidance], seeds=[0, 1], steps=4)
+    z = sampling.run.noise(sampling.run.latent_shape, "z").double()
+    timestep = sampling.run.scheduler.timesteps[2]
+    step = sampling.engine.predict(z, timestep, 2, 4)
+    target = torch.tensor([1, 1])
+    expected = by_hand(
+        wide,
+        guidance._head,
+        z,
+        int(timestep),
+        lambda logits: F.cross_entropy(logits, target, reduction="none"),
+    )
+    torch.testing.assert_close(step.prediction, expected, rtol=1e-9, atol=1e-9)
+
+
+def test_a_masks_energy_is_the_mean_over_pixels(wide, tmp_path):
+    denoiser = Denoiser(wide)
+    head = make_head(denoiser, "masks").double()
+    masks = torch.randint(3, (2, 16, 16), generator=torch.Generator().manual_seed(0))
+    guidance = Fewshot(head=saved(head, tmp_path), form="paper").towards(masks)
+    sampling = Sampling(denoiser, Condition(), [guidance], seeds=[0, 1], steps=4)
+    z = sampling.run.noise(sampling.run.latent_shape, "z").double()
+    timestep = sampling.run.scheduler.timesteps[1]
+    step = sampling.engine.predict(z, timestep, 1, 4)
+    expected = by_hand(
+        wide,
+        guidance._head,
+        z,
+        int(timestep),
+        lambda logits: F.cross_entropy(logits, masks, reduction="none").mean((1, 2)),
+    )
+    torch.testing.assert_close(step.prediction, expected, rtol=1e-9, atol=1e-9)
+
+
+def first_step(pipe, guidance, index=2, **options):
+    sampling = Sampling(pipe, Condition(), [guidance], seeds=[0, 1], steps=4, **options)
+    z = sampling.run.noise(sampling.run.latent_shape, "z").to(sampling.denoiser.dtype)
+    return sampling.engine.predict(z, sampling.run.scheduler.timesteps[index], index, 4)
+
+
+def test_every_picture_can_have_a_class_of_its_own(pipe, tmp_path):
+    folder = saved(make_head(Denoiser(pipe)), tmp_path)
+    both = Fewshot(head=folder, form="detached").towards(torch.tensor([1, 2]))
+    together = first_step(pipe, both).prediction
+    for i, label in enumerate("bc"):
+        alone = first_step(pipe, Fewshot(head=folder, form="detached", label=label)).prediction
+        torch.testing.assert_close(together[i], alone[i], rtol=1e-5, atol=1e-6)
+    with pytest.raises(ValueError, match="3 targets for 2 pictures"):
+        first_step(pipe, Fewshot(head=folder).towards(torch.tensor([0, 1, 2])))
+
+
+def test_stopping_the_second_call_changes_nothing(wide, tmp_path):
+    head = saved(make_head(Denoiser(wide)), tmp_path)
+    whole, stopped = (
+        first_step(wide, Fewshot(head=head, label="a", form=form)) for form in ("paper", "stopped")
+    )
+    assert torch.equal(whole.prediction, stopped.prediction)
+
+
+def test_detached_has_the_gradient_of_the_second_call_alone(wide, tmp_path):
+    folder = saved(make_head(Denoiser(wide)), tmp_path)
+    guidance = Fewshot(head=folder, label="a", form="detached")
+    step = first_step(wide, guidance)
+    x0 = step.level.x0(step.out, step.z).detach().requires_grad_()
+    _, maps = features(wide.unet, x0, 500)
+    loss = F.cross_entropy(guidance._head([maps]), torch.tensor([0, 0]), reduction="none")
+    (grad,) = torch.autograd.grad(loss.sum(), x0)
+    a, s = step.level.a, step.level.s
+    expected = step.out.detach() + s * 25 * a / (a**2 + s**2) * grad
+    torch.testing.assert_close(step.prediction, expected, rtol=1e-9, atol=1e-9)
+
+
+def test_first_reads_the_first_call_by_the_nearest_readout(wide, tmp_path):
+    folder = saved(make_head(Denoiser(wide), noised=True, timesteps=(100, 500)), tmp_path)
+    guidance = Fewshot(head=folder, label="c", form="first")
+    step = first_step(wide, guidance)  # at timestep 250
+    z = step.z.clone().requires_grad_()
+    out, maps = features(wide.unet, z, 250)
+    logits = guidance._head.readouts[0](guidance._head.assembled([maps]))[..., 0, 0]
+    loss = F.cross_entropy(logits, torch.tensor([2, 2]), reduction="none")
+    (grad,) = torch.autograd.grad(loss.sum(), z)
+    expected = out.detach() + step.level.s * 25 * grad
+    torch.testing.assert_close(step.prediction, expected, rtol=1e-9, atol=1e-9)
+
+
+def test_labels_that_nobody_asked_for_do_not_count(pipe, tmp_path):
+    guidance = Fewshot(head=saved(make_head(Denoiser(pipe), "labels"), tmp_path), label="a,-c")
+    first_step(pipe, guidance)
+    assert guidance._target[0, :1].tolist() == [1] and guidance._target[0, 2] == 0
+    logits = torch.tensor([[2.0, 50.0, -1.0]])
+    loss = guidance._head.loss(logits, guidance._target[:1])
+    expected = (F.softplus(torch.tensor(-2.0)) + F.softplus(torch.tensor(-1.0))) / 2
+    torch.testing.assert_close(loss, expected[None])
+    sure = guidance._head.confidence(logits, guidance._target[:1])
+    torch.testing.assert_close(
+        sure, torch.sigmoid(torch.tensor([2.0])) * torch.sigmoid(torch.tensor([1.0]))
+    )
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_every_form_lowers_its_energy(pipe, tmp_path, form):
+    head = saved(make_head(Denoiser(pipe), noised=form == "first"), tmp_path)
+
+    def energies(scale):
+        guidance = Fewshot(head=head, label="b", form=form, scale=scale)
+        drawn = Sampling(pipe, Condition(), [guidance], seeds=[0, 1], steps=6).finish()
+        return torch.tensor([row["energy"] for row in drawn.account.rows])
+
+    assert (energies(10.0)[-1] < energies(1e-9)[-1]).all()
+
+
+def test_it_composes_with_classifier_free_guidance_and_zest(tmp_path):
+    pipe = sd_pipeline()
+    denoiser = Denoiser(pipe)
+    head = saved(make_head(denoiser), tmp_path)
+    condition = Condition(
+        "a red circle", segments=(Segment("red circle", box_mask((0, 0, 0.5, 1))),)
+    )
+    fewshot, zest = Fewshot(head=head, label="a"), Zest(stop=1.0)
+    drawn = Sampling(denoiser, condition, [fewshot, zest], seeds=[0], steps=3, cfg=4.0).finish()
+    assert drawn.account.acted("fewshot") and drawn.account.acted("zest")
+    alone = Sampling(denoiser, condition, [fewshot], seeds=[0], steps=3, cfg=4.0).finish()
+    assert not torch.equal(alone.latents, drawn.latents)
+
+
+def test_a_fit_works_in_latents(tmp_path):
+    pipe = sd_pipeline()
+    pictures = torch.zeros(6, 3, 32, 32)
+    pictures[::2, :, :16] = 0.8
+    examples = Examples.of(pictures, torch.arange(6) % 2, ["top", "none"])
+    head, _ = fit(Denoiser(pipe), examples, FitOptions(sites=("mid_block",)))
+    guidance = Fewshot(head=saved(head, tmp_path), label="top")
+    drawn = Sampling(pipe, Condition(), [guidance], seeds=[0], steps=2, cfg=2.0).finish()
+    assert drawn.account.acted("fewshot")
+
+
+class Counting(Fewshot):
+    """Counts the pictures that it judges."""
+
+    seen = 0
+
+    def accept(self, images):
+        self.seen += len(images)
+        return super().accept(images)
+
+
+def test_rejection_is_by_the_heads_probability_and_bounded(pipe, tmp_path):
+    denoiser = Denoiser(pipe)
+    head = make_head(denoiser)
+    folder = saved(head, tmp_path)
+    guidance = Fewshot(head=folder, label="a", scale=1e-6)
+    images = Sampling(pipe, Condition(), [guidance], seeds=range(4), steps=2).finish().images
+    p = head.predict(denoiser, images * 2 - 1).softmax(1)[:, 0]
+    guidance.threshold = float(p.median()) + 1e-6
+    assert torch.equal(guidance.accept(images), p >= guidance.threshold)
+    never = Counting(head=folder, label="a", threshold=1.0)
+    assert draw(pipe, Condition(), [never], seeds=[0, 1], tries=3, steps=2).shape[0] == 2
+    assert never.seen == 6
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({}, "needs a head"),
+        ({"head": "HEAD"}, "needs a label"),
+        ({"head": "HEAD", "label": "z"}, "no class 'z'"),
+        ({"head": "HEAD", "label": "a", "form": "first"}, "--noised"),
+        ({"head": "MASKS"}, "needs a mask"),
+    ],
+)
+def test_what_cannot_work_raises_before_the_run(pipe, tmp_path, options, message):
+    denoiser = Denoiser(pipe)
+    folders = {"HEAD": saved(make_head(denoiser), tmp_path)}
+    folders["MASKS"] = saved(make_head(denoiser, "masks"), tmp_path, "masks")
+    options = {k: folders.get(v, v) for k, v in options.items()}
+    with pytest.raises(ValueError, match=message):
+        Sampling(pipe, Condition(), [Fewshot(**options)])
+
+
+@pytest.mark.parametrize("options", [{"form": "second"}, {"threshold": 1.5}])
+def test_wrong_values_raise(options):
+    with pytest.raises(ValueError, match="fewshot"):
+        Fewshot(**options)
+
+
+# The built-in model
+
+
+@pytest.fixture(scope="module")
+def real():
+    """The built-in digits, and a head on twenty of them."""
+    denoiser = Denoiser(load("digits-ddpm"))
+    names = [str(digit) for digit in range(10)]
+    head, report = fit(denoiser, Examples.of(*digits.shots(2), names))
+    assert report.seconds < 60
+    return denoiser, head
+
+
+def test_twenty_labels_beat_the_pixels(real):
+    denoiser, head = real
+    pictures, labels = digits.split("test")
+    shots, targets = digits.shots(2)
+    pixels = fit_linear(shots.flatten(1).double().numpy(), targets.numpy(), 10)
+    by_pixels = pixels.logits(pictures.flatten(1).double().numpy()).argmax(1) == labels.numpy()
+    by_features = (head.predict(denoiser, pictures).argmax(1) == labels).float().mean()
+    assert by_features > 0.85 and by_features > by_pixels.mean() + 0.1
+
+
+def test_a_judge_sees_the_digit_that_was_asked_for(real, tmp_path):
+    denoiser, head = real
+    guidance = Fewshot(head=head.save(tmp_path / "head"), label="0")
+    drawn = Sampling(denoiser, Condition(), [guidance], seeds=range(8), steps=12).finish()
+    judge = DigitJudge.from_pretrained(ZOO / "digits-judge", dtype=torch.float32).eval()
+    with torch.no_grad():
+        found = judge(drawn.images * 2 - 1)[0].argmax(1)
+    assert (found == 0).sum() >= 6
+    assert guidance.accept(drawn.images).sum() >= 6
+
+
+# Commands
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    """An unconditional pipeline of 8x8 grey pictures on disk, and shots beside it."""
+    from diffusers import DDPMPipeline, UNet2DModel
+
+    folder = tmp_path_factory.mktemp("commands")
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        unet = UNet2DModel(
+            sample_size=8,
+            in_channels=1,
+            out_channels=1,
+            block_out_channels=(16, 32),
+            layers_per_block=1,
+            norm_num_groups=8,
+            attention_head_dim=8,
+            down_block_types=("DownBlock2D", "AttnDownBlock2D"),
+            up_block_types=("AttnUpBlock2D", "UpBlock2D"),
+        )
+    DDPMPipeline(unet, DDIMScheduler(clip_sample=False)).save_pretrained(folder / "model")
+    digits.write_shots(folder / "shots", 2)
+    return folder
+
+
+def invoke(*words):
+    done = CliRunner().invoke(main, list(map(str, words)), catch_exceptions=False)
+    return done.exit_code, done.output
+
+
+def test_fit_then_sample_then_augment(model, tmp_path):
+    head = tmp_path / "head"
+    code, said = invoke("fit", model / "shots", "--model", model / "model", "--out", head)
+    assert code == 0 and "accuracy" in said and "fewshot.head" in said
+    code, said = invoke(
+        "sample",
+        "--model",
+        model / "model",
+        "--plugin",
+        "fewshot",
+        "--set",
+        f"fewshot.head={head}",
+        "--set",
+        "fewshot.label=7",
+        "--seeds",
+        "0-1",
+        "--steps",
+        2,
+        "--out",
+        tmp_path / "drawn",
+        "--tries",
+        2,
+        "--json",
+    )
+    assert code == 0
+    run = json.loads(said)
+    assert run["plugin"]["fewshot"]["label"] == "7"
+    assert (tmp_path / "drawn" / "1.png").exists()
+    assert run["record"]["acceptance"]["fewshot"]["drawn"] >= 2
+    code, said = invoke(
+        "augment",
+        "--model",
+        model / "model",
+        "--head",
+        head,
+        "--per-class",
+        2,
+        "--class",
+        "3",
+        "--out",
+        tmp_path / "more",
+        "--steps",
+        2,
+        "--set",
+        "fewshot.threshold=0.0",
+        "--json",
+    )
+    assert code == 0
+    (row,) = json.loads(said)["classes"]
+    assert row == {"label": "3", "wanted": 2, "drawn": 2, "accepted": 2, "rate": 1.0}
+    assert len(list((tmp_path / "more" / "3").iterdir())) == 2
+
+
+def test_fit_refuses_an_existing_folder_and_missing_shots(model, tmp_path):
+    code, said = invoke("fit", tmp_path / "none", "--out", tmp_path / "head")
+    assert code == 2 and "does not exist" in said
+    code, said = invoke("fit", model / "shots", "--out", model)
+    assert code == 2 and "exists" in said

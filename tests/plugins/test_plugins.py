@@ -1,0 +1,255 @@
+"""Conformance: every first-party plugin and the template hold, deliberately broken ones do not."""
+
+import importlib.util
+import sys
+from dataclasses import dataclass
+from typing import ClassVar
+
+import pytest
+import torch
+
+from guidekit import Branch, Condition, Guidance
+from guidekit.cli.scaffold import template
+from guidekit.registry import Registry, entries
+from guidekit.testing import CHECKS, check_guidance, run_check
+
+
+def vignette() -> type[Guidance]:
+    """The template's class, from where the template lies."""
+    spec = importlib.util.spec_from_file_location("vignette", template() / "guidekit_vignette.py")
+    module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module.Vignette
+
+
+def first_party() -> dict[str, type[Guidance]]:
+    registry, found = Registry(), {}
+    for name in [entry.name for entry in entries() if entry.first_party]:
+        found |= registry.load(name).guidances
+    return found
+
+
+GUIDANCES = first_party()
+
+
+@pytest.mark.parametrize("check", CHECKS)
+@pytest.mark.parametrize("name", GUIDANCES)
+def test_first_party(name, check):
+    if reason := run_check(GUIDANCES[name], check):
+        cls, (function, family) = GUIDANCES[name], CHECKS[check]
+        refused = {"dit": "text", "sd3": "cross-attention"}.get(family) in cls.example().needs
+        waived = {check, function.__name__} & cls.waived.keys()
+        assert reason == "it has no energy" or waived or refused
+
+
+def test_the_template():
+    assert set(check_guidance(vignette()).values()) == {"holds"}
+
+
+@dataclass(kw_only=True)
+class Good(Guidance):
+    """Pulls towards grey; correct, so that what its broken children change is what is caught.
+
+    Written for this test in 2026.
+    """
+
+    scale: float = 0.1
+
+    def energy(self, step):
+        return (step.x0**2).flatten(1).mean(1)
+
+
+class Mixed(Good):
+    """Normalised by a norm of the whole batch (2026)."""
+
+    def energy(self, step):
+        return (step.x0**2).flatten(1).sum(1) / step.x0.detach().norm()
+
+
+class OneCondition(Good):
+    """Treats every picture as the first one (2026)."""
+
+    def prepare(self, run):
+        self.half = run.conditions[0].segments[0].mask[::16, ::16]
+
+    def energy(self, step):
+        return (step.x0 * self.half).flatten(1).mean(1)
+
+
+class Hook(Good):
+    """Leaves a hook (2026)."""
+
+    def prepare(self, run):
+        run.denoiser.model.register_forward_hook(lambda *args: None)
+
+
+class Wrapped(Good):
+    """Wraps forward and takes it back at the last step only (2026)."""
+
+    def edit_input(self, step, branch, x):
+        model = step.run.denoiser.model
+        if step.index == 0 and "forward" not in vars(model):
+            original = model.forward
+            model.forward = lambda *args, **kwargs: original(*args, **kwargs)
+        if step.index == step.n - 1:
+            vars(model).pop("forward", None)
+        return x
+
+
+class Weights(Good):
+    """Edits weights in place (2026)."""
+
+    def edit_input(self, step, branch, x):
+        with torch.no_grad():
+            step.run.denoiser.model.conv_in.bias.add_(1e-3)
+        return x
+
+
+class Shape(Good):
+    """One number for the whole batch (2026)."""
+
+    def energy(self, step):
+        return super().energy(step).mean()
+
+
+class Infinite(Good):
+    """Not a number (2026)."""
+
+    def energy(self, step):
+        return super().energy(step) * float("nan")
+
+
+class Gradient(Good):
+    """Half of the dependence on z is cut off (2026)."""
+
+    def energy(self, step):
+        return (step.x0 * step.x0.detach()).flatten(1).mean(1)
+
+
+class Idle(Guidance):
+    """Counts an edit and makes none (2026)."""
+
+    def branches(self, step: object, branches: list[Branch]) -> list[Branch]:
+        step.run.account.edit(self.name)
+        return branches
+
+
+class Silent(Guidance):
+    """Acts, and the account does not know (2026)."""
+
+    def edit_prediction(self, step, out):
+        return 1.1 * out
+
+
+class Eager(Good):
+    """Acts outside of its window (2026)."""
+
+    def active(self, frac):
+        return True
+
+
+class Random(Good):
+    """Draws noise from nowhere (2026)."""
+
+    def energy(self, step):
+        return (step.x0 * torch.randn(step.x0.shape)).flatten(1).mean(1)
+
+
+class Memory(Good):
+    """Carries something from run to run (2026)."""
+
+    runs = 0
+
+    def prepare(self, run):
+        self.runs += 1
+
+    def weight(self, frac):
+        return float(self.runs)
+
+
+class Unsourced(Good):
+    """Says nothing of where it comes from."""
+
+
+@dataclass(kw_only=True)
+class Hidden(Good):
+    """An option that changes on its way (2026)."""
+
+    times: int = 1
+
+    def __post_init__(self):
+        self.times += 1
+
+
+@dataclass(kw_only=True)
+class Required(Good):
+    """An option without a default (2026)."""
+
+    amount: float
+
+
+@pytest.mark.parametrize(
+    ("cls", "check", "says"),
+    [
+        (Mixed, "batch", "differ by"),
+        (OneCondition, "batch", "picture 1 differ by"),
+        (Hook, "restored", "after a run the pipeline differs in unet.._forward_hooks"),
+        (Wrapped, "restored", "after an exception .* unet..forward"),
+        (Weights, "restored", "conv_in.bias"),
+        (Shape, "energy", r"one number per picture"),
+        (Infinite, "energy", "not finite"),
+        (Gradient, "energy", "finite differences"),
+        (Idle, "acts", "those without it"),
+        (Silent, "acts", "no gradient and no edit"),
+        (Eager, "window", "it acts at 0"),
+        (Random, "repeatable", "a second run differs"),
+        (Memory, "repeatable", "a second run differs"),
+        (Unsourced, "documented", "no paper"),
+        (Hidden, "config", "comes back as"),
+        (Required, "constructs", "amount"),
+    ],
+    ids=lambda value: value.__name__ if isinstance(value, type) else "",
+)
+def test_a_broken_guidance_is_caught(cls, check, says):
+    with pytest.raises(AssertionError, match=f"{check}: .*{says}"):
+        check_guidance(cls, [check])
+
+
+def test_the_good_one_is_good():
+    assert set(check_guidance(Good).values()) == {"holds"}
+
+
+class Squares(Good):
+    """Wants a condition of its own kind (2026)."""
+
+    @classmethod
+    def example_condition(cls):
+        return Condition("a blue square", "red")
+
+    def prepare(self, run):
+        assert all(c.prompt.startswith("a blue square") for c in run.conditions)
+
+
+def test_a_guidance_brings_its_own_condition():
+    assert check_guidance(Squares, ["batch", "acts"]) == {"batch": "holds", "acts": "holds"}
+
+
+def test_all_failures_are_told_at_once():
+    with pytest.raises(AssertionError) as error:
+        check_guidance(Shape, ["constructs", "energy", "half"])
+    assert [line.split(":")[0].strip() for line in str(error.value).splitlines()] == [
+        "Shape fails",
+        "energy",
+        "half",
+    ]
+
+
+def test_a_waiver_is_reported_and_must_name_a_check():
+    class Waived(Gradient):
+        waived: ClassVar[dict[str, str]] = {"energy": "a stop-gradient, by the paper"}
+
+    assert check_guidance(Waived, ["energy"]) == {"energy": "a stop-gradient, by the paper"}
+    with pytest.raises(ValueError, match="no check 'enrgy'"):
+        check_guidance(type("Odd", (Good,), {"waived": {"enrgy": "?"}}), [])
+    with pytest.raises(ValueError, match="no check 'speed'; there are constructs"):
+        check_guidance(Good, ["speed"])

@@ -1,0 +1,234 @@
+"""ZestGuide: its maps, its losses, and the size of its move under every kind of scheduler."""
+
+import copy
+import itertools
+import math
+
+import pytest
+import torch
+from diffusers import (
+    DDIMScheduler,
+    DPMSolverMultistepScheduler,
+    EulerDiscreteScheduler,
+    UniPCMultistepScheduler,
+)
+
+import tiny
+from guidekit import Condition, Sampling, Segment, box_mask
+from guidekit_zest import AGGREGATES, DECAYS, LOSSES, NORMALISERS, PRESETS, TOKENS, Zest
+
+LEFT, CORNER = box_mask((0, 0, 0.5, 1)), box_mask((0.5, 0.5, 1, 1))
+SEGMENTS = (Segment("red circle", LEFT), Segment("blue", CORNER, strength=0.5))
+BOTH = Condition("a red circle and a blue square", segments=SEGMENTS)
+ONE = Condition("a green circle", segments=(Segment("green", CORNER),))
+
+
+@pytest.fixture(scope="module")
+def pipe():
+    return tiny.sd_pipeline()
+
+
+def first_step(pipe, guidance, condition=BOTH, seeds=(0,), **options):
+    """The first guided step of a run of four."""
+    return next(iter(Sampling(pipe, condition, [guidance], seeds=seeds, steps=4, **options)))
+
+
+def test_maps_are_the_softmax_over_all_tokens_summed_over_the_phrase(pipe):
+    site = "up_blocks.1.attentions.0.transformer_blocks.0.attn2"
+    guidance = Zest(sites=site, loss="bce_plain")
+    kept, module = {}, pipe.unet.get_submodule(site)
+
+    def keep(module, args, kwargs):
+        kept.setdefault("in", (args[0], kwargs["encoder_hidden_states"]))
+
+    handle = module.register_forward_pre_hook(keep, with_kwargs=True)
+    step = first_step(pipe, guidance, seeds=(0, 1), cfg=1.0)
+    handle.remove()
+    pixels, text = kept["in"]
+    with torch.no_grad():
+        q, k = (
+            p.unflatten(-1, (module.heads, -1)).transpose(1, 2)
+            for p in (module.to_q(pixels), module.to_k(text))
+        )
+    p = (q @ k.mT / math.sqrt(q.shape[-1])).softmax(-1).mean(1)  # (B, N, T)
+    # Columns: start, a, red, circle, and, a, blue, square.
+    expected = torch.stack([p[..., 2] + p[..., 3], p[..., 6]], 1).unflatten(-1, (16, 16))
+    maps = step.cond.attention(guidance._read)[site]
+    torch.testing.assert_close(maps, expected, rtol=1e-4, atol=1e-6)
+    masks = torch.zeros(2, 16, 16)
+    masks[0, :, :8], masks[1, 8:, 8:] = 1, 1
+    loss = -(masks * expected.log() + (1 - masks) * (1 - expected).log()).mean((2, 3))
+    energy = torch.tensor(step.run.account.rows[0]["energy"])
+    torch.testing.assert_close(energy, loss[:, 0] + 0.5 * loss[:, 1], rtol=1e-4, atol=1e-5)
+
+
+def predictions(pipe, name, choices, **options):
+    """Guided output for each choice of a field."""
+    return {c: first_step(pipe, Zest(**{name: c}, **options)).prediction for c in choices}
+
+
+@pytest.mark.parametrize(
+    "name, choices, options",
+    [
+        ("aggregate", AGGREGATES, {"top": 3}),
+        ("loss", LOSSES, {"dead_zone": 0.0, "normaliser": "l2"}),
+        ("normaliser", NORMALISERS, {}),
+        ("tokens", TOKENS, {}),
+        ("negatives", ("", "green", "green, white square"), {}),
+        ("resolutions", ("", "16", "8"), {}),
+        ("sites", ("", "*up_blocks.1*attn2"), {}),
+        ("preset", ("", *PRESETS), {}),
+    ],
+)
+def test_every_choice_runs_and_differs(pipe, name, choices, options):
+    if name == "preset":  # `paper` is the default
+        choices = [c for c in choices if c != "paper"]
+    found = predictions(pipe, name, choices, **options)
+    assert all(torch.isfinite(p).all() for p in found.values())
+    for (a, one), (b, other) in itertools.combinations(found.items(), 2):
+        assert (one - other).abs().max() > 1e-6, (a, b)
+
+
+def test_decays_differ_after_the_first_step(pipe):
+    rows = {}
+    for decay in DECAYS:
+        sampling = Sampling(pipe, BOTH, [Zest(decay=decay, stop=1.0)], steps=4).finish()
+        rows[decay] = sampling.latents
+    for one, other in itertools.combinations(rows.values(), 2):
+        assert (one - other).abs().max() > 1e-4
+    assert [Zest(stop=0.5).weight(f) for f in (0.0, 0.25)] == [1.0, 0.5]
+    assert [Zest(decay="constant").weight(f) for f in (0.0, 0.25)] == [1.0, 1.0]
+
+
+def test_presets_fill_fields_that_were_left_alone():
+    assert Zest(preset="paper") == Zest(preset="paper", scale=1.0, loss="bce")
+    released = Zest(preset="sd14")
+    assert (released.scale, released.decay, released.eps) == (0.3, "noise", 1e-3)
+    assert Zest(preset="sdxl", scale=0.7).scale == 0.7
+    assert Zest(preset="sdxl").aggregate == "top"
+
+
+class Measured(Zest):
+    """Zest that steps copies of the scheduler with its output and with the unguided one."""
+
+    def edit_prediction(self, step, out):
+        samples = []
+        for chosen in (out, step.out.detach()):
+            scheduler = copy.deepcopy(step.run.scheduler)
+            samples.append(scheduler.step(chosen, step.timestep, step.z).prev_sample)
+        self.moves.append((step, samples[0] - samples[1]))
+        return out
+
+
+@pytest.mark.parametrize(
+    "cls",
+    [DDIMScheduler, EulerDiscreteScheduler, DPMSolverMultistepScheduler, UniPCMultistepScheduler],
+)
+def test_the_largest_move_of_the_next_z_is_scale_times_weight(pipe, cls):
+    guidance = Measured(scale=0.3, stop=0.75)
+    guidance.moves = []
+    scheduler = cls.from_config(pipe.scheduler.config)
+    Sampling(pipe, [BOTH, ONE], [guidance], seeds=[0, 1], steps=8, scheduler=scheduler).finish()
+    assert len(guidance.moves) == 6
+    for step, move in guidance.moves:
+        sigma = step.next_level.s / step.next_level.a
+        units = math.sqrt(1 + sigma**2) if cls is EulerDiscreteScheduler else 1.0
+        expected = 0.3 * (1 - step.index / 6) * units
+        largest = move.abs().flatten(1).amax(1)
+        torch.testing.assert_close(largest, torch.full((2,), expected), rtol=2e-3, atol=1e-5)
+
+
+@pytest.mark.parametrize("cls", [DDIMScheduler, EulerDiscreteScheduler, UniPCMultistepScheduler])
+def test_energies_fall_against_the_unguided_run(pipe, cls):
+    def energies(scale):
+        guidance = Zest(scale=scale, decay="constant", stop=1.0)
+        scheduler = cls.from_config(pipe.scheduler.config)
+        sampling = Sampling(
+            pipe, BOTH, [guidance], seeds=[0, 1, 2, 3], steps=6, scheduler=scheduler, cfg=1.0
+        )
+        rows = sampling.finish().account.rows
+        return torch.tensor([row["energy"] for row in rows])  # (steps, pictures)
+
+    unguided, guided, away = energies(1e-9), energies(0.1), energies(-0.1)
+    torch.testing.assert_close(guided[0], unguided[0])  # before the first move
+    assert (guided[1:].mean(0) < unguided[1:].mean(0)).all()
+    assert away[1:].mean() > unguided[1:].mean()
+
+
+def test_power4_leaves_small_errors_alone():
+    guidance = Zest(loss="power4", dead_zone=0.2)
+    maps = torch.tensor([0.1, 0.6]).view(1, 2, 1, 1).expand(1, 2, 4, 4).clone().requires_grad_()
+    masks = torch.tensor([0.0, 1.0]).view(1, 2, 1, 1).expand(1, 2, 4, 4)
+    loss = guidance._loss(maps, masks)
+    torch.testing.assert_close(loss, torch.tensor([[0.0, 0.4**4]]))
+    loss.sum().backward()
+    assert (maps.grad[:, 0] == 0).all() and (maps.grad[:, 1] < 0).all()
+
+
+def test_bce_is_the_papers_two_terms():
+    maps = torch.tensor([[0.1, 0.4], [0.2, 0.3]])[None, None]
+    masks = torch.tensor([[0.0, 1.0], [0.0, 1.0]])[None, None]
+
+    def entropy(s):
+        return -(masks * s.log() + (1 - masks) * (1 - s).log()).mean()
+
+    clamped = (maps / 0.4).clamp(1e-4, 1 - 1e-4)
+    expected = entropy(maps) + entropy(clamped)
+    torch.testing.assert_close(Zest()._loss(maps, masks)[0, 0], expected)
+
+
+def test_negatives_and_padding_take_part_in_the_softmax(pipe):
+    def maps(**options):
+        guidance = Zest(**options)
+        step = first_step(pipe, guidance)
+        return torch.stack([m.mean() for m in step.cond.attention(guidance._read).values()])
+
+    plain, negatives, real = maps(), maps(negatives="green, white"), maps(tokens="real")
+    assert (negatives < plain).all() and (negatives > 0.8 * plain).all()
+    assert (real > 2 * plain).all()  # 10 of 77 tokens are not padding
+
+
+def test_the_output_does_not_see_negatives(pipe):
+    plain, other = (first_step(pipe, Zest(negatives=n)) for n in ("", "green"))
+    torch.testing.assert_close(plain.out, other.out, rtol=1e-4, atol=1e-5)
+
+
+def test_the_report_has_maps_before_and_after(pipe):
+    sampling = Sampling(pipe, BOTH, [Zest(stop=1.0)], steps=3).finish()
+    pictures = sampling.account.pictures
+    assert pictures["attention before"].shape == pictures["attention after"].shape == (1, 2, 16, 16)
+    assert not torch.equal(pictures["attention before"], pictures["attention after"])
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"aggregate": "all"}, "aggregate must be one of"),
+        ({"loss": "l1"}, "loss must be one of"),
+        ({"decay": "cosine"}, "decay must be one of"),
+        ({"normaliser": "l3"}, "normaliser must be one of"),
+        ({"tokens": "some"}, "tokens must be one of"),
+        ({"preset": "sd3"}, "no preset"),
+        ({"eps": 0.5}, "eps"),
+        ({"top": 0}, "top"),
+        ({"scale": float("inf")}, "finite"),
+        ({"start": 0.6, "stop": 0.5}, "start <= stop"),
+    ],
+)
+def test_wrong_values_raise(options, message):
+    with pytest.raises(ValueError, match=message):
+        Zest(**options)
+
+
+@pytest.mark.parametrize(
+    "options, condition, message",
+    [
+        ({}, Condition("a red circle"), "needs segments"),
+        ({"sites": "nowhere"}, BOTH, "matches no attention site"),
+        ({"resolutions": "64"}, BOTH, "the sites have 8, 16"),
+        ({}, Condition("a circle", segments=(Segment("red", LEFT),)), "does not occur"),
+    ],
+)
+def test_what_matches_nothing_raises_before_the_run(pipe, options, condition, message):
+    with pytest.raises(ValueError, match=message):
+        Sampling(pipe, condition, [Zest(**options)])
