@@ -25,7 +25,7 @@ from torch import Tensor
 import guidekit_kernels.attention_map as kernels
 import guidekit_kernels.attention_map_joint as joint
 from attention_model import BANDWIDTH, CHOSEN, COLUMNS, RATE, SHAPES, Shape, modelled
-from guidekit.attention.call import token_maps
+from guidekit.attention.maps import token_maps
 from guidekit_kernels import tiles
 from memory import PeakMemory
 

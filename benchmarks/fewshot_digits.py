@@ -16,7 +16,7 @@ from guidekit.backbones.loading import model_defaults
 from guidekit.evaluate import judge as evaluate
 from guidekit.heads import Examples, FitOptions, Head, fit
 from guidekit.heads.augment import accepted_pictures
-from guidekit.run import derived_seed
+from guidekit.seeds import derived_seed
 from guidekit.train.digits import DigitJudge
 from guidekit.worlds import digits
 from guidekit_fewshot import Fewshot

@@ -12,7 +12,7 @@ from guidekit import Condition, Denoiser, Guidance, Sampling, load
 from guidekit.backbones.loading import model_defaults
 from guidekit.evaluate import judge as evaluate
 from guidekit.heads import Examples, FitOptions, Head, fit
-from guidekit.run import derived_seed
+from guidekit.seeds import derived_seed
 from guidekit.worlds import scenes
 from guidekit_fewshot import Fewshot
 

@@ -4,10 +4,10 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from guidekit.cli.settings import ZOO
 from guidekit.evaluate import judge as evaluate
 from guidekit.semantica.tags import TagLoss, TagsOptions, TagsTask, held
 from guidekit.worlds import scenes
+from guidekit.zoo.shipped import ZOO
 
 ENCODERS = {
     "scenes-clip": "scenes-clip",

@@ -17,14 +17,15 @@ __version__ = "0.1.0"
 
 _HOME = {
     "AttentionCall": "attention.call",
-    "AttentionRead": "guidance",
+    "AttentionRead": "reads",
     "BlockCall": "taps",
-    "Branch": "guidance",
+    "Branch": "branches",
     "Condition": "conditions",
     "Denoiser": "backbones.denoiser",
-    "Eval": "guidance",
-    "FeatureRead": "guidance",
+    "Eval": "reads",
+    "FeatureRead": "reads",
     "Guidance": "guidance",
+    "GuidekitError": "errors",
     "Level": "noise",
     "Move": "noise",
     "Perturbed": "perturbed",
@@ -34,7 +35,7 @@ _HOME = {
     "Segment": "conditions",
     "Step": "step",
     "attach": "attached",
-    "average_maps": "guidance",
+    "average_maps": "reads",
     "box_mask": "conditions",
     "draw": "sampler",
     "level": "noise",
@@ -52,13 +53,18 @@ __all__ = ["hookimpl", *_HOME]
 
 if TYPE_CHECKING:
     from guidekit.attached import attach
-    from guidekit.attention.call import AttentionCall, token_maps
+    from guidekit.attention.call import AttentionCall
+    from guidekit.attention.maps import token_maps
     from guidekit.backbones.denoiser import Denoiser
     from guidekit.backbones.loading import load
-    from guidekit.conditions import Condition, Segment, box_mask, load_layout, load_mask
-    from guidekit.guidance import AttentionRead, Branch, Eval, FeatureRead, Guidance, average_maps
+    from guidekit.branches import Branch
+    from guidekit.conditions import Condition, Segment, box_mask
+    from guidekit.errors import GuidekitError
+    from guidekit.guidance import Guidance
+    from guidekit.layouts import load_layout, load_mask
     from guidekit.noise import Level, Move, level
     from guidekit.perturbed import Perturbed
+    from guidekit.reads import AttentionRead, Eval, FeatureRead, average_maps
     from guidekit.references import Reference, load_reference
     from guidekit.run import Run
     from guidekit.sampler import Sampling, draw, sample

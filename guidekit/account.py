@@ -8,10 +8,6 @@ from dataclasses import dataclass, field
 from torch import Tensor
 
 
-class NonFiniteError(ArithmeticError):
-    """A gradient was not finite and the policy is to raise."""
-
-
 @dataclass
 class Account:
     """Rows of run.json, one per guidance and step, and counts of gradient-free edits."""

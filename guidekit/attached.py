@@ -31,6 +31,7 @@ from guidekit.backbones.replay import Replay
 from guidekit.backbones.tokens import segment_columns
 from guidekit.conditions import Condition, Layouts, spread_layouts, with_prompts
 from guidekit.engine.engine import Engine
+from guidekit.errors import GuidekitError
 from guidekit.guidance import Guidance
 from guidekit.run import Run
 from guidekit.step import Step
@@ -60,12 +61,12 @@ def attach(
     (PixArt), default their own. memory, nonfinite, attention: as for `Sampling`.
 
     With a list of generators the pictures are those of `guidekit.sample` with the same seeds, bit
-    for bit on Stable Diffusion. Raises ValueError for what cannot work in a pipeline: recurrence,
-    acceptance, an own start, phrases together with `prompt_embeds`, prompts that the pipeline has
-    not encoded, and denoiser calls in another form than [cond] or [null, cond].
+    for bit on Stable Diffusion. Raises GuidekitError for what cannot work in a pipeline:
+    recurrence, acceptance, an own start, phrases together with `prompt_embeds`, prompts that the
+    pipeline has not encoded, and denoiser calls in another form than [cond] or [null, cond].
     """
     if cfg is not None and not 1 < cfg < float("inf"):
-        raise ValueError(f"cfg is the call's guidance_scale, a number above 1, not {cfg}")
+        raise GuidekitError(f"cfg is the call's guidance_scale, a number above 1, not {cfg}")
     options = {"memory": memory, "nonfinite": nonfinite, "attention": attention}
     attached = Attached(pipe, guidances, segments, seeds, cfg, options)
     if not attached.guidances:  # the pipeline itself
@@ -107,13 +108,13 @@ class Attached:
         self.denoiser = Replay(self.pipe)
         model = self.denoiser.model
         if model in _ATTACHED:
-            raise ValueError(
+            raise GuidekitError(
                 "this pipeline, or another one with the same denoiser, is attached already; give "
                 "all guidances to one attach"
             )
         for name in ("check_inputs", "encode_prompt"):
             if not hasattr(self.pipe, name):
-                raise ValueError(f"{type(self.pipe).__name__} has no {name}, which attach needs")
+                raise GuidekitError(f"{type(self.pipe).__name__} has no {name}, which attach needs")
         patches = []
         with frozen(*self.denoiser.models):
             try:
@@ -201,7 +202,7 @@ class _Call:
     def prompted(self, given: dict[str, Any]) -> None:
         """Conditions, one per picture, of the arguments of `encode_prompt`."""
         if self.conditions is not None:
-            raise ValueError(
+            raise GuidekitError(
                 f"{type(self.pipe).__name__} encodes two prompts for two denoiser calls a step "
                 "(true_cfg_scale); attach knows pipelines with one: leave the second prompt out"
             )
@@ -209,7 +210,7 @@ class _Call:
         count = given.get("num_images_per_prompt") or 1
         layouts = spread_layouts(self.attached.segments, len(prompts), count)
         if given.get("prompt_embeds") is not None and any(c.segments for c in layouts):
-            raise ValueError(
+            raise GuidekitError(
                 "phrases are looked up in a prompt, and the call gives prompt_embeds; give the "
                 "prompt itself"
             )
@@ -232,7 +233,7 @@ class _Call:
                 if name == "flux":  # its T5 reads the second; the first is pooled
                     prompts = _listed(given[other])
                 elif self.attached.segments:
-                    raise ValueError(f"phrases need one prompt; leave {other} out")
+                    raise GuidekitError(f"phrases need one prompt; leave {other} out")
         if name == "pixart":  # lower case, and cleaned if the call asks for it
             clean = given["clean_caption"]
             prompts = self.pipe._text_preprocessing(prompts, clean_caption=clean)
@@ -251,12 +252,14 @@ class _Call:
     def evaluate(self, forward, args: tuple, kwargs: dict) -> Tensor:
         """The denoiser's output for all rows of the pipeline's call, guided."""
         if self.pending:
-            raise ValueError(
+            raise GuidekitError(
                 f"{type(self.pipe).__name__} calls its denoiser twice in one step, as skip-layer "
                 "guidance does; attach knows pipelines with one call"
             )
         if self.conditions is None:
-            raise ValueError(f"{type(self.pipe).__name__} has encoded no prompt before it denoises")
+            raise GuidekitError(
+                f"{type(self.pipe).__name__} has encoded no prompt before it denoises"
+            )
         denoiser, scheduler = self.denoiser, self._bare_scheduler()
         denoiser.record(forward, args, kwargs)
         copies = denoiser.copies
@@ -277,7 +280,7 @@ class _Call:
         seeds = self.attached.seeds
         seeds = list(range(len(z))) if seeds is None else list(seeds)
         if len(seeds) != len(z):
-            raise ValueError(f"{len(seeds)} seeds for {len(z)} pictures; give one per picture")
+            raise GuidekitError(f"{len(seeds)} seeds for {len(z)} pictures; give one per picture")
         run = Run(
             self.denoiser,
             self.conditions,
@@ -314,11 +317,11 @@ class _Call:
         """
         own = any(
             type(g).combine is not Guidance.combine or type(g).branches is not Guidance.branches
-            for g in step.active
+            for g in self.engine.active(step)
         )
         if own and getattr(self.pipe, "guidance_rescale", 0.0):
-            names = ", ".join(g.name for g in step.active)
-            raise ValueError(
+            names = ", ".join(g.name for g in self.engine.active(step))
+            raise GuidekitError(
                 f"guidance_rescale has no effect beside a plugin that combines branches ({names}); "
                 "leave it at 0"
             )
@@ -335,23 +338,23 @@ class _Call:
         fixed = ("model_output", "timestep", "sample", "generator", "return_dict")
         more = {k: v for k, v in given.items() if k not in fixed}
         if more != {k: v for k, v in self.step_kwargs.items() if k not in fixed}:
-            raise ValueError(f"scheduler.step is given {more}, which attach did not foresee")
+            raise GuidekitError(f"scheduler.step is given {more}, which attach did not foresee")
         self._check_combination(step, out)
         self.engine.inject(step, out)
         return self.denoiser.pack(step.prediction)
 
     def _check_combination(self, step: Step, out: Tensor) -> None:
-        """Raises ValueError if energies saw another x0 than the pipeline's.
+        """Raises GuidekitError if energies saw another x0 than the pipeline's.
 
         Energies of attention and features do not read it; of guidance_rescale they see the x0
         before it.
         """
-        reads = any(g.has_energy and g.graph == "x0" for g in step.active)
+        reads = any(g.has_energy and g.graph == "x0" for g in self.engine.active(step))
         if not reads or getattr(self.pipe, "guidance_rescale", 0.0):
             return
         own = step.out.detach()
         if (out - own).abs().max() > 1e-2 * own.abs().max():
-            raise ValueError(
+            raise GuidekitError(
                 f"{type(self.pipe).__name__} does not combine null and cond with the scale "
                 f"{self.engine.run.cfg:g}; give attach the guidance_scale of the call as cfg"
             )
@@ -375,7 +378,7 @@ class _Call:
 
 
 def _refuse_loop(guidance: Guidance) -> None:
-    """Raises ValueError for a guidance that needs a loop of its own."""
+    """Raises GuidekitError for a guidance that needs a loop of its own."""
     kind = type(guidance)
     why = {
         "repeats steps": kind.repeats is not Guidance.repeats,
@@ -384,7 +387,7 @@ def _refuse_loop(guidance: Guidance) -> None:
     }
     for what, true in why.items():
         if true:
-            raise ValueError(
+            raise GuidekitError(
                 f"{guidance.name} {what}, which a pipeline's own loop cannot do; draw with "
                 "guidekit.sample instead"
             )

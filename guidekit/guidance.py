@@ -6,114 +6,19 @@ guidances chain in the order in which the user named them.
 """
 
 import dataclasses
-import functools
-from collections.abc import Callable
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, ClassVar
+from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
+from guidekit.attention.call import AttentionCall
+from guidekit.branches import Branch
 from guidekit.conditions import Condition, Segment, box_mask
-
-if TYPE_CHECKING:
-    from guidekit.attention.call import AttentionCall
-    from guidekit.run import Run
-    from guidekit.step import Step
-    from guidekit.taps import BlockCall
-
-
-@dataclass(eq=False)
-class Branch:
-    """One row group of the denoiser's batch: the conditional one, the null, a region, a window.
-
-    prompts: one text per picture, or one class or picture (`Denoiser.content`). weight: the default
-    combination is base + sum of weight * (out - base) over the branches with a weight; the base is
-    the branch whose weight is None. x: own carried input (B, C, h, w) in place of z. view: window
-    (top, left, height, width) of the latents that this branch sees. group: branches combine with
-    those of their own group; the combinations of other groups than "main" are for the guidance that
-    made them to use.
-    """
-
-    name: str
-    prompts: list[str | int]
-    weight: float | None = None
-    null: bool = False
-    x: Tensor | None = None
-    view: tuple[int, int, int, int] | None = None
-    group: str = "main"
-
-    def of(self, z: Tensor) -> Tensor:
-        """What this branch sees of the carried z (B, C, h, w): its own input, its window."""
-        x = z if self.x is None else self.x
-        if self.view is None:
-            return x
-        top, left, height, width = self.view
-        return x[..., top : top + height, left : left + width]
-
-
-def combination(branches: list[Branch], outs: dict[str, Tensor]) -> Tensor:
-    """Base plus the weighted differences to it: diffusers' formula for null and cond.
-
-    Raises ValueError for branches of which none has the weight None.
-    """
-    base = next((outs[b.name] for b in branches if b.weight is None), None)
-    if base is None:
-        names = ", ".join(b.name for b in branches)
-        raise ValueError(f"no base among the branches {names}: one needs the weight None")
-    combined = base
-    for branch in branches:
-        if branch.weight is not None:
-            combined = combined + branch.weight * (outs[branch.name] - base)
-    return combined
-
-
-@dataclass(eq=False, frozen=True)
-class AttentionRead:
-    """A wish for attention maps of the conditional branch.
-
-    weights (B, T, S): a map per column, one-hot tokens or sums over a segment's tokens. sites: the
-    modules to read, with the grid (h, w) of each. per_head keeps the heads apart. tokens (B, T)
-    bool: the keys that take part in the softmax, all if None. extra (E, D): text states of further
-    keys that take part in the softmax of the map only; the model's output does not see them.
-    """
-
-    weights: Tensor
-    sites: dict[str, tuple[int, int]]
-    per_head: bool = False
-    tokens: Tensor | None = None
-    extra: Tensor | None = None
-
-    @functools.cached_property
-    def columns(self) -> frozenset[int]:
-        """Tokens that have weight in some picture; looked up once, as that waits for the GPU."""
-        return frozenset(self.weights.ne(0).any(0).any(-1).nonzero().flatten().tolist())
-
-
-@dataclass(eq=False, frozen=True)
-class FeatureRead:
-    """A wish for features of the conditional branch at the blocks that the wildcards name."""
-
-    sites: tuple[str, ...]
-
-
-@dataclass(eq=False)
-class Eval:
-    """What one denoiser call gave for one branch: its output and what was read on the way."""
-
-    branch: Branch
-    out: Tensor
-    _read: dict = field(default_factory=dict, repr=False)
-    variance: Tensor | None = None  # further channels of the output: a learned variance
-
-    def attention(self, read: AttentionRead) -> dict[str, Tensor]:
-        """Maps per site: (B, S, h, w), or (B, heads, S, h, w) where the read is per head."""
-        return {site: self._read[id(read), site] for site in read.sites}
-
-    def features(self, read: FeatureRead) -> dict[str, Tensor]:
-        """Features per site (B, C, h, w)."""
-        return {site: self._read[id(read), site] for site in read.sites}
+from guidekit.errors import GuidekitError
+from guidekit.run import Run
+from guidekit.step import Step
+from guidekit.taps import BlockCall
 
 
 @dataclass(kw_only=True)
@@ -145,9 +50,9 @@ class Guidance:
         for name in ("scale", "start", "stop"):
             value = getattr(self, name)
             if not isinstance(value, int | float) or not abs(value) < float("inf"):
-                raise ValueError(f"{self.name}.{name} must be a finite number, not {value}")
+                raise GuidekitError(f"{self.name}.{name} must be a finite number, not {value}")
         if not 0 <= self.start <= self.stop <= 1:
-            raise ValueError(
+            raise GuidekitError(
                 f"{self.name}: start and stop are fractions of the steps with "
                 f"0 <= start <= stop <= 1, not {self.start} and {self.stop}"
             )
@@ -187,14 +92,14 @@ class Guidance:
         segment = Segment("red circle", box_mask((0, 0, 0.5, 1)))
         return Condition("a red circle on white", segments=(segment,))
 
-    def prepare(self, run: "Run") -> None:
+    def prepare(self, run: Run) -> None:
         """Called once before the first step: resolve tokens, masks, sites; ask for reads.
 
-        Raise ValueError here if it cannot act. `run.read(...)` asks for maps or features,
+        Raise GuidekitError here if it cannot act. `run.read(...)` asks for maps or features,
         `run.tap_attention(self, sites)` and `run.tap_blocks(self, sites)` for calls to edit.
         """
 
-    def branches(self, step: "Step", branches: list[Branch]) -> list[Branch]:
+    def branches(self, step: Step, branches: list[Branch]) -> list[Branch]:
         """Adds, drops or changes branches of this step."""
         return branches
 
@@ -202,17 +107,17 @@ class Guidance:
         """Whether `edit_attention` and `edit_block` are called for a branch."""
         return branch.name == "cond"
 
-    def edit_input(self, step: "Step", branch: Branch, x: Tensor) -> Tensor:
+    def edit_input(self, step: Step, branch: Branch, x: Tensor) -> Tensor:
         """Changes the scaled model input x (B, C, h, w) of a branch."""
         return x
 
-    def edit_attention(self, step: "Step", branch: Branch, call: "AttentionCall") -> None:
+    def edit_attention(self, step: Step, branch: Branch, call: AttentionCall) -> None:
         """Changes an attention call of a branch that it touches."""
 
-    def edit_block(self, step: "Step", branch: Branch, call: "BlockCall") -> object | None:
+    def edit_block(self, step: Step, branch: Branch, call: BlockCall) -> object | None:
         """Changes a block call of a branch that it touches; returns its output or None."""
 
-    def combine(self, step: "Step", outs: dict[str, Tensor], combined: Tensor) -> Tensor:
+    def combine(self, step: Step, outs: dict[str, Tensor], combined: Tensor) -> Tensor:
         """Replaces or changes the combination of the branches' outputs (B, C, h, w).
 
         `combined` is that of the group "main", None if it has no branch; `step.groups` holds, and
@@ -220,7 +125,7 @@ class Guidance:
         """
         return combined
 
-    def energy(self, step: "Step") -> Tensor:
+    def energy(self, step: Step) -> Tensor:
         """Energy of every picture (B,) in float32, differentiable, lower is better."""
         raise NotImplementedError(f"{self.name} has no energy")
 
@@ -239,7 +144,7 @@ class Guidance:
             return ("score",)
         return (type(self), *dataclasses.astuple(self))
 
-    def push(self, step: "Step", grad: Tensor) -> Tensor:
+    def push(self, step: Step, grad: Tensor) -> Tensor:
         """Change of the model's output from the gradient of the energies with respect to z.
 
         grad (B, C, h, w) in float32. The default takes minus the gradient, the scales being folded
@@ -247,35 +152,18 @@ class Guidance:
         """
         return step.move.score(-grad)
 
-    def edit_prediction(self, step: "Step", out: Tensor) -> Tensor:
+    def edit_prediction(self, step: Step, out: Tensor) -> Tensor:
         """Changes the combined, pushed output just before the scheduler's step."""
         return out
 
-    def edit_sample(self, step: "Step", z: Tensor) -> Tensor:
+    def edit_sample(self, step: Step, z: Tensor) -> Tensor:
         """Changes the next z (B, C, h, w) after the scheduler's step."""
         return z
 
-    def repeats(self, step: "Step") -> int:
+    def repeats(self, step: Step) -> int:
         """How often this step is done, the sample being noised again in between (recurrence)."""
         return 1
 
     def accept(self, images: Tensor) -> Tensor:
         """Which finished pictures (B, 3, H, W) in [0, 1] are kept: (B,) bool."""
         return torch.ones(len(images), dtype=torch.bool)
-
-
-def average_maps(
-    maps: dict[str, Tensor],
-    size: tuple[int, int] | None = None,
-    pick: Callable[[list[Tensor]], Tensor] | None = None,
-) -> Tensor:
-    """Mean of maps (B, S, h, w) over sites at the largest grid among them, or at `size`.
-
-    Bilinear enlargement as in ZestGuide (Couairon et al. 2023, section 3.2).
-    """
-    size = size or max((m.shape[-2:] for m in maps.values()), key=lambda s: s[0] * s[1])
-    resized = [
-        m if m.shape[-2:] == size else F.interpolate(m, size, mode="bilinear")
-        for m in maps.values()
-    ]
-    return pick(resized) if pick else torch.stack(resized).mean(0)

@@ -1,11 +1,19 @@
 """Tensors to pictures and back: grids, masks drawn over, heat maps, pairs. Plain PIL."""
 
+import contextlib
+import json
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from PIL import ExifTags, Image, ImageOps
+from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
+from torchvision.utils import make_grid
+
+from guidekit.errors import GuidekitError
 
 COLOURS = ("#e6194b", "#4363d8", "#3cb44b", "#f58231", "#911eb4", "#00a5a5", "#f032e6", "#808000")
 # Black over purple and orange to pale yellow, even steps of lightness.
@@ -32,16 +40,16 @@ PICTURE_ERRORS = Exception
 def read_picture(path: str | Path, size: tuple[int, int]) -> Tensor:
     """A file as (3, H, W) in [-1, 1]: the largest middle part of that shape, at `size` (H, W).
 
-    Raises ValueError for a file that is no picture.
+    Raises GuidekitError for a file that is no picture.
     """
     try:
         with Image.open(path) as image:
             turned = upright(image).convert("RGB")
             fitted = ImageOps.fit(turned, size[::-1], Image.Resampling.BICUBIC)
     except FileNotFoundError:
-        raise ValueError(f"picture {path}: no such file") from None
+        raise GuidekitError(f"picture {path}: no such file") from None
     except PICTURE_ERRORS as error:
-        raise ValueError(f"picture {path}: not a readable picture ({error})") from None
+        raise GuidekitError(f"picture {path}: not a readable picture ({error})") from None
     return torch.from_numpy(np.array(fitted)).permute(2, 0, 1).float() / 127.5 - 1
 
 
@@ -140,3 +148,30 @@ def heat_pair(before: Tensor, after: Tensor) -> Image.Image:
     """Two maps (h, w) side by side on one scale of colours."""
     peak = float(max(before.max(), after.max()))
     return pair(heat_map(before, peak), heat_map(after, peak))
+
+
+@contextlib.contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """A file to write, which takes the place of `path` when it is complete and is gone if not."""
+    part = path.with_name(f"{path.name}.part")
+    try:
+        yield part
+        part.replace(path)
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def save_picture(image: Image.Image, path: Path, settings: dict[str, Any] | None = None) -> None:
+    """Writes a PNG, with the settings in its text chunk `guidekit`."""
+    path.parent.mkdir(exist_ok=True)
+    info = PngInfo()
+    if settings is not None:
+        info.add_itxt("guidekit", json.dumps(settings))
+    with replacing(path) as part:
+        image.save(part, format="PNG", pnginfo=info)
+
+
+def sheet(pixels: Tensor, columns: int) -> Image.Image:
+    """Pictures `(B, 3, H, W)` in [-1, 1] as one image."""
+    sheet = make_grid((pixels.float().cpu().clamp(-1, 1) + 1) / 2, nrow=columns, padding=1)
+    return Image.fromarray((sheet.permute(1, 2, 0) * 255).round().byte().numpy())

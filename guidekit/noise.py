@@ -20,6 +20,7 @@ import torch
 from diffusers import SchedulerMixin
 from torch import Tensor
 
+from guidekit.errors import GuidekitError, NoPushError
 from guidekit.probe import Gains, Probe
 
 Kind = Literal["vp", "ve", "flow"]
@@ -39,10 +40,6 @@ _STEMS = {
     "flow": "FlowMatchEulerDiscrete FlowMatchHeunDiscrete FlowMatchLCM",
 }
 FAMILIES = {f"{stem}Scheduler": family for family in _STEMS for stem in _STEMS[family].split()}
-
-
-class NoPushError(ValueError):
-    """A step whose next sample cannot be moved as asked; the sampler leaves it out and notes it."""
 
 
 # Below this a (in VP coordinates) 1/a turns any error of a gradient into a jump of x0.
@@ -85,7 +82,7 @@ class Level:
     def x0(self, out: Tensor, z: Tensor) -> Tensor:
         """Clean estimate that `out` stands for (Ho et al. 2020, eq. 15). (B, C, H, W)
 
-        Raises ValueError at a = 0 for an epsilon prediction, which holds no x0 there.
+        Raises GuidekitError at a = 0 for an epsilon prediction, which holds no x0 there.
         """
         out, z = _wide(out, z)
         p, q = self._x0_weights()
@@ -159,7 +156,7 @@ def level(scheduler: SchedulerMixin, timestep: Tensor | float, offset: int = 0) 
 
     offset: model calls further on in `scheduler.timesteps` (1: where the next call will be; past
     the last it is the final level). In two-stage solvers each stage is a call. The scheduler is
-    only read. Raises ValueError for a scheduler, prediction type or timestep it does not know.
+    only read. Raises GuidekitError for a scheduler, prediction type or timestep it does not know.
     """
     family = _family(scheduler)
     prediction = _prediction(scheduler, family)
@@ -184,7 +181,7 @@ class Move:
     the shape and dtype of the given tensor; the mathematics is float32 or better. variance: the
     output's further C channels where the scheduler reads a learned variance (DDPM); changes are for
     the first C. `level` is that of z; `fallback` says why `mean` did
-    not do what its name says, or is None. Raises ValueError for a keyword of `step` whose effect
+    not do what its name says, or is None. Raises GuidekitError for a keyword of `step` whose effect
     is not known.
 
     Gains are those of the step without `clip_sample` and `thresholding`: where these saturate x0,
@@ -200,7 +197,9 @@ class Move:
         variance: Tensor | None = None,
     ):
         if z.ndim < 2:
-            raise ValueError(f"z has shape {tuple(z.shape)}; give it as (B, C, H, W) or (B, N, C)")
+            raise GuidekitError(
+                f"z has shape {tuple(z.shape)}; give it as (B, C, H, W) or (B, N, C)"
+            )
         self.level = level(scheduler, timestep)
         self.fallback: str | None = None
         self._timestep = float(timestep)
@@ -244,7 +243,7 @@ class Move:
 
         The step is affine in the output, one number per step, so the gain is read off a copy; it is
         finite at a = 0 too. delta: (B, C, H, W). Used by ZestGuide (Couairon et al. 2023) and DPS
-        (Chung et al. 2023). Raises ValueError where the next z does not depend on the output.
+        (Chung et al. 2023). Raises GuidekitError where the next z does not depend on the output.
         """
         gain = self._gains.out
         if abs(gain) < TINY:
@@ -295,7 +294,7 @@ def _family(scheduler: SchedulerMixin) -> str:
         if cls.__name__ in FAMILIES:
             return FAMILIES[cls.__name__]
     name, known = type(scheduler).__name__, ", ".join(FAMILIES)
-    raise ValueError(f"guidekit does not know {name}; use X.from_config(its config) of: {known}")
+    raise GuidekitError(f"guidekit does not know {name}; use X.from_config(its config) of: {known}")
 
 
 def _prediction(scheduler: SchedulerMixin, family: str) -> Prediction:
@@ -305,9 +304,11 @@ def _prediction(scheduler: SchedulerMixin, family: str) -> Prediction:
     name = scheduler.config.prediction_type
     name = "sample" if name == "original_sample" else name  # Euler's second name for it
     if name not in PREDICTIONS:
-        raise ValueError(f"unknown prediction_type {name!r}; there are: {', '.join(PREDICTIONS)}")
+        raise GuidekitError(
+            f"unknown prediction_type {name!r}; there are: {', '.join(PREDICTIONS)}"
+        )
     if name == "flow_prediction" and not scheduler.config.get("use_flow_sigmas", False):
-        raise ValueError("flow_prediction needs use_flow_sigmas=True; set it in from_config")
+        raise GuidekitError("flow_prediction needs use_flow_sigmas=True; set it in from_config")
     return name
 
 
@@ -316,7 +317,9 @@ def _index(scheduler: SchedulerMixin, timestep: Tensor | float, offset: int) -> 
     index, last = _position(scheduler, timestep) + offset, len(scheduler.timesteps)
     if not 0 <= index <= last:
         name = type(scheduler).__name__
-        raise ValueError(f"{name} has levels 0 to {last}, not {index}: set_timesteps starts anew")
+        raise GuidekitError(
+            f"{name} has levels 0 to {last}, not {index}: set_timesteps starts anew"
+        )
     return index
 
 
@@ -328,7 +331,7 @@ def _position(scheduler: SchedulerMixin, timestep: Tensor | float) -> int:
     found = (scheduler.timesteps.cpu() == torch.as_tensor(timestep).cpu()).nonzero().flatten()
     if len(found) == 0:
         t = float(timestep)
-        raise ValueError(f"{t:g} is not in scheduler.timesteps: pass one, after set_timesteps")
+        raise GuidekitError(f"{t:g} is not in scheduler.timesteps: pass one, after set_timesteps")
     if (calls := getattr(scheduler, "counter", None)) is not None:  # PNDM repeats timesteps
         return calls if calls in found.tolist() else int(found[-1 if calls > 1 else 0])
     return int(found[min(1, len(found) - 1)])  # diffusers takes the second of two when it starts
@@ -363,5 +366,5 @@ def _wide(*tensors: Tensor) -> list[Tensor]:
 def _nonzero(value: float, what: str, remedy: str) -> float:
     """`value`, or ValueError where a division by it has no meaning."""
     if value == 0:
-        raise ValueError(f"{what} is undefined: {remedy}")
+        raise GuidekitError(f"{what} is undefined: {remedy}")
     return value

@@ -13,7 +13,9 @@ from torch import Tensor, nn
 
 from guidekit.attention.call import AttentionCall
 from guidekit.backbones.records import Family
-from guidekit.guidance import Branch, Guidance
+from guidekit.branches import Branch
+from guidekit.errors import GuidekitError
+from guidekit.guidance import Guidance
 from guidekit.run import Run
 from guidekit.step import Step
 from guidekit.taps import find_sites
@@ -28,11 +30,11 @@ class Perturbed(Guidance):
     """
 
     def branches(self, step: Step, branches: list[Branch]) -> list[Branch]:
-        """Adds the branch; raises ValueError where no conditional one is left to perturb."""
+        """Adds the branch; raises GuidekitError where no conditional one is left to perturb."""
         cond = next((b for b in branches if b.name == "cond"), None)
         if cond is None:
             names = ", ".join(b.name for b in branches)
-            raise ValueError(
+            raise GuidekitError(
                 f"{self.name} perturbs the branch 'cond', which another plugin has replaced by "
                 f"{names}; use them in two windows of steps, or without each other"
             )
@@ -51,12 +53,12 @@ class Perturbed(Guidance):
     def attention_sites(self, run: Run, wanted: str) -> list[str]:
         """Self-attention that the comma-separated wildcards `wanted` name; the middle's if empty.
 
-        Raises ValueError for a site that has none, and for a model without any.
+        Raises GuidekitError for a site that has none, and for a model without any.
         """
         model = run.denoiser.model
         possible = self_attention(model, run.denoiser.family)
         if not possible:
-            raise ValueError(
+            raise GuidekitError(
                 f"{self.name} perturbs self-attention with a softmax, and {type(model).__name__} "
                 "has none; use slg or autoguidance"
             )
@@ -65,7 +67,7 @@ class Perturbed(Guidance):
     def layer_sites(self, run: Run, wanted: str) -> list[str]:
         """Layers that the comma-separated wildcards `wanted` name; the middle ones if empty.
 
-        Raises ValueError for a site that is no layer.
+        Raises GuidekitError for a site that is no layer.
         """
         model = run.denoiser.model
         possible = layers(model)
@@ -76,7 +78,7 @@ class Perturbed(Guidance):
         patterns = [part.strip() for part in wanted.split(",") if part.strip()]
         chosen = find_sites(model, patterns, kind)
         if others := [site for site in chosen if site not in possible]:
-            raise ValueError(
+            raise GuidekitError(
                 f"{self.name}.sites: {', '.join(others)} cannot be perturbed by it; those that "
                 f"can: {', '.join(possible)}"
             )

@@ -13,6 +13,8 @@ from diffusers import SchedulerMixin
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
+from guidekit.errors import GuidekitError
+
 
 class Gains(NamedTuple):
     """Derivatives of the next z: by the output, the noise, a sample kept from an earlier call."""
@@ -25,7 +27,7 @@ class Gains(NamedTuple):
 class Probe:
     """A copy of the scheduler just before one step; the caller may step the original meanwhile.
 
-    Raises ValueError for a keyword of `step` whose effect on the gains is not known.
+    Raises GuidekitError for a keyword of `step` whose effect on the gains is not known.
     """
 
     def __init__(self, scheduler: SchedulerMixin, timestep: Tensor | float, kwargs: dict[str, Any]):
@@ -39,7 +41,7 @@ class Probe:
             ends = self._twin.step(_unit(0), self._timestep, _unit(), **self._kwargs).prev_sample
         gains = Gains(*ends.double().flatten().tolist())
         if not all(map(math.isfinite, gains)):
-            raise ValueError(
+            raise GuidekitError(
                 f"{type(self._twin).__name__} itself makes no finite step at timestep "
                 f"{float(self._timestep):g}: start one step later (a = 0), or end above s = 0 "
                 "(final_sigmas_type='sigma_min')"
@@ -93,5 +95,5 @@ def known_kwargs(kwargs: dict[str, Any]) -> dict[str, Any]:
     idle = ("generator", "variance_noise", "return_dict")
     known = ("eta", "use_clipped_model_output", "s_churn", "s_tmin", "s_tmax", "s_noise", "order")
     if unknown := sorted(set(kwargs) - {*idle, *known}):
-        raise ValueError(f"Move does not know {unknown} of step(); it knows {[*idle, *known]}")
+        raise GuidekitError(f"Move does not know {unknown} of step(); it knows {[*idle, *known]}")
     return {name: value for name, value in kwargs.items() if name in known}

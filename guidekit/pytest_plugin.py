@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from guidekit.errors import GuidekitError
+
 GUIDANCES = pytest.StashKey[dict[str, type]]()
 
 
@@ -44,5 +46,5 @@ def _guidances(names: list[str]) -> dict[str, type]:
         offered = registry.load(name.partition(".")[0]).guidances
         found |= {name: registry.guidance_class(name)} if "." in name else offered
     if not found:
-        raise ValueError(f"{', '.join(names)} registers no guidance")
+        raise GuidekitError(f"{', '.join(names)} registers no guidance")
     return found

@@ -11,6 +11,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from guidekit.errors import GuidekitError
 from guidekit.images import PICTURE_ERRORS, read_picture, to_image, upright
 from guidekit.worlds import scenes
 
@@ -45,16 +46,16 @@ def load_reference(path: str | Path) -> Reference:
         with Image.open(path) as image:
             return Reference(upright(image), str(Path(path).resolve()))
     except FileNotFoundError:
-        raise ValueError(f"image {path}: no such file") from None
+        raise GuidekitError(f"image {path}: no such file") from None
     except PICTURE_ERRORS as error:
-        raise ValueError(f"image {path}: not a readable picture ({error})") from None
+        raise GuidekitError(f"image {path}: not a readable picture ({error})") from None
 
 
 def load_references(folder: str | Path) -> dict[str, Reference]:
     """References of a folder of pictures by name: the subfolder's, else the file's stem.
 
-    Large pictures are made smaller, as all of them stay in memory. Raises ValueError for a folder
-    without pictures and for a name that occurs twice.
+    Large pictures are made smaller, as all of them stay in memory. Raises GuidekitError for a
+    folder without pictures and for a name that occurs twice.
     """
     root = Path(folder)
     found: dict[str, Reference] = {}
@@ -62,13 +63,13 @@ def load_references(folder: str | Path) -> dict[str, Reference]:
         parent = path.parent.relative_to(root)
         name = "-".join(parent.parts) or path.stem
         if name in found:
-            raise ValueError(
+            raise GuidekitError(
                 f"{folder} has two pictures for {name!r}, {found[name].path} and {path}; leave one"
             )
         found[name] = load_reference(path)
         _reduce(found[name].picture)
     if not found:
-        raise ValueError(f"image folder {folder}: no {', '.join(PICTURES)} in it")
+        raise GuidekitError(f"image folder {folder}: no {', '.join(PICTURES)} in it")
     return found
 
 
@@ -83,7 +84,7 @@ def read_references(paths: Sequence[Path], size: tuple[int, int]) -> Tensor:
     """Pictures (R, 3, H, W) in [-1, 1] of size (H, W).
 
     A name such as scene-3, where there is no such file, is that scene of the held-out split.
-    Raises ValueError for a file that is no picture.
+    Raises GuidekitError for a file that is no picture.
     """
     return torch.stack([_read(Path(path), size) for path in paths])
 
@@ -104,7 +105,7 @@ def _scene(number: int, size: int) -> Tensor:
 def square(image: Image.Image, size: int) -> Tensor:
     """The largest centred square as uint8 (3, size, size), upright, transparency on white.
 
-    Raises ValueError for pictures of no area, and what Pillow raises for damaged ones.
+    Raises GuidekitError for pictures of no area, and what Pillow raises for damaged ones.
     """
     image = upright(image)
     if image.mode.startswith("I;16"):  # Pillow cuts what is over 255 where it converts
@@ -114,7 +115,7 @@ def square(image: Image.Image, size: int) -> Tensor:
         image = Image.alpha_composite(backing, image.convert("RGBA"))
     side = min(image.size)
     if side < 1:
-        raise ValueError("the picture is empty")
+        raise GuidekitError("the picture is empty")
     left, top = ((length - side) // 2 for length in image.size)
     image = image.convert("RGB").resize(
         (size, size),

@@ -10,15 +10,13 @@ import os
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import pluggy
 
 from guidekit import hookspecs
-from guidekit.cli.settings import convert, option_kinds
-
-if TYPE_CHECKING:
-    from guidekit.guidance import Guidance
+from guidekit.errors import GuidekitError
+from guidekit.options import convert, option_kinds
 
 
 @dataclass(frozen=True)
@@ -54,7 +52,7 @@ class Offers:
 class Registry:
     """Imports plugins by name and hands out what they registered; `blocked` names stay out.
 
-    Raises ValueError for a blocked name that does not exist: it may be a misspelt one.
+    Raises GuidekitError for a blocked name that does not exist: it may be a misspelt one.
     """
 
     def __init__(self, blocked: Iterable[str] = ()):
@@ -67,13 +65,13 @@ class Registry:
             for name in self._blocked:
                 if name not in exist:
                     there = ", ".join(sorted(exist))
-                    raise ValueError(f"--no-plugin {name}: no such plugin; there are {there}")
+                    raise GuidekitError(f"--no-plugin {name}: no such plugin; there are {there}")
                 self._manager.set_blocked(name)
 
     def load(self, name: str) -> Offers:
         """What the entry `name` offers; imports it at its first use.
 
-        Raises ValueError for a name that does not exist, is not allowed or is offered twice, and
+        Raises GuidekitError for a name that does not exist, is not allowed or is offered twice, and
         for a plugin that cannot be imported or leaves its namespace.
         """
         if name not in self._offers:
@@ -86,7 +84,7 @@ class Registry:
                 if self._manager.has_plugin(name):
                     self._manager.unregister(name=name)
                 first = (str(error) or "no message").splitlines()[0]
-                raise ValueError(
+                raise GuidekitError(
                     f"plugin {name!r} of {entry.distribution} {entry.version} cannot be loaded: "
                     f"{type(error).__name__}: {first}"
                 ) from error
@@ -98,16 +96,16 @@ class Registry:
         found = [entry for entry in everything if entry.name == name]
         if not found:
             exist = ", ".join(dict.fromkeys(entry.name for entry in everything))
-            raise ValueError(f"no plugin {name!r}; there are {exist}")
+            raise GuidekitError(f"no plugin {name!r}; there are {exist}")
         if len(found) > 1:
             names = " and ".join(entry.distribution for entry in found)
-            raise ValueError(f"plugin {name!r} is offered by {names}; uninstall all but one")
+            raise GuidekitError(f"plugin {name!r} is offered by {names}; uninstall all but one")
         if name in self._blocked:
-            raise ValueError(f"plugin {name!r} is blocked by --no-plugin")
+            raise GuidekitError(f"plugin {name!r} is blocked by --no-plugin")
         allowed = os.environ.get("GUIDEKIT_PLUGINS")
         if not found[0].first_party and allowed is not None:
             if name not in [part.strip() for part in allowed.split(",")]:
-                raise ValueError(
+                raise GuidekitError(
                     f"plugin {name!r} of {found[0].distribution} is not in GUIDEKIT_PLUGINS "
                     f"({allowed or 'empty'}); add it there to allow it"
                 )
@@ -126,14 +124,14 @@ class Registry:
             self._manager.subset_hook_caller(hook, others)(register=register)
         return offers
 
-    def guidance_class(self, name: str) -> type["Guidance"]:
+    def guidance_class(self, name: str) -> type:
         """The guidance class registered as `name`."""
         offers = self.load(name.partition(".")[0] or name).guidances
         if name not in offers:
-            raise ValueError(f"no guidance {name!r}; {_list(name.partition('.')[0], offers)}")
+            raise GuidekitError(f"no guidance {name!r}; {_list(name.partition('.')[0], offers)}")
         return offers[name]
 
-    def make_guidance(self, name: str, options: dict[str, Any]) -> "Guidance":
+    def make_guidance(self, name: str, options: dict[str, Any]) -> Any:
         """A guidance from its options, converted to the types of its fields."""
         cls, values = self.guidance_class(name), self.read_options(name, options)
         # The class's own checks name the plugin, so the name is there before they run.
@@ -147,12 +145,12 @@ class Registry:
     ) -> dict[str, Any]:
         """The options in the types of their fields; a relative path is taken from `folder`.
 
-        Raises ValueError that names the option at fault.
+        Raises GuidekitError that names the option at fault.
         """
         kinds = option_kinds(self.guidance_class(name))
         for option in options:
             if option not in kinds:
-                raise ValueError(f"{name} has no option {option!r}; it has: {', '.join(kinds)}")
+                raise GuidekitError(f"{name} has no option {option!r}; it has: {', '.join(kinds)}")
         return {k: convert(v, kinds[k], f"{name}.{k}", folder) for k, v in options.items()}
 
     def backbone(self, name: str) -> Callable[[], Any]:
@@ -160,7 +158,7 @@ class Registry:
         entry, _, own = name.partition(":")
         offers = self.load(entry).backbones
         if own not in offers:
-            raise ValueError(f"no backbone {name!r}; {_list(entry, offers, ':')}")
+            raise GuidekitError(f"no backbone {name!r}; {_list(entry, offers, ':')}")
         return offers[own]
 
     def commands(self, name: str) -> list[Any]:
@@ -178,9 +176,9 @@ def _guidance_adder(entry: str, table: dict[str, type]) -> Callable[[str, type],
 
     def register(name: str, cls: type) -> None:
         if name != entry and not name.startswith(f"{entry}."):
-            raise ValueError(f"it registers {name!r}; its names are {entry!r} and {entry!r}.*")
+            raise GuidekitError(f"it registers {name!r}; its names are {entry!r} and {entry!r}.*")
         if name in table:
-            raise ValueError(f"it registers {name!r} twice")
+            raise GuidekitError(f"it registers {name!r} twice")
         table[name] = cls
 
     return register
@@ -191,7 +189,7 @@ def _backbone_adder(table: dict[str, Callable]) -> Callable[[str, Callable], Non
 
     def register(name: str, load: Callable[[], Any]) -> None:
         if ":" in name or name in table:
-            raise ValueError(f"it registers the backbone {name!r} twice or with a colon")
+            raise GuidekitError(f"it registers the backbone {name!r} twice or with a colon")
         table[name] = load
 
     return register

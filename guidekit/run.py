@@ -1,6 +1,5 @@
 """What stays the same over all steps of a run; guidances say in `prepare` what they need."""
 
-import hashlib
 from functools import cached_property
 
 import torch
@@ -11,7 +10,9 @@ from guidekit.attention.choice import choose
 from guidekit.backbones.denoiser import Denoiser, Text
 from guidekit.backbones.records import layout_sites, site_grid
 from guidekit.conditions import Condition
-from guidekit.guidance import AttentionRead, FeatureRead, Guidance
+from guidekit.errors import GuidekitError
+from guidekit.reads import AttentionRead, FeatureRead, Reads
+from guidekit.seeds import derived_seed
 from guidekit.taps import find_sites
 
 MEMORY = ("fast", "low")
@@ -43,8 +44,7 @@ class Run:
         self.attention = choose(attention)
         self.step_kwargs = step_kwargs or {}
         self.account = Account()
-        self.reads: list[tuple[Guidance, AttentionRead | FeatureRead, bool]] = []
-        self.edits: dict[int, dict[str, set[str]]] = {}  # id of guidance: kind: sites
+        self.reads = Reads()
         self._texts: dict[tuple, Text] = {}
 
     @property
@@ -62,37 +62,37 @@ class Run:
         """Height and width of the pictures in pixels."""
         return tuple(side * self.denoiser.factor for side in self.grid)
 
-    def read(self, guidance: Guidance, read: AttentionRead | FeatureRead, main: bool = True):
+    def read(self, guidance: object, read: AttentionRead | FeatureRead, main: bool = True):
         """Asks for maps or features while `guidance` is active, and returns the read to use.
 
         Wildcards among the blocks of a FeatureRead are resolved in it. With main=False it is read
-        only in the guidance's own calls of `step.denoise`. Raises ValueError for a site that the
+        only in the guidance's own calls of `step.denoise`. Raises GuidekitError for a site that the
         model does not have.
         """
         kind = "block" if isinstance(read, FeatureRead) else "attention"
         names = find_sites(self.denoiser.model, list(read.sites), kind)
         if isinstance(read, FeatureRead):
             read = FeatureRead(tuple(names))
-        self.reads.append((guidance, read, main))
+        self.reads.add(guidance, read, main)
         return read
 
     def attention_read(
-        self, guidance: Guidance, weights: Tensor, sites: dict[str, tuple], **options
+        self, guidance: object, weights: Tensor, sites: dict[str, tuple], **options
     ) -> AttentionRead:
         """Asks for attention maps: `read` with the weights moved to the denoiser's device."""
         read = AttentionRead(weights.to(self.device), sites, **options)
         return self.read(guidance, read)
 
-    def tap_attention(self, guidance: Guidance, sites: str | list[str]) -> list[str]:
+    def tap_attention(self, guidance: object, sites: str | list[str]) -> list[str]:
         """Asks that the attention calls at the sites be shown to `guidance.edit_attention`."""
         names = find_sites(self.denoiser.model, sites)
-        self.edits.setdefault(id(guidance), {})["attention"] = set(names)
+        self.reads.tap(guidance, "attention", names)
         return names
 
-    def tap_blocks(self, guidance: Guidance, sites: str | list[str]) -> list[str]:
+    def tap_blocks(self, guidance: object, sites: str | list[str]) -> list[str]:
         """Asks that the block calls at the sites be shown to `guidance.edit_block`."""
         names = find_sites(self.denoiser.model, sites, kind="block")
-        self.edits.setdefault(id(guidance), {})["block"] = set(names)
+        self.reads.tap(guidance, "block", names)
         return names
 
     def sites(self, patterns: list[str] | None = None) -> dict[str, tuple[int, int]]:
@@ -130,10 +130,4 @@ class Run:
 
 def _one_of(name: str, value: str, choices: tuple[str, ...]) -> None:
     if value not in choices:
-        raise ValueError(f"{name} must be one of {', '.join(choices)}, not {value!r}")
-
-
-def derived_seed(*parts: int | str) -> int:
-    """A seed from numbers and names, the same in every process."""
-    digest = hashlib.sha256(repr(parts).encode()).digest()
-    return int.from_bytes(digest[:7], "big")
+        raise GuidekitError(f"{name} must be one of {', '.join(choices)}, not {value!r}")

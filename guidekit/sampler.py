@@ -16,9 +16,11 @@ from torch import Tensor
 from guidekit.backbones.denoiser import Denoiser, frozen
 from guidekit.conditions import Condition
 from guidekit.engine.engine import Engine
+from guidekit.errors import GuidekitError
 from guidekit.guidance import Guidance
 from guidekit.noise import is_flow
-from guidekit.run import Run, derived_seed
+from guidekit.run import Run
+from guidekit.seeds import derived_seed
 from guidekit.step import Step
 
 
@@ -33,7 +35,7 @@ class Sampling:
     checkpointing. nonfinite: "raise" or "zero" for gradients that are not finite. attention: eager
     | sdpa | triton | xformers.
 
-    Raises ValueError for settings that cannot work, before anything is computed.
+    Raises GuidekitError for settings that cannot work, before anything is computed.
     """
 
     def __init__(
@@ -131,7 +133,7 @@ class Sampling:
         while True:
             before = copy.deepcopy(self.run.scheduler) if self._may_repeat else None
             step = self.engine.predict(z, timestep, index, n, repeat)
-            times = max([times, *(g.repeats(step) for g in step.active)])
+            times = max([times, *(g.repeats(step) for g in self.engine.active(step))])
             z_next = self.engine.edit_sample(step, self._scheduler_step(step, z))
             repeat += 1
             if repeat >= times:
@@ -206,44 +208,46 @@ def accepted(guidances: Sequence[Guidance], images: Tensor) -> Tensor:
 def _per_seed(conditions: Condition | Sequence[Condition], seeds: list[int]) -> list[Condition]:
     """One condition per seed."""
     if not seeds:
-        raise ValueError("there are no seeds; give at least one")
+        raise GuidekitError("there are no seeds; give at least one")
     if isinstance(conditions, Condition):
         return [conditions] * len(seeds)
     if len(conditions) != len(seeds):
-        raise ValueError(f"{len(conditions)} conditions for {len(seeds)} seeds; give one per seed")
+        raise GuidekitError(
+            f"{len(conditions)} conditions for {len(seeds)} seeds; give one per seed"
+        )
     return list(conditions)
 
 
 def _check_numbers(steps: int, **numbers: float) -> None:
     if steps < 1:
-        raise ValueError(f"steps must be at least 1, not {steps}")
+        raise GuidekitError(f"steps must be at least 1, not {steps}")
     for name, value in numbers.items():
         if not 0 <= value < float("inf"):
-            raise ValueError(f"{name} must be a finite number of at least 0, not {value}")
+            raise GuidekitError(f"{name} must be a finite number of at least 0, not {value}")
 
 
 def _check_images(
     denoiser: Denoiser, conditions: list[Condition], guidances: Sequence[Guidance]
 ) -> None:
-    """Raises ValueError for a reference picture that nothing reads."""
+    """Raises GuidekitError for a reference picture that nothing reads."""
     given = any(c.image is not None for c in conditions)
     if given and not (denoiser.reads_image or any(g.reads_image for g in guidances)):
-        raise ValueError(
+        raise GuidekitError(
             f"{type(denoiser.pipeline).__name__} reads no image; leave it out, or name a plugin "
             "that does, such as semantica with an adapter"
         )
 
 
 def _check_scheduler(scheduler, own, steps: int) -> None:
-    """Raises ValueError for too few steps, and for a flow scheduler for a model that is none.
+    """Raises GuidekitError for too few steps, and for a flow scheduler for a model that is none.
 
     And for the reverse. PNDM's Runge-Kutta start takes its `pndm_order` last steps.
     """
     least = getattr(scheduler, "pndm_order", 0)
     if steps < least and not scheduler.config.get("skip_prk_steps", True):
-        raise ValueError(f"{type(scheduler).__name__} needs at least {least} steps, not {steps}")
+        raise GuidekitError(f"{type(scheduler).__name__} needs at least {least} steps, not {steps}")
     if is_flow(scheduler) != is_flow(own):
-        raise ValueError(
+        raise GuidekitError(
             f"{type(scheduler).__name__} and the pipeline's {type(own).__name__} differ in what "
             "the model's output means to them: one is for flow models, the other is not; DPM++ and "
             "UniPC are both, by use_flow_sigmas"
@@ -253,11 +257,11 @@ def _check_scheduler(scheduler, own, steps: int) -> None:
 def _step_kwargs(scheduler, eta: float, generators: list[torch.Generator]) -> dict:
     """What the scheduler's step takes, as diffusers' pipelines find it out.
 
-    Raises ValueError for a noise that the scheduler would ignore.
+    Raises GuidekitError for a noise that the scheduler would ignore.
     """
     accepted = inspect.signature(scheduler.step).parameters
     if eta and "eta" not in accepted:
-        raise ValueError(
+        raise GuidekitError(
             f"{type(scheduler).__name__} has no eta; leave it at 0 or use --scheduler ddim"
         )
     given = {"eta": eta, "generator": generators}

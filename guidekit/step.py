@@ -1,28 +1,35 @@
 """One step as guidances see it: noise level, branches, evaluations, prediction."""
 
+from collections.abc import Callable
 from functools import cached_property
-from typing import TYPE_CHECKING
 
 from torch import Tensor
 
-from guidekit.guidance import Branch, Eval, Guidance
+from guidekit.branches import Branch
 from guidekit.noise import Level, Move, level
-
-if TYPE_CHECKING:
-    from guidekit.engine.engine import Engine
+from guidekit.reads import Eval
+from guidekit.run import Run
 
 
 class Step:
     """One call of the engine: level, branches, evaluations, prediction. Shapes are (B, C, h, w)."""
 
-    def __init__(self, engine: "Engine", z: Tensor, timestep: Tensor, index: int, n: int, repeat=0):
-        self.run, self._engine = engine.run, engine
+    def __init__(
+        self,
+        run: Run,
+        call: Callable[..., Eval],
+        z: Tensor,
+        timestep: Tensor,
+        index: int,
+        n: int,
+        repeat: int = 0,
+    ):
+        self.run, self._call = run, call  # call: the engine's answer to `denoise`
         self.z, self.timestep = z, timestep
         self.index, self.n, self.repeat = index, n, repeat
         # Read now: after `scheduler.step` the scheduler would give the next ones.
         self.level: Level = level(self.run.scheduler, timestep)  # of z
         self.next_level: Level = level(self.run.scheduler, timestep, offset=1)  # of the next z
-        self.active: list[Guidance] = []  # guidances whose window this step is in
         self.branches: list[Branch] = []
         self.evals: dict[str, Eval] = {}
         self.groups: dict[str, Tensor] = {}  # combined outputs of groups other than "main"
@@ -63,7 +70,7 @@ class Step:
         self,
         x: Tensor,
         timestep: Tensor | int,
-        guidance: Guidance,
+        guidance: object,
         branch: str | Branch = "cond",
         graph: bool = True,
         stop: bool = False,
@@ -73,7 +80,7 @@ class Step:
         branch: one of this step by name, or another one, for what the model is told. stop=True
         ends the call after the last site; the output is then None.
         """
-        return self._engine.second_call(self, x, timestep, guidance, branch, graph, stop)
+        return self._call(self, x, timestep, guidance, branch, graph, stop)
 
     def decode(self, x0: Tensor) -> Tensor:
         """Pictures (B, 3, H, W) in [-1, 1] of clean latents, with gradient."""

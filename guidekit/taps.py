@@ -22,6 +22,7 @@ from torch.overrides import TorchFunctionMode
 
 from guidekit.attention.call import AttentionCall
 from guidekit.attention.choice import choose
+from guidekit.errors import GuidekitError
 
 SDPA = F.scaled_dot_product_attention
 _SDPA_NAMES = (
@@ -106,7 +107,7 @@ def _candidates(model: nn.Module, kind: str) -> list[str]:
     if kind == "attention":
         return [name for name, module in model.named_modules() if _is_attention(module)]
     if kind != "block":
-        raise ValueError(f"kind is 'attention' or 'block', not {kind!r}")
+        raise GuidekitError(f"kind is 'attention' or 'block', not {kind!r}")
     names = []
     for name, _ in model.named_modules():
         parent, _, last = name.rpartition(".")
@@ -122,7 +123,7 @@ def find_sites(
 ) -> list[str]:
     """Dotted names of the modules that the wildcards match, in the model's own order.
 
-    Patterns are fnmatch's (`*` crosses dots). Raises ValueError, naming what exists, if any one
+    Patterns are fnmatch's (`*` crosses dots). Raises GuidekitError, naming what exists, if any one
     of the patterns matches nothing.
     """
     patterns = [patterns] if isinstance(patterns, str) else list(patterns)
@@ -130,7 +131,7 @@ def find_sites(
     for pattern in patterns:
         if not fnmatch.filter(names, pattern):
             there = ", ".join(names) or "none"
-            raise ValueError(f"{pattern!r} matches no {kind} site of the model; it has: {there}")
+            raise GuidekitError(f"{pattern!r} matches no {kind} site of the model; it has: {there}")
     return [n for n in names if any(fnmatch.fnmatchcase(n, pattern) for pattern in patterns)]
 
 
@@ -170,7 +171,7 @@ def tap_attention(
     A guided call must stay inside the context until its backward is done: gradient
     checkpointing runs the modules, and so `edit`, again then. In that second run `edit` must
     compute the same as in the first; it may drop the result.
-    Raises ValueError for sites that match nothing, and RuntimeError when a chosen module runs
+    Raises GuidekitError for sites that match nothing, and RuntimeError when a chosen module runs
     without any SDPA call.
     """
     names = find_sites(model, sites)
@@ -257,7 +258,7 @@ class BlockCall:
     def skip(self) -> Any:
         """The output of a block that does nothing: its hidden states, in its output's format.
 
-        Only for blocks whose input and output have one shape; raises ValueError for others.
+        Only for blocks whose input and output have one shape; raises GuidekitError for others.
         """
         self.output = _skipped(self)
         return self.output
@@ -308,7 +309,7 @@ def block_features(
     if tensor.ndim == 4:
         return tensor
     if grid is None:
-        raise ValueError(f"tokens {tuple(tensor.shape)} need grid=(h, w) to become features")
+        raise GuidekitError(f"tokens {tuple(tensor.shape)} need grid=(h, w) to become features")
     tokens = tensor[:, rows]
     return tokens.transpose(1, 2).unflatten(2, grid)  # (B, N, C) -> (B, C, h, w)
 
@@ -335,7 +336,7 @@ def _skipped(call: BlockCall) -> Any:
         out = call.run()
         if isinstance(out, Tensor) and out.shape == hidden.shape:
             return hidden
-        raise ValueError(
+        raise GuidekitError(
             f"a {type(call.module).__name__} cannot be skipped; a transformer block, or one whose "
             "output has the shape of its input, can"
         ) from None

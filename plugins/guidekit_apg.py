@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from guidekit import Guidance, Run, Step, hookimpl
+from guidekit import Guidance, GuidekitError, Run, Step, hookimpl
 
 
 @dataclass(kw_only=True)
@@ -33,16 +33,18 @@ class AdaptiveProjected(Guidance):
     def __post_init__(self):
         super().__post_init__()
         if self.scale not in (0, 1):
-            raise ValueError(f"apg.scale is 1 (on) or 0 (off), not {self.scale}; set the run's cfg")
+            raise GuidekitError(
+                f"apg.scale is 1 (on) or 0 (off), not {self.scale}; set the run's cfg"
+            )
         if not -1 < self.momentum < 1:
-            raise ValueError(f"apg.momentum lies between -1 and 1, not {self.momentum}")
+            raise GuidekitError(f"apg.momentum lies between -1 and 1, not {self.momentum}")
         if not 0 <= self.bound < math.inf or not math.isfinite(self.parallel):
-            raise ValueError("apg.bound and apg.parallel must be finite, and bound at least 0")
+            raise GuidekitError("apg.bound and apg.parallel must be finite, and bound at least 0")
 
     def prepare(self, run: Run) -> None:
-        """Raises ValueError for a run without classifier-free guidance."""
+        """Raises GuidekitError for a run without classifier-free guidance."""
         if run.cfg <= 1:
-            raise ValueError(f"apg changes classifier-free guidance, and cfg is {run.cfg:g}")
+            raise GuidekitError(f"apg changes classifier-free guidance, and cfg is {run.cfg:g}")
         self._history: dict[int, Tensor] = {}
 
     def combine(self, step: Step, outs: dict[str, Tensor], combined: Tensor) -> Tensor:

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from guidekit import BlockCall, Branch, Perturbed, Run, Step, hookimpl
+from guidekit import BlockCall, Branch, GuidekitError, Perturbed, Run, Step, hookimpl
 from guidekit.perturbed import layers
 
 
@@ -31,7 +31,9 @@ class Autoguidance(Perturbed):
     def __post_init__(self):
         super().__post_init__()
         if not 0 < self.dropout <= 1:
-            raise ValueError(f"autoguidance.dropout lies in 0 to 1, without 0, not {self.dropout}")
+            raise GuidekitError(
+                f"autoguidance.dropout lies in 0 to 1, without 0, not {self.dropout}"
+            )
 
     def prepare(self, run: Run) -> None:
         """Finds the blocks."""

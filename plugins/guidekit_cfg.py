@@ -13,7 +13,7 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from guidekit import Branch, Guidance, Run, Step, hookimpl
+from guidekit import Branch, Guidance, GuidekitError, Run, Step, hookimpl
 
 
 @dataclass(kw_only=True)
@@ -35,22 +35,22 @@ class ClassifierFree(Guidance):
     def __post_init__(self):
         super().__post_init__()
         if self.scale not in (0, 1):
-            raise ValueError(f"cfg.scale is 1 (on) or 0 (off), not {self.scale}; set cfg_scale")
+            raise GuidekitError(f"cfg.scale is 1 (on) or 0 (off), not {self.scale}; set cfg_scale")
         if not 0 <= self.cfg_scale < float("inf"):
-            raise ValueError(f"cfg.cfg_scale must be a finite number >= 0, not {self.cfg_scale}")
+            raise GuidekitError(f"cfg.cfg_scale must be a finite number >= 0, not {self.cfg_scale}")
         if not 0 <= self.rescale <= 1:
-            raise ValueError(f"cfg.rescale lies between 0 and 1, not {self.rescale}")
+            raise GuidekitError(f"cfg.rescale lies between 0 and 1, not {self.rescale}")
 
     def active(self, frac: float) -> bool:
         """Always: outside of its interval it takes the null branch away."""
         return self.scale != 0
 
     def prepare(self, run: Run) -> None:
-        """Raises ValueError for options that change nothing in this run."""
+        """Raises GuidekitError for options that change nothing in this run."""
         if not self.cfg_scale and not self.rescale and (self.start, self.stop) == (0, 1):
-            raise ValueError("cfg changes nothing: set cfg_scale, rescale, start or stop")
+            raise GuidekitError("cfg changes nothing: set cfg_scale, rescale, start or stop")
         if (self.cfg_scale or run.cfg) <= 1 and not (self.cfg_scale and run.cfg > 1):
-            raise ValueError(
+            raise GuidekitError(
                 f"cfg has nothing to change at the run's guidance scale {run.cfg:g}: set cfg_scale"
             )
 

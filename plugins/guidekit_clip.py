@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from guidekit import Guidance, Run, Step, hookimpl
+from guidekit import Guidance, GuidekitError, Run, Step, hookimpl
 from guidekit.noisy_clip.files import load_clip
 from guidekit.noisy_clip.miniature import random_encoder
 from guidekit.noisy_clip.model import CleanClip, NoisyClip, Seen, is_noisy
@@ -59,14 +59,14 @@ class Clip(Guidance):
         super().__post_init__()
         for name, choices in (("units", UNITS), ("on", ON)):
             if getattr(self, name) not in choices:
-                raise ValueError(
+                raise GuidekitError(
                     f"{self.name}.{name} must be one of {', '.join(choices)}, "
                     f"not {getattr(self, name)!r}"
                 )
         if min(self.views, self.cutouts) < 0:
-            raise ValueError(f"{self.name}.views and {self.name}.cutouts are at least 0")
+            raise GuidekitError(f"{self.name}.views and {self.name}.cutouts are at least 0")
         if self.cutouts and self.on == "z":
-            raise ValueError(f"{self.name}.cutouts needs {self.name}.on=x0")
+            raise GuidekitError(f"{self.name}.cutouts needs {self.name}.on=x0")
 
     @property
     def graph(self) -> str:
@@ -87,22 +87,22 @@ class Clip(Guidance):
         return self
 
     def prepare(self, run: Run) -> None:
-        """Loads the encoder, reads texts and references; raises ValueError for nothing to do."""
+        """Loads the encoder, reads texts and references; raises GuidekitError for nothing to do."""
         dtype = torch.promote_types(run.denoiser.dtype, torch.float32)
         self._encoder = self._open(run).to(run.device, dtype)
         self._references = self._read_references(run, dtype)
         self._texts, self._weights = self._read_texts(run)
         if not self._references and (self.structure or self.style):
-            raise ValueError(f"{self.name}.structure and style need {self.name}.image=FILE")
+            raise GuidekitError(f"{self.name}.structure and style need {self.name}.image=FILE")
         texts = bool(self.text_weight and self._weights.any())
         self._cosines = texts or bool(self.content and self._references)
         if not (self._references or texts):
-            raise ValueError(
+            raise GuidekitError(
                 f"{self.name} has nothing to pull to: give {self.name}.text, {self.name}.image or "
                 "a prompt"
             )
         if self._references and not (self.content or self.structure or self.style):
-            raise ValueError(f"{self.name}.image is there, and content, structure, style are 0")
+            raise GuidekitError(f"{self.name}.image is there, and content, structure, style are 0")
         self._stages = self._chosen_stages()
 
     def _open(self, run: Run) -> CleanClip:
@@ -120,13 +120,13 @@ class Clip(Guidance):
         )
         if reads != given:
             other = f"use {self.name}.on=x0" if self.on == "z" else "take a clean CLIP"
-            raise ValueError(
+            raise GuidekitError(
                 f"the encoder {self.encoder} reads {reads}, and here are {given}; train one for "
                 f"them (task noisy-clip), or {other}"
             )
         side = encoder.trained_size
         if self.on == "z" and side and tuple(run.size) != (side, side):
-            raise ValueError(
+            raise GuidekitError(
                 f"the encoder {self.encoder} was trained on noise in pictures of {side}x{side}, "
                 f"here are {run.size[0]}x{run.size[1]}; train one for them (task noisy-clip), or "
                 f"use {self.name}.on=x0"
@@ -143,7 +143,9 @@ class Clip(Guidance):
         else:
             images = self.own_images
         if len(images) != len(run.seeds):
-            raise ValueError(f"references of {len(images)} pictures for {len(run.seeds)} pictures")
+            raise GuidekitError(
+                f"references of {len(images)} pictures for {len(run.seeds)} pictures"
+            )
         parts = images.to(run.device, dtype).unbind(1)
         if self.on == "x0":
             return list(parts)
@@ -156,7 +158,7 @@ class Clip(Guidance):
         if self.own_texts is None and not self.text and not self._references:
             texts = [[c.prompt] if c.prompt else [] for c in run.conditions]
         if len(texts) != len(run.seeds):
-            raise ValueError(f"texts of {len(texts)} pictures for {len(run.seeds)} pictures")
+            raise GuidekitError(f"texts of {len(texts)} pictures for {len(run.seeds)} pictures")
         away = [(text, -weight) for text, weight in map(weighted, split(self.negative))]
         rows = [[weighted(text) for text in row] + away for row in texts]
         words = sorted({text for row in rows for text, _ in row})
@@ -175,7 +177,7 @@ class Clip(Guidance):
             return ()
         count = self._encoder.stage_count
         if not all(0 <= i < count for i in self.stages):
-            raise ValueError(f"{self.name}.stages: the encoder has 0 to {count - 1}")
+            raise GuidekitError(f"{self.name}.stages: the encoder has 0 to {count - 1}")
         return self.stages or tuple(range(count))
 
     def energy(self, step: Step) -> Tensor:

@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from guidekit import Branch, Condition, FeatureRead, Guidance, Run, Step, hookimpl
+from guidekit import Branch, Condition, FeatureRead, Guidance, GuidekitError, Run, Step, hookimpl
 from guidekit.heads.data import class_map, read_mask, soft_masks
 from guidekit.heads.features import noised, told
 from guidekit.heads.head import RANDOM, Head, load_head, random_head
@@ -40,9 +40,11 @@ class Fewshot(Guidance):
     def __post_init__(self):
         super().__post_init__()
         if self.form not in FORMS:
-            raise ValueError(f"fewshot.form must be one of {', '.join(FORMS)}, not {self.form!r}")
+            raise GuidekitError(
+                f"fewshot.form must be one of {', '.join(FORMS)}, not {self.form!r}"
+            )
         if not 0 <= self.threshold <= 1:
-            raise ValueError(f"fewshot.threshold lies between 0 and 1, not {self.threshold}")
+            raise GuidekitError(f"fewshot.threshold lies between 0 and 1, not {self.threshold}")
 
     @property
     def graph(self) -> str:
@@ -64,7 +66,7 @@ class Fewshot(Guidance):
         self._head.to(run.device, torch.promote_types(run.denoiser.dtype, torch.float32))
         reading = self._head.config.reading
         if self.form == "first" and not reading.noised:
-            raise ValueError(
+            raise GuidekitError(
                 "fewshot.form=first reads features of noisy pictures, and the head was fitted on "
                 "clean ones: guidekit fit ... --noised"
             )
@@ -75,7 +77,9 @@ class Fewshot(Guidance):
 
     def _load(self, run: Run) -> Head:
         if self.head is None:
-            raise ValueError("fewshot needs a head: --set fewshot.head=FOLDER, from guidekit fit")
+            raise GuidekitError(
+                "fewshot needs a head: --set fewshot.head=FOLDER, from guidekit fit"
+            )
         if self.head.name == RANDOM and not self.head.exists():
             return random_head(run.denoiser)
         return load_head(self.head, run.denoiser)
@@ -84,7 +88,9 @@ class Fewshot(Guidance):
         """The target of every picture: (B, classes), or (B, classes, h, w) of masks."""
         config, count = self._head.config, len(run.seeds)
         if self.targets is not None and len(self.targets) != count:
-            raise ValueError(f"{len(self.targets)} targets for {count} pictures; give one for each")
+            raise GuidekitError(
+                f"{len(self.targets)} targets for {count} pictures; give one for each"
+            )
         if config.kind == "masks":
             masks = self.targets
             if masks is None:
@@ -93,7 +99,7 @@ class Fewshot(Guidance):
         if self.targets is not None:
             return torch.nn.functional.one_hot(self.targets, len(config.classes)).float()
         if not self.label:
-            raise ValueError(
+            raise GuidekitError(
                 f"fewshot needs a label: --set fewshot.label=NAME, of {', '.join(config.classes)}"
             )
         if config.kind == "labels":
@@ -112,12 +118,12 @@ class Fewshot(Guidance):
 
     def _from_file(self, size: tuple[int, int]) -> Tensor:
         if self.mask is None:
-            raise ValueError("fewshot needs a mask: --set fewshot.mask=FILE.png, indexed")
+            raise GuidekitError("fewshot needs a mask: --set fewshot.mask=FILE.png, indexed")
         values = self._head.config.values
         found = class_map(read_mask(self.mask), values, size)
         if (found < 0).all():
             exist = ", ".join(f"{v} ({c})" for v, c in zip(values, self._head.classes, strict=True))
-            raise ValueError(f"no pixel of {self.mask} has a value of the head: {exist}")
+            raise GuidekitError(f"no pixel of {self.mask} has a value of the head: {exist}")
         return found[None]
 
     def energy(self, step: Step) -> Tensor:

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from guidekit import Guidance, Run, Step, hookimpl
+from guidekit import Guidance, GuidekitError, Run, Step, hookimpl
 from guidekit.backbones.loading import schedulers_for
 from guidekit.references import read_references
 
@@ -33,7 +33,7 @@ READERS = {
 class Ilvr(Guidance):
     """Replaces what is left of z after down- and upsampling by that of the noised reference.
 
-    Raises ValueError for schedulers that would lose the edit.
+    Raises GuidekitError for schedulers that would lose the edit.
     """
 
     scale: float = 1.0  # share of the low frequencies that is replaced
@@ -44,7 +44,7 @@ class Ilvr(Guidance):
     def __post_init__(self):
         super().__post_init__()
         if self.down < 2:
-            raise ValueError(f"{self.name}.down is at least 2, not {self.down}")
+            raise GuidekitError(f"{self.name}.down is at least 2, not {self.down}")
 
     def towards(self, images: Tensor) -> "Ilvr":
         """Itself, with references (B, 3, H, W) in [-1, 1], one per picture, in place of `image`."""
@@ -52,23 +52,23 @@ class Ilvr(Guidance):
         return self
 
     def prepare(self, run: Run) -> None:
-        """Reads the reference; raises ValueError for a scheduler that does not read z."""
+        """Reads the reference; raises GuidekitError for a scheduler that does not read z."""
         kind = type(run.scheduler).__name__.removesuffix("Scheduler")
         if kind not in " ".join(READERS.values()).split():
             work = [name for name in schedulers_for(run.scheduler) if name in READERS]
-            raise ValueError(
+            raise GuidekitError(
                 f"{self.name} edits samples, and {kind} does not start every step from the sample "
                 f"it is given; use --scheduler {', '.join(work)}"
             )
         if min(run.grid) < self.down:
-            raise ValueError(f"{self.name}.down={self.down} is more than the {run.grid} of z")
+            raise GuidekitError(f"{self.name}.down={self.down} is more than the {run.grid} of z")
         images = self.own_images
         if images is None:
             if self.image == Path(""):
-                raise ValueError(f"{self.name} needs a reference: --set {self.name}.image=FILE")
+                raise GuidekitError(f"{self.name} needs a reference: --set {self.name}.image=FILE")
             images = read_references([self.image], run.size).expand(len(run.seeds), -1, -1, -1)
         if len(images) != len(run.seeds):
-            raise ValueError(f"{len(images)} references for {len(run.seeds)} pictures")
+            raise GuidekitError(f"{len(images)} references for {len(run.seeds)} pictures")
         with torch.no_grad():
             self._reference = run.denoiser.latents(images.to(run.device))
 

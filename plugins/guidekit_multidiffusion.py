@@ -17,9 +17,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from guidekit import Branch, Condition, Guidance, Run, Segment, Step, hookimpl
+from guidekit import Branch, Condition, Guidance, GuidekitError, Run, Segment, Step, hookimpl
 from guidekit.conditions import require_segments
-from guidekit.run import derived_seed
+from guidekit.seeds import derived_seed
 
 BACKGROUNDS = 20  # one-coloured pictures to draw from, as in the released code
 
@@ -44,13 +44,13 @@ class MultiDiffusion(Guidance):
     def __post_init__(self):
         super().__post_init__()
         if self.scale not in (0, 1):
-            raise ValueError(f"multidiffusion.scale is 1 (on) or 0 (off), not {self.scale}")
+            raise GuidekitError(f"multidiffusion.scale is 1 (on) or 0 (off), not {self.scale}")
         if "{}" not in self.template:
-            raise ValueError(f"multidiffusion.template needs {{}}, not {self.template!r}")
+            raise GuidekitError(f"multidiffusion.template needs {{}}, not {self.template!r}")
         if not 0 <= self.bootstrap <= 1:
-            raise ValueError(f"multidiffusion.bootstrap lies in 0 to 1, not {self.bootstrap}")
+            raise GuidekitError(f"multidiffusion.bootstrap lies in 0 to 1, not {self.bootstrap}")
         if self.window < 0 or self.stride < 1:
-            raise ValueError("multidiffusion.window is at least 0 and stride at least 1")
+            raise GuidekitError("multidiffusion.window is at least 0 and stride at least 1")
 
     @property
     def needs(self) -> tuple[str, ...]:
@@ -101,7 +101,7 @@ class MultiDiffusion(Guidance):
         if self._views != [None]:
             added = []
             if others := [b.name for b in branches if b.name not in ("cond", "null")]:
-                raise ValueError(f"multidiffusion.window cannot cut the branch {others[0]!r}")
+                raise GuidekitError(f"multidiffusion.window cannot cut the branch {others[0]!r}")
         for region, view in self._parts():
             name = _group(self._regions[region][0], view)
             _, prompts, negatives = self._regions[region]
@@ -192,7 +192,7 @@ def windows(height: int, width: int, window: int, stride: int) -> list[View | No
 def region_masks(conditions: list[Condition], grid: tuple[int, int]) -> Tensor:
     """Masks (B, S, h, w) of 0 and 1, cut at 0.5 and resized to the nearest, as the code does it.
 
-    Raises ValueError for a region that has no latent pixel.
+    Raises GuidekitError for a region that has no latent pixel.
     """
     most = max(len(c.segments) for c in conditions)
     masks = torch.zeros(len(conditions), most, *grid)
@@ -200,7 +200,7 @@ def region_masks(conditions: list[Condition], grid: tuple[int, int]) -> Tensor:
         for s, segment in enumerate(condition.segments):
             masks[b, s] = F.interpolate((segment.mask >= 0.5)[None, None].float(), grid)[0, 0]
             if not masks[b, s].any():
-                raise ValueError(
+                raise GuidekitError(
                     f"multidiffusion: the mask of {segment.phrase!r} has no pixel of at least 0.5 "
                     f"on the {grid[0]}x{grid[1]} latents; make it larger"
                 )
@@ -213,7 +213,7 @@ def _shares(conditions: list[Condition], masks: Tensor) -> Tensor:
     for b, condition in enumerate(conditions):
         for s, segment in enumerate(condition.segments):
             if segment.strength <= 0:
-                raise ValueError(
+                raise GuidekitError(
                     f"multidiffusion: the strength of {segment.phrase!r} is a share and must be "
                     f"positive, not {segment.strength:g}"
                 )

@@ -13,7 +13,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from guidekit import AttentionCall, Branch, Guidance, Level, Run, Step, hookimpl
+from guidekit import AttentionCall, Branch, Guidance, GuidekitError, Level, Run, Step, hookimpl
 from guidekit.backbones.tokens import segment_weights
 from guidekit.conditions import require_segments, segment_masks, segment_strengths
 
@@ -39,7 +39,7 @@ class PaintWithWords(Guidance):
         super().__post_init__()
         for name, choices in (("schedule", SCHEDULES), ("statistic", STATISTICS)):
             if getattr(self, name) not in choices:
-                raise ValueError(
+                raise GuidekitError(
                     f"pww.{name} must be one of {', '.join(choices)}, not {getattr(self, name)!r}"
                 )
 
@@ -56,11 +56,11 @@ class PaintWithWords(Guidance):
         self._segments = {site: masks[grid] for site, grid in sites.items()}  # each (B, S, N)
 
     def _sites(self, run: Run) -> dict[str, tuple[int, int]]:
-        """Cross-attention sites with their grids; raises ValueError for those without text."""
+        """Cross-attention sites with their grids; raises GuidekitError for those without text."""
         cross = run.sites(list(run.denoiser.family.cross_sites))
         chosen = run.sites([s.strip() for s in self.sites.split(",") if s.strip()] or list(cross))
         if others := [site for site in chosen if site not in cross]:
-            raise ValueError(
+            raise GuidekitError(
                 f"pww.sites: {', '.join(others)} read no text; those that do: {', '.join(cross)}"
             )
         return chosen

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from guidekit import AttentionCall, Branch, Perturbed, Run, Step, hookimpl
+from guidekit import AttentionCall, Branch, GuidekitError, Perturbed, Run, Step, hookimpl
 from guidekit.perturbed import pixel_rows
 
 
@@ -30,7 +30,7 @@ class SmoothedEnergy(Perturbed):
     def __post_init__(self):
         super().__post_init__()
         if self.blur is not None and not 0 < self.blur < math.inf:
-            raise ValueError(f"seg.blur must be positive, or none for infinite, not {self.blur}")
+            raise GuidekitError(f"seg.blur must be positive, or none for infinite, not {self.blur}")
 
     def prepare(self, run: Run) -> None:
         """Finds the self-attention sites and their grids."""

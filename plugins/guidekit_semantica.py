@@ -21,6 +21,7 @@ from guidekit import (
     Branch,
     Condition,
     Guidance,
+    GuidekitError,
     Reference,
     Run,
     Step,
@@ -28,10 +29,10 @@ from guidekit import (
     load_reference,
 )
 from guidekit.backbones.loading import LOAD_ERRORS
-from guidekit.cli.settings import ZOO
 from guidekit.images import to_image
 from guidekit.references import square
 from guidekit.semantica.adapter import SITES, load_adapter, random_adapter
+from guidekit.zoo.shipped import ZOO
 
 if TYPE_CHECKING:
     from transformers import CLIPVisionModelWithProjection
@@ -55,7 +56,7 @@ class Semantica(Guidance):
     def __post_init__(self):
         super().__post_init__()
         if not 0 <= self.w < float("inf"):  # nan is not either
-            raise ValueError(
+            raise GuidekitError(
                 f"{self.name}.w is a finite guidance factor of at least 0, not {self.w}"
             )
         self.encoder = _settled(self.encoder)
@@ -68,19 +69,19 @@ class Semantica(Guidance):
     def prepare(self, run: Run) -> None:
         """Finds out which of its two forms the model has, and encodes the references."""
         if any(condition.image is None for condition in run.conditions):
-            raise ValueError(f"{self.name} follows a picture: give --image ref.png")
+            raise GuidekitError(f"{self.name} follows a picture: give --image ref.png")
         self._tokens: Tensor | None = None
         if run.denoiser.reads_image:
             if run.denoiser.model.config.conditioning == "none":
-                raise ValueError(
+                raise GuidekitError(
                     f"{self.name} follows a picture and this model was trained without any; "
                     "take one of conditioning tokens or film"
                 )
             if run.cfg > 1:
-                raise ValueError(f"give cfg or {self.name}.w, not both: cfg is 1 + w")
+                raise GuidekitError(f"give cfg or {self.name}.w, not both: cfg is 1 + w")
             return
         if self.adapter is None:
-            raise ValueError(
+            raise GuidekitError(
                 f"{self.name} needs an adapter for {type(run.denoiser.model).__name__}: set "
                 f"{self.name}.adapter, or use a model such as scenes-semantica"
             )
@@ -100,7 +101,7 @@ class Semantica(Guidance):
             self._adapter = load_adapter(self.adapter, model)
             states, null = self._encoded(references, run)
         if states.shape[-1] != self._adapter.reads:
-            raise ValueError(
+            raise GuidekitError(
                 f"{self.name}.adapter {self.adapter} reads {self._adapter.reads} channels, the "
                 f"picture encoder gives {states.shape[-1]}; set {self.name}.encoder to the one "
                 "that it was trained with"
@@ -122,7 +123,7 @@ class Semantica(Guidance):
         if published and not self.encoder and getattr(run.denoiser.pipeline, "image_encoder", None):
             return self._clip(run.denoiser.pipeline.image_encoder, references)
         if published and not self.encoder:
-            raise ValueError(
+            raise GuidekitError(
                 f"{self.name} needs the picture encoder of {self.adapter.name}: set "
                 f"{self.name}.encoder to the folder of its CLIPVisionModelWithProjection"
             )
@@ -214,16 +215,16 @@ def _load_clip(folder: Path, option: str) -> "CLIPVisionModelWithProjection":
         others = sorted(p.parent.name for p in folder.parent.glob("*/config.json"))
         beside = f"; in {folder.parent.resolve()} there are {', '.join(others)}" if others else ""
         wrong = "has no config.json" if folder.is_dir() else "is no folder"
-        raise ValueError(f"{option} {folder} {wrong}; {remedy}{beside}")
+        raise GuidekitError(f"{option} {folder} {wrong}; {remedy}{beside}")
     try:
         encoder, found = CLIPVisionModelWithProjection.from_pretrained(
             folder, use_safetensors=True, output_loading_info=True
         )
     except (*LOAD_ERRORS, SafetensorError) as error:
         first = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise ValueError(f"{option} {folder} cannot be loaded: {first}; {remedy}") from None
+        raise GuidekitError(f"{option} {folder} cannot be loaded: {first}; {remedy}") from None
     if missing := found["missing_keys"]:  # transformers leaves them random
-        raise ValueError(f"{option} {folder} lacks {min(missing)}; {remedy}")
+        raise GuidekitError(f"{option} {folder} lacks {min(missing)}; {remedy}")
     return encoder
 
 

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from guidekit import AttentionRead, Guidance, Run, Step, average_maps, hookimpl
+from guidekit import AttentionRead, Guidance, GuidekitError, Run, Step, average_maps, hookimpl
 from guidekit.backbones.tokens import real_tokens, segment_weights
 from guidekit.conditions import require_segments, segment_masks, segment_strengths
 
@@ -73,15 +73,15 @@ class Zest(Guidance):
             ("tokens", TOKENS),
         ):
             if getattr(self, name) not in choices:
-                raise ValueError(
+                raise GuidekitError(
                     f"zest.{name} must be one of {', '.join(choices)}, not {getattr(self, name)!r}"
                 )
         if not 0 < self.eps < 0.5 or self.top < 1:
-            raise ValueError("zest.eps must lie between 0 and 0.5 and zest.top be at least 1")
+            raise GuidekitError("zest.eps must lie between 0 and 0.5 and zest.top be at least 1")
 
     def _apply_preset(self) -> None:
         if self.preset and self.preset not in PRESETS:
-            raise ValueError(f"no preset {self.preset!r}; zest has {', '.join(PRESETS)}")
+            raise GuidekitError(f"no preset {self.preset!r}; zest has {', '.join(PRESETS)}")
         defaults = {f.name: f.default for f in dataclasses.fields(self)}
         for name, value in PRESETS.get(self.preset, {}).items():
             if getattr(self, name) == defaults[name]:
@@ -111,7 +111,7 @@ class Zest(Guidance):
         self._largest = largest
 
     def _sites(self, run: Run) -> dict[str, tuple[int, int]]:
-        """Sites by name and by resolution; raises ValueError if none is left."""
+        """Sites by name and by resolution; raises GuidekitError if none is left."""
         sites = run.sites([s.strip() for s in self.sites.split(",") if s.strip()])
         if not self.resolutions:
             return sites
@@ -119,7 +119,7 @@ class Zest(Guidance):
         chosen = {site: grid for site, grid in sites.items() if max(grid) in wanted}
         if {max(grid) for grid in chosen.values()} != wanted:
             exist = ", ".join(str(r) for r in sorted({max(g) for g in sites.values()}))
-            raise ValueError(f"zest.resolutions {self.resolutions}: the sites have {exist}")
+            raise GuidekitError(f"zest.resolutions {self.resolutions}: the sites have {exist}")
         return chosen
 
     def _negatives(self, run: Run) -> Tensor | None:

@@ -10,6 +10,8 @@ import sys
 import torch
 from torch import Tensor
 
+from guidekit.errors import GuidekitError
+
 IMPLEMENTATIONS = ("eager", "sdpa", "triton", "xformers")
 KERNELS = "guidekit_kernels"
 CHECKING = 600  # seconds that the kernels' own check may take
@@ -25,7 +27,7 @@ def choose(name: str | None = None) -> str:
 
     By measurement is "auto", sdpa or triton call by call as `automatic` says, on a GPU for whose
     architecture the table of `guidekit_kernels` holds measured times; elsewhere it is sdpa.
-    xformers is used only when named. The result belongs in run.json. Raises ValueError for an
+    xformers is used only when named. The result belongs in run.json. Raises GuidekitError for an
     unknown name and RuntimeError for one that cannot run here.
     """
     name = name or os.environ.get("GUIDEKIT_ATTENTION") or "auto"
@@ -33,7 +35,7 @@ def choose(name: str | None = None) -> str:
         timed = torch.cuda.is_available() and not _triton_lacks("cuda") and measured_on()
         return "auto" if timed and _state("triton") == "available" else "sdpa"
     if name not in IMPLEMENTATIONS:
-        raise ValueError(f"no attention implementation {name!r}; there are {IMPLEMENTATIONS}")
+        raise GuidekitError(f"no attention implementation {name!r}; there are {IMPLEMENTATIONS}")
     if _state(name) != "available":
         there = ", ".join(n for n, state in implementations().items() if state == "available")
         raise RuntimeError(f"attention {name!r} cannot run: {_state(name)}; available: {there}")

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from guidekit.backbones.records import Family, family_of, layout_sites
 from guidekit.conditions import Condition
+from guidekit.errors import GuidekitError
 
 
 @dataclass(frozen=True)
@@ -50,7 +51,7 @@ def _joined(values: list[Any]) -> Any:
 class Denoiser:
     """The model of a live pipeline, what it is told, and its pictures: `Denoiser(pipeline)`.
 
-    Raises ValueError for a pipeline whose denoiser is of no family that is known.
+    Raises GuidekitError for a pipeline whose denoiser is of no family that is known.
     """
 
     # What a subclass says of its kind of pipeline.
@@ -74,7 +75,7 @@ class Denoiser:
         model = denoiser_of(pipeline)
         family = None if model is None else family_of(model).name
         if family not in Denoiser._kinds:
-            raise ValueError(
+            raise GuidekitError(
                 f"{type(pipeline).__name__} cannot be used; this takes pipelines of the families "
                 f"{', '.join(Denoiser._kinds)}"
             )
@@ -141,14 +142,14 @@ class Denoiser:
     def latent_shape(self, height: int | None, width: int | None) -> tuple[int, int, int]:
         """(C, h, w) of the latents of a picture; None stands for the model's own size.
 
-        Raises ValueError for a size that the model or the autoencoder cannot have.
+        Raises GuidekitError for a size that the model or the autoencoder cannot have.
         """
         if None in (height, width) and not self.own_size:
-            raise ValueError("the model has no size of its own; give height and width")
+            raise GuidekitError("the model has no size of its own; give height and width")
         own = self.own_size or (0, 0)
         size = [side or o * self.factor for side, o in zip((height, width), own, strict=True)]
         if any(side <= 0 or side % self.multiple for side in size):
-            raise ValueError(
+            raise GuidekitError(
                 f"height and width must be multiples of {self.multiple}, not {size[0]}x{size[1]}"
             )
         return (self.channels, size[0] // self.factor, size[1] // self.factor)
@@ -165,9 +166,9 @@ class Denoiser:
     def with_embedded_cfg(self, scale: float) -> "Denoiser":
         """A view of this denoiser with another guidance scale as an input of the model.
 
-        Raises ValueError for a model that has no such input.
+        Raises GuidekitError for a model that has no such input.
         """
-        raise ValueError(
+        raise GuidekitError(
             f"{type(self.model).__name__} takes no guidance scale as an input (embedded_cfg); "
             "use cfg"
         )
@@ -181,13 +182,13 @@ class Denoiser:
         return condition.content
 
     def check_cfg(self, cfg: float) -> None:
-        """Raises ValueError for a guidance scale that the model cannot have."""
+        """Raises GuidekitError for a guidance scale that the model cannot have."""
 
     def check(self, conditions: list[Condition]) -> None:
-        """Raises ValueError for what the model does not read."""
+        """Raises GuidekitError for what the model does not read."""
         if any(c.label is not None for c in conditions):
             name = type(self.pipeline).__name__
-            raise ValueError(f"{name} has no class labels; leave label out")
+            raise GuidekitError(f"{name} has no class labels; leave label out")
 
     def text(self, prompts: list, size: tuple[int, int], null: bool = False) -> Text:
         """What the model is told for `prompts`, one per picture of `size` (height, width).

@@ -8,6 +8,7 @@ from torch import Tensor
 from guidekit.backbones.autoencoder import LatentDenoiser
 from guidekit.backbones.base import Text
 from guidekit.conditions import Condition
+from guidekit.errors import GuidekitError
 
 
 class DiT(LatentDenoiser, families=("dit",)):
@@ -34,7 +35,7 @@ class DiT(LatentDenoiser, families=("dit",)):
         """(C, h, w) of the latents; ValueError for pictures that are not square."""
         shape = super().latent_shape(height, width)
         if shape[1] != shape[2]:
-            raise ValueError(f"DiT draws square pictures, not {height}x{width}")
+            raise GuidekitError(f"DiT draws square pictures, not {height}x{width}")
         return shape
 
     def prepared(self, condition: Condition) -> Condition:
@@ -44,22 +45,22 @@ class DiT(LatentDenoiser, families=("dit",)):
         known = self.pipeline.labels
         if condition.prompt not in known:
             named = f"the names of its classes, such as {next(iter(known))!r}" if known else "none"
-            raise ValueError(
+            raise GuidekitError(
                 f"{type(self.pipeline).__name__} reads no text but {named}; give label, from 0 to "
                 f"{self.classes - 1}"
             )
         return replace(condition, label=known[condition.prompt], prompt="")
 
     def check(self, conditions: list[Condition]) -> None:
-        """Raises ValueError for a condition that is no class, and for texts beside it."""
+        """Raises GuidekitError for a condition that is no class, and for texts beside it."""
         for condition in conditions:
             if condition.label is None or not 0 <= condition.label < self.classes:
-                raise ValueError(
+                raise GuidekitError(
                     f"{type(self.pipeline).__name__} draws classes: give label, from 0 to "
                     f"{self.classes - 1}, not {condition.label}"
                 )
             if condition.prompt or condition.negative or condition.segments:
-                raise ValueError(
+                raise GuidekitError(
                     f"{type(self.pipeline).__name__} reads no text; leave prompt, negative and "
                     "segments out"
                 )

@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 from diffusers import DiffusionPipeline
 
+from guidekit.errors import GuidekitError
 from guidekit.noise import is_flow
 from guidekit.zoo.shipped import ZOO
 
@@ -58,8 +59,8 @@ def load(
     """A diffusers pipeline from a built-in's name, a directory or a hub id.
 
     Weights are safetensors; nothing is unpickled and no remote code runs. device: default CUDA if
-    there is one; dtype: default float32 on a CPU and for built-ins, else float16. Raises ValueError
-    that says what exists or what is wrong with the directory.
+    there is one; dtype: default float32 on a CPU and for built-ins, else float16. Raises
+    GuidekitError that says what exists or what is wrong with the directory.
     """
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     own = ZOO / name / "model_index.json"
@@ -70,7 +71,7 @@ def load(
     if there:
         _check_directory(path)
     elif name.count("/") != 1:
-        raise ValueError(
+        raise GuidekitError(
             f"no model {name!r}: not a built-in ({', '.join(built_in())}), not a directory, "
             "not a hub id of the form owner/name"
         )
@@ -81,7 +82,7 @@ def load(
     except LOAD_ERRORS as error:
         first = (str(error).strip() or type(error).__name__).splitlines()[0]
         remedy = "download it again" if there else f"check its name, or run hf download {name}"
-        raise ValueError(f"model {name!r} cannot be loaded: {first}; {remedy}") from None
+        raise GuidekitError(f"model {name!r} cannot be loaded: {first}; {remedy}") from None
     pipeline.set_progress_bar_config(disable=True)
     return pipeline.to(device)
 
@@ -96,72 +97,72 @@ def _pipeline_class(path: Path) -> type[DiffusionPipeline]:
 
 
 def _check_directory(path: Path) -> None:
-    """Raises ValueError for a directory that is no complete pipeline with safe weights."""
+    """Raises GuidekitError for a directory that is no complete pipeline with safe weights."""
     index = path / "model_index.json"
     if not index.exists():
-        raise ValueError(f"{path} has no model_index.json, so it is not a diffusers pipeline")
+        raise GuidekitError(f"{path} has no model_index.json, so it is not a diffusers pipeline")
     try:
         parts = json.loads(index.read_text())
     except (OSError, ValueError) as error:
-        raise ValueError(f"{index} is not readable JSON ({error}); download it again") from None
+        raise GuidekitError(f"{index} is not readable JSON ({error}); download it again") from None
     for part, kind in parts.items():
         if not isinstance(kind, list) or kind[0] is None:
             continue
         folder = path / part
         if not folder.is_dir():
-            raise ValueError(f"{path} lacks the folder {part!r}; download the model again")
+            raise GuidekitError(f"{path} lacks the folder {part!r}; download the model again")
         _check_weights(folder)
         # transformers makes a tokenizer without words of a folder that has none.
         if "Tokenizer" in str(kind[1]) and not any(any(folder.glob(v)) for v in VOCABULARIES):
-            raise ValueError(f"{folder} lacks its vocabulary; download the model again")
+            raise GuidekitError(f"{folder} lacks its vocabulary; download the model again")
 
 
 def _check_weights(folder: Path) -> None:
-    """Raises ValueError for pickled weights without safetensors and for files cut short."""
+    """Raises GuidekitError for pickled weights without safetensors and for files cut short."""
     pickled = [*folder.glob("*.bin"), *folder.glob("*.ckpt"), *folder.glob("*.pt")]
     safe = list(folder.glob("*.safetensors"))
     if pickled and not safe:
-        raise ValueError(
+        raise GuidekitError(
             f"{pickled[0]} is a pickle, which can run code when it is read; convert it to "
             "safetensors (save_pretrained(..., safe_serialization=True))"
         )
     if safe and not (folder / "config.json").exists():
-        raise ValueError(f"{folder} lacks config.json; download the model again")
+        raise GuidekitError(f"{folder} lacks config.json; download the model again")
     for file in safe:
         _check_safetensors(file)
     for index in folder.glob("*.safetensors.index.json"):
         try:
             parts = set(json.loads(index.read_text())["weight_map"].values())
         except (OSError, ValueError, KeyError, TypeError, AttributeError):
-            raise ValueError(f"{index} is damaged; download it again") from None
+            raise GuidekitError(f"{index} is damaged; download it again") from None
         if lost := sorted(part for part in parts if not (folder / part).exists()):
-            raise ValueError(f"{folder} lacks {', '.join(lost)}; download the model again")
+            raise GuidekitError(f"{folder} lacks {', '.join(lost)}; download the model again")
 
 
 def _check_safetensors(file: Path) -> None:
-    """Raises ValueError unless the header fits the file's length."""
+    """Raises GuidekitError unless the header fits the file's length."""
     from safetensors import SafetensorError, safe_open
 
     try:
         with safe_open(file, "pt"):
             pass
     except (SafetensorError, OSError) as error:
-        raise ValueError(f"{file} is damaged ({error}); download it again") from None
+        raise GuidekitError(f"{file} is damaged ({error}); download it again") from None
 
 
 def make_scheduler(pipeline: DiffusionPipeline, name: str):
     """A scheduler by its short name, with the settings of the pipeline's own.
 
-    Raises ValueError for a name that does not exist, or is not for models of this kind.
+    Raises GuidekitError for a name that does not exist, or is not for models of this kind.
     """
     import diffusers
 
     if name not in SCHEDULERS:
-        raise ValueError(f"no scheduler {name!r}; there are {', '.join(SCHEDULERS)}")
+        raise GuidekitError(f"no scheduler {name!r}; there are {', '.join(SCHEDULERS)}")
     own = pipeline.scheduler
     if name not in (possible := schedulers_for(own)):
         kind = "not for flow models" if is_flow(own) else "for flow models alone"
-        raise ValueError(f"scheduler {name!r} is {kind}; there are {', '.join(possible)}")
+        raise GuidekitError(f"scheduler {name!r} is {kind}; there are {', '.join(possible)}")
     scheduler = getattr(diffusers, SCHEDULERS[name])
     # A scheduler with a schedule of its own says what others need to know of it.
     more = own.shared_settings() if hasattr(own, "shared_settings") else {}

@@ -7,18 +7,20 @@ import torch
 from diffusers.pipelines.flux.pipeline_flux import calculate_shift
 from torch import Tensor
 
+from guidekit.errors import GuidekitError
+
 
 def dynamic_shift(scheduler, tokens: int, max_shift: float) -> dict[str, float]:
     """`mu` of `set_timesteps` for pictures of so many image tokens; empty for a fixed shift.
 
-    max_shift: the pipeline's own default, for configs without it. Raises ValueError for a scheduler
-    that has the setting from another's config and cannot follow it.
+    max_shift: the pipeline's own default, for configs without it. Raises GuidekitError for a
+    scheduler that has the setting from another's config and cannot follow it.
     """
     config = scheduler.config
     if not config.get("use_dynamic_shifting", False):
         return {}
     if "mu" not in inspect.signature(scheduler.set_timesteps).parameters:
-        raise ValueError(
+        raise GuidekitError(
             f"{type(scheduler).__name__} cannot shift its steps by the size of the picture, as the "
             "pipeline's own does (use_dynamic_shifting); use flow-euler, dpm++ or unipc"
         )
@@ -38,14 +40,14 @@ def set_flow_timesteps(
     """Lays out the steps from 1 to 1 / steps, shifted for so many image tokens.
 
     own: a scheduler with use_flow_sigmas keeps its own sigmas even where it takes others, as in
-    FluxPipeline. Raises ValueError, for the model `who`, for a scheduler that takes none and has
+    FluxPipeline. Raises GuidekitError, for the model `who`, for a scheduler that takes none and has
     none.
     """
     given = dynamic_shift(scheduler, tokens, max_shift=1.15)
     takes = "sigmas" in inspect.signature(scheduler.set_timesteps).parameters
     has = scheduler.config.get("use_flow_sigmas", False)
     if not (takes or has):
-        raise ValueError(f"{type(scheduler).__name__} takes no sigmas, which {who} sets")
+        raise GuidekitError(f"{type(scheduler).__name__} takes no sigmas, which {who} sets")
     if takes and not (own and has):
         given["sigmas"] = np.linspace(1.0, 1 / steps, steps)
     count = {} if "sigmas" in given else {"num_inference_steps": steps}

@@ -6,16 +6,17 @@ from torch import Tensor
 
 from guidekit.backbones.base import Denoiser, Text
 from guidekit.conditions import Condition
+from guidekit.errors import GuidekitError
 
 
 class PixelDenoiser(Denoiser):
     """A denoiser whose latents are the pixels, in [-1, 1]."""
 
     def check_no_text(self, conditions: list[Condition], why: str) -> None:
-        """Raises ValueError, with the reason, for any text: there is nothing to read it."""
+        """Raises GuidekitError, with the reason, for any text: there is nothing to read it."""
         for name in ("prompt", "negative", "segments"):
             if any(getattr(c, name) for c in conditions):
-                raise ValueError(
+                raise GuidekitError(
                     f"{type(self.pipeline).__name__} {why}, so it reads no {name}; leave it out"
                 )
 
@@ -36,19 +37,19 @@ class PixelDenoiser(Denoiser):
 class Unconditional(PixelDenoiser, families=("unet2d",)):
     """DDPMPipeline and DDIMPipeline: a UNet2DModel without text.
 
-    Raises ValueError for pipelines with further parts and for models that need a class.
+    Raises GuidekitError for pipelines with further parts and for models that need a class.
     """
 
     def __init__(self, pipeline: DiffusionPipeline):
         super().__init__(pipeline)
         parts = {k for k, v in pipeline.components.items() if v is not None}
         if others := sorted(parts - {"unet", "scheduler"}):
-            raise ValueError(
+            raise GuidekitError(
                 f"{type(pipeline).__name__} has {', '.join(others)} beside an unconditional UNet; "
                 "pipelines of a UNet2DModel and a scheduler can be used"
             )
         if self.model.class_embedding is not None:
-            raise ValueError("this UNet2DModel needs a class, which DDPMPipeline cannot give it")
+            raise GuidekitError("this UNet2DModel needs a class, which DDPMPipeline cannot give it")
 
     @property
     def multiple(self) -> int:
@@ -56,7 +57,7 @@ class Unconditional(PixelDenoiser, families=("unet2d",)):
         return 2 ** (len(self.model.config.block_out_channels) - 1)
 
     def check(self, conditions: list[Condition]) -> None:
-        """Raises ValueError for any text: there is nothing to read it."""
+        """Raises GuidekitError for any text: there is nothing to read it."""
         super().check(conditions)
         self.check_no_text(conditions, "draws without a condition")
 
@@ -66,9 +67,9 @@ class Unconditional(PixelDenoiser, families=("unet2d",)):
         return Text()
 
     def check_cfg(self, cfg: float) -> None:
-        """Raises ValueError for classifier-free guidance: there is no condition to leave out."""
+        """Raises GuidekitError for classifier-free guidance: there is no condition to leave out."""
         if cfg > 1:
-            raise ValueError(
+            raise GuidekitError(
                 f"{type(self.pipeline).__name__} draws without a condition, so there is no "
                 "classifier-free guidance; leave cfg at 1"
             )

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 
 from torch import Tensor, nn
 
+from guidekit.errors import GuidekitError
 from guidekit.taps import block_features, find_sites
 
 _WHOLE = slice(None)
@@ -31,14 +32,14 @@ def halvings(height: int, width: int) -> list[tuple[int, int]]:
 def halved_grid(n_rows: int, latent_height: int, latent_width: int) -> tuple[int, int]:
     """Grid (h, w) with h * w = n_rows among the halvings of the latent.
 
-    Holds for UNet levels and for patch sizes 1, 2 and 4. Raises ValueError if none fits.
+    Holds for UNet levels and for patch sizes 1, 2 and 4. Raises GuidekitError if none fits.
     """
     grids = halvings(latent_height, latent_width)
     for h, w in grids:
         if h * w == n_rows:
             return h, w
     sizes = ", ".join(f"{h * w} = {h}x{w}" for h, w in grids)
-    raise ValueError(
+    raise GuidekitError(
         f"{n_rows} queries fit no grid of a {latent_height}x{latent_width} latent; it has: {sizes}"
     )
 
@@ -82,7 +83,7 @@ class Family:
 def _cross(model: nn.Module, family: Family) -> list[str]:
     """Every module where pixels read text."""
     if not family.cross_sites:
-        raise ValueError(f"family {family.name!r} reads no text, so it has no layout sites")
+        raise GuidekitError(f"family {family.name!r} reads no text, so it has no layout sites")
     return find_sites(model, family.cross_sites)
 
 
@@ -90,7 +91,7 @@ def site_level(model: nn.Module, site: str) -> int:
     """How many times a UNet has halved the latent at `site`, from its config alone.
 
     Down block i works at level i before its own downsampler, up block i at n - 1 - i, the middle
-    at the coarsest, which a UViT has for itself. Raises ValueError for a site outside of the
+    at the coarsest, which a UViT has for itself. Raises GuidekitError for a site outside of the
     blocks.
     """
     last = len(model.config.down_block_types) - 1
@@ -99,7 +100,7 @@ def site_level(model: nn.Module, site: str) -> int:
         return index if match[1] == "down" else last - index
     if site.startswith("mid_block"):
         return len(model.config.block_out_channels) - 1
-    raise ValueError(
+    raise GuidekitError(
         f"{site!r} has no level of its own; sites with one are in mid_block and in the "
         "attentions and resnets of down_blocks.N and up_blocks.N"
     )
@@ -222,13 +223,13 @@ def family_of(model: nn.Module) -> Family:
         return found[0]
     matched = " and ".join(f.name for f in found) or "none"
     there = ", ".join(family.name for family in FAMILIES)
-    raise ValueError(f"{type(model).__name__} matches {matched} of the families: {there}")
+    raise GuidekitError(f"{type(model).__name__} matches {matched} of the families: {there}")
 
 
 def layout_sites(model: nn.Module, latent_height: int, latent_width: int) -> dict[str, tuple]:
     """Default sites for layout, each with its grid (h, w), known before any forward.
 
-    Raises ValueError for a model that reads no text.
+    Raises GuidekitError for a model that reads no text.
     """
     family = family_of(model)
     return {
@@ -262,7 +263,7 @@ def in_pixels(model: nn.Module, output: object) -> bool:
 def site_features(model: nn.Module, site: str, output: object, grid: tuple[int, int]) -> Tensor:
     """Features (B, C, h, w) of the pixels out of a block's output, for latents of the grid (h, w).
 
-    Raises ValueError for a block of a transformer that sees text alone.
+    Raises GuidekitError for a block of a transformer that sees text alone.
     """
     if in_pixels(model, output):
         return block_features(output)
@@ -270,6 +271,8 @@ def site_features(model: nn.Module, site: str, output: object, grid: tuple[int, 
     tokens = output if isinstance(output, Tensor) else output[-1]
     count, pixels = tokens.shape[1], own[0] * own[1]
     if count < pixels:
-        raise ValueError(f"{site} holds {count} tokens of text and no pixels; choose another block")
+        raise GuidekitError(
+            f"{site} holds {count} tokens of text and no pixels; choose another block"
+        )
     rows = family_of(model).rows(count, count - pixels) if count > pixels else slice(None)
     return block_features(output, own, rows)

@@ -14,6 +14,7 @@ from diffusers import DiffusionPipeline
 from torch import Tensor
 
 from guidekit.backbones.denoiser import Denoiser
+from guidekit.errors import GuidekitError
 
 # Not one row per picture, though their first side may be as long as the batch.
 WHOLE = ("img_ids", "txt_ids", "ip_adapter_masks", "skip_layers")
@@ -35,7 +36,7 @@ class Replay:
     """The denoiser of a live pipeline with the arguments of the pipeline's own latest call.
 
     `prompts` and `negatives` are the pipeline's own, one per picture; a branch with other prompts
-    raises ValueError, because the pipeline has not encoded them.
+    raises GuidekitError, because the pipeline has not encoded them.
     """
 
     families = ("sd", "sdxl", "sd3", "flux", "pixart")
@@ -43,7 +44,7 @@ class Replay:
     def __init__(self, pipeline: DiffusionPipeline):
         own = Denoiser(pipeline)
         if own.family.name not in self.families:
-            raise ValueError(
+            raise GuidekitError(
                 f"{type(pipeline).__name__} cannot be attached to; this takes pipelines of the "
                 f"families {', '.join(self.families)}"
             )
@@ -93,11 +94,11 @@ class Replay:
     def copies(self) -> int:
         """How many rows of the call each picture has: 1, [cond], or 2, [null, cond].
 
-        Raises ValueError for other numbers.
+        Raises GuidekitError for other numbers.
         """
         rows, pictures = len(self.input), len(self.prompts)
         if rows not in (pictures, 2 * pictures):
-            raise ValueError(
+            raise GuidekitError(
                 f"{type(self.pipeline).__name__} calls its denoiser with {rows} rows for "
                 f"{pictures} pictures; attach knows [cond] and [null, cond] in one batch"
             )
@@ -134,12 +135,12 @@ class Replay:
     def text(self, prompts: list[str], size: tuple[int, int], null: bool = False) -> Rows:
         """The rows of the pipeline's own prompts, or of its own negative ones."""
         if null and self.copies == 1:
-            raise ValueError(
+            raise GuidekitError(
                 "a guidance adds the null branch, and the pipeline was called without it; call it "
                 "with a guidance_scale above 1"
             )
         if prompts != (self.negatives if null else self.prompts):
-            raise ValueError(
+            raise GuidekitError(
                 "a guidance needs prompts that the pipeline has not encoded "
                 f"({', '.join(map(repr, prompts))}); draw with guidekit.sample instead"
             )

@@ -6,6 +6,7 @@ import torch
 
 from guidekit.backbones.autoencoder import LatentDenoiser
 from guidekit.conditions import Condition
+from guidekit.errors import GuidekitError
 
 
 class TextDenoiser(LatentDenoiser):
@@ -43,7 +44,7 @@ class TextDenoiser(LatentDenoiser):
         return inspect.signature(type(self.pipeline).__call__).parameters[name].default
 
     def check(self, conditions: list[Condition]) -> None:
-        """Raises ValueError for what the text encoders would silently cut off, and for labels."""
+        """Refuses what the text encoders would silently cut off, and labels."""
         super().check(conditions)
         for tokenizer, texts in (
             (self.tokenizers[0], {c.prompt for c in conditions}),
@@ -52,7 +53,7 @@ class TextDenoiser(LatentDenoiser):
             for text in texts:
                 count = len(tokenizer(text)["input_ids"])
                 if count > tokenizer.model_max_length:
-                    raise ValueError(
+                    raise GuidekitError(
                         f"the prompt has {count} tokens, the text encoder reads "
                         f"{tokenizer.model_max_length}; shorten {text!r}"
                     )

@@ -6,12 +6,13 @@ import torch
 from torch import Tensor
 
 from guidekit.conditions import Condition
+from guidekit.errors import GuidekitError
 
 
 def token_columns(tokenizer, prompt: str, phrase: str) -> list[int]:
     """Columns of the padded token sequence that overlap the phrase, at every occurrence.
 
-    Raises ValueError that shows the tokenisation if the phrase does not occur or is cut off.
+    Raises GuidekitError that shows the tokenisation if the phrase does not occur or is cut off.
     """
     spans = [m.span() for m in re.finditer(_whole_words(phrase), prompt, flags=re.IGNORECASE)]
     encoded = tokenizer(prompt, return_offsets_mapping=True)
@@ -23,12 +24,12 @@ def token_columns(tokenizer, prompt: str, phrase: str) -> list[int]:
         if any(start < last and first < end for first, last in spans)
     ]
     if not columns:
-        raise ValueError(
+        raise GuidekitError(
             f"phrase {phrase!r} does not occur in the prompt; {show_tokens(tokenizer, prompt)}. "
             "Use words of the prompt, or append missing phrases (--append-phrases)"
         )
     if columns[-1] >= length - 1:  # the last column holds the end token
-        raise ValueError(
+        raise GuidekitError(
             f"phrase {phrase!r} lies beyond the {length} tokens that the text encoder reads; "
             f"shorten the prompt ({show_tokens(tokenizer, prompt)})"
         )
@@ -65,7 +66,7 @@ def segment_columns(tokenizers: list, condition: Condition) -> list[list[int]]:
     for segment in condition.segments:
         found = [token_columns(t, condition.prompt, segment.phrase) for t in tokenizers]
         if any(other != found[0] for other in found[1:]):
-            raise ValueError(
+            raise GuidekitError(
                 f"the text encoders cut {segment.phrase!r} into different tokens: "
                 + "; ".join(show_tokens(t, condition.prompt) for t in tokenizers)
             )

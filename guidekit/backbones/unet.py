@@ -6,18 +6,19 @@ from torch import Tensor
 
 from guidekit.backbones.base import Text
 from guidekit.backbones.text import TextDenoiser
+from guidekit.errors import GuidekitError
 
 
 class StableDiffusion(TextDenoiser, families=("sd",)):
     """Stable Diffusion 1.x and 2.x.
 
-    Raises ValueError for a model that takes the guidance scale as an input.
+    Raises GuidekitError for a model that takes the guidance scale as an input.
     """
 
     def __init__(self, pipeline: DiffusionPipeline):
         super().__init__(pipeline)
         if getattr(self.model.config, "time_cond_proj_dim", None) is not None:
-            raise ValueError(
+            raise GuidekitError(
                 "this model is distilled with the guidance scale as an input (time_cond_proj_dim);"
                 " use the model that it was distilled from"
             )

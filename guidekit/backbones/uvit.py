@@ -7,6 +7,7 @@ import torch
 from guidekit.backbones.base import Text
 from guidekit.backbones.pixel import PixelDenoiser
 from guidekit.conditions import Condition
+from guidekit.errors import GuidekitError
 from guidekit.references import Reference
 
 
@@ -32,10 +33,10 @@ class Semantica(PixelDenoiser, families=("uvit",)):
         return self._shape[0]
 
     def check(self, conditions: list[Condition]) -> None:
-        """Raises ValueError for a condition without a picture, and for texts beside it."""
+        """Raises GuidekitError for a condition without a picture, and for texts beside it."""
         super().check(conditions)
         if any(c.image is None for c in conditions):
-            raise ValueError(
+            raise GuidekitError(
                 f"{type(self.pipeline).__name__} follows a picture: give --image ref.png, or "
                 "Condition(image=Reference(...))"
             )

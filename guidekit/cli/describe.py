@@ -7,7 +7,7 @@ import shlex
 import tokenize
 from typing import Any
 
-from guidekit.cli.settings import describe, option_kinds
+from guidekit.options import describe, option_kinds
 from guidekit.registry import Registry, entries
 
 

@@ -7,6 +7,8 @@ from typing import Any
 
 import click
 
+from guidekit.errors import GuidekitError
+
 
 def _denoiser(model: str, device: str | None) -> Any:
     """The denoiser of `--model`, which may be a plugin's backbone."""
@@ -44,9 +46,11 @@ def fit(shots: Path, model: str, out: Path, device: str, quiet: bool, as_json: b
     file_name and the labels.
     """
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise ValueError(f"{out} exists; choose another --out")
+        raise GuidekitError(f"{out} exists; choose another --out")
     if not shots.exists():
-        raise ValueError(f"{shots} does not exist; give a folder of labelled pictures or a table")
+        raise GuidekitError(
+            f"{shots} does not exist; give a folder of labelled pictures or a table"
+        )
     from guidekit.heads import FitOptions, read_examples
     from guidekit.heads import fit as fit_head
 
@@ -130,22 +134,24 @@ def augment(
 ):
     """Write a folder of accepted, generated pictures per class."""
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise ValueError(f"{out} exists; choose another --out")
+        raise GuidekitError(f"{out} exists; choose another --out")
     from guidekit.backbones.loading import model_defaults
-    from guidekit.cli.settings import parse_setting
     from guidekit.heads import load_head
     from guidekit.heads.augment import augment as harvest
+    from guidekit.options import parse_setting
     from guidekit.registry import Registry
 
     registry, denoiser = Registry(), _denoiser(model, device)
     found = load_head(head, denoiser)
     if found.config.kind != "classes":
-        raise ValueError(f"{head} is a head of {found.config.kind}; augment needs one of classes")
+        raise GuidekitError(
+            f"{head} is a head of {found.config.kind}; augment needs one of classes"
+        )
     chosen = [found.classes[found.index(name)] for name in classes] or list(found.classes)
     own = dict(model_defaults(model).get("plugin", {}).get(plugin, {}))
     for name, option, value in map(parse_setting, changes):
         if name != plugin:
-            raise ValueError(f"--set {name}.{option}: the plugin of this run is {plugin}")
+            raise GuidekitError(f"--set {name}.{option}: the plugin of this run is {plugin}")
         own[option] = value
 
     def make(label: str) -> Any:

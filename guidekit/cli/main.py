@@ -14,6 +14,7 @@ from safetensors import SafetensorError
 
 from guidekit import __version__
 from guidekit.cli.heads import augment, fit
+from guidekit.errors import GuidekitError
 
 EPILOG = "Plugins add commands under their own names; `guidekit plugins` lists the plugins."
 
@@ -49,7 +50,7 @@ def _plugin_command(name: str) -> click.Command | None:
         return None
     commands = Registry().commands(name)
     if not commands:
-        raise ValueError(f"plugin {name!r} adds no command; see guidekit plugins show {name}")
+        raise GuidekitError(f"plugin {name!r} adds no command; see guidekit plugins show {name}")
     if len(commands) == 1:
         return commands[0]
     return click.Group(name, commands={c.name: c for c in commands})
@@ -182,7 +183,7 @@ def sample(config: Path | None, quiet: bool, as_json: bool, **flags: Any) -> Non
 
     settings = make_settings({} if config is None else read_config(config), flags)
     if flags["compare"] and settings.image_folder is not None:
-        raise ValueError(
+        raise GuidekitError(
             "--compare is not for --image-folder, whose pictures are drawn once; leave it out"
         )
     with warnings.catch_warnings():  # what matters of them is in the account's notes
@@ -220,7 +221,7 @@ def _draw(studio: Any, silent: bool) -> dict[str, Any]:
         except (ValueError, ArithmeticError, OSError) as error:
             bar.close()
             text = _file_error(error) if isinstance(error, OSError) else str(error)
-            raise ValueError(f"{text}; {done()}" if studio.finished else text) from error
+            raise GuidekitError(f"{text}; {done()}" if studio.finished else text) from error
 
 
 def _introduction(studio: Any) -> str:
@@ -339,7 +340,7 @@ def new(name: str, out: Path | None, as_json: bool) -> None:
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 def train(recipe: str, out: Path, settings: tuple[str, ...], quiet: bool, as_json: bool) -> None:
     """Train a model from a built-in recipe or a TOML file; a stopped training continues."""
-    from guidekit.cli.settings import convert, option_kinds, parse_value
+    from guidekit.options import convert, option_kinds, parse_value
     from guidekit.train.loop import Options
     from guidekit.train.recipe import train as run
 
@@ -347,7 +348,7 @@ def train(recipe: str, out: Path, settings: tuple[str, ...], quiet: bool, as_jso
     for text in settings:
         option, equals, value = text.partition("=")
         if not equals or option not in kinds:
-            raise ValueError(f"--set {text}: write OPTION=VALUE; there are {', '.join(kinds)}")
+            raise GuidekitError(f"--set {text}: write OPTION=VALUE; there are {', '.join(kinds)}")
         overrides[option] = convert(parse_value(value), kinds[option], option)
     model = run(recipe, out, quiet=quiet or as_json, overrides=overrides)
     if as_json:

@@ -1,6 +1,5 @@
 """The folder of a run: pictures, masks and run.json, written as soon as they exist."""
 
-import contextlib
 import datetime
 import hashlib
 import importlib.metadata
@@ -8,15 +7,12 @@ import json
 import os
 import platform
 import re
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from PIL import Image
-from PIL.PngImagePlugin import PngInfo
-
 from guidekit.conditions import Segment
-from guidekit.images import mask_image
+from guidekit.errors import GuidekitError
+from guidekit.images import mask_image, replacing, save_picture
 
 PACKAGES = ("guidekit", "torch", "diffusers", "transformers", "safetensors", "numpy", "triton")
 
@@ -30,13 +26,13 @@ def slug(text: str, length: int = 40) -> str:
 def new_folder(out: Path | None, prompt: str) -> Path:
     """Makes `out`, by default out/<date>-<prompt>; a name that exists gets -2, -3 and so on.
 
-    An empty folder that exists is used as it is. Raises ValueError if it cannot be made.
+    An empty folder that exists is used as it is. Raises GuidekitError if it cannot be made.
     """
     today = datetime.date.today().isoformat()
     base = Path("out") / f"{today}-{slug(prompt)}" if out is None else out
     if not base.name or base.is_file():
         what = "is a file" if base.name else "has no name of its own"
-        raise ValueError(f"output folder {base}: it {what}; choose another with --out")
+        raise GuidekitError(f"output folder {base}: it {what}; choose another with --out")
     folder, number = base, 1
     try:
         while _taken(folder):
@@ -47,7 +43,7 @@ def new_folder(out: Path | None, prompt: str) -> Path:
             raise PermissionError(f"no permission to write in {folder}")
     except OSError as error:
         reason = error.strerror or error
-        raise ValueError(f"output folder {base}: {reason}; choose another with --out") from None
+        raise GuidekitError(f"output folder {base}: {reason}; choose another with --out") from None
     return folder
 
 
@@ -59,27 +55,6 @@ def discard_empty(folder: Path) -> None:
     """Removes a folder in which nothing was written."""
     if folder.is_dir() and not any(folder.iterdir()):
         folder.rmdir()
-
-
-@contextlib.contextmanager
-def _replacing(path: Path) -> Iterator[Path]:
-    """A file to write, which takes the place of `path` when it is complete and is gone if not."""
-    part = path.with_name(f"{path.name}.part")
-    try:
-        yield part
-        part.replace(path)
-    finally:
-        part.unlink(missing_ok=True)
-
-
-def save_picture(image: Image.Image, path: Path, settings: dict[str, Any] | None = None) -> None:
-    """Writes a PNG, with the settings in its text chunk `guidekit`."""
-    path.parent.mkdir(exist_ok=True)
-    info = PngInfo()
-    if settings is not None:
-        info.add_itxt("guidekit", json.dumps(settings))
-    with _replacing(path) as part:
-        image.save(part, format="PNG", pnginfo=info)
 
 
 def save_segments(segments: tuple[Segment, ...], folder: Path) -> list[dict[str, Any]]:
@@ -101,7 +76,7 @@ def save_segments(segments: tuple[Segment, ...], folder: Path) -> list[dict[str,
 
 def write_record(record: dict[str, Any], folder: Path) -> None:
     """Writes run.json; the old one stays until the new one is complete."""
-    with _replacing(folder / "run.json") as part:
+    with replacing(folder / "run.json") as part:
         part.write_text(json.dumps(record, indent=1, allow_nan=False) + "\n", encoding="utf-8")
 
 

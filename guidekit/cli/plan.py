@@ -5,14 +5,9 @@ from typing import Any
 
 from guidekit.backbones.loading import model_defaults
 from guidekit.cli.settings import Settings
-from guidekit.conditions import (
-    Condition,
-    Segment,
-    box_mask,
-    load_layout,
-    parse_layout,
-    parse_segment,
-)
+from guidekit.conditions import Condition, Segment, box_mask
+from guidekit.errors import GuidekitError
+from guidekit.layouts import load_layout, parse_layout, parse_segment
 from guidekit.references import load_reference
 from guidekit.registry import Registry
 
@@ -43,7 +38,7 @@ def ask(settings: Settings) -> Condition:
     prompt = layout.prompt if settings.prompt is None else settings.prompt
     negative = layout.negative if settings.negative is None else settings.negative
     if settings.prompt is None and not prompt and segments and not settings.append_phrases:
-        raise ValueError("there are segments but no prompt; give --prompt with their phrases")
+        raise GuidekitError("there are segments but no prompt; give --prompt with their phrases")
     label = layout.label if settings.label is None else settings.label
     image = None if settings.image is None else load_reference(settings.image)
     return Condition(prompt, negative, segments, label, image)

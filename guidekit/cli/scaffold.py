@@ -3,6 +3,7 @@
 import re
 from pathlib import Path
 
+from guidekit.errors import GuidekitError
 from guidekit.registry import entries
 
 # Of the folder examples/plugin; it may also hold what pip compiled.
@@ -20,20 +21,22 @@ def template() -> Path:
 def new_plugin(name: str, folder: Path | None = None) -> Path:
     """Writes a distribution `guidekit-NAME` with one guidance into a new folder, and returns it.
 
-    Raises ValueError for a name that is no entry's name or taken, and for a folder that exists.
+    Raises GuidekitError for a name that is no entry's name or taken, and for a folder that exists.
     """
     if not NAME.fullmatch(name):
-        raise ValueError(f"plugin name {name!r}: use small letters, digits and _, a letter first")
+        raise GuidekitError(
+            f"plugin name {name!r}: use small letters, digits and _, a letter first"
+        )
     if taken := [entry for entry in entries() if entry.name == name]:
-        raise ValueError(f"plugin {name!r} is already offered by {taken[0].distribution}")
+        raise GuidekitError(f"plugin {name!r} is already offered by {taken[0].distribution}")
     folder = Path(f"guidekit-{name}") if folder is None else folder
     if folder.exists():
-        raise ValueError(f"{folder} exists already; name another folder with --out")
+        raise GuidekitError(f"{folder} exists already; name another folder with --out")
     texts = {file: (template() / file).read_text() for file in FILES}
     try:
         folder.mkdir(parents=True)
     except OSError as error:
-        raise ValueError(f"{folder}: {error.strerror}; name another folder with --out") from None
+        raise GuidekitError(f"{folder}: {error.strerror}; name another folder with --out") from None
     for file, text in texts.items():
         (folder / _renamed(file, name)).write_text(_renamed(text, name))
     return folder

@@ -13,7 +13,7 @@ from huggingface_hub import try_to_load_from_cache
 from torch import Tensor
 
 from guidekit import images as pictures
-from guidekit.account import Account, NonFiniteError
+from guidekit.account import Account
 from guidekit.backbones.denoiser import Denoiser
 from guidekit.backbones.loading import load, make_scheduler
 from guidekit.backbones.tokens import append_phrases, segment_columns
@@ -23,11 +23,12 @@ from guidekit.cli.plan import ask, example, nothing_asked, plugin_options, with_
 from guidekit.cli.report import write_report
 from guidekit.cli.settings import Settings, dump
 from guidekit.conditions import Condition
+from guidekit.errors import GuidekitError, NonFiniteError
 from guidekit.guidance import Guidance
 from guidekit.references import Reference, load_references, square
 from guidekit.registry import Registry
-from guidekit.run import derived_seed
 from guidekit.sampler import Sampling, accepted
+from guidekit.seeds import derived_seed
 from guidekit.step import Step
 from guidekit.zoo.shipped import ZOO
 
@@ -37,7 +38,7 @@ Progress = Callable[[Step, int, int], None]  # the step, the part being drawn, n
 class Studio:
     """One run: checks the settings, loads the model, draws, keeps what is finished.
 
-    Raises ValueError for settings that cannot work, as early as they can be known.
+    Raises GuidekitError for settings that cannot work, as early as they can be known.
     """
 
     def __init__(self, settings: Settings, blocked: tuple[str, ...] = ()):
@@ -68,7 +69,7 @@ class Studio:
         """A seed for every picture of the data set, from the first one on."""
         seeds = self.settings.seeds
         if seeds != tuple(range(seeds[0], seeds[0] + len(seeds))):
-            raise ValueError(
+            raise GuidekitError(
                 "image_folder draws per_image pictures of each, with one seed after the other; "
                 f"give the first alone, --seeds {seeds[0]}"
             )
@@ -387,9 +388,7 @@ def _sites(sampling: Sampling) -> dict[str, list[str]]:
     """The modules that each guidance reads or changes."""
     found: dict[str, list[str]] = {}
     for guidance in sampling.guidances:
-        sites = {s for g, read, _ in sampling.run.reads if g is guidance for s in read.sites}
-        sites = sites.union(*sampling.run.edits.get(id(guidance), {}).values())
-        found[guidance.name] = sorted(sites)
+        found[guidance.name] = sampling.run.reads.all_sites(guidance)
     return found
 
 

@@ -1,19 +1,19 @@
 """What one denoiser call passes to guidances and what is read from it."""
 
 from fnmatch import fnmatchcase
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from guidekit.attention.call import AttentionCall, attend, token_maps
+from guidekit.attention.call import AttentionCall, attend
+from guidekit.attention.maps import token_maps
 from guidekit.backbones.padding import aligned, reorder, taken
 from guidekit.backbones.records import in_pixels, site_features, site_grid
-from guidekit.guidance import AttentionRead, Branch, FeatureRead, Guidance
+from guidekit.branches import Branch
+from guidekit.guidance import Guidance
+from guidekit.reads import AttentionRead, FeatureRead
+from guidekit.step import Step
 from guidekit.taps import BlockCall
-
-if TYPE_CHECKING:
-    from guidekit.step import Step
 
 
 class StopForward(Exception):
@@ -28,7 +28,7 @@ class Capture:
 
     def __init__(
         self,
-        step: "Step",
+        step: Step,
         branch: Branch,
         reads: list[AttentionRead | FeatureRead],
         editors: list[Guidance],
@@ -44,8 +44,8 @@ class Capture:
 
     def attention(self, call: AttentionCall) -> Tensor | None:
         """Shows the call to the editors, then reads it; None leaves running it to the tap."""
-        edits = self.step.run.edits
-        editors = [g for g in self.editors if call.site in edits[id(g)].get("attention", ())]
+        ledger = self.step.run.reads
+        editors = [g for g in self.editors if call.site in ledger.edited(g, "attention")]
         reads = [r for r in self.maps if call.site in r.sites]
         order = self._order(call.site, call.query.shape[2]) if editors or reads else None
         if order is None:
@@ -77,9 +77,9 @@ class Capture:
 
     def block(self, call: BlockCall) -> object | None:
         """Shows the block to the editors, each after what the one before made, and reads it."""
-        edits = self.step.run.edits
+        ledger = self.step.run.reads
         for guidance in self.editors:
-            if call.site in edits[id(guidance)].get("block", ()):
+            if call.site in ledger.edited(guidance, "block"):
                 output = guidance.edit_block(self.step, self.branch, call)
                 call.output = call.output if output is None else output
         reads = [r for r in self.blocks if call.site in r.sites]

@@ -13,11 +13,12 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from guidekit.account import NonFiniteError
 from guidekit.backbones.denoiser import Denoiser, Text
+from guidekit.branches import Branch, combination
 from guidekit.engine.capture import Capture, StopForward
-from guidekit.guidance import AttentionRead, Branch, Eval, Guidance, combination
-from guidekit.noise import NoPushError
+from guidekit.errors import GuidekitError, NonFiniteError, NoPushError
+from guidekit.guidance import Guidance
+from guidekit.reads import Eval
 from guidekit.run import Run
 from guidekit.step import Step
 from guidekit.taps import open_attention, open_blocks
@@ -47,11 +48,15 @@ class Engine:
         self._capture: Capture | None = None
         for guidance in guidances:
             if lack := missing(guidance, run.denoiser):
-                raise ValueError(
+                raise GuidekitError(
                     f"{guidance.name} needs {lack}, and {type(run.denoiser.pipeline).__name__} "
                     "has none"
                 )
             guidance.prepare(run)
+
+    def active(self, step: Step) -> list[Guidance]:
+        """The guidances whose window this step is in."""
+        return [g for g in self.guidances if g.active(step.frac)]
 
     def predict(self, z: Tensor, timestep: Tensor, index: int, n: int, repeat: int = 0) -> Step:
         """The guided step at z (B, C, h, w); its prediction goes to `scheduler.step`."""
@@ -63,8 +68,8 @@ class Engine:
 
         `inject` makes the prediction of it; a pipeline does its own combination in between.
         """
-        step = Step(self, z, timestep, index, n, repeat)
-        active = step.active = [g for g in self.guidances if g.active(step.frac)]
+        step = Step(self.run, self.second_call, z, timestep, index, n, repeat)
+        active = self.active(step)
         energies = [g for g in active if g.has_energy]
         if energies:
             wide = torch.promote_types(z.dtype, torch.float32)
@@ -83,19 +88,19 @@ class Engine:
     def inject(self, step: Step, out: Tensor) -> Step:
         """Puts the changes into the combined output (B, C, h, w), which becomes the prediction.
 
-        Raises ValueError where the scheduler would lose the last edit of z.
+        Raises GuidekitError where the scheduler would lose the last edit of z.
         """
         step.prediction = out if step.change is None else (out + step.change).to(out.dtype)
-        for guidance in step.active:
+        for guidance in self.active(step):
             step.prediction = guidance.edit_prediction(step, step.prediction)
         self._check_edits(step)
-        if step.active:
+        if self.active(step):
             _ = step.move  # after the scheduler's step it would be the next one's
         return step
 
     def edit_sample(self, step: Step, z: Tensor) -> Tensor:
         """The next z (B, C, h, w) as the active guidances leave it."""
-        for guidance in step.active:
+        for guidance in self.active(step):
             z = guidance.edit_sample(step, z)
         return z
 
@@ -107,7 +112,7 @@ class Engine:
             if type(g).edit_sample is not Guidance.edit_sample and g.active(before)
         ]
         if step.index and editors and not step.move.reads_sample:
-            raise ValueError(
+            raise GuidekitError(
                 f"{editors[0].name} edits samples, and {type(step.run.scheduler).__name__} does not"
                 " start every step from the sample it is given; use --scheduler ddim"
             )
@@ -126,14 +131,13 @@ class Engine:
         return branches
 
     def _check_branches(self, branches: list[Branch], active: list[Guidance]) -> None:
-        """Raises ValueError for two branches of one name, or if the one to be read is gone."""
+        """Raises GuidekitError for two branches of one name, or if the one to be read is gone."""
         names = [b.name for b in branches]
         if doubled := sorted({n for n in names if names.count(n) > 1}):
-            raise ValueError(f"two branches are called {doubled[0]!r}; give each its own name")
-        ids = {id(g) for g in active}
-        readers = [g.name for g, _, main in self.run.reads if main and id(g) in ids]
+            raise GuidekitError(f"two branches are called {doubled[0]!r}; give each its own name")
+        readers = [g.name for g in self.run.reads.readers(active)]
         if readers and "cond" not in names:
-            raise ValueError(
+            raise GuidekitError(
                 f"{readers[0]} reads the branch 'cond', which another plugin has replaced by "
                 f"{', '.join(names)}; use them in two windows of steps, or without each other"
             )
@@ -141,22 +145,15 @@ class Engine:
     @contextlib.contextmanager
     def _taps(self, active: list[Guidance]) -> Iterator[None]:
         """Opens the taps that the active guidances asked for."""
-        run, ids = self.run, {id(g) for g in active}
-        attention, blocks = set(), set()
-        for guidance, read, _ in run.reads:
-            if id(guidance) in ids:
-                (attention if isinstance(read, AttentionRead) else blocks).update(read.sites)
-        for key, sites in run.edits.items():
-            if key in ids:
-                attention |= sites.get("attention", set())
-                blocks |= sites.get("block", set())
+        run = self.run
+        attention, blocks = (run.reads.sites(active, kind) for kind in ("attention", "block"))
         model = run.denoiser.model
         with contextlib.ExitStack() as stack:
             if attention:
                 show = self._show("attention")
-                stack.enter_context(open_attention(model, show, sorted(attention), run.attention))
+                stack.enter_context(open_attention(model, show, attention, run.attention))
             if blocks:
-                stack.enter_context(open_blocks(model, self._show("block"), sorted(blocks)))
+                stack.enter_context(open_blocks(model, self._show("block"), blocks))
             yield
 
     def _show(self, kind: str) -> Callable:
@@ -169,7 +166,7 @@ class Engine:
         groups: dict[tuple, list[Branch]] = {}
         for i, branch in enumerate(step.branches):
             reads = self._reads(branch, active, main=True)
-            editors = [g for g in active if id(g) in self.run.edits and g.touches(branch)]
+            editors = [g for g in active if self.run.reads.edits(g) and g.touches(branch)]
             graph = "x0" in scopes or (
                 branch.name == "cond" and bool(scopes & {"attention", "features"})
             )
@@ -187,8 +184,7 @@ class Engine:
         """What the active guidances want to read of a branch."""
         if branch.name != "cond":
             return []
-        ids = {id(g) for g in active}
-        return [read for g, read, m in self.run.reads if id(g) in ids and m == main]
+        return self.run.reads.of(active, main)
 
     def _call_group(
         self, step: Step, active: list[Guidance], branches: list[Branch], graph: bool, cut: bool
@@ -199,7 +195,7 @@ class Engine:
         texts = [run.text(branch.prompts, branch.null) for branch in branches]
         text = type(texts[0]).cat(texts)
         branch = branches[0]
-        editors = [g for g in active if id(g) in run.edits and g.touches(branch)]
+        editors = [g for g in active if run.reads.edits(g) and g.touches(branch)]
         reads = self._reads(branch, active, main=True)
         capture = Capture(step, branch, reads, editors, cut=cut and bool(reads))
         with torch.set_grad_enabled(graph):
@@ -234,7 +230,7 @@ class Engine:
         """See `Step.denoise`."""
         known = {b.name: b for b in step.branches}
         found = branch if isinstance(branch, Branch) else known[branch]
-        reads = [r for g, r, main in self.run.reads if g is guidance and not main]
+        reads = self.run.reads.of([guidance], main=False)
         capture = Capture(step, found, reads, [], cut=False, stop=stop)
         text = self.run.text(found.prompts, found.null)
         with torch.set_grad_enabled(graph), contextlib.suppress(StopForward):
@@ -311,12 +307,12 @@ class Engine:
         """One guidance's energy, checked."""
         value = guidance.energy(step)
         if value.shape != (len(step.z),):
-            raise ValueError(
+            raise GuidekitError(
                 f"the energy of {guidance.name} has shape {tuple(value.shape)}; it must be one "
                 f"number per picture, ({len(step.z)},)"
             )
         if not value.requires_grad:
-            raise ValueError(
+            raise GuidekitError(
                 f"the energy of {guidance.name} does not depend on z; compute it from step.z, "
                 f"step.x0 or its reads (its graph is {guidance.graph!r})"
             )

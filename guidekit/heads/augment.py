@@ -17,8 +17,8 @@ from guidekit.backbones.denoiser import Denoiser
 from guidekit.conditions import Condition
 from guidekit.guidance import Guidance
 from guidekit.images import to_image
-from guidekit.run import derived_seed
 from guidekit.sampler import Sampling, accepted
+from guidekit.seeds import derived_seed
 
 
 @dataclass(frozen=True)

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 
 from guidekit.backbones.denoiser import Denoiser
+from guidekit.errors import GuidekitError
 from guidekit.heads.data import Examples
 from guidekit.heads.features import Reading, collect
 from guidekit.heads.head import Head, HeadConfig
@@ -41,11 +42,11 @@ def candidates(
 ) -> list[Candidate]:
     """Single sites, then the best two together, at each timestep until the budget is spent.
 
-    Sites and timesteps that the user named are the ones to choose from. Raises ValueError where
+    Sites and timesteps that the user named are the ones to choose from. Raises GuidekitError where
     the examples allow no cross-validation.
     """
     if min(examples.per_class.values()) < 2:
-        raise ValueError("--auto needs two examples of every class; name --site and --timestep")
+        raise GuidekitError("--auto needs two examples of every class; name --site and --timestep")
     sites = _choices(denoiser, reading, bool(options.sites))
     stop, found = time.monotonic() + options.budget, []
     for timestep in options.timesteps or TIMESTEPS:

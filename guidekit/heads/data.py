@@ -23,6 +23,7 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
+from guidekit.errors import GuidekitError
 from guidekit.images import PICTURE_ERRORS
 
 KINDS = ("classes", "labels", "masks")
@@ -99,16 +100,16 @@ class Examples:
 def read_examples(path: str | Path, size: tuple[int, int], channels: int = 3) -> Examples:
     """The examples in a folder or a table, their pictures cropped and resized to `size` (H, W).
 
-    Raises ValueError that names the file at fault: nothing there, no labels, a mask without its
+    Raises GuidekitError that names the file at fault: nothing there, no labels, a mask without its
     picture or of another size, a file that is no picture, a class with no example.
     """
     path = Path(path)
     if not path.exists():
-        raise ValueError(f"{path} does not exist; give a folder of labelled pictures or a table")
+        raise GuidekitError(f"{path} does not exist; give a folder of labelled pictures or a table")
     layout = _layout(path)
     examples = layout(path, size, channels)
     if len(examples.classes) < 2 and examples.kind == "classes":
-        raise ValueError(
+        raise GuidekitError(
             f"{path} has one class only ({examples.classes[0]}); add pictures of another one, for "
             "an attribute a folder `negative` beside `positive`"
         )
@@ -138,16 +139,16 @@ def _from_folders(path: Path, size: tuple[int, int], channels: int) -> Examples:
     if not folders:
         found = _pictures_in(path)
         if found:
-            raise ValueError(
+            raise GuidekitError(
                 f"the {len(found)} pictures in {path} have no labels; put them into a folder per "
                 "class, add masks/ beside images/, or add a metadata.jsonl"
             )
-        raise ValueError(f"{path} is empty; put a folder of pictures per class into it")
+        raise GuidekitError(f"{path} is empty; put a folder of pictures per class into it")
     files, targets = [], []
     for index, folder in enumerate(folders):
         found = _pictures_in(folder)
         if not found:
-            raise ValueError(f"the class folder {folder} has no pictures; fill or remove it")
+            raise GuidekitError(f"the class folder {folder} has no pictures; fill or remove it")
         files += found
         targets += [index] * len(found)
     names = tuple(folder.name for folder in folders)
@@ -161,21 +162,25 @@ def _from_table(path: Path, size: tuple[int, int], channels: int) -> Examples:
     rows = _rows(path)
     column = next((c for c in FILE_COLUMNS if c in rows[0]), None)
     if column is None:
-        raise ValueError(f"{path} has no column file_name, which says where each picture is")
+        raise GuidekitError(f"{path} has no column file_name, which says where each picture is")
     files = [path.parent / str(row[column]) for row in rows]
     if missing := [str(f) for f in files if not f.is_file()]:
-        raise ValueError(f"{path} names {len(missing)} files that do not exist, first {missing[0]}")
+        raise GuidekitError(
+            f"{path} names {len(missing)} files that do not exist, first {missing[0]}"
+        )
     label = next((c for c in LABEL_COLUMNS if c in rows[0]), None)
     others = [c for c in rows[0] if c != column]
     if label is None and not others:
-        raise ValueError(f"{path} has no labels; add a column `label`, or one of 0 and 1 per label")
+        raise GuidekitError(
+            f"{path} has no labels; add a column `label`, or one of 0 and 1 per label"
+        )
     if label is None:
         names = tuple(others)
         targets = np.array([[_zero_or_one(row[c], c, path) for c in others] for row in rows])
         return _of_files("labels", names, files, targets, size, channels)
     sets = [_several(row[label]) for row in rows]
     if empty := [str(f) for f, found in zip(files, sets, strict=True) if not found]:
-        raise ValueError(f"{path}: {empty[0]} and {len(empty) - 1} others have no label")
+        raise GuidekitError(f"{path}: {empty[0]} and {len(empty) - 1} others have no label")
     names = tuple(sorted({name for found in sets for name in found}))
     if all(len(found) == 1 for found in sets):
         targets = np.array([names.index(found[0]) for found in sets])
@@ -193,11 +198,13 @@ def _rows(path: Path) -> list[dict]:
         else:
             rows = [json.loads(line) for line in text.splitlines() if line.strip()]
     except (OSError, ValueError, csv.Error) as error:
-        raise ValueError(f"{path} is not a readable table ({error})") from None
+        raise GuidekitError(f"{path} is not a readable table ({error})") from None
     if not rows or not all(isinstance(row, dict) for row in rows):
-        raise ValueError(f"{path} has no rows; give a CSV with a header or one JSON object a line")
+        raise GuidekitError(
+            f"{path} has no rows; give a CSV with a header or one JSON object a line"
+        )
     if any(row.keys() != rows[0].keys() for row in rows):
-        raise ValueError(f"{path}: the rows have different columns")
+        raise GuidekitError(f"{path}: the rows have different columns")
     return rows
 
 
@@ -211,7 +218,7 @@ def _zero_or_one(value: object, column: str, path: Path) -> int:
     try:
         return known[str(value).strip().lower()]
     except KeyError:
-        raise ValueError(f"{path}: column {column} holds {value!r}; labels are 0 or 1") from None
+        raise GuidekitError(f"{path}: column {column} holds {value!r}; labels are 0 or 1") from None
 
 
 def _from_masks(path: Path, size: tuple[int, int], channels: int) -> Examples:
@@ -219,16 +226,20 @@ def _from_masks(path: Path, size: tuple[int, int], channels: int) -> Examples:
     pictures, masks = path / "images", path / "masks"
     for folder in (pictures, masks):
         if not folder.is_dir() or not _pictures_in(folder):
-            raise ValueError(f"{folder} has no pictures; images/ and masks/ go together by stem")
+            raise GuidekitError(f"{folder} has no pictures; images/ and masks/ go together by stem")
     by_stem = {p.stem: p for p in _pictures_in(masks)}
     files = _pictures_in(pictures)
     stems = {f.stem for f in files}
     if lonely := sorted(stems.symmetric_difference(by_stem)):
-        raise ValueError(f"{path}: {lonely[0]!r} and {len(lonely) - 1} others lack picture or mask")
+        raise GuidekitError(
+            f"{path}: {lonely[0]!r} and {len(lonely) - 1} others lack picture or mask"
+        )
     values = [_mask_values(by_stem[f.stem], f) for f in files]
     known = sorted({int(v) for found in values for v in np.unique(found)} - {UNLABELLED})
     if len(known) < 2:
-        raise ValueError(f"the masks in {masks} hold one value only ({known}); label two classes")
+        raise GuidekitError(
+            f"the masks in {masks} hold one value only ({known}); label two classes"
+        )
     names = _mask_names(path, known)
 
     def mask(i: int) -> Tensor:
@@ -245,7 +256,7 @@ def _mask_names(path: Path, known: list[int]) -> tuple[str, ...]:
         return tuple(map(str, known))
     lines = table.read_text(encoding="utf-8").splitlines()
     if max(known) >= len(lines):
-        raise ValueError(
+        raise GuidekitError(
             f"{table} names {len(lines)} classes, the masks hold the value {known[-1]}"
         )
     return tuple(lines[v].strip() for v in known)
@@ -255,7 +266,7 @@ def read_mask(path: Path) -> np.ndarray:
     """Class values (h, w) of an indexed or grey mask; ValueError for one in colour."""
     image = _open(path)
     if image.mode not in ("P", "L", "1", "I", "I;16"):
-        raise ValueError(f"{path} is in colour ({image.mode}); save it as an indexed PNG")
+        raise GuidekitError(f"{path} is in colour ({image.mode}); save it as an indexed PNG")
     return np.asarray(image).astype(np.int64)
 
 
@@ -265,7 +276,7 @@ def _mask_values(path: Path, picture: Path) -> np.ndarray:
     height, width = values.shape
     with _open(picture) as other:
         if other.size != (width, height):
-            raise ValueError(
+            raise GuidekitError(
                 f"{path} has {width}x{height} pixels, its picture {other.width}x{other.height}; "
                 "they must be the same"
             )
@@ -278,7 +289,7 @@ def _open(path: Path) -> Image.Image:
         image.load()
         return image
     except PICTURE_ERRORS as error:
-        raise ValueError(f"{path} is not a readable picture ({error})") from None
+        raise GuidekitError(f"{path} is not a readable picture ({error})") from None
 
 
 def _of_files(

@@ -22,6 +22,7 @@ from guidekit.backbones.denoiser import Denoiser, frozen
 from guidekit.backbones.records import site_features
 from guidekit.conditions import Condition
 from guidekit.engine.capture import StopForward
+from guidekit.errors import GuidekitError
 from guidekit.taps import BlockCall, find_sites, tap_blocks
 
 Maps = dict[str, Tensor]  # features (B, C, h, w) by site
@@ -73,7 +74,7 @@ def noise_level(denoiser: Denoiser, timestep: int) -> tuple[float, float]:
     if table is None:  # flow models: t / 1000 of noise
         return 1 - timestep / 1000, timestep / 1000
     if not 0 <= timestep < len(table):
-        raise ValueError(f"timestep {timestep} lies outside of 0 to {len(table) - 1}")
+        raise GuidekitError(f"timestep {timestep} lies outside of 0 to {len(table) - 1}")
     alpha_bar = float(table[timestep])
     return math.sqrt(alpha_bar), math.sqrt(1 - alpha_bar)
 

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 
 from guidekit.backbones.denoiser import Denoiser
+from guidekit.errors import GuidekitError
 from guidekit.heads.auto import Candidate, best, candidates
 from guidekit.heads.data import Examples
 from guidekit.heads.features import (
@@ -75,7 +76,7 @@ def fit(
 ) -> tuple[Head, FitReport]:
     """Fits a head on the features of examples.
 
-    Raises ValueError for options that do not fit the examples or match nothing.
+    Raises GuidekitError for options that do not fit the examples or match nothing.
     """
     options = options or FitOptions()
     started = time.monotonic()
@@ -105,7 +106,9 @@ def _estimator(options: FitOptions, kind: str) -> str:
     allowed = ("mlp", "linear") if kind == "masks" else ESTIMATORS
     chosen = options.estimator or {"masks": "mlp"}.get(kind, "logistic")
     if chosen not in allowed:
-        raise ValueError(f"the estimator of {kind} is one of {', '.join(allowed)}, not {chosen!r}")
+        raise GuidekitError(
+            f"the estimator of {kind} is one of {', '.join(allowed)}, not {chosen!r}"
+        )
     return chosen
 
 
@@ -175,7 +178,7 @@ def _fit_readout(readout, x: np.ndarray, examples: Examples, estimator: str, see
 def _fit_label(x: np.ndarray, y: np.ndarray, name: str, estimator: str, seed: int):
     """Presence of one label."""
     if len(np.unique(y)) < 2:
-        raise ValueError(
+        raise GuidekitError(
             f"label {name!r} is {'on every picture' if y.any() else 'on no picture'}; give "
             "examples with and without it"
         )

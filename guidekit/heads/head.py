@@ -18,6 +18,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from guidekit.backbones.denoiser import Denoiser
+from guidekit.errors import GuidekitError
 from guidekit.heads.data import KINDS
 from guidekit.heads.features import (
     Maps,
@@ -81,7 +82,7 @@ class Head(nn.Module):
     def __init__(self, config: HeadConfig):
         super().__init__()
         if config.kind not in KINDS:
-            raise ValueError(f"no kind of head {config.kind!r}; there are {', '.join(KINDS)}")
+            raise GuidekitError(f"no kind of head {config.kind!r}; there are {', '.join(KINDS)}")
         self.config = config
         count = len(config.reading.timesteps) if config.reading.noised else 1
         with torch.random.fork_rng(devices=[]):  # first weights leave the global generator alone
@@ -97,7 +98,7 @@ class Head(nn.Module):
     def index(self, name: str) -> int:
         """The index of a class; ValueError, naming them all, for one that does not exist."""
         if name not in self.classes:
-            raise ValueError(f"the head has no class {name!r}; it has {', '.join(self.classes)}")
+            raise GuidekitError(f"the head has no class {name!r}; it has {', '.join(self.classes)}")
         return self.classes.index(name)
 
     def assembled(self, rows: Sequence[Maps]) -> Tensor:
@@ -158,10 +159,10 @@ class Head(nn.Module):
         return self(observe(denoiser, x0, self.config.reading, eps[:1].expand_as(eps)))
 
     def check(self, denoiser: Denoiser) -> None:
-        """Raises ValueError for another backbone than the head was fitted on."""
+        """Raises GuidekitError for another backbone than the head was fitted on."""
         found = fingerprint(denoiser)
         if not same_backbone(found, self.config.backbone):
-            raise ValueError(
+            raise GuidekitError(
                 f"the head was fitted on another backbone ({self.config.backbone['class']}, hash "
                 f"{self.config.backbone['shapes'][:8]}; this is {found['class']}, hash "
                 f"{found['shapes'][:8]}, or has other weights); fit it again with guidekit fit"
@@ -181,25 +182,25 @@ class Head(nn.Module):
 def load_head(folder: str | Path, denoiser: Denoiser | None = None) -> Head:
     """The head of a folder, checked against the denoiser if one is given.
 
-    Raises ValueError for a folder that is no head, is damaged, or belongs to another backbone.
+    Raises GuidekitError for a folder that is no head, is damaged, or belongs to another backbone.
     """
     folder = Path(folder)
     try:
         table = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
         weights = load_file(folder / WEIGHTS)
     except FileNotFoundError:
-        raise ValueError(
+        raise GuidekitError(
             f"{folder} is no head ({CONFIG} and {WEIGHTS}); make one with guidekit fit"
         ) from None
     except (OSError, ValueError, SafetensorError) as error:
-        raise ValueError(f"the head {folder} is damaged ({error}); fit it again") from None
+        raise GuidekitError(f"the head {folder} is damaged ({error}); fit it again") from None
     if table.pop("format", None) != FORMAT:
-        raise ValueError(f"the head {folder} has another format; fit it again")
+        raise GuidekitError(f"the head {folder} has another format; fit it again")
     try:
         head = Head(_config(table))
         head.load_state_dict(weights)
     except (KeyError, TypeError, RuntimeError) as error:
-        raise ValueError(f"the head {folder} is damaged ({error}); fit it again") from None
+        raise GuidekitError(f"the head {folder} is damaged ({error}); fit it again") from None
     if denoiser is not None:
         head.check(denoiser)
         find_sites(denoiser.model, list(head.config.reading.sites), kind="block")

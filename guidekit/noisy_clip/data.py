@@ -6,6 +6,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from guidekit.errors import GuidekitError
 from guidekit.images import read_picture
 from guidekit.worlds import scenes
 
@@ -41,13 +42,13 @@ def reshaped(number: int, alike: int) -> scenes.Scene:
 class Folder:
     """All pictures below a folder, cut to squares and mirrored at random.
 
-    Raises ValueError for a folder without pictures.
+    Raises GuidekitError for a folder without pictures.
     """
 
     def __init__(self, path: str | Path):
         self.files = sorted(p for p in Path(path).rglob("*") if p.suffix.lower() in SUFFIXES)
         if not self.files:
-            raise ValueError(
+            raise GuidekitError(
                 f"data {str(path)!r} is neither 'scenes' nor a folder with pictures "
                 f"({', '.join(SUFFIXES)})"
             )

@@ -15,7 +15,8 @@ from open_clip.factory import get_model_config
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from guidekit.cli.settings import ZOO
+from guidekit.errors import GuidekitError
+from guidekit.zoo.shipped import ZOO
 
 CONFIG, WEIGHTS = "open_clip_config.json", "open_clip_model.safetensors"
 NOISY_CONFIG, NOISY_WEIGHTS = "noisy_clip.json", "noisy_clip.safetensors"
@@ -44,15 +45,15 @@ class Clip:
 def load_clip(name: str | Path) -> Clip:
     """A CLIP from a built-in's name, a folder, or `ARCHITECTURE/TAG` of open_clip.
 
-    A tag's weights are downloaded by open_clip at the first use. Raises ValueError that says what
-    exists, and for a folder whose weights are no safetensors.
+    A tag's weights are downloaded by open_clip at the first use. Raises GuidekitError that says
+    what exists, and for a folder whose weights are no safetensors.
     """
     path = find_folder(name)
     if path is not None:
         if (path / NOISY_CONFIG).exists():
-            raise ValueError(f"{name} is noise-aware; give a clean CLIP such as scenes-clip")
+            raise GuidekitError(f"{name} is noise-aware; give a clean CLIP such as scenes-clip")
         if not list(path.glob("*.safetensors")):
-            raise ValueError(f"{path} has no safetensors; write the model in that format")
+            raise GuidekitError(f"{path} has no safetensors; write the model in that format")
         where = f"local-dir:{path}"
         config = json.loads((path / CONFIG).read_text())
         with torch.random.fork_rng(devices=[]):  # weights are drawn before they are loaded
@@ -60,7 +61,7 @@ def load_clip(name: str | Path) -> Clip:
         return Clip(_ready(model), open_clip.get_tokenizer(where), config)
     architecture, _, tag = str(name).partition("/")
     if get_model_config(architecture) is None or not tag:
-        raise ValueError(
+        raise GuidekitError(
             f"no CLIP {str(name)!r}: not a built-in ({', '.join(built_in())}), not a folder with "
             f"{CONFIG}, not ARCHITECTURE/TAG such as RN50/openai (open_clip.list_pretrained())"
         )
@@ -77,9 +78,9 @@ def open_pretrained(architecture: str, tag: str) -> tuple[nn.Module, dict]:
     """
     config = get_model_config(architecture)
     if config is None:
-        raise ValueError(f"open_clip has no model {architecture!r}; see open_clip.list_models()")
+        raise GuidekitError(f"open_clip has no model {architecture!r}; see open_clip.list_models()")
     if tag not in (tags := open_clip.list_pretrained_tags_by_model(architecture)):
-        raise ValueError(
+        raise GuidekitError(
             f"open_clip has no weights {tag!r} of {architecture}; there are {', '.join(tags)}"
         )
     if open_clip.get_pretrained_cfg(architecture, tag).get("quick_gelu"):
@@ -90,7 +91,7 @@ def open_pretrained(architecture: str, tag: str) -> tuple[nn.Module, dict]:
             model = open_clip.create_model(architecture, pretrained=tag, force_quick_gelu=quick)
     except RuntimeError as error:
         reason = str(error).splitlines()[0]
-        raise ValueError(f"open_clip could not load {architecture}/{tag}: {reason}") from None
+        raise GuidekitError(f"open_clip could not load {architecture}/{tag}: {reason}") from None
     return model, config
 
 

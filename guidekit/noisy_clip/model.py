@@ -18,6 +18,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 import guidekit
+from guidekit.errors import GuidekitError
 from guidekit.noise import Level
 from guidekit.noisy_clip.files import (
     CONFIG,
@@ -155,11 +156,11 @@ class NoisyClip(CleanClip):
     def from_pretrained(cls, name: str | Path) -> "NoisyClip":
         """A noise-aware CLIP from a folder or a built-in's name, in float32, ready to use.
 
-        Raises ValueError for what is none.
+        Raises GuidekitError for what is none.
         """
         folder = find_folder(name)
         if folder is None or not (folder / NOISY_CONFIG).exists():
-            raise ValueError(
+            raise GuidekitError(
                 f"no noise-aware CLIP {str(name)!r}: not a folder with {NOISY_CONFIG} and not a "
                 f"built-in ({', '.join(built_in(noisy=True))}); train one with guidekit train, "
                 "task noisy-clip"
@@ -183,7 +184,7 @@ def is_noisy(name: str | Path) -> bool:
 def look(visual: nn.Module, pictures: Tensor, stages: Sequence[int] = ()) -> Seen:
     """Embedding and chosen maps of normalised pictures, by open_clip's own reader.
 
-    Raises ValueError for a stage that the encoder does not have.
+    Raises GuidekitError for a stage that the encoder does not have.
     """
     if not stages:
         found = visual(pictures)
@@ -191,7 +192,7 @@ def look(visual: nn.Module, pictures: Tensor, stages: Sequence[int] = ()) -> See
     found = visual.forward_intermediates(pictures, indices=None)
     maps = found["image_intermediates"]
     if not all(0 <= i < len(maps) for i in stages):
-        raise ValueError(f"stages {list(stages)}: the encoder has 0 to {len(maps) - 1}")
+        raise GuidekitError(f"stages {list(stages)}: the encoder has 0 to {len(maps) - 1}")
     return Seen(found["image_features"], [maps[i] for i in stages])
 
 

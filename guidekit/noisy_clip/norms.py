@@ -11,6 +11,8 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor, nn
 
+from guidekit.errors import GuidekitError
+
 # Norms of queries and keys see heads, or queries that belong to no picture.
 INNER = ("ln_q", "ln_k", "ln_inner", "q_norm", "k_norm")
 
@@ -69,7 +71,7 @@ def _over_channels(norm: nn.Module) -> bool:
 def make_adaptive(network: nn.Module, width: int) -> list[AdaptiveNorm]:
     """Puts an AdaptiveNorm round every BatchNorm2d and LayerNorm of a network.
 
-    Raises ValueError if it has neither.
+    Raises GuidekitError if it has neither.
     """
     made = []
     for parent in list(network.modules()):
@@ -78,7 +80,7 @@ def make_adaptive(network: nn.Module, width: int) -> list[AdaptiveNorm]:
                 made.append(AdaptiveNorm(child, width))
                 setattr(parent, name, made[-1])
     if not made:
-        raise ValueError(f"{type(network).__name__} has no BatchNorm2d or LayerNorm to adapt")
+        raise GuidekitError(f"{type(network).__name__} has no BatchNorm2d or LayerNorm to adapt")
     return made
 
 

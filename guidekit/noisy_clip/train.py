@@ -19,12 +19,12 @@ from PIL import Image
 from torch import Tensor, nn
 
 from guidekit.backbones.autoencoder import scaled
-from guidekit.cli.settings import ZOO
 from guidekit.images import heat_map
 from guidekit.noisy_clip.data import open_data
 from guidekit.noisy_clip.files import load_clip
 from guidekit.noisy_clip.loss import info_nce
 from guidekit.noisy_clip.model import NoisyClip, look
+from guidekit.zoo.shipped import ZOO
 
 
 @dataclass(kw_only=True)

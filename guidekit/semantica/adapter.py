@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from guidekit.attention.call import AttentionCall
 from guidekit.backbones.loading import LOAD_ERRORS
+from guidekit.errors import GuidekitError
 from guidekit.taps import find_sites, tap_attention
 from guidekit.testing.miniatures import randomised
 
@@ -105,7 +106,7 @@ def random_adapter(model: nn.Module, channels: int) -> ImageAdapter:
 def load_adapter(path: str | Path, model: UNet2DConditionModel) -> ImageAdapter:
     """An adapter for the backbone: a folder saved here, or a published IP-Adapter's safetensors.
 
-    Raises ValueError for other files and for weights of another backbone.
+    Raises GuidekitError for other files and for weights of another backbone.
     """
     path = Path(path)
     if path.is_dir():
@@ -114,11 +115,11 @@ def load_adapter(path: str | Path, model: UNet2DConditionModel) -> ImageAdapter:
         try:
             adapter = from_published(load_file(path), model)
         except SafetensorError as error:
-            raise ValueError(f"adapter {path} is damaged ({error}); download it again") from None
+            raise GuidekitError(f"adapter {path} is damaged ({error}); download it again") from None
         except ValueError as error:
-            raise ValueError(f"adapter {path}: {error}") from None
+            raise GuidekitError(f"adapter {path}: {error}") from None
     else:
-        raise ValueError(
+        raise GuidekitError(
             f"adapter {path}: give a folder saved by guidekit, or the .safetensors of an IP-Adapter"
         )
     return adapter.to(model.device, model.dtype).eval().requires_grad_(False)
@@ -132,17 +133,17 @@ def _from_folder(path: Path, model: UNet2DConditionModel) -> ImageAdapter:
             path, use_safetensors=True, output_loading_info=True
         )
     except (*LOAD_ERRORS, SafetensorError) as error:
-        raise ValueError(f"adapter {path} cannot be loaded: {_line(error)}; {remedy}") from None
+        raise GuidekitError(f"adapter {path} cannot be loaded: {_line(error)}; {remedy}") from None
     if missing := found["missing_keys"]:  # diffusers leaves them random
-        raise ValueError(f"adapter {path} lacks {', '.join(sorted(missing))}; {remedy}")
+        raise GuidekitError(f"adapter {path} lacks {', '.join(sorted(missing))}; {remedy}")
     width = model.config.cross_attention_dim
     if adapter.config.width != width:
-        raise ValueError(
+        raise GuidekitError(
             f"{path} was trained for a backbone whose text is {adapter.config.width} wide, not "
             f"{width}"
         )
     if [tuple(site) for site in adapter.config.sites] != list(sites_of(model)):
-        raise ValueError(f"{path} was trained for a backbone with other attention sites")
+        raise GuidekitError(f"{path} was trained for a backbone with other attention sites")
     return adapter
 
 
@@ -155,13 +156,13 @@ def from_published(weights: dict[str, Tensor], model: UNet2DConditionModel) -> I
     """An adapter from IP-Adapter weights `image_proj.*` and `ip_adapter.N.to_{k,v}_ip.weight`.
 
     diffusers itself makes the projection, of whatever kind; N runs over the attention modules in
-    the model's order, cross-attention being odd. Raises ValueError if they do not fit the model.
+    the model's order, cross-attention being odd. Raises GuidekitError if they do not fit the model.
     """
     parts: dict[str, dict[str, Tensor]] = {"image_proj": {}, "ip_adapter": {}}
     for key, value in weights.items():
         part, _, rest = key.partition(".")
         if part not in parts:
-            raise ValueError(f"these are no IP-Adapter weights: they hold {key!r}")
+            raise GuidekitError(f"these are no IP-Adapter weights: they hold {key!r}")
         parts[part][rest] = value
     adapter = ImageAdapter(sites_of(model), model.config.cross_attention_dim)
     _fill_sites(adapter, parts["ip_adapter"])
@@ -172,7 +173,7 @@ def from_published(weights: dict[str, Tensor], model: UNet2DConditionModel) -> I
 def _fill_sites(adapter: ImageAdapter, attention: dict[str, Tensor]) -> None:
     """Copies the published keys and values; ValueError if they are for other sites."""
     if len(attention) != 2 * len(adapter.names):
-        raise ValueError(
+        raise GuidekitError(
             f"the weights are for {len(attention) // 2} attention sites, the model has "
             f"{len(adapter.names)}; take those made for this kind of model"
         )
@@ -180,10 +181,10 @@ def _fill_sites(adapter: ImageAdapter, attention: dict[str, Tensor]) -> None:
         for layers, kind in ((adapter.to_k, "k"), (adapter.to_v, "v")):
             key = f"{2 * index + 1}.to_{kind}_ip.weight"
             if key not in attention:
-                raise ValueError(f"they lack ip_adapter.{key}; take an IP-Adapter's own file")
+                raise GuidekitError(f"they lack ip_adapter.{key}; take an IP-Adapter's own file")
             given, layer = attention[key], layers[index]
             if given.shape != layer.weight.shape:
-                raise ValueError(
+                raise GuidekitError(
                     f"attention site {index} of the weights is {tuple(given.shape)}, the model's "
                     f"{tuple(layer.weight.shape)}; take those made for this kind of model"
                 )
@@ -197,20 +198,20 @@ def _projection(weights: dict[str, Tensor], model: UNet2DConditionModel) -> nn.M
     """
     if not any(key in weights for key in PROJECTIONS):
         known = ", ".join(f"image_proj.{key} ({kind})" for key, kind in PROJECTIONS.items())
-        raise ValueError(f"they lack the projection of the picture's tokens, one of {known}")
+        raise GuidekitError(f"they lack the projection of the picture's tokens, one of {known}")
     try:  # low memory would leave what is missing without numbers
         projection = model._convert_ip_adapter_image_proj_to_diffusers(
             weights, low_cpu_mem_usage=False
         )
         given = _out_width(projection)
     except KeyError as error:
-        raise ValueError(f"they lack image_proj.{error.args[0]}; download them again") from None
+        raise GuidekitError(f"they lack image_proj.{error.args[0]}; download them again") from None
     except (RuntimeError, ValueError, IndexError, ArithmeticError) as error:
-        raise ValueError(
+        raise GuidekitError(
             f"image_proj is not whole or does not fit together: {_line(error)}; download it again"
         ) from None
     if given != (width := model.config.cross_attention_dim):
-        raise ValueError(
+        raise GuidekitError(
             f"image_proj makes tokens {given} wide, the model's text is {width}; take those made "
             "for this kind of model"
         )

@@ -11,12 +11,13 @@ from PIL import Image
 from torch import Tensor, nn
 
 from guidekit.backbones.loading import load
+from guidekit.errors import GuidekitError
+from guidekit.images import sheet
 from guidekit.references import to_pixels
 from guidekit.semantica.adapter import ImageAdapter, new_adapter
 from guidekit.semantica.encode import ImageEncoder
 from guidekit.semantica.pairs import Episodes
 from guidekit.semantica.train import PagesOptions, make_episodes
-from guidekit.train.vae import grid
 
 
 @dataclass(kw_only=True)
@@ -112,7 +113,7 @@ class AdapterTask:
             ).images
         drawn = drawn.cpu().float() * 2 - 1
         shown = F.interpolate(to_pixels(pictures), drawn.shape[-2:])
-        return grid(torch.cat([shown, drawn]), 8)
+        return sheet(torch.cat([shown, drawn]), 8)
 
     def export(self, folder: Path) -> None:
         """Saves the adapter, and the encoder that it reads in the folder `encoder`."""
@@ -125,7 +126,7 @@ def make(options: AdapterOptions, folder: Path, size: int, quiet: bool = True) -
     # Half precision is the loop's; which device is this process's, make_episodes settles.
     pipeline = load(options.backbone, "cpu", torch.float32)
     if not isinstance(pipeline, StableDiffusionPipeline):
-        raise ValueError(
+        raise GuidekitError(
             f"backbone {options.backbone} is a {type(pipeline).__name__}; adapters are trained for "
             "Stable Diffusion 1.x and 2.x, such as the built-in scenes"
         )

@@ -20,6 +20,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from guidekit.errors import GuidekitError
 from guidekit.images import PICTURE_ERRORS
 from guidekit.references import square, to_pixels
 from guidekit.semantica.encode import ImageEncoder
@@ -55,7 +56,7 @@ def write_pages(
 
     Pictures are kept at `size`; the encoder sees them at its own, as it sees a reference later.
     What cannot be read is skipped and counted (`Pages.unreadable`). facts: what else tells these
-    items from others. Raises ValueError for a folder that was begun with an encoder of other
+    items from others. Raises GuidekitError for a folder that was begun with an encoder of other
     weights, another size or other facts, and when no picture can be read.
     """
     folder = Path(folder)
@@ -78,7 +79,7 @@ def write_pages(
         writer.flush(last=True)
     pages = Pages(folder)
     if not len(pages):
-        raise ValueError(f"none of {pages.unreadable} pictures could be read")
+        raise GuidekitError(f"none of {pages.unreadable} pictures could be read")
     return pages
 
 
@@ -86,7 +87,7 @@ def _check_same(path: Path, facts: dict) -> None:
     """Compares the facts with those that the first shard was written under, if there is one."""
     before = json.loads(path.read_text()) if _shards(path.parent) else facts
     if other := sorted(k for k in before.keys() | facts.keys() if before.get(k) != facts.get(k)):
-        raise ValueError(
+        raise GuidekitError(
             f"{path.parent} was begun with "
             + ", ".join(f"{k} {before.get(k)!r}, not {facts.get(k)!r}" for k in other)
             + "; give another folder or remove it"
@@ -105,7 +106,7 @@ def _meta(path: Path) -> dict:
         with safe_open(path, "pt") as file:
             return {k: json.loads(v) for k, v in file.metadata().items()}
     except SafetensorError as error:
-        raise ValueError(
+        raise GuidekitError(
             f"{path} is damaged ({error}); remove it, and it is encoded anew"
         ) from None
 
@@ -199,13 +200,13 @@ class Pages:
     """An encoded folder: rows of pictures (uint8), tokens and pooled (float16), read on demand.
 
     page: number of every row's page, (n,) int64, the same for pages of the same name. facts: what
-    the folder was made of. Raises ValueError for a folder without shards.
+    the folder was made of. Raises GuidekitError for a folder without shards.
     """
 
     def __init__(self, folder: Path):
         self.folder, self.shards = Path(folder), _shards(Path(folder))
         if not self.shards:
-            raise ValueError(f"{folder} holds no encoded pages; write_pages makes them")
+            raise GuidekitError(f"{folder} holds no encoded pages; write_pages makes them")
         page: list[np.ndarray] = []
         self.starts, self.unreadable, rows = [], 0, 0
         for path in self.shards:

@@ -19,8 +19,9 @@ from open_clip.modified_resnet import ModifiedResNet
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from guidekit.cli.settings import ZOO
+from guidekit.errors import GuidekitError
 from guidekit.noisy_clip.files import open_pretrained
+from guidekit.zoo.shipped import ZOO
 
 # Short names; everything else is `timm/NAME` or `open_clip/ARCHITECTURE/TAG`.
 NAMES = {
@@ -87,7 +88,7 @@ class ImageEncoder(ModelMixin, ConfigMixin):
     def _flat(self, tokens: Tensor, net: nn.Module) -> Tensor:
         """Tokens (B, T, D) of features, which may be a map (B, D, h, w), or timm's (B, h, w, D)."""
         if not isinstance(tokens, Tensor):
-            raise ValueError(
+            raise GuidekitError(
                 f"{self.source or type(net).__name__} has {len(tokens)} maps of features, not one; "
                 "give a model that has one, such as a vit_*, swin_* or convnext_* of timm"
             )
@@ -137,8 +138,8 @@ def load_encoder(name: str | Path) -> ImageEncoder:
 
     name: dinov2-b, dinov2-l, siglip-b, `timm/NAME`, `open_clip/ARCHITECTURE/TAG` (those are
     downloaded at the first use), a built-in such as scenes-clip, or a folder: a saved
-    ImageEncoder, or what open_clip reads as `local-dir:`. Raises ValueError that names what exists,
-    and for a saved one whose weights are no safetensors.
+    ImageEncoder, or what open_clip reads as `local-dir:`. Raises GuidekitError that names what
+    exists, and for a saved one whose weights are no safetensors.
     """
     name = str(name)
     folder = ZOO / name if (ZOO / name / CLIP_CONFIG).exists() else Path(name)
@@ -153,7 +154,7 @@ def load_encoder(name: str | Path) -> ImageEncoder:
     if library == "open_clip" and rest.count("/") == 1:
         return from_open_clip(*rest.split("/"))
     built_in = sorted(p.parent.name for p in ZOO.glob(f"*/{CLIP_CONFIG}"))
-    raise ValueError(
+    raise GuidekitError(
         f"no encoder {name!r}; there are {', '.join([*NAMES, *built_in])}, timm/NAME, "
         "open_clip/ARCHITECTURE/TAG, and folders of saved ones"
     )
@@ -162,7 +163,7 @@ def load_encoder(name: str | Path) -> ImageEncoder:
 def _from_saved(folder: Path) -> ImageEncoder:
     """A saved ImageEncoder; weights that have to be unpickled are not read."""
     if not list(folder.glob("*.safetensors")):
-        raise ValueError(f"{folder} has no safetensors; save the encoder in that format")
+        raise GuidekitError(f"{folder} has no safetensors; save the encoder in that format")
     encoder = ImageEncoder.from_pretrained(folder, use_safetensors=True)
     return encoder.eval().requires_grad_(False)
 
@@ -175,12 +176,12 @@ def random_encoder() -> ImageEncoder:
 
 
 def from_timm(name: str, pretrained: bool, **settings: Any) -> ImageEncoder:
-    """A timm model's features. Raises ValueError for a name or weights that timm does not know."""
+    """A timm model's features. Refuses a name or weights that timm does not know."""
     if not timm.is_model(name.split(".")[0]):
-        raise ValueError(f"timm has no model {name!r}; see timm.list_models()")
+        raise GuidekitError(f"timm has no model {name!r}; see timm.list_models()")
     if pretrained and "." in name and name not in timm.list_pretrained():
         tags = ", ".join(timm.list_pretrained(f"{name.split('.')[0]}.*")) or "none"
-        raise ValueError(f"timm has no weights {name!r}; there are {tags}")
+        raise GuidekitError(f"timm has no weights {name!r}; there are {tags}")
     net = timm.create_model(name, pretrained=pretrained, num_classes=0, **settings)
     data = timm.data.resolve_data_config({}, model=net)
     size = settings.get("img_size", data["input_size"][1])
@@ -200,12 +201,12 @@ def from_timm(name: str, pretrained: bool, **settings: Any) -> ImageEncoder:
 def from_open_clip(architecture: str, tag: str | None) -> ImageEncoder:
     """The picture tower of an open_clip model; tag None for random weights.
 
-    Raises ValueError for a model or weights that open_clip does not know.
+    Raises GuidekitError for a model or weights that open_clip does not know.
     """
     if tag is None:
         config = open_clip.get_model_config(architecture)
         if config is None:
-            raise ValueError(
+            raise GuidekitError(
                 f"open_clip has no model {architecture!r}; see open_clip.list_models()"
             )
         visual = open_clip.create_model(architecture, pretrained=None).visual

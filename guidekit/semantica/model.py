@@ -23,6 +23,7 @@ from diffusers.models.embeddings import TimestepEmbedding, get_timestep_embeddin
 from diffusers.models.unets.unet_2d import UNet2DOutput
 from torch import Tensor, nn
 
+from guidekit.errors import GuidekitError
 from guidekit.semantica.blocks import Stage, zeroed
 from guidekit.semantica.schedule import ENDS, NOISE_SIZE, STEPS, logsnr, shift
 
@@ -79,7 +80,7 @@ class UViT(ModelMixin, ConfigMixin):
     The last of `block_out_channels` and `layers_per_block` are the middle's. noise_size: side at
     which the schedule is not shifted; the log-SNR that the model is shown follows from it.
 
-    Raises ValueError for settings that do not fit each other.
+    Raises GuidekitError for settings that do not fit each other.
     """
 
     _supports_gradient_checkpointing = True
@@ -107,7 +108,7 @@ class UViT(ModelMixin, ConfigMixin):
         kinds = (*down_block_types, mid_block_type)
         _check(block_out_channels, layers_per_block, kinds, conditioning)
         if sample_size % (least := patch_size * 2 ** (len(block_out_channels) - 1)):
-            raise ValueError(
+            raise GuidekitError(
                 f"{len(block_out_channels)} stages cannot halve pictures of {sample_size} pixels; "
                 f"take a multiple of {least}"
             )
@@ -171,9 +172,11 @@ class UViT(ModelMixin, ConfigMixin):
         if self.config.conditioning == "none":
             return None
         if states is None:
-            raise ValueError("this model follows a picture: give encoder_hidden_states (B, T, D)")
+            raise GuidekitError(
+                "this model follows a picture: give encoder_hidden_states (B, T, D)"
+            )
         if self.config.conditioning == "film" and states.shape[1] != 1:
-            raise ValueError(
+            raise GuidekitError(
                 f"FiLM takes the encoder's global feature (B, 1, D), not {tuple(states.shape)}"
             )
         return nn.functional.layer_norm(states, states.shape[-1:])
@@ -191,21 +194,21 @@ class UViT(ModelMixin, ConfigMixin):
 def variant(name: str, **changes: Any) -> UViT:
     """The named variant with random weights; `changes` of its config.
 
-    Raises ValueError for a name that does not exist.
+    Raises GuidekitError for a name that does not exist.
     """
     if name not in VARIANTS:
-        raise ValueError(f"no UViT {name!r}; there are {', '.join(VARIANTS)}")
+        raise GuidekitError(f"no UViT {name!r}; there are {', '.join(VARIANTS)}")
     return UViT(**VARIANTS[name] | changes)
 
 
 def _check(widths: tuple, layers: tuple, kinds: tuple, conditioning: str) -> None:
-    """Raises ValueError for settings that do not fit each other."""
+    """Raises GuidekitError for settings that do not fit each other."""
     if not len(widths) == len(layers) == len(kinds):
-        raise ValueError(
+        raise GuidekitError(
             f"{len(widths)} widths, {len(layers)} numbers of blocks and {len(kinds)} kinds; give "
             "one of each per stage, the middle included"
         )
     if unknown := set(kinds) - {CONV, ATTEND}:
-        raise ValueError(f"no block type {', '.join(unknown)}; there are {CONV} and {ATTEND}")
+        raise GuidekitError(f"no block type {', '.join(unknown)}; there are {CONV} and {ATTEND}")
     if conditioning not in ("tokens", "film", "none"):
-        raise ValueError(f"conditioning must be tokens, film or none, not {conditioning!r}")
+        raise GuidekitError(f"conditioning must be tokens, film or none, not {conditioning!r}")

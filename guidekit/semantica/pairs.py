@@ -22,7 +22,8 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from guidekit.cli.outputs import save_picture
+from guidekit.errors import GuidekitError
+from guidekit.images import save_picture
 from guidekit.references import to_pixels
 from guidekit.semantica.data import Pages, save_text
 
@@ -97,7 +98,7 @@ def find_pairs(
 
     A page of more than 64 pictures is dealt at random into groups of that many at most, within
     which they are paired. low, high: cosines to keep; None for no bound. quantiles: shares of the
-    pairs that say them instead, copies apart. Raises ValueError when no pair is left, and for
+    pairs that say them instead, copies apart. Raises GuidekitError when no pair is left, and for
     quantiles beside low or high.
     """
     asked = request(pages, low, high, quantiles)
@@ -118,7 +119,7 @@ def find_pairs(
     out.mkdir(parents=True, exist_ok=True)
     save_picture(picture(counts, result), out / "histogram.png")
     if not len(pairs):
-        raise ValueError(
+        raise GuidekitError(
             f"none of {result.total} pairs has a cosine from {low:g} to {high:g}; see "
             f"{out / 'histogram.png'}, and give other bounds or quantiles"
         )
@@ -138,18 +139,20 @@ def find_pairs(
 def check_bounds(
     low: float | None, high: float | None, quantiles: tuple[float, float] | None
 ) -> None:
-    """Raises ValueError if quantiles are given beside the bounds that they would replace."""
+    """Raises GuidekitError if quantiles are given beside the bounds that they would replace."""
     if quantiles is not None and (low, high) != (None, None):
         given = ", ".join(
             f"{k} = {v:g}" for k, v in (("low", low), ("high", high)) if v is not None
         )
-        raise ValueError(f"quantiles say low and high, so {given} would be ignored; leave one out")
+        raise GuidekitError(
+            f"quantiles say low and high, so {given} would be ignored; leave one out"
+        )
 
 
 def request(
     pages: Pages, low: float | None, high: float | None, quantiles: tuple[float, float] | None
 ) -> dict:
-    """What a filter is asked, as filter.json keeps it. Raises ValueError as `check_bounds`."""
+    """What a filter is asked, as filter.json keeps it. Raises GuidekitError as `check_bounds`."""
     check_bounds(low, high, quantiles)
     chosen = None if quantiles is None else list(quantiles)
     return {
@@ -223,13 +226,13 @@ def shuffled(place: int, count: int, key: int) -> int:
 class Episodes:
     """Pairs of pictures of one page, in an order that is a function of the number alone.
 
-    folder: where `find_pairs` wrote them. Raises ValueError if it did not.
+    folder: where `find_pairs` wrote them. Raises GuidekitError if it did not.
     """
 
     def __init__(self, pages: Pages, folder: Path | None = None):
         path = (pages.folder / "filter" if folder is None else Path(folder)) / "pairs.safetensors"
         if not path.exists():
-            raise ValueError(f"{path.parent} has no pairs; find_pairs makes them")
+            raise GuidekitError(f"{path.parent} has no pairs; find_pairs makes them")
         self.pages, self._file = pages, safe_open(path, "pt")
         self._pairs = self._file.get_slice("pairs")
 

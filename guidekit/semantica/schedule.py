@@ -15,6 +15,8 @@ from diffusers import DDPMScheduler, SchedulerMixin  # noqa: F401
 from diffusers.configuration_utils import register_to_config
 from torch import Tensor
 
+from guidekit.errors import GuidekitError
+
 ENDS = 15.0  # log-SNR of the unshifted cosine at t = 0, and minus that at t = 1
 STEPS = 1000  # rows of the scheduler's table; timestep i stands for t = (i + 1) / STEPS
 NOISE_SIZE = 32  # side of the picture at which the cosine is not shifted
@@ -95,9 +97,9 @@ class SemanticaScheduler(DDPMScheduler):
         steps_offset: int = 0,
     ):
         if reading not in ("lineage", "literal"):
-            raise ValueError(f"reading must be lineage or literal, not {reading!r}")
+            raise GuidekitError(f"reading must be lineage or literal, not {reading!r}")
         if not 0 <= frac <= 1:
-            raise ValueError(f"frac lies from 0 to 1, not {frac}")
+            raise GuidekitError(f"frac lies from 0 to 1, not {frac}")
         t = torch.arange(1, num_train_timesteps + 1, dtype=torch.float64) / num_train_timesteps
         self.alphas_cumprod = torch.sigmoid(logsnr(t, image_size, noise_size)).float()
         before = torch.cat([torch.ones(1), self.alphas_cumprod[:-1]])

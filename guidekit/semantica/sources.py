@@ -16,6 +16,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from guidekit.errors import GuidekitError
 from guidekit.references import PICTURES
 from guidekit.worlds import scenes
 
@@ -61,7 +62,7 @@ def _walk(folder: Path, away: set[str]) -> Iterator[Path]:
 def folder_items(root: Path, leave_out: tuple[Path, ...] = ()) -> Iterator[Item | None]:
     """Every picture below `root`: a folder is a page, so classes are pages too.
 
-    leave_out: as of `files_below`. Raises ValueError where there is none.
+    leave_out: as of `files_below`. Raises GuidekitError where there is none.
     """
     empty = True
     for path in files_below(root, leave_out):
@@ -69,7 +70,9 @@ def folder_items(root: Path, leave_out: tuple[Path, ...] = ()) -> Iterator[Item 
             empty, place = False, path.relative_to(root)
             yield Item(str(place.parent), str(place), functools.partial(Image.open, path))
     if empty:
-        raise ValueError(f"no pictures below {root}; a folder of {', '.join(PICTURES)} is a page")
+        raise GuidekitError(
+            f"no pictures below {root}; a folder of {', '.join(PICTURES)} is a page"
+        )
 
 
 def shard_items(paths: list[Path], page: str = "page_url") -> Iterator[Item | None]:
@@ -77,7 +80,7 @@ def shard_items(paths: list[Path], page: str = "page_url") -> Iterator[Item | No
 
     page: the column of the json that says where a picture is from; give img2dataset
     `--save_additional_columns '["page_url"]'`. A label works too: its pictures are then a page.
-    Members are streamed, never extracted. Raises ValueError if the first json lacks the column.
+    Members are streamed, never extracted. Raises GuidekitError if the first json lacks the column.
     """
     checked = False
     for path in paths:
@@ -85,7 +88,7 @@ def shard_items(paths: list[Path], page: str = "page_url") -> Iterator[Item | No
             table = _table(parts or {})
             if table and not checked and page not in table:
                 columns = ", ".join(sorted(table))
-                raise ValueError(f"{path}: {key}.json lacks {page!r}; it has {columns}")
+                raise GuidekitError(f"{path}: {key}.json lacks {page!r}; it has {columns}")
             checked = checked or bool(table)
             yield None if parts is None else _item(path, key, parts, table.get(page))
 

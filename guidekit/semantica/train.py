@@ -17,6 +17,8 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
+from guidekit.errors import GuidekitError
+from guidekit.images import sheet
 from guidekit.semantica.data import Pages, write_pages
 from guidekit.semantica.encode import ImageEncoder, load_encoder
 from guidekit.semantica.model import VARIANTS, UViT, variant
@@ -47,7 +49,6 @@ from guidekit.semantica.sources import (
     shard_items,
 )
 from guidekit.train.processes import processes
-from guidekit.train.vae import grid
 
 QUANTILES = (0.02, 0.98)  # of the pairs' cosines, for encoders other than DINOv2
 SOURCES = ("scenes", "labelled-scenes", "folder", "shards")
@@ -89,14 +90,14 @@ class SemanticaOptions(PagesOptions):
 
     def __post_init__(self):
         if self.variant not in VARIANTS:
-            raise ValueError(f"no variant {self.variant!r}; there are {', '.join(VARIANTS)}")
+            raise GuidekitError(f"no variant {self.variant!r}; there are {', '.join(VARIANTS)}")
         if self.conditioning not in ("tokens", "film"):
-            raise ValueError(f"conditioning must be tokens or film, not {self.conditioning!r}")
+            raise GuidekitError(f"conditioning must be tokens or film, not {self.conditioning!r}")
         for name in ("drop", "frac"):
             if not 0 <= getattr(self, name) <= 1:
-                raise ValueError(f"{name} must be from 0 to 1, not {getattr(self, name):g}")
+                raise GuidekitError(f"{name} must be from 0 to 1, not {getattr(self, name):g}")
         if self.noise_size < 1 or not self.gamma >= 0:
-            raise ValueError("noise_size must be 1 or more, gamma 0 or more")
+            raise GuidekitError("noise_size must be 1 or more, gamma 0 or more")
         # Which refuses a wrong reading.
         SemanticaScheduler(noise_size=self.noise_size, frac=self.frac, reading=self.reading)
 
@@ -177,7 +178,7 @@ class SemanticaTask:
             drawn = denoise(unet, self.scheduler(), states.to(device), 0.5, 32, generators)
         finally:
             unet.training = training
-        return grid(torch.cat([rows.float() / 127.5 - 1, drawn.cpu() * 2 - 1]), 8)
+        return sheet(torch.cat([rows.float() / 127.5 - 1, drawn.cpu() * 2 - 1]), 8)
 
     def export(self, folder: Path) -> None:
         """Saves the pipeline, encoder included, in half precision."""
@@ -206,7 +207,7 @@ def items(
     leave_out: folders inside a folder of pages that are none, such as the run's own.
     """
     if options.source not in SOURCES:
-        raise ValueError(f"no source {options.source!r}; there are {', '.join(SOURCES)}")
+        raise GuidekitError(f"no source {options.source!r}; there are {', '.join(SOURCES)}")
     if options.source == "scenes":
         return scene_items(
             options.pages,
@@ -220,12 +221,12 @@ def items(
             options.pages, options.per_page, size, without=tuple(options.without)
         )
     if not options.data:
-        raise ValueError(f"source {options.source} needs data, the folder that it is in")
+        raise GuidekitError(f"source {options.source} needs data, the folder that it is in")
     if options.source == "folder":
         return folder_items(Path(options.data), leave_out)
     shards = sorted(Path(options.data).glob("*.tar"))
     if not shards:
-        raise ValueError(f"no .tar files in {options.data}")
+        raise GuidekitError(f"no .tar files in {options.data}")
     return shard_items(shards, options.page)
 
 
@@ -246,7 +247,7 @@ Bounds = tuple[float | None, float | None, tuple[float, float] | None]
 def bounds(options: PagesOptions, encoder: ImageEncoder) -> Bounds:
     """low, high and quantiles of the filter, by the encoder where none is given."""
     if len(options.quantiles) not in (0, 2):
-        raise ValueError(f"quantiles are two numbers, not {len(options.quantiles)}")
+        raise GuidekitError(f"quantiles are two numbers, not {len(options.quantiles)}")
     check_bounds(options.low, options.high, options.quantiles or None)
     if options.quantiles or (options.low, options.high) != (None, None):
         return options.low, options.high, options.quantiles or None
@@ -291,7 +292,7 @@ def make_episodes(
 
 
 def make(options: SemanticaOptions, folder: Path, size: int, quiet: bool = True) -> SemanticaTask:
-    """The task of a recipe's stage. Raises ValueError for a size that the model has not."""
+    """The task of a recipe's stage. Raises GuidekitError for a size that the model has not."""
     with torch.device("meta"):  # before pictures are encoded for it
         variant(options.variant, sample_size=size)
     torch_state = torch.get_rng_state()

@@ -19,7 +19,9 @@ from diffusers.utils import logging
 from torch import Tensor
 
 from guidekit.backbones.denoiser import Denoiser
-from guidekit.guidance import Branch, Guidance
+from guidekit.branches import Branch
+from guidekit.errors import GuidekitError
+from guidekit.guidance import Guidance
 from guidekit.registry import Registry
 from guidekit.step import Step
 from guidekit.taps import BlockCall, find_sites
@@ -293,7 +295,7 @@ def check_guidance(cls: type[Guidance], checks: Sequence[str] = tuple(CHECKS)) -
     """
     for name in [*checks, *cls.waived]:
         if name not in CHECKS:
-            raise ValueError(f"no check {name!r}; there are {', '.join(CHECKS)}")
+            raise GuidekitError(f"no check {name!r}; there are {', '.join(CHECKS)}")
     results, failures = {}, []
     for name in checks:
         try:

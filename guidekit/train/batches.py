@@ -10,6 +10,8 @@ from accelerate import Accelerator
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from guidekit.errors import GuidekitError
+
 
 class Source(Protocol):
     """What makes batches. `encodes = True` says that it takes a network to; it may be left out."""
@@ -36,14 +38,14 @@ def batches(
 ) -> Iterable[dict[str, Tensor]]:
     """This process's batches of the given turns, in their order, the same for every `workers`.
 
-    workers: processes that make them; 0 for none but this one. Raises ValueError for a task that
+    workers: processes that make them; 0 for none but this one. Raises GuidekitError for a task that
     makes its batches with a network, which workers do not share, and where processes cannot fork.
     """
     workers = min(workers, len(turns))
     if workers and getattr(task, "encodes", False):
-        raise ValueError("this task makes its batches with a network; it takes workers = 0")
+        raise GuidekitError("this task makes its batches with a network; it takes workers = 0")
     if workers and "fork" not in multiprocessing.get_all_start_methods():
-        raise ValueError("workers are forked, which this system cannot do; take workers = 0")
+        raise GuidekitError("workers are forked, which this system cannot do; take workers = 0")
     return DataLoader(
         _Turns(task, size, seed, accelerator),
         batch_size=None,

@@ -15,8 +15,9 @@ from PIL import Image
 from torch import Tensor, nn
 from transformers import CLIPTextModel, CLIPTokenizer
 
+from guidekit.images import sheet
 from guidekit.train.text import tokenize, varied_caption
-from guidekit.train.vae import encode, grid
+from guidekit.train.vae import encode
 from guidekit.worlds import scenes
 
 
@@ -117,7 +118,7 @@ class DenoiserTask:
             output_type="pt",
         ).images
         truth, _ = scenes.batch([scenes.scene(i, "test") for i in range(8)], self.size)
-        return grid(torch.cat([truth, drawn.cpu().float() * 2 - 1]), 8)
+        return sheet(torch.cat([truth, drawn.cpu().float() * 2 - 1]), 8)
 
     def export(self, folder: Path) -> None:
         """Saves the whole pipeline in half precision."""

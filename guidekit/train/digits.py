@@ -11,8 +11,8 @@ from diffusers.configuration_utils import register_to_config
 from PIL import Image
 from torch import Tensor, nn
 
+from guidekit.images import sheet
 from guidekit.train.pixels import jitter
-from guidekit.train.vae import grid
 from guidekit.worlds import digits
 
 
@@ -93,7 +93,7 @@ class DigitsTask:
         found = self.net.judge(pixels.to(next(self.net.parameters()).device))[0].argmax(1).cpu()
         self.net.train()
         wrong = (found != labels).nonzero().flatten()[:16]
-        return grid(pixels[wrong if len(wrong) else [0]], 8)
+        return sheet(pixels[wrong if len(wrong) else [0]], 8)
 
     def export(self, folder: Path) -> None:
         """Saves the classifier in half precision."""

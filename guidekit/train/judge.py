@@ -15,7 +15,7 @@ from diffusers.configuration_utils import register_to_config
 from PIL import Image
 from torch import Tensor, nn
 
-from guidekit.train.vae import grid
+from guidekit.images import sheet
 from guidekit.worlds import scenes
 
 FEATURES = 64
@@ -104,7 +104,7 @@ class JudgeTask:
         found = self.net.judge(pixels.to(device))[0].argmax(1).cpu()
         palette = [(90, 90, 90)] + [scenes.COLOURS[name.split()[0]] for name in scenes.CLASSES]
         shown = torch.tensor(palette, dtype=torch.uint8)[found]
-        return grid(torch.cat([pixels, scenes.pixels(shown)]), 8)
+        return sheet(torch.cat([pixels, scenes.pixels(shown)]), 8)
 
     def export(self, folder: Path) -> None:
         """Saves the judge in half precision."""

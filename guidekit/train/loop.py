@@ -29,6 +29,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 from tqdm.auto import tqdm
 
+from guidekit.errors import GuidekitError
 from guidekit.train.batches import Source, batches
 from guidekit.train.interrupt import Interrupt
 from guidekit.train.options import Options, lr_at
@@ -99,7 +100,7 @@ class Loop:
         name = self.options.tracker
         self.accelerator.init_trackers("guidekit", _plain(self.options))
         if self.accelerator.is_main_process and not self.accelerator.trackers:
-            raise ValueError(f"the tracker {name!r} is not installed: pip install {name}")
+            raise GuidekitError(f"the tracker {name!r} is not installed: pip install {name}")
 
     def run(self) -> None:
         """Trains from the last checkpoint to the end.
@@ -205,7 +206,7 @@ class Loop:
         values = {k: float(self.accelerator.reduce(v.detach(), "mean")) for k, v in losses.items()}
         for name, value in values.items():
             if not math.isfinite(value):
-                raise ValueError(
+                raise GuidekitError(
                     f"{self.folder}: the loss {name} is {value} at step {self.step}; lower lr or "
                     "clip, and start again: it continues from the last checkpoint"
                 )
@@ -275,7 +276,7 @@ class Loop:
         kept = [k for k in file.keys() if k.startswith("weight.")]  # noqa: SIM118
         shapes = {k: tuple(file.get_slice(k).get_shape()) for k in kept}
         if shapes != {f"weight.{i}": tuple(p.shape) for i, p in enumerate(self.weights)}:
-            raise ValueError(
+            raise GuidekitError(
                 f"{self.folder}/checkpoint.safetensors is of another model; train into another "
                 "folder (--out), or remove it"
             )

@@ -3,6 +3,8 @@
 import math
 from dataclasses import dataclass
 
+from guidekit.errors import GuidekitError
+
 
 @dataclass(kw_only=True)
 class Options:
@@ -32,15 +34,15 @@ class Options:
         _one_of("precision", self.precision, ("no", "bf16", "fp16"))
         for name in COUNTS:
             if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be 1 or more, not {getattr(self, name)}")
+                raise GuidekitError(f"{name} must be 1 or more, not {getattr(self, name)}")
         for name in ("eps", "clip", "minutes"):
             if not getattr(self, name) > 0:
-                raise ValueError(f"{name} must be above 0, not {getattr(self, name):g}")
+                raise GuidekitError(f"{name} must be above 0, not {getattr(self, name):g}")
         for name in ("lr", "warmup", "weight_decay", "workers"):
             if not getattr(self, name) >= 0:
-                raise ValueError(f"{name} must be 0 or more, not {getattr(self, name):g}")
+                raise GuidekitError(f"{name} must be 0 or more, not {getattr(self, name):g}")
         if not 0 <= self.ema < 1:
-            raise ValueError(f"ema must be 0 or more and below 1, not {self.ema:g}")
+            raise GuidekitError(f"ema must be 0 or more and below 1, not {self.ema:g}")
 
 
 COUNTS = ("steps", "batch", "accumulate", "save_every", "preview_every", "log_every")
@@ -48,7 +50,7 @@ COUNTS = ("steps", "batch", "accumulate", "save_every", "preview_every", "log_ev
 
 def _one_of(name: str, value: str, values: tuple[str, ...]) -> None:
     if value not in values:
-        raise ValueError(f"{name} must be {' or '.join(values)}, not {value!r}")
+        raise GuidekitError(f"{name} must be {' or '.join(values)}, not {value!r}")
 
 
 def lr_at(step: int, options: Options) -> float:

@@ -15,7 +15,8 @@ from diffusers import DDIMScheduler, DDPMPipeline, UNet2DModel
 from PIL import Image
 from torch import Tensor, nn
 
-from guidekit.train.vae import grid
+from guidekit.errors import GuidekitError
+from guidekit.images import sheet
 from guidekit.worlds import digits, scenes
 
 DATA = ("digits", "scenes")
@@ -52,7 +53,7 @@ class PixelsTask:
 
     def __init__(self, options: PixelsOptions, size: int):
         if options.data not in DATA:
-            raise ValueError(f"no data {options.data!r}; there are {', '.join(DATA)}")
+            raise GuidekitError(f"no data {options.data!r}; there are {', '.join(DATA)}")
         self.options, self.size = options, size
         self.net = VelocityLoss(_unet(options, size))
         self.scheduler = DDIMScheduler(
@@ -93,7 +94,7 @@ class PixelsTask:
         for timestep in scheduler.timesteps:
             z = scheduler.step(unet(z, timestep).sample.float(), timestep, z).prev_sample
         unet.train()
-        return grid(z, 8)
+        return sheet(z, 8)
 
     def export(self, folder: Path) -> None:
         """Saves the whole pipeline in half precision."""

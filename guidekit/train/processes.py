@@ -6,6 +6,8 @@ from datetime import timedelta
 from accelerate import PartialState
 from accelerate.utils import parse_flag_from_env
 
+from guidekit.errors import GuidekitError
+
 # Others wait while the first one encodes pictures, which the default half hour cuts short. What
 # started the processes ends all of them when one dies.
 PATIENCE = timedelta(days=7)
@@ -14,12 +16,12 @@ PATIENCE = timedelta(days=7)
 def processes() -> PartialState:
     """accelerate's state of this process: its rank, how many there are, its device.
 
-    Raises ValueError where several processes were started that would not train together.
+    Raises GuidekitError where several processes were started that would not train together.
     """
     state = PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU"), timeout=PATIENCE)
     started = int(os.environ.get("WORLD_SIZE", "1"))
     if started > 1 and state.num_processes == 1:
-        raise ValueError(
+        raise GuidekitError(
             f"{started} processes were started and no GPU is here; set ACCELERATE_USE_CPU=true to "
             "train together on CPUs"
         )

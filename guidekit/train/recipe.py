@@ -14,7 +14,8 @@ from typing import Any
 import torch
 from diffusers import AutoencoderKL
 
-from guidekit.cli.settings import convert, option_kinds
+from guidekit.errors import GuidekitError
+from guidekit.options import convert, option_kinds
 from guidekit.train.denoiser import DenoiserOptions, DenoiserTask
 from guidekit.train.digits import DigitsOptions, DigitsTask
 from guidekit.train.judge import JudgeOptions, JudgeTask
@@ -93,26 +94,26 @@ def recipes() -> list[str]:
 
 
 def read_recipe(name: str | Path) -> Recipe:
-    """A built-in recipe by name, or a file. Raises ValueError that names the key at fault."""
+    """A built-in recipe by name, or a file. Raises GuidekitError that names the key at fault."""
     path = ZOO / f"{name}.toml" if str(name) in recipes() else Path(name)
     try:
         table = tomllib.loads(path.read_text())
     except OSError:
-        raise ValueError(f"no recipe {name}; there are {', '.join(recipes())}") from None
+        raise GuidekitError(f"no recipe {name}; there are {', '.join(recipes())}") from None
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"recipe {path} is not TOML: {error}") from None
+        raise GuidekitError(f"recipe {path} is not TOML: {error}") from None
     stages = table.get("stage")
     if set(table) != {"model", "size", "stage"} or not (
         isinstance(stages, list) and all(isinstance(stage, dict) for stage in stages)
     ):
-        raise ValueError(f"recipe {path}: it has the keys model, size and [[stage]] tables")
+        raise GuidekitError(f"recipe {path}: it has the keys model, size and [[stage]] tables")
     size = convert(table["size"], int, f"recipe {path}: size")
     if size < 1:
-        raise ValueError(f"recipe {path}: size must be 1 or more, not {size}")
+        raise GuidekitError(f"recipe {path}: size must be 1 or more, not {size}")
     stages = tuple(_stage(dict(entry), path) for entry in stages)
     names = [stage.name for stage in stages]
     if len(set(names)) < len(names):
-        raise ValueError(f"recipe {path}: two stages have one name; give each its own: {names}")
+        raise GuidekitError(f"recipe {path}: two stages have one name; give each its own: {names}")
     return Recipe(_folder_name(table["model"], f"recipe {path}: model"), size, stages)
 
 
@@ -120,16 +121,18 @@ def _stage(entry: dict, path: Path) -> Stage:
     """One [[stage]] table; every key belongs to the loop or to the task."""
     task = entry.pop("task", None)
     if not isinstance(task, str) or task not in TASKS:
-        raise ValueError(f"recipe {path}: no task {task!r}; there are {', '.join(TASKS)}")
+        raise GuidekitError(f"recipe {path}: no task {task!r}; there are {', '.join(TASKS)}")
     name = entry.pop("name", task)
     kind = task_kind(task)[0]
     kinds, own_kinds = option_kinds(Options), option_kinds(kind)
     for key in entry:
         if key not in kinds | own_kinds:
             known = ", ".join(sorted(kinds | own_kinds))
-            raise ValueError(f"recipe {path}: stage {name} has no option {key!r}; it has {known}")
+            raise GuidekitError(
+                f"recipe {path}: stage {name} has no option {key!r}; it has {known}"
+            )
     if "steps" not in entry:
-        raise ValueError(f"recipe {path}: stage {name} lacks steps, the length of its training")
+        raise GuidekitError(f"recipe {path}: stage {name} lacks steps, the length of its training")
     entry = {
         k: convert(v, (kinds | own_kinds)[k], f"recipe {path}: stage {name}: {k}")
         for k, v in entry.items()
@@ -138,14 +141,14 @@ def _stage(entry: dict, path: Path) -> Stage:
         loop = Options(**loop_defaults(task) | {k: v for k, v in entry.items() if k in kinds})
         own = kind(**{k: v for k, v in entry.items() if k in own_kinds})
     except ValueError as error:
-        raise ValueError(f"recipe {path}: stage {name}: {error}") from None
+        raise GuidekitError(f"recipe {path}: stage {name}: {error}") from None
     return Stage(_folder_name(name, f"recipe {path}: name"), task, loop, own)
 
 
 def _folder_name(name: Any, what: str) -> str:
-    """The name, which becomes a folder inside the output's. Raises ValueError for a path."""
+    """The name, which becomes a folder inside the output's. Raises GuidekitError for a path."""
     if not isinstance(name, str) or name in ("", "..") or Path(name).name != name:
-        raise ValueError(f"{what} must be a folder's name, not {name!r}")
+        raise GuidekitError(f"{what} must be a folder's name, not {name!r}")
     return name
 
 

@@ -8,8 +8,8 @@ import torch.nn.functional as F
 from diffusers import AutoencoderKL
 from PIL import Image
 from torch import Tensor, nn
-from torchvision.utils import make_grid
 
+from guidekit.images import sheet
 from guidekit.worlds import scenes
 
 
@@ -73,7 +73,7 @@ class VAETask:
         pixels, _ = scenes.batch([scenes.scene(i, "test") for i in range(8)], self.size)
         pixels = pixels.to(vae.device)
         back = vae.decode(vae.encode(pixels).latent_dist.mode()).sample
-        return grid(torch.cat([pixels, back]), 8)
+        return sheet(torch.cat([pixels, back]), 8)
 
     def export(self, folder: Path) -> None:
         """Saves the autoencoder with the scale that gives its latents unit variance."""
@@ -114,9 +114,3 @@ def encode(plans: list[scenes.Scene], vae: AutoencoderKL, size: int, batch: int 
             pixels, _ = scenes.batch(plans[i : i + batch], size)
             parts.append(vae.encode(pixels.to(vae.device)).latent_dist.mode().cpu())
     return torch.cat(parts)
-
-
-def grid(pixels: Tensor, columns: int) -> Image.Image:
-    """Pictures `(B, 3, H, W)` in [-1, 1] as one image."""
-    sheet = make_grid((pixels.float().cpu().clamp(-1, 1) + 1) / 2, nrow=columns, padding=1)
-    return Image.fromarray((sheet.permute(1, 2, 0) * 255).round().byte().numpy())

@@ -12,6 +12,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from guidekit.errors import GuidekitError
+
 SIZE = 8
 SPLITS = {"train": slice(0, 1000), "judge": slice(1000, 1400), "test": slice(1400, None)}
 
@@ -30,10 +32,10 @@ def _shuffled() -> tuple[Tensor, Tensor]:
 def split(name: str) -> tuple[Tensor, Tensor]:
     """Pictures (n, 1, 8, 8) in [-1, 1] and labels (n,) of a split.
 
-    Raises ValueError for a split that does not exist.
+    Raises GuidekitError for a split that does not exist.
     """
     if name not in SPLITS:
-        raise ValueError(f"no split {name!r}; splits are {', '.join(SPLITS)}")
+        raise GuidekitError(f"no split {name!r}; splits are {', '.join(SPLITS)}")
     pictures, labels = _shuffled()
     return pictures[SPLITS[name]], labels[SPLITS[name]]
 

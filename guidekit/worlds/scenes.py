@@ -11,6 +11,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from guidekit.errors import GuidekitError
+
 SHAPES = ("circle", "square", "triangle", "star", "cross", "ring")
 COLOURS = {
     "red": (214, 40, 40),
@@ -77,10 +79,10 @@ def caption(phrases: list[str], background: str) -> str:
 def scene(number: int, split: str = "train", objects: tuple[int, ...] = (1, 2, 3)) -> Scene:
     """Draws the plan of scene `number`; every object of a scene has its own shape and colour pair.
 
-    Raises ValueError for a split that does not exist.
+    Raises GuidekitError for a split that does not exist.
     """
     if split not in SPLITS:
-        raise ValueError(f"no split {split!r}; splits are {', '.join(SPLITS)}")
+        raise GuidekitError(f"no split {split!r}; splits are {', '.join(SPLITS)}")
     rng = np.random.Generator(np.random.Philox(key=[number, SPLITS[split]]))
     count = objects[int(rng.integers(len(objects)))]
     background = BACKGROUND_NAMES[int(rng.integers(len(BACKGROUND_NAMES)))]

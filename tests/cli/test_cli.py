@@ -334,7 +334,7 @@ def test_ctrl_c_while_the_model_is_loaded(model, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("json_", [(), ("--json",)])
 def test_a_failure_in_a_later_batch(model, tmp_path, monkeypatch, json_):
-    from guidekit.account import NonFiniteError
+    from guidekit.errors import NonFiniteError
 
     interrupt(monkeypatch, 3, NonFiniteError("gradient of zest is not finite"))
     fails(stopped(model, *json_), "not finite; 1 finished pictures are in o")

@@ -7,17 +7,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from guidekit.cli.settings import (
-    Settings,
-    convert,
-    dump,
-    make_settings,
-    parse_seeds,
-    parse_setting,
-    read_config,
-    sample_keys,
-)
-from guidekit.conditions import load_layout, parse_layout
+from guidekit.cli.settings import Settings, dump, make_settings, read_config, sample_keys
+from guidekit.layouts import load_layout, parse_layout
+from guidekit.options import convert, parse_setting
+from guidekit.seeds import parse_seeds
 
 JSON = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8),

@@ -180,7 +180,7 @@ def test_replayed_calls_are_the_pipelines_own(family):
 def test_phrases_have_the_columns_of_every_text_encoder(family):
     with attach(transformer(family), [Zest(stop=1.0)], segments=SEGMENTS, cfg=5.0) as attached:
         draw_family(family, seeds=(5,), num_inference_steps=1 if family != "pixart" else 2)
-    ((_, read, _),) = attached.run.reads
+    (read,) = [asked.read for asked in attached.run.reads.asked]
     (columns,) = read.weights.nonzero()[:, 1].unique()[None]
     # T5: a red circle </s>; CLIP begins with a token of its own, and SD3's T5 after 77 columns.
     t5 = [1, 2]
@@ -195,7 +195,7 @@ def test_paint_with_words_paints_in_the_mask(family):
     guidances = [PaintWithWords(scale=500.0), read_only]  # logits of random weights are small
     with attach(transformer(family), guidances, segments=SEGMENTS, cfg=5.0) as attached:
         draw_family(family, seeds=(5,))
-    ((_, read, _),) = attached.run.reads
+    (read,) = [asked.read for asked in attached.run.reads.asked]
     for maps in attached.step.cond.attention(read).values():
         inside, outside = maps.chunk(2, dim=-1)  # the mask is the left half
         assert inside.mean() > 2 * outside.mean()

@@ -11,14 +11,12 @@ from guidekit.conditions import (
     Condition,
     Segment,
     box_mask,
-    load_layout,
-    load_mask,
-    parse_segment,
     require_segments,
     resize_mask,
     segment_masks,
     segment_strengths,
 )
+from guidekit.layouts import load_layout, load_mask, parse_segment
 
 
 def test_box_covers_its_share_of_the_picture():

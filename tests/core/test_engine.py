@@ -10,7 +10,7 @@ from diffusers import DDIMScheduler
 
 import tiny
 from guidekit import Branch, Condition, FeatureRead, Guidance, Sampling, Segment, box_mask
-from guidekit.account import NonFiniteError
+from guidekit.errors import NonFiniteError
 from guidekit_pww import PaintWithWords
 from guidekit_zest import Zest
 

@@ -10,7 +10,7 @@ from diffusers import DDIMPipeline, DDIMScheduler, DDPMScheduler
 
 from guidekit import Condition, Guidance, Sampling, Segment, box_mask, load
 from guidekit.cli.main import main
-from guidekit.guidance import FeatureRead
+from guidekit.reads import FeatureRead
 from guidekit.testing.miniatures import ddpm_pipeline
 from guidekit_multidiffusion import MultiDiffusion
 from guidekit_zest import Zest

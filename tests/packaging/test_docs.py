@@ -51,7 +51,7 @@ def test_every_hook_is_defined_with_its_arguments_in_a_test(name):
     made = rf"def {name}\({', '.join(arguments)}\)" if arguments else rf"\w\.{name}\(\)"
     if name == "example_condition":
         made = rf"def {name}\(cls\)"
-    files = (ROOT / "tests").glob("*.py")
+    files = (ROOT / "tests").rglob("*.py")
     assert any(re.search(made, file.read_text()) for file in files), made
 
 

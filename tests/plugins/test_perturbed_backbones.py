@@ -180,8 +180,9 @@ def test_dropout_of_1_skips_every_layer_of_sd3():
 
 def test_the_middle_of_a_transformer_is_the_default():
     _, attached = guided("flux", PerturbedAttention(), SkipLayer.example(), num_inference_steps=1)
-    sites = [found for kinds in attached.run.edits.values() for found in kinds.values()]
-    assert sites == [{"single_transformer_blocks.0.attn"}, {"single_transformer_blocks.0"}]
+    first, second = attached.engine.guidances
+    assert attached.run.reads.all_sites(first) == ["single_transformer_blocks.0.attn"]
+    assert attached.run.reads.all_sites(second) == ["single_transformer_blocks.0"]
 
 
 def output(model, inputs):

@@ -15,8 +15,8 @@ from guidekit import Condition, Reference, Sampling, load
 from guidekit.backbones.loading import make_scheduler
 from guidekit.cli.main import main
 from guidekit.evaluate.judge import load_judge, see
-from guidekit.guidance import FeatureRead
 from guidekit.images import to_image
+from guidekit.reads import FeatureRead
 from guidekit.references import load_references
 from guidekit.semantica import adapter_train
 from guidekit.semantica.adapter import ImageAdapter, load_adapter, new_adapter

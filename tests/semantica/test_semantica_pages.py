@@ -11,8 +11,8 @@ from PIL import Image, ImageOps, features
 from PIL.PngImagePlugin import PngInfo
 from safetensors.torch import save_file
 
-from guidekit.conditions import load_mask
 from guidekit.images import read_picture, upright
+from guidekit.layouts import load_mask
 from guidekit.references import load_reference, load_references, square
 from guidekit.semantica import data, pairs
 from guidekit.semantica.data import Pages, write_pages

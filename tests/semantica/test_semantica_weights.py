@@ -11,9 +11,9 @@ from safetensors.torch import save_file
 
 from guidekit import Condition, Reference, Sampling
 from guidekit.cli.main import main
-from guidekit.cli.settings import ZOO
 from guidekit.semantica.adapter import ImageAdapter, from_published, load_adapter, new_adapter
 from guidekit.testing.miniatures import sd_pipeline
+from guidekit.zoo.shipped import ZOO
 from guidekit_semantica import Semantica
 
 RED = Condition("red circle", "blue", image=Reference(Image.new("RGB", (20, 16), "red")))

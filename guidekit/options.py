@@ -1,0 +1,117 @@
+"""Texts and values of TOML to the type of a dataclass field."""
+
+import dataclasses
+import tomllib
+import types
+import typing
+from pathlib import Path
+from typing import Any
+
+from guidekit.errors import GuidekitError
+from guidekit.seeds import check_seeds, parse_seeds
+
+
+def parse_setting(text: str) -> tuple[str, str, Any]:
+    """`zest.scale=2` as ("zest", "scale", 2): the value is TOML, else text."""
+    name, equals, raw = text.partition("=")
+    plugin, dot, option = name.strip().rpartition(".")
+    if not equals or not plugin or not option:
+        raise GuidekitError(f"--set {text}: write PLUGIN.OPTION=VALUE, such as zest.scale=2")
+    return plugin, option, parse_value(raw.strip())
+
+
+def parse_value(raw: str) -> Any:
+    """A TOML value, else the text itself.
+
+    A number or date that is not written as Python would (0.10, 1e-3) stays a text, which
+    `convert` reads as what the option needs.
+    """
+    try:
+        value = tomllib.loads(f"value = {raw}")
+    except (tomllib.TOMLDecodeError, RecursionError, ValueError):
+        return raw
+    if list(value) != ["value"]:
+        return raw
+    value = value["value"]
+    return value if isinstance(value, str | bool | list | dict) or str(value) == raw else raw
+
+
+def convert(value: Any, kind: Any, where: str, folder: Path = Path()) -> Any:
+    """The value as a field's type: bool, int, float, str, Path, lists of them, or None.
+
+    Texts are read as numbers where numbers are needed; a relative Path is taken from `folder`.
+    Raises GuidekitError that begins with `where`.
+    """
+    if where == "seeds" and isinstance(value, str):
+        return parse_seeds(value)
+    kinds = typing.get_args(kind) if _is_union(kind) else (kind,)
+    if value is None and type(None) in kinds:
+        return None
+    for one in kinds:
+        if one is not type(None):
+            try:
+                found = _read_as(value, one, where, folder)
+            except (TypeError, ValueError, OverflowError):
+                continue
+            return check_seeds(found) if where == "seeds" else found
+    raise GuidekitError(f"{where} must be {describe(kind)}, not {value!r}")
+
+
+def _is_union(kind: Any) -> bool:
+    return isinstance(kind, types.UnionType) or typing.get_origin(kind) is typing.Union
+
+
+def _read_as(value: Any, kind: Any, where: str, folder: Path) -> Any:
+    """The value as one plain type; raises TypeError or ValueError if it is none."""
+    origin, inner = typing.get_origin(kind), typing.get_args(kind)
+    if origin is typing.Literal:
+        return inner[[str(i) for i in inner].index(str(value))]
+    if origin in (list, tuple):
+        parts = value.split(",") if isinstance(value, str) else value
+        if isinstance(parts, int | float) and not isinstance(parts, bool):
+            parts = [parts]  # a list of one number, which --set gives as the number
+        if not isinstance(parts, list | tuple):
+            raise TypeError
+        return origin(_read_as(part, inner[0], where, folder) for part in parts)
+    if kind is bool:
+        return {"true": True, "false": False, True: True, False: False}[_bool_key(value)]
+    if kind in (int, float):
+        return _number(value, kind)
+    if isinstance(value, bool | list | dict) or value is None:
+        raise TypeError
+    return folder / str(value) if kind is Path else str(value)
+
+
+def _bool_key(value: Any) -> Any:
+    if isinstance(value, bool) or value in ("true", "false"):
+        return value
+    raise TypeError
+
+
+def _number(value: Any, kind: type) -> int | float:
+    """A whole or any number; a fraction or a truth value is no whole number."""
+    if isinstance(value, bool) or not isinstance(value, int | float | str):
+        raise TypeError
+    number = kind(value)
+    if isinstance(value, float) and number != value and value == value:
+        raise ValueError
+    return number
+
+
+def describe(kind: Any) -> str:
+    """A type in words, for messages and `guidekit plugins show`."""
+    words = {bool: "true or false", int: "a whole number", float: "a number", str: "a text"}
+    words |= {Path: "a path", type(None): "nothing"}
+    if _is_union(kind):
+        return " or ".join(describe(k) for k in typing.get_args(kind) if k is not type(None))
+    if typing.get_origin(kind) is typing.Literal:
+        return "one of " + ", ".join(map(str, typing.get_args(kind)))
+    if typing.get_origin(kind) in (list, tuple):
+        return f"a list, each {describe(typing.get_args(kind)[0])}"
+    return words.get(kind, str(kind))
+
+
+def option_kinds(cls: type) -> dict[str, Any]:
+    """Names and types of a dataclass's options."""
+    hints = typing.get_type_hints(cls)
+    return {f.name: hints[f.name] for f in dataclasses.fields(cls) if f.init}
