@@ -12,7 +12,7 @@ from torch.utils._pytree import tree_leaves
 import tiny
 from guidekit.attention import call as attention
 from guidekit.attention import choice as chosen
-from guidekit.attention import maps
+from guidekit.attention import maps as attention_maps
 from guidekit.attention.call import AttentionCall, attend
 from guidekit.attention.choice import choose, implementations
 from guidekit.attention.maps import token_maps
@@ -58,7 +58,7 @@ def masks(b, h, n, t):
 @pytest.mark.parametrize("reduce", ["mean", "none"])
 @pytest.mark.parametrize("hk", [4, 2])
 def test_maps_equal_softmax(kind, reduce, hk, monkeypatch):
-    monkeypatch.setattr(maps, "CHUNK", 50)  # several chunks of heads and rows
+    monkeypatch.setattr(attention_maps, "CHUNK", 50)  # several chunks of heads and rows
     call = make_call(hk=hk)
     mask = masks(2, 4, 12, 7)[kind]
     rows = slice(2, 9)
@@ -73,7 +73,7 @@ def test_maps_equal_softmax(kind, reduce, hk, monkeypatch):
 @pytest.mark.parametrize("reduce", ["mean", "none"])
 @pytest.mark.parametrize("hk", [2, 1])
 def test_gradcheck(kind, reduce, hk, monkeypatch):
-    monkeypatch.setattr(maps, "CHUNK", 30)
+    monkeypatch.setattr(attention_maps, "CHUNK", 30)
     call = make_call(1, 2, hk, 5, 6, 3, torch.float64, grad=True)
     mask = masks(1, 2, 5, 6)[kind]
     weights = segments(6, torch.float64)
@@ -93,7 +93,7 @@ def test_chunk_size_does_not_matter(monkeypatch):
         return maps, *torch.autograd.grad(maps.pow(2).sum(), (call.query, call.key))
 
     whole = maps_and_gradients()
-    monkeypatch.setattr(maps, "CHUNK", 1)
+    monkeypatch.setattr(attention_maps, "CHUNK", 1)
     for one, many in zip(whole, maps_and_gradients(), strict=True):
         torch.testing.assert_close(one, many)
 
@@ -183,7 +183,7 @@ def test_memory_is_bounded_by_the_chunk(monkeypatch):
     weights = segments(200)
     largest = {}
     for chunk in (10_000, 10**6):
-        monkeypatch.setattr(maps, "CHUNK", chunk)
+        monkeypatch.setattr(attention_maps, "CHUNK", chunk)
         with Largest() as mode:
             torch.autograd.grad(call.read(weights).pow(2).sum(), (call.query, call.key))
         largest[chunk] = mode.numbers

@@ -206,7 +206,7 @@ def test_the_checks_run_alone_unless_tests_are_named(named, first):
         args_source=source.ARGS if named else source.TESTPATHS,
     )
     pytest_plugin.pytest_configure(config)
-    assert config.args == [*first, str(ROOT / "guidekit" / "conformance.py")]
+    assert config.args == [*first, str(ROOT / "guidekit" / "testing" / "conformance.py")]
     assert list(config.stash[pytest_plugin.GUIDANCES]) == ["zest"]
 
 
