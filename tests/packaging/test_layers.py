@@ -19,7 +19,9 @@ def _imports(path: Path) -> set[str]:
     return found
 
 
-@pytest.mark.parametrize("path", sorted((ROOT / "kernels" / "guidekit_kernels").glob("*.py")), ids=lambda p: p.stem)
+@pytest.mark.parametrize(
+    "path", sorted((ROOT / "kernels" / "guidekit_kernels").glob("*.py")), ids=lambda p: p.stem
+)
 def test_kernels_do_not_import_guidekit(path):
     assert not {m for m in _imports(path) if m.split(".")[0] == "guidekit"}
 
