@@ -15,6 +15,7 @@ import tempfile
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from typing import get_args
 
 import click
 import torch
@@ -33,9 +34,10 @@ from fewshot_store import Store, table
 from guidekit import Condition, Denoiser, Sampling, load
 from guidekit.backbones.loading import model_defaults
 from guidekit.heads import Examples, FitOptions, fit
+from guidekit.options import option_kinds
 from guidekit.worlds import digits
 from guidekit.zoo.shipped import ZOO
-from guidekit_fewshot import FORMS, Fewshot
+from guidekit_fewshot import Fewshot
 
 PARTS = ("digits", "scenes", "latents", "attribute", "augment", "cost")
 
@@ -143,7 +145,7 @@ def cost_rows(setting: Setting) -> list[list[dict]]:
             form: Fewshot(
                 head=heads["noised" if form == "first" else "clean"], label="7", form=form
             )
-            for form in FORMS
+            for form in get_args(option_kinds(Fewshot)["form"])
         }
         steps = {
             name: step_seconds(denoiser, guidances, 4 if setting.quick else 10)

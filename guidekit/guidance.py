@@ -6,8 +6,9 @@ guidances chain in the order in which the user named them.
 """
 
 import dataclasses
+import inspect
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar, Literal, Self, get_args
 
 import torch
 from torch import Tensor
@@ -16,46 +17,91 @@ from guidekit.attention.call import AttentionCall
 from guidekit.branches import Branch
 from guidekit.conditions import Condition, Segment, box_mask
 from guidekit.errors import GuidekitError
+from guidekit.options import convert, option_kinds
 from guidekit.run import Run
 from guidekit.step import Step
 from guidekit.taps import BlockCall
 
+Graph = Literal["x0", "attention", "features", "input"]
+Need = Literal["text", "cross-attention"]
+
 
 @dataclass(kw_only=True)
 class Guidance:
-    """Base of all guidances.
+    """Base of all guidances: options as dataclass fields, methods of the engine as hooks.
 
-    scale: strength, 0 switches it off. start, stop: active window as a fraction of the steps from
-    the noisy end, start included, stop excluded.
+    Every field has a default and a type that `guidekit.options` reads; values are checked here
+    once, the same from Python, TOML and the command line. Raises GuidekitError for a wrong one.
     """
 
     scale: float = 1.0  # strength; 0 switches it off
     start: float = 0.0  # fraction of the steps, from the noisy end, at which it begins
     stop: float = 1.0  # fraction of the steps at which it ends
 
-    # What the energy reads: "attention" or "features" of the conditional branch, "x0" of the
-    # combined prediction, "input" only z itself (no graph of the backbone is built).
-    graph: ClassVar[str] = "x0"
-    # Whether the method needs the own loop: repeats, accept or its own start.
+    #: What the energy reads: "attention" or "features" of the conditional branch, "x0" of the
+    #: combined prediction, "input" only z itself (no graph of the backbone is built).
+    graph: ClassVar[Graph] = "x0"
+    #: Whether the method needs the own loop: repeats, accept or its own start.
     own_loop: ClassVar[bool] = False
-    # What it needs of a model: "text", tokens that pixels attend to; "cross-attention",
-    # modules where they attend to those alone. Others are refused.
-    needs: ClassVar[tuple[str, ...]] = ()
-    # Whether it reads `Condition.image`; a picture that nothing reads is refused.
+    #: What it needs of a model: "text", tokens that pixels attend to; "cross-attention",
+    #: modules where they attend to those alone. Others are refused.
+    needs: ClassVar[tuple[Need, ...]] = ()
+    #: Whether it reads `Condition.image`; an image that nothing reads is refused.
     reads_image: ClassVar[bool] = False
-    # Checks of `guidekit.testing` that do not hold by design, each with the reason.
+    #: Field values that `preset` stands for, by its name; what the user gave wins over them.
+    presets: ClassVar[dict[str, dict[str, Any]]] = {}
+    #: Checks of `guidekit.testing` that do not hold by design, each with the reason.
     waived: ClassVar[dict[str, str]] = {}
 
+    def __init_subclass__(cls, **options: Any):
+        super().__init_subclass__(**options)
+        _refuse_misspelt(cls)
+
+    def __new__(cls, *args: Any, **given: Any) -> Self:
+        """Notes which options were given, so that a preset overrides none of them."""
+        made = super().__new__(cls)
+        made._given = frozenset(given)
+        return made
+
     def __post_init__(self):
+        self._apply_preset()
+        for name, kind in option_kinds(type(self)).items():
+            setattr(self, name, convert(getattr(self, name), kind, f"{self.name}.{name}"))
         for name in ("scale", "start", "stop"):
-            value = getattr(self, name)
-            if not isinstance(value, int | float) or not abs(value) < float("inf"):
+            if not abs(value := getattr(self, name)) < float("inf"):
                 raise GuidekitError(f"{self.name}.{name} must be a finite number, not {value}")
         if not 0 <= self.start <= self.stop <= 1:
             raise GuidekitError(
                 f"{self.name}: start and stop are fractions of the steps with "
                 f"0 <= start <= stop <= 1, not {self.start} and {self.stop}"
             )
+
+    def _apply_preset(self) -> None:
+        """The preset's values for the fields that the user did not give."""
+        preset = getattr(self, "preset", "")
+        if preset and preset not in self.presets:
+            there = ", ".join(self.presets)
+            raise GuidekitError(f"{self.name} has no preset {preset!r}; it has {there}")
+        for name, value in self.presets.get(preset, {}).items():
+            if name not in self._given:
+                setattr(self, name, value)
+
+    def check_contract(self) -> None:
+        """Raises GuidekitError for a `graph` or a need that there is not: a misspelt one."""
+        if self.graph not in get_args(Graph):
+            raise GuidekitError(
+                f"{self.name}.graph is {self.graph!r}; it is one of {', '.join(get_args(Graph))}"
+            )
+        for need in self.needs:
+            if need not in get_args(Need):
+                raise GuidekitError(
+                    f"{self.name}.needs names {need!r}; there are {', '.join(get_args(Need))}"
+                )
+
+    @classmethod
+    def overrides(cls, hook: str) -> bool:
+        """Whether the class has a hook of its own."""
+        return getattr(cls, hook) is not getattr(Guidance, hook)
 
     @property
     def name(self) -> str:
@@ -69,17 +115,17 @@ class Guidance:
     @property
     def has_energy(self) -> bool:
         """Whether it is a gradient method."""
-        return type(self).energy is not Guidance.energy
+        return self.overrides("energy")
 
     @property
     def edits_attention(self) -> bool:
         """Whether it changes attention calls."""
-        return type(self).edit_attention is not Guidance.edit_attention
+        return self.overrides("edit_attention")
 
     @property
     def edits_blocks(self) -> bool:
         """Whether it changes block calls."""
-        return type(self).edit_block is not Guidance.edit_block
+        return self.overrides("edit_block")
 
     @classmethod
     def example(cls) -> "Guidance":
@@ -129,8 +175,8 @@ class Guidance:
         """Energy of every picture (B,) in float32, differentiable, lower is better."""
         raise NotImplementedError(f"{self.name} has no energy")
 
-    def weight(self, frac: float) -> float:
-        """Factor on `scale` over the course of sampling; 1 unless overridden."""
+    def schedule(self, frac: float) -> float:
+        """Factor on `scale` after the fraction `frac` of the steps; 1 unless overridden."""
         return 1.0
 
     @property
@@ -140,7 +186,7 @@ class Guidance:
         Under the default rule the scale is a factor of the energy. A guidance that overrides `push`
         names everything that its push reads.
         """
-        if type(self).push is Guidance.push:
+        if not self.overrides("push"):
             return ("score",)
         return (type(self), *dataclasses.astuple(self))
 
@@ -167,3 +213,40 @@ class Guidance:
     def accept(self, images: Tensor) -> Tensor:
         """Which finished pictures (B, 3, H, W) in [0, 1] are kept: (B,) bool."""
         return torch.ones(len(images), dtype=torch.bool)
+
+
+#: Methods that the engine and the suite call, which a guidance may override.
+HOOKS = tuple(
+    name
+    for name, value in vars(Guidance).items()
+    if inspect.isfunction(inspect.unwrap(getattr(value, "__func__", value)))
+    and not name.startswith("_")
+    and name not in ("check_contract", "overrides")
+)
+
+
+def _refuse_misspelt(cls: type) -> None:
+    """Raises GuidekitError for a public method that is one edit away from a hook's name."""
+    for name, value in vars(cls).items():
+        method = callable(getattr(value, "__func__", value))
+        if name in HOOKS and not method:
+            raise GuidekitError(f"{cls.__name__}.{name} is the name of a hook; rename it")
+        if name.startswith("_") or name in HOOKS or not method:
+            continue
+        for hook in HOOKS:
+            if _one_edit(name, hook):
+                raise GuidekitError(
+                    f"{cls.__name__}.{name} would never be called: the hook is {hook!r}; rename "
+                    "the method, or begin its name with an underscore"
+                )
+
+
+def _one_edit(a: str, b: str) -> bool:
+    """Whether one letter more, less, other or two letters swapped make `a` of `b`."""
+    if abs(len(a) - len(b)) > 1:
+        return False
+    start = next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), None)
+    if start is None:
+        return len(a) != len(b)
+    x, y = a[start:], b[start:]
+    return x[1:] == y[1:] or x[1:] == y or x == y[1:] or (x[:2] == y[1::-1] and x[2:] == y[2:])

@@ -1,6 +1,8 @@
 """Texts and values of TOML to the type of a dataclass field."""
 
 import dataclasses
+import datetime
+import functools
 import tomllib
 import types
 import typing
@@ -9,6 +11,9 @@ from typing import Any
 
 from guidekit.errors import GuidekitError
 from guidekit.seeds import check_seeds, parse_seeds
+
+# What a text is made of: TOML knows dates, which are meant as written.
+TEXTS = str | int | float | Path | datetime.date | datetime.time
 
 
 def parse_setting(text: str) -> tuple[str, str, Any]:
@@ -67,7 +72,7 @@ def _read_as(value: Any, kind: Any, where: str, folder: Path) -> Any:
     if origin is typing.Literal:
         return inner[[str(i) for i in inner].index(str(value))]
     if origin in (list, tuple):
-        parts = value.split(",") if isinstance(value, str) else value
+        parts = _parts(value) if isinstance(value, str) else value
         if isinstance(parts, int | float) and not isinstance(parts, bool):
             parts = [parts]  # a list of one number, which --set gives as the number
         if not isinstance(parts, list | tuple):
@@ -77,9 +82,30 @@ def _read_as(value: Any, kind: Any, where: str, folder: Path) -> Any:
         return {"true": True, "false": False, True: True, False: False}[_bool_key(value)]
     if kind in (int, float):
         return _number(value, kind)
-    if isinstance(value, bool | list | dict) or value is None:
+    if kind not in (str, Path):
+        return _instance(value, kind)
+    if isinstance(value, bool) or not isinstance(value, TEXTS):
         raise TypeError
     return folder / str(value) if kind is Path else str(value)
+
+
+def _parts(text: str) -> list[str]:
+    """The parts of a comma-separated text; none of an empty one."""
+    return [part.strip() for part in text.split(",") if part.strip()]
+
+
+def _instance(value: Any, kind: Any) -> Any:
+    """The value itself, for options that only Python can give: an object of the class."""
+    if isinstance(kind, type) and not isinstance(value, kind):
+        raise TypeError
+    return value
+
+
+def rooted(value: Any, kind: Any, folder: Path) -> Any:
+    """The value with relative paths in it taken from `folder`, where the kind is of paths."""
+    kinds = typing.get_args(kind) if _is_union(kind) else (kind,)
+    paths = any(one is Path or Path in typing.get_args(one) for one in kinds)
+    return convert(value, kind, "a path", folder) if paths and value is not None else value
 
 
 def _bool_key(value: Any) -> Any:
@@ -111,7 +137,8 @@ def describe(kind: Any) -> str:
     return words.get(kind, str(kind))
 
 
+@functools.cache
 def option_kinds(cls: type) -> dict[str, Any]:
-    """Names and types of a dataclass's options."""
+    """Names and types of a dataclass's options; not to be changed, as it is kept."""
     hints = typing.get_type_hints(cls)
     return {f.name: hints[f.name] for f in dataclasses.fields(cls) if f.init}

@@ -47,11 +47,11 @@ class Perturbed(Guidance):
     def combine(self, step: Step, outs: dict[str, Tensor], combined: Tensor) -> Tensor:
         """Adds the difference of the conditional and the perturbed output."""
         step.run.account.edit(self.name)
-        amount = self.scale * self.weight(step.frac)
+        amount = self.scale * self.schedule(step.frac)
         return combined + amount * (outs["cond"] - outs[self.name])
 
-    def attention_sites(self, run: Run, wanted: str) -> list[str]:
-        """Self-attention that the comma-separated wildcards `wanted` name; the middle's if empty.
+    def attention_sites(self, run: Run, wanted: tuple[str, ...]) -> list[str]:
+        """Self-attention that the wildcards `wanted` name; the middle's if empty.
 
         Raises GuidekitError for a site that has none, and for a model without any.
         """
@@ -64,8 +64,8 @@ class Perturbed(Guidance):
             )
         return self._chosen(model, wanted, "attention", possible) or _middle(model, possible)
 
-    def layer_sites(self, run: Run, wanted: str) -> list[str]:
-        """Layers that the comma-separated wildcards `wanted` name; the middle ones if empty.
+    def layer_sites(self, run: Run, wanted: tuple[str, ...]) -> list[str]:
+        """Layers that the wildcards `wanted` name; the middle ones if empty.
 
         Raises GuidekitError for a site that is no layer.
         """
@@ -73,10 +73,11 @@ class Perturbed(Guidance):
         possible = layers(model)
         return self._chosen(model, wanted, "block", possible) or _middle(model, possible)
 
-    def _chosen(self, model: nn.Module, wanted: str, kind: str, possible: list[str]) -> list[str]:
+    def _chosen(
+        self, model: nn.Module, wanted: tuple[str, ...], kind: str, possible: list[str]
+    ) -> list[str]:
         """Sites of the wildcards, which must be among the possible ones; none if there are none."""
-        patterns = [part.strip() for part in wanted.split(",") if part.strip()]
-        chosen = find_sites(model, patterns, kind)
+        chosen = find_sites(model, list(wanted), kind)
         if others := [site for site in chosen if site not in possible]:
             raise GuidekitError(
                 f"{self.name}.sites: {', '.join(others)} cannot be perturbed by it; those that "

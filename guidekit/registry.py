@@ -10,13 +10,16 @@ import os
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pluggy
 
 from guidekit import hookspecs
 from guidekit.errors import GuidekitError
-from guidekit.options import convert, option_kinds
+from guidekit.options import option_kinds, rooted
+
+if TYPE_CHECKING:
+    from guidekit.guidance import Guidance
 
 
 @dataclass(frozen=True)
@@ -124,34 +127,31 @@ class Registry:
             self._manager.subset_hook_caller(hook, others)(register=register)
         return offers
 
-    def guidance_class(self, name: str) -> type:
+    def guidance_class(self, name: str) -> type["Guidance"]:
         """The guidance class registered as `name`."""
         offers = self.load(name.partition(".")[0] or name).guidances
         if name not in offers:
             raise GuidekitError(f"no guidance {name!r}; {_list(name.partition('.')[0], offers)}")
         return offers[name]
 
-    def make_guidance(self, name: str, options: dict[str, Any]) -> Any:
-        """A guidance from its options, converted to the types of its fields."""
-        cls, values = self.guidance_class(name), self.read_options(name, options)
-        # The class's own checks name the plugin, so the name is there before they run.
-        guidance = cls.__new__(cls)
-        guidance._name = name
-        guidance.__init__(**values)
-        return guidance
-
-    def read_options(
+    def make_guidance(
         self, name: str, options: dict[str, Any], folder: Path = Path()
-    ) -> dict[str, Any]:
-        """The options in the types of their fields; a relative path is taken from `folder`.
+    ) -> "Guidance":
+        """A guidance from its options; a relative path among them is taken from `folder`.
 
-        Raises GuidekitError that names the option at fault.
+        Raises GuidekitError that names the option at fault, or the plugins that exist.
         """
-        kinds = option_kinds(self.guidance_class(name))
+        cls = self.guidance_class(name)
+        kinds = option_kinds(cls)
         for option in options:
             if option not in kinds:
                 raise GuidekitError(f"{name} has no option {option!r}; it has: {', '.join(kinds)}")
-        return {k: convert(v, kinds[k], f"{name}.{k}", folder) for k, v in options.items()}
+        values = {k: rooted(v, kinds[k], folder) for k, v in options.items()}
+        # The class's own checks name the plugin, so the name is there before they run.
+        guidance = cls.__new__(cls, **values)
+        guidance._name = name
+        guidance.__init__(**values)
+        return guidance
 
     def backbone(self, name: str) -> Callable[[], Any]:
         """The loader of `acme:x`."""

@@ -26,7 +26,7 @@ class Autoguidance(Perturbed):
 
     scale: float = 1.0  # w - 1, added to classifier-free guidance
     dropout: float = 0.1  # share of what a block adds that is dropped; 1 skips the block
-    sites: str = ""  # comma-separated wildcards of layers; "" is every layer
+    sites: tuple[str, ...] = ()  # wildcards of layers; none is every layer
 
     def __post_init__(self):
         super().__post_init__()
@@ -37,7 +37,7 @@ class Autoguidance(Perturbed):
 
     def prepare(self, run: Run) -> None:
         """Finds the blocks."""
-        every = ",".join(layers(run.denoiser.model))
+        every = tuple(layers(run.denoiser.model))
         run.tap_blocks(self, self.layer_sites(run, self.sites or every))
 
     def edit_block(self, step: Step, branch: Branch, call: BlockCall) -> object:

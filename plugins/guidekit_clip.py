@@ -10,6 +10,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -21,8 +22,6 @@ from guidekit.noisy_clip.miniature import random_encoder
 from guidekit.noisy_clip.model import CleanClip, NoisyClip, Seen, is_noisy
 from guidekit.references import read_references
 
-UNITS = ("seed", "noise")
-ON = ("z", "x0")
 RANDOM = "random"  # the name of a tiny encoder that nobody trained
 
 
@@ -33,14 +32,15 @@ class Clip(Guidance):
     The energy is minus the weighted sum of cosines (content, texts), plus weighted distances of
     maps (structure, Eq. 8) and of Gram matrices (style, Eq. 9). on: "z" reads the noisy sample, by
     a noise-aware encoder; "x0" reads the decoded clean estimate, by any CLIP, through the backbone.
-    units: "seed" shifts the mean of the next sample by scale * variance * gradient, as the paper
+    units: "paper" shifts the mean of the next sample by scale * variance * gradient, as the paper
     does; "noise" gives the change of the noise estimate the length scale * |noise|, whatever the
     gradient's is, which means the same on every model.
     """
 
     scale: float = 1.0  # factor on all weights; with units=noise the length of the change
-    units: str = "seed"  # seed | noise
-    on: str = "z"  # z | x0
+    # paper: the mean moves by scale * variance * gradient; noise: a share of the noise's length.
+    units: Literal["paper", "noise"] = "paper"
+    on: Literal["z", "x0"] = "z"  # what the encoder reads: the sample, or the clean estimate
     encoder: str = "scenes-clip-noisy"  # built-in, folder, or ARCHITECTURE/TAG of open_clip (x0)
     text: str = ""  # texts, separated by |, each with @WEIGHT; without any, or an image, the prompt
     negative: str = ""  # texts to move away from
@@ -57,12 +57,6 @@ class Clip(Guidance):
 
     def __post_init__(self):
         super().__post_init__()
-        for name, choices in (("units", UNITS), ("on", ON)):
-            if getattr(self, name) not in choices:
-                raise GuidekitError(
-                    f"{self.name}.{name} must be one of {', '.join(choices)}, "
-                    f"not {getattr(self, name)!r}"
-                )
         if min(self.views, self.cutouts) < 0:
             raise GuidekitError(f"{self.name}.views and {self.name}.cutouts are at least 0")
         if self.cutouts and self.on == "z":
@@ -239,7 +233,7 @@ class Clip(Guidance):
 
     def push(self, step: Step, grad: Tensor) -> Tensor:
         """The paper's shift of the mean (Algorithm 1), or a change of a given length."""
-        if self.units == "seed":
+        if self.units == "paper":
             change = step.move.mean(-self.scale * grad)
             if step.move.fallback:
                 step.run.account.note(f"{self.name}: a step without noise is pushed by the score")

@@ -7,6 +7,7 @@ pictures by `guidekit fit`; the backbone stays as it is.
 
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -15,8 +16,6 @@ from guidekit import Branch, Condition, FeatureRead, Guidance, GuidekitError, Ru
 from guidekit.heads.data import class_map, read_mask, soft_masks
 from guidekit.heads.features import noised, told
 from guidekit.heads.head import RANDOM, Head, load_head, random_head
-
-FORMS = ("paper", "stopped", "detached", "first")
 
 
 @dataclass(kw_only=True)
@@ -31,18 +30,15 @@ class Fewshot(Guidance):
 
     scale: float = 25.0  # the paper's lambda, for a cross-entropy that is a mean over pixels
     head: Path | None = None  # folder that guidekit fit wrote; there is none to begin with
-    label: str = ""  # class to draw; of a head of labels "a,-b": with a, without b
+    label: tuple[str, ...] = ()  # class to draw; of a head of labels a,-b: with a, without b
     mask: Path | None = None  # indexed PNG with the values that the head was fitted on; or none
-    form: str = "stopped"  # paper | stopped | detached | first
+    # Where the gradient goes: both calls, up to the last site, the second one, the first one.
+    form: Literal["paper", "stopped", "detached", "first"] = "stopped"
     threshold: float = 0.2  # least probability of the class in a finished picture, to be accepted
     targets: Tensor | None = field(default=None, init=False, repr=False, compare=False)
 
     def __post_init__(self):
         super().__post_init__()
-        if self.form not in FORMS:
-            raise GuidekitError(
-                f"fewshot.form must be one of {', '.join(FORMS)}, not {self.form!r}"
-            )
         if not 0 <= self.threshold <= 1:
             raise GuidekitError(f"fewshot.threshold lies between 0 and 1, not {self.threshold}")
 
@@ -105,13 +101,13 @@ class Fewshot(Guidance):
         if config.kind == "labels":
             return self._labels().expand(count, -1)
         row = torch.zeros(1, len(config.classes))
-        row[0, self._head.index(self.label)] = 1
+        row[0, self._head.index(",".join(self.label))] = 1
         return row.expand(count, -1)
 
     def _labels(self) -> Tensor:
         """Zeros and ones (1, labels), NaN for labels that nobody asked for."""
         row = torch.full((1, len(self._head.classes)), torch.nan)
-        for name in filter(None, (part.strip() for part in self.label.split(","))):
+        for name in self.label:
             absent = name.startswith("-") and name not in self._head.classes
             row[0, self._head.index(name[1:] if absent else name)] = 0.0 if absent else 1.0
         return row
@@ -173,7 +169,7 @@ class Fewshot(Guidance):
     @classmethod
     def example(cls) -> "Fewshot":
         """A head that nobody fitted, on any backbone."""
-        return cls(head=Path(RANDOM), label="a")
+        return cls(head=Path(RANDOM), label=("a",))
 
     @classmethod
     def example_condition(cls) -> Condition:

@@ -18,7 +18,7 @@ class PerturbedAttention(Perturbed):
     """Pushes away from the output under identity self-attention."""
 
     scale: float = 3.0  # s, added to classifier-free guidance
-    sites: str = ""  # comma-separated wildcards of self-attention; "" is the middle of the model
+    sites: tuple[str, ...] = ()  # wildcards of self-attention; none is the middle of the model
 
     def prepare(self, run: Run) -> None:
         """Finds the self-attention sites."""

@@ -8,7 +8,7 @@ batch; the code that circulates (cloneofsimo/paint-with-words-sd) takes it over 
 
 import math
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -16,9 +16,6 @@ from torch import Tensor
 from guidekit import AttentionCall, Branch, Guidance, GuidekitError, Level, Run, Step, hookimpl
 from guidekit.backbones.tokens import segment_weights
 from guidekit.conditions import require_segments, segment_masks, segment_strengths
-
-SCHEDULES = ("log", "log2", "noise", "constant")
-STATISTICS = ("max", "std")
 
 
 @dataclass(kw_only=True)
@@ -29,19 +26,12 @@ class PaintWithWords(Guidance):
     """
 
     scale: float = 0.4  # w'
-    sites: str = ""  # comma-separated wildcards; "" is every module where pixels read text
-    schedule: str = "log"  # log, log(1 + sigma) | log2, log(1 + sigma^2) | noise | constant, 1
-    statistic: str = "max"  # of each picture's logits: max | std
+    sites: tuple[str, ...] = ()  # wildcards; none is every module where pixels read text
+    # Over noise levels: log(1 + sigma); log(1 + sigma^2); sqrt(1 - abar); 1.
+    growth: Literal["log", "log2", "noise", "constant"] = "log"
+    statistic: Literal["max", "std"] = "max"  # of each image's logits
 
-    needs: ClassVar[tuple[str, ...]] = ("text",)
-
-    def __post_init__(self):
-        super().__post_init__()
-        for name, choices in (("schedule", SCHEDULES), ("statistic", STATISTICS)):
-            if getattr(self, name) not in choices:
-                raise GuidekitError(
-                    f"pww.{name} must be one of {', '.join(choices)}, not {getattr(self, name)!r}"
-                )
+    needs = ("text",)
 
     def prepare(self, run: Run) -> None:
         """Finds the tokens of the phrases and the sites, and draws the areas at their grids."""
@@ -58,7 +48,7 @@ class PaintWithWords(Guidance):
     def _sites(self, run: Run) -> dict[str, tuple[int, int]]:
         """Cross-attention sites with their grids; raises GuidekitError for those without text."""
         cross = run.sites(list(run.denoiser.family.cross_sites))
-        chosen = run.sites([s.strip() for s in self.sites.split(",") if s.strip()] or list(cross))
+        chosen = run.sites(list(self.sites or cross))
         if others := [site for site in chosen if site not in cross]:
             raise GuidekitError(
                 f"pww.sites: {', '.join(others)} read no text; those that do: {', '.join(cross)}"
@@ -80,13 +70,13 @@ class PaintWithWords(Guidance):
     def _level_factor(self, step: Step) -> float:
         """How strongly this noise level is painted; the paper's log(1 + sigma) by default."""
         level: Level = step.level
-        if self.schedule == "constant":
+        if self.growth == "constant":
             return 1.0
-        if self.schedule == "noise":  # sqrt(1 - abar), as in ZestGuide's code
+        if self.growth == "noise":  # sqrt(1 - abar), as in ZestGuide's code
             return level.s / math.hypot(level.a, level.s)
         # At a = 0, the first step of flow models, sigma is infinite.
         sigma = level.sigma if level.a else step.next_level.sigma
-        return math.log1p(sigma if self.schedule == "log" else sigma**2)
+        return math.log1p(sigma if self.growth == "log" else sigma**2)
 
     def _statistic(self, call: AttentionCall, rows: slice, keys: slice) -> Tensor:
         """Maximum or deviation of each picture's scaled logits, (B, 1, 1), without gradient.

@@ -25,7 +25,7 @@ class SmoothedEnergy(Perturbed):
 
     scale: float = 3.0  # gamma, added to classifier-free guidance
     blur: float | None = None  # standard deviation in pixels of the site; none is infinite, a mean
-    sites: str = ""  # comma-separated wildcards of self-attention; "" is the middle of the model
+    sites: tuple[str, ...] = ()  # wildcards of self-attention; none is the middle of the model
 
     def __post_init__(self):
         super().__post_init__()

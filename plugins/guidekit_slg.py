@@ -17,7 +17,7 @@ class SkipLayer(Perturbed):
     scale: float = 2.8  # added to classifier-free guidance
     start: float = 0.01  # fraction of the steps at which it begins
     stop: float = 0.2  # fraction of the steps at which it ends
-    sites: str = ""  # comma-separated wildcards of layers; "" is the middle of the model
+    sites: tuple[str, ...] = ()  # wildcards of layers; none is the middle of the model
 
     def prepare(self, run: Run) -> None:
         """Finds the layers."""

@@ -5,11 +5,10 @@ text-to-image diffusion models, ICCV 2023, arXiv:2306.13754. The defaults follow
 fields name what the released code does instead.
 """
 
-import dataclasses
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
@@ -18,12 +17,6 @@ from torch import Tensor
 from guidekit import AttentionRead, Guidance, GuidekitError, Run, Step, average_maps, hookimpl
 from guidekit.backbones.tokens import real_tokens, segment_weights
 from guidekit.conditions import require_segments, segment_masks, segment_strengths
-
-AGGREGATES = ("global", "layer", "head", "top")
-LOSSES = ("bce", "bce_plain", "bce_normalised", "power4", "mse")
-DECAYS = ("linear", "constant", "noise")
-NORMALISERS = ("linf", "l2", "l1", "max", "none")
-TOKENS = ("all", "real")
 
 # What differs from the paper's method, by the name of the released configuration. `paper` is the
 # method of its Table 1 and needs the plugin `pww` beside this one.
@@ -46,46 +39,30 @@ class Zest(Guidance):
 
     scale: float = 1.0  # largest move of a latent number per step, in units of VP latents (eta)
     stop: float = 0.5  # fraction of the steps after which the layout is settled (tau)
-    sites: str = ""  # comma-separated wildcards of attention modules; "" is the family's choice
-    resolutions: str = ""  # comma-separated long sides of the maps to use, "32,16"; "" is all
-    aggregate: str = "global"  # global | layer | head: where the loss is taken; top: best maps only
+    sites: tuple[str, ...] = ()  # wildcards of attention modules; none is the family's choice
+    resolutions: tuple[int, ...] = ()  # long sides of the maps to use, 32,16; none is all
+    # Where the loss is taken; top: best maps only.
+    aggregate: Literal["global", "layer", "head", "top"] = "global"
     top: int = 20  # number of maps that `aggregate = "top"` keeps per segment
-    loss: str = "bce"  # bce | bce_plain | bce_normalised | power4 | mse
+    # Of maps and masks; bce has two terms, bce_plain the first, bce_normalised the second.
+    loss: Literal["bce", "bce_plain", "bce_normalised", "power4", "mse"] = "bce"
     dead_zone: float = 0.2  # difference of map and mask that power4 leaves alone
-    decay: str = "linear"  # linear 1 to 0 | constant | noise, sqrt(1 - abar)
-    normaliser: str = "linf"  # of the gradient, per picture: linf | l2 | l1 | max (signed) | none
-    tokens: str = "all"  # keys in the softmax: all | real, without padding
-    negatives: str = ""  # comma-separated phrases that compete in the softmax of the maps
+    decay: Literal["linear", "constant", "noise"] = "linear"  # 1 to 0; 1; sqrt(1 - abar)
+    # Of the gradient, per image; max is signed.
+    normaliser: Literal["linf", "l2", "l1", "max", "none"] = "linf"
+    tokens: Literal["all", "real"] = "all"  # keys in the softmax; real is without padding
+    negatives: tuple[str, ...] = ()  # phrases that compete in the softmax of the maps
     eps: float = 1e-4  # keeps the logarithms finite
-    preset: str = ""  # paper | sd14 | sdxl: fields that still have their default take the preset's
+    preset: str = ""  # paper | sd14 | sdxl: values of the fields that are not given
 
-    graph: ClassVar[str] = "attention"
-    needs: ClassVar[tuple[str, ...]] = ("text",)
+    graph = "attention"
+    needs = ("text",)
+    presets: ClassVar[dict[str, dict[str, Any]]] = PRESETS
 
     def __post_init__(self):
-        self._apply_preset()
         super().__post_init__()
-        for name, choices in (
-            ("aggregate", AGGREGATES),
-            ("loss", LOSSES),
-            ("decay", DECAYS),
-            ("normaliser", NORMALISERS),
-            ("tokens", TOKENS),
-        ):
-            if getattr(self, name) not in choices:
-                raise GuidekitError(
-                    f"zest.{name} must be one of {', '.join(choices)}, not {getattr(self, name)!r}"
-                )
         if not 0 < self.eps < 0.5 or self.top < 1:
             raise GuidekitError("zest.eps must lie between 0 and 0.5 and zest.top be at least 1")
-
-    def _apply_preset(self) -> None:
-        if self.preset and self.preset not in PRESETS:
-            raise GuidekitError(f"no preset {self.preset!r}; zest has {', '.join(PRESETS)}")
-        defaults = {f.name: f.default for f in dataclasses.fields(self)}
-        for name, value in PRESETS.get(self.preset, {}).items():
-            if getattr(self, name) == defaults[name]:
-                setattr(self, name, value)
 
     def prepare(self, run: Run) -> None:
         """Finds the tokens of the phrases and the sites, and asks for their maps."""
@@ -112,28 +89,28 @@ class Zest(Guidance):
 
     def _sites(self, run: Run) -> dict[str, tuple[int, int]]:
         """Sites by name and by resolution; raises GuidekitError if none is left."""
-        sites = run.sites([s.strip() for s in self.sites.split(",") if s.strip()])
+        sites = run.sites(list(self.sites))
         if not self.resolutions:
             return sites
-        wanted = {int(r) for r in self.resolutions.split(",")}
+        wanted = set(self.resolutions)
         chosen = {site: grid for site, grid in sites.items() if max(grid) in wanted}
         if {max(grid) for grid in chosen.values()} != wanted:
             exist = ", ".join(str(r) for r in sorted({max(g) for g in sites.values()}))
-            raise GuidekitError(f"zest.resolutions {self.resolutions}: the sites have {exist}")
+            given = ", ".join(map(str, self.resolutions))
+            raise GuidekitError(f"zest.resolutions {given}: the sites have {exist}")
         return chosen
 
     def _negatives(self, run: Run) -> Tensor | None:
         """Mean text state of each negative phrase (E, D), as the released code has them."""
-        phrases = [p.strip() for p in self.negatives.split(",") if p.strip()]
-        if not phrases:
+        if not self.negatives:
             return None
         tokenizer = run.denoiser.tokenizers[0]
-        states = run.denoiser.text(phrases, run.size).states
-        counts = [len(tokenizer(p)["input_ids"]) for p in phrases]
+        states = run.denoiser.text(list(self.negatives), run.size).states
+        counts = [len(tokenizer(p)["input_ids"]) for p in self.negatives]
         means = [s[1 : n - 1].mean(0) for s, n in zip(states, counts, strict=True)]
         return torch.stack(means)
 
-    def weight(self, frac: float) -> float:
+    def schedule(self, frac: float) -> float:
         """The paper's lambda(t): from 1 at the first guided step to 0 at the end of the window."""
         if self.decay == "linear":
             return 1 - (frac - self.start) / (self.stop - self.start)
@@ -202,7 +179,7 @@ class Zest(Guidance):
         The paper's step is in units of VP latents; carried samples of VE schedulers are
         sqrt(1 + sigma^2) times larger, and so is the move.
         """
-        amount = self.scale * self.weight(step.frac)
+        amount = self.scale * self.schedule(step.frac)
         if self.decay == "noise":
             amount = amount * step.level.s / math.hypot(step.level.a, step.level.s)
         return step.move.shift(-amount * step.next_level.norm * self._normalised(grad))

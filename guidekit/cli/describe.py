@@ -102,14 +102,23 @@ def field_comments(cls: type) -> dict[str, str]:
 
 
 def _line_comments(source: str) -> dict[str, str]:
-    """First word of a line to the comment at its end."""
-    comments = {}
+    """First word of a line to the comments above it and at its end."""
+    comments: dict[str, str] = {}
+    above: list[str] = []
     for token in tokenize.generate_tokens(io.StringIO(inspect.cleandoc(source)).readline):
-        if token.type == tokenize.COMMENT:
-            name, colon, _ = token.line.strip().partition(":")
-            if colon and name.isidentifier():
-                comments[name] = token.string.lstrip("# ").strip()
+        if token.type == tokenize.COMMENT and token.line.strip().startswith("#"):
+            above.append(token.string.lstrip("#: ").strip())
+        elif token.type == tokenize.NAME and ":" in token.line and token.start[1] == _indent(token):
+            name, _, rest = token.line.strip().partition(":")
+            own = rest.partition("  #")[2].lstrip("#: ").strip()
+            if text := " ".join(filter(None, [*above, own])):
+                comments.setdefault(name, text)
+            above = []
     return comments
+
+
+def _indent(token: tokenize.TokenInfo) -> int:
+    return len(token.line) - len(token.line.lstrip())
 
 
 def plugin_text(facts: dict[str, Any]) -> str:

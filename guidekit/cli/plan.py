@@ -55,7 +55,10 @@ def example(negative: str = "") -> Condition:
     return Condition(PROMPT, negative, segments)
 
 
-def plugin_options(registry: Registry, settings: Settings, name: str) -> dict[str, Any]:
-    """A plugin's options: the file's or the model's, then those by --set."""
-    options = registry.read_options(name, settings.plugin[name], settings.folder)
-    return options | registry.read_options(name, settings.changes.get(name, {}))
+def plugin_guidance(registry: Registry, settings: Settings, name: str) -> Any:
+    """A guidance from the file's or the model's options, then those by --set."""
+    changes = settings.changes.get(name, {})
+    kept = {k: v for k, v in settings.plugin[name].items() if k not in changes}
+    made = registry.make_guidance(name, kept, settings.folder)
+    options = {k: getattr(made, k) for k in kept} | changes
+    return registry.make_guidance(name, options)

@@ -19,7 +19,7 @@ from guidekit.backbones.loading import load, make_scheduler
 from guidekit.backbones.tokens import append_phrases, segment_columns
 from guidekit.cli import outputs
 from guidekit.cli.checks import check_settings
-from guidekit.cli.plan import ask, example, nothing_asked, plugin_options, with_defaults
+from guidekit.cli.plan import ask, example, nothing_asked, plugin_guidance, with_defaults
 from guidekit.cli.report import write_report
 from guidekit.cli.settings import Settings, dump
 from guidekit.conditions import Condition
@@ -45,10 +45,7 @@ class Studio:
         self.settings = settings = with_defaults(settings)
         registry = Registry(blocked)
         check_settings(settings)
-        self.guidances = [
-            registry.make_guidance(name, plugin_options(registry, settings, name))
-            for name in settings.plugin
-        ]
+        self.guidances = [plugin_guidance(registry, settings, name) for name in settings.plugin]
         self.condition = ask(settings)
         self.places: dict[int, tuple[str, Reference]] = {}  # seed: folder and what it follows
         if settings.image_folder is not None:

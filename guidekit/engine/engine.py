@@ -47,6 +47,7 @@ class Engine:
         self.backwards = 0  # for the account and the tests
         self._capture: Capture | None = None
         for guidance in guidances:
+            guidance.check_contract()
             if lack := missing(guidance, run.denoiser):
                 raise GuidekitError(
                     f"{guidance.name} needs {lack}, and {type(run.denoiser.pipeline).__name__} "
@@ -272,10 +273,10 @@ class Engine:
     def _push_rule(self, step: Step, members: list[Guidance], keep: bool) -> Tensor:
         """Energies of one rule, their gradient, their change of the output."""
         started = time.perf_counter()
-        shared = type(members[0]).push is Guidance.push
+        shared = not members[0].overrides("push")
         with torch.enable_grad():
             values = [self._energy(step, g) for g in members]
-            factors = [g.scale * g.weight(step.frac) if shared else 1.0 for g in members]
+            factors = [g.scale * g.schedule(step.frac) if shared else 1.0 for g in members]
             total = sum(f * v for f, v in zip(factors, values, strict=True))
             grad = self._gradient(step, total, members, keep)
         with torch.no_grad():

@@ -132,7 +132,8 @@ def test_options_of_plugins_are_one_word_in_flag_toml_and_run_json(model, tmp_pa
         option["option"] for option in describe_plugin("seg")["guidances"][0]["options"]
     }
     made = Registry().make_guidance("seg", runs[0]["seg"])
-    assert {name: getattr(made, name) for name in runs[0]["seg"]} == runs[0]["seg"]
+    options = {name: getattr(made, name) for name in runs[0]["seg"]}
+    assert json.loads(json.dumps(options)) == runs[0]["seg"]
 
 
 def test_what_to_try_next_can_be_tried(model, tmp_path, monkeypatch):

@@ -2,7 +2,6 @@
 
 import functools
 from dataclasses import dataclass
-from typing import ClassVar
 
 import pytest
 import torch
@@ -62,7 +61,7 @@ class Pixels(Keep):
 class Features(Keep):
     """An energy of features of the conditional branch."""
 
-    graph: ClassVar[str] = "features"
+    graph = "features"
 
     def prepare(self, run):
         self.read = run.read(self, FeatureRead(("mid_block",)))
@@ -77,7 +76,7 @@ class Features(Keep):
 class Input(Keep):
     """An energy of z alone."""
 
-    graph: ClassVar[str] = "input"
+    graph = "input"
 
     def energy(self, step):
         self.value = (step.z**2).flatten(1).mean(1)
@@ -118,7 +117,7 @@ def predict(pipe, guidances, **options):
         KeepZest,
         # The loss jumps at the edge of its dead zone, where a difference is no derivative.
         lambda: KeepZest(aggregate="head", loss="power4", tokens="real", dead_zone=0.0),
-        lambda: KeepZest(aggregate="top", top=3, loss="mse", negatives="green"),
+        lambda: KeepZest(aggregate="top", top=3, loss="mse", negatives=("green",)),
         lambda: KeepZest(aggregate="layer", loss="bce_normalised"),
     ],
 )
@@ -455,8 +454,8 @@ def test_block_edits_chain_and_see_each_other(pipe):
 
 
 def test_attention_edits_add_up(pipe):
-    _, once = predict(pipe, [PaintWithWords(scale=0.6, schedule="constant", statistic="std")])
-    halves = [PaintWithWords(scale=0.3, schedule="constant", statistic="std") for _ in range(2)]
+    _, once = predict(pipe, [PaintWithWords(scale=0.6, growth="constant", statistic="std")])
+    halves = [PaintWithWords(scale=0.3, growth="constant", statistic="std") for _ in range(2)]
     _, twice = predict(pipe, halves)
     torch.testing.assert_close(once.prediction, twice.prediction, rtol=1e-4, atol=1e-5)
 

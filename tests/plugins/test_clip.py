@@ -176,7 +176,7 @@ class Measured(Clip):
 
 
 @pytest.mark.parametrize("learned", [False, True])
-def test_in_the_units_of_the_seed_the_mean_moves_by_variance_times_gradient(learned):
+def test_in_the_units_of_the_paper_the_mean_moves_by_variance_times_gradient(learned):
     pipe = ddpm_pipeline(learned)
     pipe.scheduler = type(pipe.scheduler).from_config(pipe.scheduler.config, clip_sample=False)
     guidance = Measured(**RED, scale=2.0)
@@ -275,7 +275,7 @@ def test_what_cannot_act_says_so(pipe, fields, says):
 @pytest.mark.parametrize(
     ("fields", "says"),
     [
-        ({"units": "metres"}, "seed, noise"),
+        ({"units": "metres"}, "paper, noise"),
         ({"on": "v"}, "z, x0"),
         ({"cutouts": 2}, "needs clip.on=x0"),
         ({"views": -1}, "views and clip.cutouts are at least 0"),

@@ -1,6 +1,7 @@
 """Few-shot guidance: the paper's step by hand, its cheaper forms, rejection, commands."""
 
 import json
+from typing import get_args
 
 import pytest
 import torch
@@ -14,11 +15,12 @@ from guidekit.heads import Examples, FitOptions, Reading, fit
 from guidekit.heads.features import fingerprint
 from guidekit.heads.head import Head, HeadConfig
 from guidekit.heads.linear import fit_linear
+from guidekit.options import option_kinds
 from guidekit.testing.miniatures import ddpm_pipeline, sd_pipeline
 from guidekit.train.digits import DigitJudge
 from guidekit.worlds import digits
 from guidekit.zoo.shipped import ZOO
-from guidekit_fewshot import FORMS, Fewshot
+from guidekit_fewshot import Fewshot
 from guidekit_zest import Zest
 
 SITES = ("mid_block", "up_blocks.0")
@@ -194,7 +196,7 @@ def test_labels_that_nobody_asked_for_do_not_count(pipe, tmp_path):
     )
 
 
-@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("form", get_args(option_kinds(Fewshot)["form"]))
 def test_every_form_lowers_its_energy(pipe, tmp_path, form):
     head = saved(make_head(Denoiser(pipe), noised=form == "first"), tmp_path)
 
@@ -372,7 +374,7 @@ def test_fit_then_sample_then_augment(model, tmp_path):
     )
     assert code == 0
     run = json.loads(said)
-    assert run["plugin"]["fewshot"]["label"] == "7"
+    assert run["plugin"]["fewshot"]["label"] == ["7"]
     assert (tmp_path / "drawn" / "1.png").exists()
     assert run["record"]["acceptance"]["fewshot"]["drawn"] >= 2
     code, said = invoke(

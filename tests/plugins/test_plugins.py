@@ -163,7 +163,7 @@ class Memory(Good):
     def prepare(self, run):
         self.runs += 1
 
-    def weight(self, frac):
+    def schedule(self, frac):
         return float(self.runs)
 
 

@@ -40,7 +40,7 @@ def watched(pipe, condition, **options):
 
 
 @pytest.mark.parametrize(
-    "schedule, factor",
+    "growth, factor",
     [
         ("log", lambda level: math.log(1 + level.sigma)),
         ("log2", lambda level: math.log(1 + level.sigma**2)),
@@ -49,8 +49,8 @@ def watched(pipe, condition, **options):
     ],
 )
 @pytest.mark.parametrize("statistic", ["max", "std"])
-def test_bias_is_the_formula_at_every_site_and_each_pictures_own(pipe, schedule, factor, statistic):
-    seen = watched(pipe, [RED, BOTH], schedule=schedule, statistic=statistic)
+def test_bias_is_the_formula_at_every_site_and_each_pictures_own(pipe, growth, factor, statistic):
+    seen = watched(pipe, [RED, BOTH], growth=growth, statistic=statistic)
     sites = {site for _, _, site, _, _ in seen}
     assert sites == {n for n, _ in pipe.unet.named_modules() if n.endswith("attn2")}
     for step, branch, _, logits, bias in seen:
@@ -134,8 +134,8 @@ def test_sites_that_do_not_exist_raise(pipe, options, message):
 
 
 def test_wrong_values_raise(pipe):
-    with pytest.raises(ValueError, match="schedule must be one of"):
-        PaintWithWords(schedule="cosine")
+    with pytest.raises(ValueError, match="growth must be one of"):
+        PaintWithWords(growth="cosine")
     with pytest.raises(ValueError, match="statistic must be one of"):
         PaintWithWords(statistic="mean")
     with pytest.raises(ValueError, match="needs segments"):

@@ -3,6 +3,7 @@
 import copy
 import itertools
 import math
+from typing import get_args
 
 import pytest
 import torch
@@ -15,7 +16,13 @@ from diffusers import (
 
 import tiny
 from guidekit import Condition, Sampling, Segment, box_mask
-from guidekit_zest import AGGREGATES, DECAYS, LOSSES, NORMALISERS, PRESETS, TOKENS, Zest
+from guidekit.options import option_kinds
+from guidekit_zest import PRESETS, Zest
+
+
+def choices(option):
+    return get_args(option_kinds(Zest)[option])
+
 
 LEFT, CORNER = box_mask((0, 0, 0.5, 1)), box_mask((0.5, 0.5, 1, 1))
 SEGMENTS = (Segment("red circle", LEFT), Segment("blue", CORNER, strength=0.5))
@@ -70,10 +77,10 @@ def predictions(pipe, name, choices, **options):
 @pytest.mark.parametrize(
     "name, choices, options",
     [
-        ("aggregate", AGGREGATES, {"top": 3}),
-        ("loss", LOSSES, {"dead_zone": 0.0, "normaliser": "l2"}),
-        ("normaliser", NORMALISERS, {}),
-        ("tokens", TOKENS, {}),
+        ("aggregate", choices("aggregate"), {"top": 3}),
+        ("loss", choices("loss"), {"dead_zone": 0.0, "normaliser": "l2"}),
+        ("normaliser", choices("normaliser"), {}),
+        ("tokens", choices("tokens"), {}),
         ("negatives", ("", "green", "green, white square"), {}),
         ("resolutions", ("", "16", "8"), {}),
         ("sites", ("", "*up_blocks.1*attn2"), {}),
@@ -91,13 +98,13 @@ def test_every_choice_runs_and_differs(pipe, name, choices, options):
 
 def test_decays_differ_after_the_first_step(pipe):
     rows = {}
-    for decay in DECAYS:
+    for decay in choices("decay"):
         sampling = Sampling(pipe, BOTH, [Zest(decay=decay, stop=1.0)], steps=4).finish()
         rows[decay] = sampling.latents
     for one, other in itertools.combinations(rows.values(), 2):
         assert (one - other).abs().max() > 1e-4
-    assert [Zest(stop=0.5).weight(f) for f in (0.0, 0.25)] == [1.0, 0.5]
-    assert [Zest(decay="constant").weight(f) for f in (0.0, 0.25)] == [1.0, 1.0]
+    assert [Zest(stop=0.5).schedule(f) for f in (0.0, 0.25)] == [1.0, 0.5]
+    assert [Zest(decay="constant").schedule(f) for f in (0.0, 0.25)] == [1.0, 1.0]
 
 
 def test_presets_fill_fields_that_were_left_alone():
@@ -183,7 +190,7 @@ def test_negatives_and_padding_take_part_in_the_softmax(pipe):
         step = first_step(pipe, guidance)
         return torch.stack([m.mean() for m in step.cond.attention(guidance._read).values()])
 
-    plain, negatives, real = maps(), maps(negatives="green, white"), maps(tokens="real")
+    plain, negatives, real = maps(), maps(negatives=("green", "white")), maps(tokens="real")
     assert (negatives < plain).all() and (negatives > 0.8 * plain).all()
     assert (real > 2 * plain).all()  # 10 of 77 tokens are not padding
 
