@@ -32,11 +32,10 @@ from fewshot_digits import (
 from fewshot_scenes import Scenes
 from fewshot_store import Store, table
 from guidekit import Condition, Denoiser, Sampling, load
-from guidekit.backbones.loading import model_defaults
 from guidekit.heads import Examples, FitOptions, fit
 from guidekit.options import option_kinds
 from guidekit.worlds import digits
-from guidekit.zoo.shipped import ZOO
+from guidekit.zoo.shipped import ZOO, model_defaults
 from guidekit_fewshot import Fewshot
 
 PARTS = ("digits", "scenes", "latents", "attribute", "augment", "cost")

@@ -12,13 +12,13 @@ from torch import Tensor
 from fewshot_baselines import by_logits, clean_pixels, noised_pixels, other_features, random_twin
 from fewshot_store import Store, over_draws
 from guidekit import Condition, Denoiser, Guidance, Sampling, load
-from guidekit.backbones.loading import model_defaults
 from guidekit.evaluate import judge as evaluate
 from guidekit.heads import Examples, FitOptions, Head, fit
 from guidekit.heads.augment import accepted_pictures
 from guidekit.seeds import derived_seed
 from guidekit.train.digits import DigitJudge
 from guidekit.worlds import digits
+from guidekit.zoo.shipped import model_defaults
 from guidekit_fewshot import Fewshot
 
 NAMES = [str(digit) for digit in range(10)]

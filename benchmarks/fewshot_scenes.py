@@ -9,11 +9,11 @@ from torch import Tensor
 from fewshot_baselines import train_segmenter
 from fewshot_store import Store, over_draws
 from guidekit import Condition, Denoiser, Guidance, Sampling, load
-from guidekit.backbones.loading import model_defaults
 from guidekit.evaluate import judge as evaluate
 from guidekit.heads import Examples, FitOptions, Head, fit
 from guidekit.seeds import derived_seed
 from guidekit.worlds import scenes
+from guidekit.zoo.shipped import model_defaults
 from guidekit_fewshot import Fewshot
 
 SHAPES = ("background", *scenes.SHAPES)

@@ -26,10 +26,10 @@ from tqdm import tqdm
 
 import guidekit
 from guidekit import Condition, Segment
-from guidekit.backbones.loading import model_defaults
 from guidekit.evaluate import judge as evaluate
 from guidekit.registry import Registry
 from guidekit.worlds import scenes
+from guidekit.zoo.shipped import model_defaults
 from memory import PeakMemory
 
 CEILINGS = "ceilings"

@@ -11,9 +11,9 @@ from torch import Tensor
 from torchvision.utils import make_grid
 
 import guidekit
-from guidekit.backbones.loading import model_defaults
 from guidekit.registry import Registry
 from guidekit.worlds import scenes
+from guidekit.zoo.shipped import model_defaults
 from layout import PAPER, held_out
 
 FIRST, COUNT, ENLARGE = 40, 8, 2  # held-out scenes from number FIRST on, pixels per pixel

@@ -10,9 +10,7 @@ from pathlib import Path
 
 import guidekit
 from guidekit import Condition, Denoiser
-from guidekit.heads import FitOptions, fit, read_examples
-from guidekit.heads.augment import accepted_pictures
-from guidekit.registry import Registry
+from guidekit.heads import FitOptions, accepted_pictures, fit, read_examples
 from guidekit.worlds import digits
 
 model = sys.argv[1] if len(sys.argv) > 1 else "digits-ddpm"
@@ -35,8 +33,7 @@ head.save(folder / "head")
 print(f"cross-validated accuracy {report.scores['accuracy']:.2f} in {report.seconds:.1f} s")
 
 # %% Guidance: the same seeds with and without
-options = {"head": folder / "head", "label": "7"}
-sevens = Registry().make_guidance("fewshot", options)
+sevens = guidekit.make("fewshot", head=folder / "head", label="7")
 guided = guidekit.sample(denoiser, Condition(), [sevens], seeds=range(4), steps=steps).finish()
 unguided = guidekit.sample(denoiser, Condition(), seeds=range(4), steps=steps).finish()
 first, last = guided.account.first_and_last("fewshot")

@@ -10,7 +10,6 @@ import torch
 
 import guidekit
 from guidekit import Condition, Segment, box_mask
-from guidekit.registry import Registry
 
 model = sys.argv[1] if len(sys.argv) > 1 else "scenes"
 steps = int(sys.argv[2]) if len(sys.argv) > 2 else 30
@@ -28,8 +27,7 @@ condition = Condition(
 )
 
 # %% Guidance: ZestGuide and Paint-with-Words together, then nothing
-plugins = Registry()
-guidances = [plugins.make_guidance("pww", {}), plugins.make_guidance("zest", {})]
+guidances = ["pww", "zest"]
 options = {"seeds": range(4), "steps": steps, "cfg": 4.0}
 guided = guidekit.sample(pipeline, condition, guidances, **options).finish()
 unguided = guidekit.sample(pipeline, condition, **options).finish()

@@ -14,10 +14,14 @@ import torch
 
 import guidekit
 from guidekit import Condition, Reference, load_reference
-from guidekit.registry import Registry
-from guidekit.semantica import adapter_train, train
-from guidekit.semantica.sources import scene_items
-from guidekit.train.loop import Loop, Options
+from guidekit.semantica import (
+    AdapterOptions,
+    SemanticaOptions,
+    adapter_task,
+    scene_items,
+    semantica_task,
+)
+from guidekit.train import Loop, Options
 
 backbone = sys.argv[1] if len(sys.argv) > 1 else "scenes"
 steps = int(sys.argv[2]) if len(sys.argv) > 2 else 2000
@@ -32,9 +36,9 @@ for item in scene_items(pages=20, per_page=4, size=64):
 # For img2dataset's shards: source="shards", data="shards/", page="page_url". For DINOv2 the paper
 # keeps cosines from 0.3 to 0.9; other encoders have another scale and keep all between the lowest
 # and the highest 2% of pairs. low and high, or quantiles, say otherwise.
-options = train.SemanticaOptions(variant="tiny", source="folder", data="mine", encoder=encoder)
+options = SemanticaOptions(variant="tiny", source="folder", data="mine", encoder=encoder)
 loop = Loop(
-    train.make(options, Path("runs/mine"), 32),
+    semantica_task(options, Path("runs/mine"), 32),
     Options(
         steps=steps,
         batch=16,
@@ -54,9 +58,8 @@ print("histogram of the filter: runs/mine/filter/histogram.png")
 
 # %% Another picture like a reference; on the command line
 # guidekit sample --model runs/mine/model --plugin semantica --image ref.png
-registry = Registry()
 reference = Reference(item.open())
-semantica = registry.make_guidance("semantica", {"w": 0.5})
+semantica = guidekit.make("semantica", w=0.5)
 model = guidekit.load("runs/mine/model")
 images = guidekit.draw(model, Condition(image=reference), [semantica], seeds=range(2), steps=4)
 print(f"drew {len(images)} pictures of {images.shape[-1]}x{images.shape[-2]}")
@@ -70,18 +73,16 @@ images = guidekit.draw(model, conditions, [semantica], seeds=range(6), steps=4)
 print(f"a data set of {len(images)} pictures in {len(names)} classes")
 
 # %% Image tokens beside the words of a text-to-image backbone, trained on the same pages
-adapter = adapter_train.AdapterOptions(
-    backbone=backbone, source="folder", data="mine", encoder=encoder
-)
+adapter = AdapterOptions(backbone=backbone, source="folder", data="mine", encoder=encoder)
 loop = Loop(
-    adapter_train.make(adapter, Path("runs/adapter"), 64),
+    adapter_task(adapter, Path("runs/adapter"), 64),
     Options(steps=steps, batch=8, lr=1e-4, log_every=1),
     Path("runs/adapter/train"),
     quiet=True,
 )
 loop.run()
 loop.export(Path("runs/adapter/model"))
-follow = registry.make_guidance("semantica", {"adapter": "runs/adapter/model"})
+follow = guidekit.make("semantica", adapter="runs/adapter/model")
 text = Condition("a red circle on a white background", image=reference)
 images = guidekit.draw(guidekit.load(backbone), text, [follow], seeds=(0,), steps=4)
 print(f"with words and picture: {tuple(images.shape)}, {torch.isfinite(images).all()}")

@@ -8,7 +8,6 @@ import sys
 
 import guidekit
 from guidekit import Condition, Segment, box_mask
-from guidekit.registry import Registry
 
 model = sys.argv[1] if len(sys.argv) > 1 else "scenes"
 steps = int(sys.argv[2]) if len(sys.argv) > 2 else 20
@@ -24,7 +23,7 @@ condition = Condition(
 
 def draw(label: str, seed: int = 0, **options) -> guidekit.Sampling:
     """Draws one picture and prints Zest's energy at its first and last guided step."""
-    zest = Registry().make_guidance("zest", options)
+    zest = guidekit.make("zest", **options)
     run = guidekit.sample(pipeline, condition, [zest], seeds=[seed], steps=steps, cfg=4.0).finish()
     first, last = run.account.first_and_last("zest")
     print(f"{label:24} energy {first:.3f} -> {last:.3f}")

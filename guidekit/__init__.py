@@ -36,12 +36,13 @@ _HOME = {
     "Step": "step",
     "attach": "attached",
     "average_maps": "reads",
-    "box_mask": "conditions",
+    "box_mask": "masks",
     "draw": "sampler",
     "level": "noise",
-    "load": "backbones.loading",
-    "load_layout": "conditions",
-    "load_mask": "conditions",
+    "load": "inputs",
+    "make": "inputs",
+    "load_layout": "layouts",
+    "load_mask": "masks",
     "load_reference": "references",
     "sample": "sampler",
     "tap_attention": "taps",
@@ -56,12 +57,13 @@ if TYPE_CHECKING:
     from guidekit.attention.call import AttentionCall
     from guidekit.attention.maps import token_maps
     from guidekit.backbones.denoiser import Denoiser
-    from guidekit.backbones.loading import load
     from guidekit.branches import Branch
-    from guidekit.conditions import Condition, Segment, box_mask
+    from guidekit.conditions import Condition, Segment
     from guidekit.errors import GuidekitError
     from guidekit.guidance import Guidance
-    from guidekit.layouts import load_layout, load_mask
+    from guidekit.inputs import load, make
+    from guidekit.layouts import load_layout
+    from guidekit.masks import box_mask, load_mask
     from guidekit.noise import Level, Move, level
     from guidekit.perturbed import Perturbed
     from guidekit.reads import AttentionRead, Eval, FeatureRead, average_maps

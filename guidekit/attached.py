@@ -33,6 +33,7 @@ from guidekit.conditions import Condition, Layouts, spread_layouts, with_prompts
 from guidekit.engine.engine import Engine
 from guidekit.errors import GuidekitError
 from guidekit.guidance import Guidance
+from guidekit.inputs import as_guidances
 from guidekit.run import Run
 from guidekit.step import Step
 from guidekit.taps import Patch
@@ -43,7 +44,7 @@ _ATTACHED: "weakref.WeakSet[nn.Module]" = weakref.WeakSet()  # denoisers, shared
 @contextlib.contextmanager
 def attach(
     pipe: DiffusionPipeline,
-    guidances: Sequence[Guidance],
+    guidances: Guidance | str | Sequence[Guidance | str],
     *,
     segments: Layouts = (),
     seeds: Sequence[int] | None = None,
@@ -88,7 +89,8 @@ class Attached:
         cfg: float | None,
         options: dict[str, Any],
     ):
-        self.pipe, self.guidances = pipe, [g for g in guidances if g.scale != 0]
+        self.pipe = pipe
+        self.guidances = [g for g in as_guidances(guidances, pipe) if g.scale != 0]
         self.segments, self.seeds, self.cfg, self.options = segments, seeds, cfg, options
         self.run: Run | None = None
         self.step: Step | None = None  # the latest guided one

@@ -5,18 +5,19 @@ from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from guidekit.errors import GuidekitError
-from guidekit.references import Reference
+from guidekit.masks import as_mask, resize_mask
+from guidekit.references import Reference, as_reference
 
 
 @dataclass(frozen=True)
 class Segment:
     """A phrase of the prompt and the place where it should appear.
 
-    mask: `(H, W)` in [0, 1], any size, soft edges allowed; it is resized with the picture.
+    mask: `(H, W)` in [0, 1], any size, soft edges allowed, resized with the image; also given as an
+    array, an image, the path of one, or a box (left, top, right, bottom) in fractions.
     strength: factor on what a guidance does for this segment.
     prompt, negative: texts of the region for methods that denoise it by itself (MultiDiffusion);
     the default prompt is the phrase.
@@ -33,6 +34,11 @@ class Segment:
     box: tuple[float, ...] | None = None  # where the mask came from, if from a box
 
     def __post_init__(self):
+        if not isinstance(self.phrase, str):
+            raise GuidekitError(f"a segment's phrase is a text, not {type(self.phrase).__name__}")
+        mask, box = as_mask(self.mask)
+        object.__setattr__(self, "mask", mask)
+        object.__setattr__(self, "box", box if self.box is None else self.box)
         where = f"segment {self.phrase!r}"
         if not self.phrase.strip():
             raise GuidekitError("a segment has an empty phrase; name words of the prompt")
@@ -58,7 +64,26 @@ class Condition:
     negative: str = ""
     segments: tuple[Segment, ...] = field(default=())
     label: int | None = None  # of models that are conditioned on classes
-    image: Reference | None = None  # a picture to follow
+    image: Reference | None = None  # an image to follow; also given as one of PIL, or a path
+
+    def __post_init__(self):
+        for name in ("prompt", "negative"):
+            if not isinstance(value := getattr(self, name), str):
+                raise GuidekitError(f"a condition's {name} is a text, not {type(value).__name__}")
+        if self.label is not None and (
+            isinstance(self.label, bool) or not isinstance(self.label, int)
+        ):
+            raise GuidekitError(f"a condition's label is a whole number, not {self.label!r}")
+        segments = (self.segments,) if isinstance(self.segments, Segment) else self.segments
+        for segment in segments:
+            if not isinstance(segment, Segment):
+                raise GuidekitError(
+                    "a condition's segments are guidekit.Segment(phrase, mask), not "
+                    f"{type(segment).__name__}"
+                )
+        object.__setattr__(self, "segments", tuple(segments))
+        if self.image is not None:
+            object.__setattr__(self, "image", as_reference(self.image))
 
     @property
     def content(self) -> str | int:
@@ -101,31 +126,6 @@ def with_prompts(layout: Condition, prompt: str, negative: str) -> Condition:
 
 def _range(x: Tensor) -> str:
     return f"{float(x.min()):g} to {float(x.max()):g}"
-
-
-def box_mask(box: tuple[float, float, float, float], size: int = 256) -> Tensor:
-    """Mask `(size, size)` of the box left, top, right, bottom in fractions of the picture.
-
-    Pixels that the box cuts get the share that it covers. Raises GuidekitError for a box that is
-    inverted, empty or outside the picture.
-    """
-    left, top, right, bottom = box
-    if not all(np.isfinite(box)) or not (0 <= left < right <= 1 and 0 <= top < bottom <= 1):
-        raise GuidekitError(
-            f"box {','.join(f'{b:g}' for b in box)}: give left,top,right,bottom as fractions with "
-            "0 <= left < right <= 1 and 0 <= top < bottom <= 1"
-        )
-    edges = torch.arange(size + 1, dtype=torch.float64) / size
-
-    def cover(low: float, high: float) -> Tensor:
-        return (edges[1:].clamp(max=high) - edges[:-1].clamp(min=low)).clamp(min=0) * size
-
-    return (cover(top, bottom)[:, None] * cover(left, right)[None]).float()
-
-
-def resize_mask(mask: Tensor, height: int, width: int) -> Tensor:
-    """Mask `(H, W)` to `(height, width)`: the mean over each target pixel (soft targets, R8)."""
-    return F.interpolate(mask[None, None].float(), (height, width), mode="area")[0, 0]
 
 
 def segment_masks(conditions: list[Condition], height: int, width: int) -> Tensor:

@@ -15,8 +15,9 @@ from torch import Tensor
 
 from guidekit.attention.call import AttentionCall
 from guidekit.branches import Branch
-from guidekit.conditions import Condition, Segment, box_mask
+from guidekit.conditions import Condition, Segment
 from guidekit.errors import GuidekitError
+from guidekit.masks import box_mask
 from guidekit.options import convert, option_kinds
 from guidekit.run import Run
 from guidekit.step import Step
@@ -34,6 +35,9 @@ class Guidance:
     once, the same from Python, TOML and the command line. Raises GuidekitError for a wrong one.
     """
 
+    #: Names of the options that were given when it was made; the others are defaults.
+    given: ClassVar[frozenset[str]] = frozenset()
+
     scale: float = 1.0  # strength; 0 switches it off
     start: float = 0.0  # fraction of the steps, from the noisy end, at which it begins
     stop: float = 1.0  # fraction of the steps at which it ends
@@ -41,6 +45,8 @@ class Guidance:
     #: What the energy reads: "attention" or "features" of the conditional branch, "x0" of the
     #: combined prediction, "input" only z itself (no graph of the backbone is built).
     graph: ClassVar[Graph] = "x0"
+    #: The plugin's name, for objects that are made of the class; default the class's in small.
+    plugin: ClassVar[str] = ""
     #: Whether the method needs the own loop: repeats, accept or its own start.
     own_loop: ClassVar[bool] = False
     #: What it needs of a model: "text", tokens that pixels attend to; "cross-attention",
@@ -60,7 +66,7 @@ class Guidance:
     def __new__(cls, *args: Any, **given: Any) -> Self:
         """Notes which options were given, so that a preset overrides none of them."""
         made = super().__new__(cls)
-        made._given = frozenset(given)
+        made.given = frozenset(given)
         return made
 
     def __post_init__(self):
@@ -83,7 +89,7 @@ class Guidance:
             there = ", ".join(self.presets)
             raise GuidekitError(f"{self.name} has no preset {preset!r}; it has {there}")
         for name, value in self.presets.get(preset, {}).items():
-            if name not in self._given:
+            if name not in self.given:
                 setattr(self, name, value)
 
     def check_contract(self) -> None:
@@ -106,7 +112,7 @@ class Guidance:
     @property
     def name(self) -> str:
         """The plugin's name in messages and in run.json; the registry sets it."""
-        return getattr(self, "_name", type(self).__name__.lower())
+        return getattr(self, "_name", "") or self.plugin or type(self).__name__.lower()
 
     def active(self, frac: float) -> bool:
         """Whether it acts at the step that begins after the fraction `frac` of all steps."""

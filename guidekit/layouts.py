@@ -8,22 +8,10 @@ import torch
 from PIL import Image, ImageColor
 from torch import Tensor
 
-from guidekit.conditions import Condition, Segment, box_mask
+from guidekit.conditions import Condition, Segment
 from guidekit.errors import GuidekitError
 from guidekit.images import PICTURE_ERRORS
-
-
-def load_mask(path: str | Path) -> Tensor:
-    """Mask `(H, W)` in [0, 1] from a grey picture; of one with transparency, its opacity."""
-    try:
-        with Image.open(path) as image:
-            image.load()
-            channel = image.getchannel("A") if "A" in image.getbands() else image.convert("L")
-            return torch.from_numpy(np.array(channel)).float() / 255
-    except FileNotFoundError:
-        raise GuidekitError(f"mask {path}: no such file") from None
-    except PICTURE_ERRORS as error:
-        raise GuidekitError(f"mask {path}: not a readable picture ({error})") from None
+from guidekit.masks import box_mask, load_mask
 
 
 def parse_segment(text: str) -> Segment:

@@ -34,6 +34,23 @@ class Reference:
         return to_pixels(square(self.picture, size))
 
 
+def as_reference(value: object) -> Reference:
+    """A reference of whatever a user gives for one: itself, an image, the path of one.
+
+    Raises GuidekitError for anything else.
+    """
+    if isinstance(value, Reference):
+        return value
+    if isinstance(value, Image.Image):
+        return Reference(upright(value))
+    if isinstance(value, str | Path):
+        return load_reference(value)
+    raise GuidekitError(
+        f"a reference is an image, the path of one, or guidekit.Reference, not "
+        f"{type(value).__name__}"
+    )
+
+
 def load_reference(path: str | Path) -> Reference:
     """A reference from a picture file; ValueError that says what is wrong with it.
 

@@ -6,7 +6,7 @@ for bit.
 
 import copy
 import inspect
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import torch
 from diffusers import DiffusionPipeline
@@ -18,34 +18,39 @@ from guidekit.conditions import Condition
 from guidekit.engine.engine import Engine
 from guidekit.errors import GuidekitError
 from guidekit.guidance import Guidance
+from guidekit.inputs import as_conditions, as_denoiser, as_guidances, as_scheduler, tuned
 from guidekit.noise import is_flow
 from guidekit.run import Run
-from guidekit.seeds import derived_seed
+from guidekit.seeds import as_seeds, derived_seed
 from guidekit.step import Step
+
+STEPS = 50  # where neither the user nor the model says
 
 
 class Sampling:
     """One batch of pictures being drawn: iterate over its steps, then read `images`.
 
-    denoiser: a Denoiser or a live pipeline. conditions: one for all pictures or one per seed.
-    seeds: one picture each; a picture does not depend on its batch. cfg: diffusers' guidance
-    scale, 1 for none, default the family's (1 without a condition). embedded_cfg: the scale that
-    distilled models take as an input (Flux), default the pipeline's. eta: DDIM's noise. scheduler:
-    an instance to copy, by default the pipeline's. memory: "fast", or "low" for gradient
-    checkpointing. nonfinite: "raise" or "zero" for gradients that are not finite. attention: eager
-    | sdpa | triton | xformers.
+    denoiser: a Denoiser, a live pipeline or a model's name. conditions: one for all images or one
+    per seed; a text is a prompt, a number a class. guidances: objects or plugins' names. seeds: one
+    image each, a number, several or a text such as 0-7; an image does not depend on its batch.
+    steps, cfg and options of guidances that are not given are those tuned for a built-in model.
+    cfg: diffusers' guidance scale, 1 for none, default the family's (1 without a condition).
+    embedded_cfg: the scale that distilled models take as an input (Flux), default the pipeline's.
+    eta: DDIM's noise. scheduler: an instance to copy or a name, by default the pipeline's. memory:
+    "fast", or "low" for gradient checkpointing. nonfinite: "raise" or "zero" for gradients that are
+    not finite. attention: eager | sdpa | triton | xformers.
 
     Raises GuidekitError for settings that cannot work, before anything is computed.
     """
 
     def __init__(
         self,
-        denoiser: Denoiser | DiffusionPipeline,
-        conditions: Condition | Sequence[Condition],
-        guidances: Sequence[Guidance] = (),
+        denoiser: Denoiser | DiffusionPipeline | str,
+        conditions: Condition | str | int | Sequence[Condition | str | int],
+        guidances: Guidance | str | Sequence[Guidance | str] = (),
         *,
-        seeds: Sequence[int] = (0,),
-        steps: int = 50,
+        seeds: int | str | Iterable[int] = (0,),
+        steps: int | None = None,
         cfg: float | None = None,
         embedded_cfg: float | None = None,
         eta: float = 0.0,
@@ -56,19 +61,23 @@ class Sampling:
         nonfinite: str = "raise",
         attention: str | None = None,
     ):
-        if isinstance(denoiser, DiffusionPipeline):
-            denoiser = Denoiser(denoiser)
+        denoiser = as_denoiser(denoiser)
+        own, guidances = (
+            tuned(denoiser.pipeline),
+            as_guidances(guidances, denoiser.pipeline),
+        )
+        steps = own.get("steps", STEPS) if steps is None else steps
+        cfg = own.get("cfg") if cfg is None else cfg
         if embedded_cfg is not None:
             denoiser = denoiser.with_embedded_cfg(embedded_cfg)
         cfg = denoiser.cfg if cfg is None else cfg
-        self.denoiser, self.seeds = denoiser, list(seeds)
-        self.conditions = [denoiser.prepared(c) for c in _per_seed(conditions, self.seeds)]
+        self.denoiser, self.seeds = denoiser, list(as_seeds(seeds))
+        self.conditions = [denoiser.prepared(c) for c in as_conditions(conditions, len(self.seeds))]
         _check_numbers(steps, cfg=cfg, eta=eta, embedded_cfg=embedded_cfg or 0.0)
         denoiser.check_cfg(cfg)
         denoiser.check(self.conditions)
-        own = denoiser.pipeline.scheduler
-        scheduler = own if scheduler is None else scheduler
-        _check_scheduler(scheduler, own, steps)
+        scheduler = as_scheduler(scheduler, denoiser.pipeline)
+        _check_scheduler(scheduler, denoiser.pipeline.scheduler, steps)
         # Schedulers keep state from step to step; this run has its own.
         scheduler = type(scheduler).from_config(scheduler.config)
         shape = denoiser.latent_shape(height, width)
@@ -177,8 +186,8 @@ def draw(
     Where guidances reject pictures (`accept`), those are drawn again from seeds derived from their
     own, at most `tries` times in all; the last draw stays.
     """
-    seeds = list(seeds)
-    conditions = _per_seed(conditions, seeds)
+    denoiser, seeds = as_denoiser(denoiser), list(as_seeds(seeds))
+    conditions = as_conditions(conditions, len(seeds))
     images: list[Tensor | None] = [None] * len(seeds)
     left = list(range(len(seeds)))
     for attempt in range(tries):
@@ -203,19 +212,6 @@ def accepted(guidances: Sequence[Guidance], images: Tensor) -> Tensor:
     for guidance in guidances:
         kept &= guidance.accept(images).cpu()
     return kept
-
-
-def _per_seed(conditions: Condition | Sequence[Condition], seeds: list[int]) -> list[Condition]:
-    """One condition per seed."""
-    if not seeds:
-        raise GuidekitError("there are no seeds; give at least one")
-    if isinstance(conditions, Condition):
-        return [conditions] * len(seeds)
-    if len(conditions) != len(seeds):
-        raise GuidekitError(
-            f"{len(conditions)} conditions for {len(seeds)} seeds; give one per seed"
-        )
-    return list(conditions)
 
 
 def _check_numbers(steps: int, **numbers: float) -> None:

@@ -1,6 +1,7 @@
 """Seeds: as people write them, and derived from a seed and a name."""
 
 import hashlib
+import operator
 import re
 import typing
 
@@ -21,6 +22,22 @@ def parse_seeds(text: str) -> tuple[int, ...]:
             )
         seeds += range(first, last + 1)
     return check_seeds(seeds)
+
+
+def as_seeds(given: object) -> tuple[int, ...]:
+    """Seeds of a number, a text such as 0-7, or several numbers.
+
+    Raises GuidekitError for none, for one that occurs twice and for what is no seed.
+    """
+    if isinstance(given, str):
+        return parse_seeds(given)
+    numbers = (given,) if isinstance(given, int) else given
+    try:
+        return check_seeds([operator.index(seed) for seed in numbers])
+    except TypeError:
+        raise GuidekitError(
+            f"seeds are whole numbers, or a text such as 0-7, not {given!r}"
+        ) from None
 
 
 def check_seeds(seeds: typing.Sequence[int]) -> tuple[int, ...]:

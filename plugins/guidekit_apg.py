@@ -25,6 +25,8 @@ class AdaptiveProjected(Guidance):
     multiply the output (cfg.rescale) are best named after it.
     """
 
+    plugin = "apg"
+
     scale: float = 1.0  # 1 on, 0 off
     momentum: float = -0.5  # beta, of the differences of earlier steps
     bound: float = 15.0  # r, largest L2 norm of the difference in x0; 0 is none

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from guidekit import BlockCall, Branch, GuidekitError, Perturbed, Run, Step, hookimpl
-from guidekit.perturbed import layers
+from guidekit.toolbox import layers
 
 
 @dataclass(kw_only=True)

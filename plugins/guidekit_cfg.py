@@ -24,6 +24,8 @@ class ClassifierFree(Guidance):
     the scale from the conditional branch, and rescaling sees each of their groups.
     """
 
+    plugin = "cfg"
+
     scale: float = 1.0  # 1 on, 0 off; the strength is cfg_scale
     cfg_scale: float = 0.0  # diffusers' guidance scale; 0 is the run's
     rescale: float = 0.0  # phi: share of the output that has the conditional one's contrast

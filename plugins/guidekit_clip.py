@@ -20,7 +20,7 @@ from guidekit import Guidance, GuidekitError, Run, Step, hookimpl
 from guidekit.noisy_clip.files import load_clip
 from guidekit.noisy_clip.miniature import random_encoder
 from guidekit.noisy_clip.model import CleanClip, NoisyClip, Seen, is_noisy
-from guidekit.references import read_references
+from guidekit.toolbox import read_references
 
 RANDOM = "random"  # the name of a tiny encoder that nobody trained
 

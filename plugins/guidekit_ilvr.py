@@ -13,8 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from guidekit import Guidance, GuidekitError, Run, Step, hookimpl
-from guidekit.backbones.loading import schedulers_for
-from guidekit.references import read_references
+from guidekit.toolbox import read_references, schedulers_for
 
 # Schedulers by --scheduler's name whose every step starts from the sample that it is given.
 READERS = {

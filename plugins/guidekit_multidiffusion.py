@@ -18,8 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from guidekit import Branch, Condition, Guidance, GuidekitError, Run, Segment, Step, hookimpl
-from guidekit.conditions import require_segments
-from guidekit.seeds import derived_seed
+from guidekit.toolbox import derived_seed, require_segments
 
 BACKGROUNDS = 20  # one-coloured pictures to draw from, as in the released code
 

@@ -10,12 +10,14 @@ StableDiffusion3PAGPipeline.
 from dataclasses import dataclass
 
 from guidekit import AttentionCall, Branch, Perturbed, Run, Step, hookimpl
-from guidekit.perturbed import pixel_rows
+from guidekit.toolbox import pixel_rows
 
 
 @dataclass(kw_only=True)
 class PerturbedAttention(Perturbed):
     """Pushes away from the output under identity self-attention."""
+
+    plugin = "pag"
 
     scale: float = 3.0  # s, added to classifier-free guidance
     sites: tuple[str, ...] = ()  # wildcards of self-attention; none is the middle of the model

@@ -14,8 +14,7 @@ import torch
 from torch import Tensor
 
 from guidekit import AttentionCall, Branch, Guidance, GuidekitError, Level, Run, Step, hookimpl
-from guidekit.backbones.tokens import segment_weights
-from guidekit.conditions import require_segments, segment_masks, segment_strengths
+from guidekit.toolbox import require_segments, segment_masks, segment_strengths, segment_weights
 
 
 @dataclass(kw_only=True)
@@ -24,6 +23,8 @@ class PaintWithWords(Guidance):
 
     It builds no graph: a gradient method beside it sees the bias as a constant.
     """
+
+    plugin = "pww"
 
     scale: float = 0.4  # w'
     sites: tuple[str, ...] = ()  # wildcards; none is every module where pixels read text

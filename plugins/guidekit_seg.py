@@ -16,12 +16,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from guidekit import AttentionCall, Branch, GuidekitError, Perturbed, Run, Step, hookimpl
-from guidekit.perturbed import pixel_rows
+from guidekit.toolbox import pixel_rows
 
 
 @dataclass(kw_only=True)
 class SmoothedEnergy(Perturbed):
     """Pushes away from the output under blurred self-attention."""
+
+    plugin = "seg"
 
     scale: float = 3.0  # gamma, added to classifier-free guidance
     blur: float | None = None  # standard deviation in pixels of the site; none is infinite, a mean

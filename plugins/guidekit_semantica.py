@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING, ClassVar
 
 import torch
 from PIL import Image
-from safetensors import SafetensorError
 from torch import Tensor
 
 from guidekit import (
@@ -28,15 +27,16 @@ from guidekit import (
     hookimpl,
     load_reference,
 )
-from guidekit.backbones.loading import LOAD_ERRORS
-from guidekit.images import to_image
-from guidekit.references import square
-from guidekit.semantica.adapter import SITES, load_adapter, random_adapter
-from guidekit.zoo.shipped import ZOO
+from guidekit.semantica.adapter import (
+    SITES,
+    load_adapter,
+    load_clip_tower,
+    random_adapter,
+    settled_encoder,
+)
+from guidekit.toolbox import square, to_image
 
 if TYPE_CHECKING:
-    from transformers import CLIPVisionModelWithProjection
-
     from guidekit.semantica.encode import ImageEncoder
 
 RANDOM = "random"  # the name of an adapter that nobody trained
@@ -59,7 +59,7 @@ class Semantica(Guidance):
             raise GuidekitError(
                 f"{self.name}.w is a finite guidance factor of at least 0, not {self.w}"
             )
-        self.encoder = _settled(self.encoder)
+        self.encoder = settled_encoder(self.encoder)
 
     @property
     def needs(self) -> tuple[str, ...]:
@@ -128,7 +128,7 @@ class Semantica(Guidance):
                 f"{self.name}.encoder to the folder of its CLIPVisionModelWithProjection"
             )
         if published:
-            return self._clip(_load_clip(Path(name), f"{self.name}.encoder"), references)
+            return self._clip(load_clip_tower(Path(name), f"{self.name}.encoder"), references)
         states = _tokens(load_encoder(name), references)
         return states, torch.zeros_like(states)
 
@@ -197,35 +197,6 @@ def _opaque(picture: Image.Image) -> Image.Image:
     if not picture.has_transparency_data:
         return picture.convert("RGB")
     return to_image(square(picture, min(picture.size)) / 255)
-
-
-def _settled(encoder: str) -> str:
-    """An encoder's name; a folder's is made absolute, so that run.json holds from anywhere."""
-    built_in = (ZOO / encoder / "open_clip_config.json").exists()  # those come first, as in loading
-    folder = encoder and not built_in and Path(encoder).is_dir()
-    return str(Path(encoder).resolve()) if folder else encoder
-
-
-def _load_clip(folder: Path, option: str) -> "CLIPVisionModelWithProjection":
-    """A saved picture tower of CLIP; ValueError that names the folder, and others beside it."""
-    from transformers import CLIPVisionModelWithProjection
-
-    remedy = "give the folder of a CLIPVisionModelWithProjection with safetensors"
-    if not (folder / "config.json").exists():
-        others = sorted(p.parent.name for p in folder.parent.glob("*/config.json"))
-        beside = f"; in {folder.parent.resolve()} there are {', '.join(others)}" if others else ""
-        wrong = "has no config.json" if folder.is_dir() else "is no folder"
-        raise GuidekitError(f"{option} {folder} {wrong}; {remedy}{beside}")
-    try:
-        encoder, found = CLIPVisionModelWithProjection.from_pretrained(
-            folder, use_safetensors=True, output_loading_info=True
-        )
-    except (*LOAD_ERRORS, SafetensorError) as error:
-        first = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise GuidekitError(f"{option} {folder} cannot be loaded: {first}; {remedy}") from None
-    if missing := found["missing_keys"]:  # transformers leaves them random
-        raise GuidekitError(f"{option} {folder} lacks {min(missing)}; {remedy}")
-    return encoder
 
 
 @hookimpl

@@ -14,6 +14,8 @@ from guidekit import BlockCall, Branch, Perturbed, Run, Step, hookimpl
 class SkipLayer(Perturbed):
     """Pushes away from the output with blocks skipped."""
 
+    plugin = "slg"
+
     scale: float = 2.8  # added to classifier-free guidance
     start: float = 0.01  # fraction of the steps at which it begins
     stop: float = 0.2  # fraction of the steps at which it ends

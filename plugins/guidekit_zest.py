@@ -15,8 +15,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from guidekit import AttentionRead, Guidance, GuidekitError, Run, Step, average_maps, hookimpl
-from guidekit.backbones.tokens import real_tokens, segment_weights
-from guidekit.conditions import require_segments, segment_masks, segment_strengths
+from guidekit.toolbox import (
+    real_tokens,
+    require_segments,
+    segment_masks,
+    segment_strengths,
+    segment_weights,
+)
 
 # What differs from the paper's method, by the name of the released configuration. `paper` is the
 # method of its Table 1 and needs the plugin `pww` beside this one.

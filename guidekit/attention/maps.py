@@ -136,3 +136,16 @@ def masked(logits: Tensor, mask: Tensor | None) -> Tensor:
     if mask.dtype == torch.bool:
         return logits.masked_fill(~mask, float("-inf"))
     return logits + mask.to(logits.dtype)
+
+
+def probabilities(
+    query: Tensor, key: Tensor, mask: Tensor | None = None, scale: float | None = None
+) -> Tensor:
+    """The attention probabilities (B, H, N, T) of a call, for self-attention maps of small grids.
+
+    query (B, H, N, d), key (B, H, T, d); mask boolean or additive. In fp32 or better, without
+    gradient tricks: all of P is kept, so read few sites. For maps of chosen keys see `token_maps`.
+    """
+    scale = query.shape[-1] ** -0.5 if scale is None else scale
+    logits, _, _ = logits_of(query, key, mask, scale, slice(0, query.shape[1]), slice(None))
+    return logits.softmax(-1)

@@ -45,12 +45,6 @@ def built_in() -> list[str]:
     return sorted(p.parent.name for p in ZOO.glob("*/model_index.json"))
 
 
-def model_defaults(name: str) -> dict:
-    """A built-in's tuned settings: `steps`, `cfg`, and `plugin` tables; empty for other models."""
-    path = ZOO / name / "defaults.json"
-    return json.loads(path.read_text()) if path.exists() else {}
-
-
 def load(
     name: str,
     device: str | None = None,

@@ -135,11 +135,11 @@ def augment(
     """Write a folder of accepted, generated pictures per class."""
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise GuidekitError(f"{out} exists; choose another --out")
-    from guidekit.backbones.loading import model_defaults
     from guidekit.heads import load_head
     from guidekit.heads.augment import augment as harvest
     from guidekit.options import parse_setting
     from guidekit.registry import Registry
+    from guidekit.zoo.shipped import model_defaults
 
     registry, denoiser = Registry(), _denoiser(model, device)
     found = load_head(head, denoiser)

@@ -3,13 +3,14 @@
 from dataclasses import replace
 from typing import Any
 
-from guidekit.backbones.loading import model_defaults
 from guidekit.cli.settings import Settings
-from guidekit.conditions import Condition, Segment, box_mask
+from guidekit.conditions import Condition, Segment
 from guidekit.errors import GuidekitError
 from guidekit.layouts import load_layout, parse_layout, parse_segment
+from guidekit.masks import box_mask
 from guidekit.references import load_reference
 from guidekit.registry import Registry
+from guidekit.zoo.shipped import model_defaults
 
 DEFAULTS = {"cfg": None, "steps": 50, "plugin": {}}
 PROMPT = "a red circle and a blue square on a white background"

@@ -4,9 +4,19 @@ Graikos, Yellapragada, Samaras: Conditional generation from unconditional diffus
 denoiser representations, BMVC 2023, arXiv:2306.01900.
 """
 
+from guidekit.heads.augment import accepted_pictures
 from guidekit.heads.data import Examples, read_examples
 from guidekit.heads.features import Reading
 from guidekit.heads.fit import FitOptions, fit
 from guidekit.heads.head import Head, load_head
 
-__all__ = ["Examples", "FitOptions", "Head", "Reading", "fit", "load_head", "read_examples"]
+__all__ = [
+    "Examples",
+    "FitOptions",
+    "Head",
+    "Reading",
+    "accepted_pictures",
+    "fit",
+    "load_head",
+    "read_examples",
+]

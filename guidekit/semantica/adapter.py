@@ -8,6 +8,7 @@ import contextlib
 from collections.abc import Iterator
 from pathlib import Path
 from textwrap import shorten
+from typing import Any
 
 import torch
 from diffusers import ConfigMixin, ModelMixin, UNet2DConditionModel
@@ -21,6 +22,7 @@ from guidekit.backbones.loading import LOAD_ERRORS
 from guidekit.errors import GuidekitError
 from guidekit.taps import find_sites, tap_attention
 from guidekit.testing.miniatures import randomised
+from guidekit.zoo.shipped import ZOO
 
 SITES = "*.attn2"
 # Of published projections: the key that tells the kind.
@@ -227,3 +229,32 @@ def _out_width(projection: nn.Module) -> int:
     """Channels of the tokens that a projection makes."""
     with torch.no_grad():
         return projection(torch.zeros(1, 1, _in_width(projection))).shape[-1]
+
+
+def settled_encoder(encoder: str) -> str:
+    """An encoder's name; a folder's is made absolute, so that run.json holds from anywhere."""
+    built_in = (ZOO / encoder / "open_clip_config.json").exists()  # those come first, as in loading
+    folder = encoder and not built_in and Path(encoder).is_dir()
+    return str(Path(encoder).resolve()) if folder else encoder
+
+
+def load_clip_tower(folder: Path, option: str) -> Any:
+    """A saved picture tower of CLIP; ValueError that names the folder, and others beside it."""
+    from transformers import CLIPVisionModelWithProjection
+
+    remedy = "give the folder of a CLIPVisionModelWithProjection with safetensors"
+    if not (folder / "config.json").exists():
+        others = sorted(p.parent.name for p in folder.parent.glob("*/config.json"))
+        beside = f"; in {folder.parent.resolve()} there are {', '.join(others)}" if others else ""
+        wrong = "has no config.json" if folder.is_dir() else "is no folder"
+        raise GuidekitError(f"{option} {folder} {wrong}; {remedy}{beside}")
+    try:
+        encoder, found = CLIPVisionModelWithProjection.from_pretrained(
+            folder, use_safetensors=True, output_loading_info=True
+        )
+    except (*LOAD_ERRORS, SafetensorError) as error:
+        first = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise GuidekitError(f"{option} {folder} cannot be loaded: {first}; {remedy}") from None
+    if missing := found["missing_keys"]:  # transformers leaves them random
+        raise GuidekitError(f"{option} {folder} lacks {min(missing)}; {remedy}")
+    return encoder

@@ -6,12 +6,29 @@
 import hashlib
 import json
 from pathlib import Path
+from typing import Any
 
 ZOO = Path(__file__).parent
 REPAIR = (
     "reinstall guidekit (pip install --force-reinstall --no-deps guidekit), or in a checkout: "
     "git restore guidekit/zoo"
 )
+
+
+def model_defaults(name: str) -> dict[str, Any]:
+    """A built-in's tuned settings: `steps`, `cfg`, and `plugin` tables; empty for other models."""
+    path = ZOO / name / "defaults.json"
+    return json.loads(path.read_text()) if path.exists() else {}
+
+
+def tuned_for(plugin: str) -> dict[str, dict[str, Any]]:
+    """A plugin's tuned options by the built-in model that they are for."""
+    found = {path.parent.name: json.loads(path.read_text()) for path in ZOO.glob("*/defaults.json")}
+    return {
+        model: own["plugin"][plugin]
+        for model, own in sorted(found.items())
+        if plugin in own.get("plugin", {})
+    }
 
 
 def file_hashes(zoo: Path = ZOO) -> dict[str, dict[str, str]]:

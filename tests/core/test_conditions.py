@@ -10,13 +10,12 @@ from PIL import Image
 from guidekit.conditions import (
     Condition,
     Segment,
-    box_mask,
     require_segments,
-    resize_mask,
     segment_masks,
     segment_strengths,
 )
-from guidekit.layouts import load_layout, load_mask, parse_segment
+from guidekit.layouts import load_layout, parse_segment
+from guidekit.masks import box_mask, load_mask, resize_mask
 
 
 def test_box_covers_its_share_of_the_picture():

@@ -1,5 +1,6 @@
 """What the READMEs say exists: every hook with its arguments, every command with its flags."""
 
+import ast
 import inspect
 import re
 import shlex
@@ -8,19 +9,16 @@ from pathlib import Path
 import click
 import pytest
 
-from guidekit import Guidance, hookspecs
+from guidekit import Guidance, guidance, hookspecs
 from guidekit.cli.main import main
+from guidekit.run import Run
 from guidekit.step import Step
 from guidekit.testing import CHECKS
 
 ROOT = Path(__file__).parents[2]
 GUIDE = (ROOT / "plugins" / "README.md").read_text()
 READMES = [ROOT / "README.md", ROOT / "plugins" / "README.md", *ROOT.glob("examples/*/README.md")]
-HOOKS = {
-    name: inspect.signature(getattr(Guidance, name))
-    for name, value in vars(Guidance).items()
-    if not name.startswith("_") and (inspect.isfunction(value) or isinstance(value, classmethod))
-}
+HOOKS = {name: inspect.signature(getattr(Guidance, name)) for name in guidance.HOOKS}
 SPECS = {
     name: inspect.signature(value)
     for name, value in vars(hookspecs).items()
@@ -76,6 +74,19 @@ def test_what_a_step_knows_is_there():
     source = inspect.getsource(Step)
     for name in set(re.findall(r"`step\.(\w+)", GUIDE)):
         assert f"self.{name}" in source or f"def {name}(" in source, name
+
+
+@pytest.mark.parametrize(("cls", "word"), [(Step, "step"), (Run, "run")])
+def test_all_that_a_step_and_a_run_show_is_in_the_tables(cls, word):
+    source = ast.parse(inspect.cleandoc(inspect.getsource(cls.__init__)))
+    assigned = {
+        node.attr
+        for node in ast.walk(source)
+        if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Store)
+    }
+    shown = {name for name in {*assigned, *vars(cls)} if not name.startswith("_")}
+    assert len(shown) > 10
+    assert not [name for name in sorted(shown) if f"`{word}.{name}" not in GUIDE]
 
 
 @pytest.mark.parametrize("readme", READMES, ids=lambda path: path.parent.name)

@@ -1,6 +1,8 @@
 """What import-linter cannot see: kernels know nothing of guidekit, plugins only public modules."""
 
 import ast
+import importlib
+import re
 from pathlib import Path
 
 import pytest
@@ -26,18 +28,59 @@ def test_kernels_do_not_import_guidekit(path):
     assert not {m for m in _imports(path) if m.split(".")[0] == "guidekit"}
 
 
+PROMISED = {"guidekit", "guidekit.toolbox", "guidekit.testing"}
+# What an implementation package shows by its own `__all__`.
+PACKAGES = {"guidekit.heads", "guidekit.semantica", "guidekit.train", "guidekit.worlds"}
+# Plugins whose method has a package of its own beside the core.
+IMPLEMENTATIONS = {
+    "guidekit_clip": "guidekit.noisy_clip",
+    "guidekit_fewshot": "guidekit.heads",
+    "guidekit_semantica": "guidekit.semantica",
+}
+
+
+def _own(modules):
+    return {m for m in modules if m.split(".")[0] == "guidekit"}
+
+
 @pytest.mark.parametrize("path", sorted((ROOT / "plugins").glob("*.py")), ids=lambda p: p.stem)
-def test_plugins_do_not_import_each_other_or_private_names(path):
-    own = path.stem
-    foreign = {m for m in _imports(path) if m.startswith("guidekit_") and m != own}
-    assert not foreign
-    names = [
+def test_plugins_import_what_is_promised_and_their_own_package(path):
+    modules = _imports(path)
+    assert not {m for m in modules if m.startswith("guidekit_") and m != path.stem}
+    own = IMPLEMENTATIONS.get(path.stem, "nothing")
+    others = {m for m in _own(modules) - PROMISED if f"{m}.".startswith(f"{own}.") is False}
+    assert not others
+    assert not [name for name in _names(path) if name.startswith("_")]
+
+
+def _names(path):
+    return [
         alias.name
         for node in ast.walk(ast.parse(path.read_text()))
         if isinstance(node, ast.ImportFrom) and node.module.startswith("guidekit")
         for alias in node.names
     ]
-    assert names and not [name for name in names if name.startswith("_")]
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "examples").rglob("*.py")), ids=lambda p: p.stem)
+def test_examples_import_what_is_promised(path):
+    assert _own(_imports(path)) <= PROMISED | PACKAGES
+
+
+DOCS = [ROOT / "README.md", ROOT / "plugins" / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+
+
+@pytest.mark.parametrize("path", DOCS, ids=lambda p: p.name)
+def test_docs_import_what_is_promised(path):
+    found = re.findall(r"^\s*(?:from|import) (guidekit[.\w]*)", path.read_text(), re.M)
+    assert _own(found) <= PROMISED | PACKAGES
+
+
+@pytest.mark.parametrize("module", sorted(PROMISED | PACKAGES))
+def test_every_promised_name_is_there(module):
+    package = importlib.import_module(module)
+    for name in getattr(package, "__all__", ()):
+        assert getattr(package, name) is not None
 
 
 def test_the_core_names_no_plugin():

@@ -12,7 +12,7 @@ from PIL.PngImagePlugin import PngInfo
 from safetensors.torch import save_file
 
 from guidekit.images import read_picture, upright
-from guidekit.layouts import load_mask
+from guidekit.masks import load_mask
 from guidekit.references import load_reference, load_references, square
 from guidekit.semantica import data, pairs
 from guidekit.semantica.data import Pages, write_pages

@@ -1,0 +1,54 @@
+"""What plugin authors may import beside `guidekit`: tokens, masks, sites, references, judges.
+
+These names are promised as those of `guidekit` are; everything else in the package may move.
+
+From a phrase to its tokens: `token_columns` finds the columns of a phrase in one prompt,
+`segment_weights` those of all segments of a run as (B, T, S), `real_tokens` tells words from
+padding. From a segment to its mask: `segment_masks` gives (B, S, h, w) at the grid of a site.
+Attention among pixels is read in `edit_attention` at `self_attention` sites by `probabilities`.
+A judge that never guides is a network by `load_judge`, with logits (B, 49, H, W) of classes and
+features (B, 64) as its output; `see` runs it on a batch of images.
+
+Names are resolved on first use.
+"""
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+_HOME = {
+    "as_mask": "masks",
+    "derived_seed": "seeds",
+    "find_sites": "taps",
+    "layers": "perturbed",
+    "load_judge": "evaluate.judge",
+    "pixel_rows": "perturbed",
+    "probabilities": "attention.maps",
+    "read_references": "references",
+    "real_tokens": "backbones.tokens",
+    "require_segments": "conditions",
+    "resize_mask": "masks",
+    "schedulers_for": "backbones.loading",
+    "see": "evaluate.judge",
+    "segment_masks": "conditions",
+    "segment_strengths": "conditions",
+    "segment_weights": "backbones.tokens",
+    "self_attention": "perturbed",
+    "square": "references",
+    "to_image": "images",
+    "token_columns": "backbones.tokens",
+}
+
+__all__ = list(_HOME)
+
+if TYPE_CHECKING:
+    pass
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"guidekit.toolbox has no {name!r}; it has {', '.join(__all__)}")
+    return getattr(importlib.import_module(f"guidekit.{_HOME[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *_HOME])
