@@ -1,11 +1,15 @@
 """Where a model name leads: a built-in, a diffusers pipeline directory or a hub id."""
 
+import contextlib
 import importlib
 import json
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
 from diffusers import DiffusionPipeline
+from diffusers.utils import logging as diffusers_logging
+from transformers.utils import logging as transformers_logging
 
 from guidekit.errors import GuidekitError
 from guidekit.noise import is_flow
@@ -70,15 +74,31 @@ def load(
             "not a hub id of the form owner/name"
         )
     try:
-        pipeline = _pipeline_class(path).from_pretrained(
-            path if there else name, dtype=dtype, use_safetensors=True
-        )
+        with _quiet():
+            pipeline = _pipeline_class(path).from_pretrained(
+                path if there else name, dtype=dtype, use_safetensors=True
+            )
     except LOAD_ERRORS as error:
         first = (str(error).strip() or type(error).__name__).splitlines()[0]
         remedy = "download it again" if there else f"check its name, or run hf download {name}"
         raise GuidekitError(f"model {name!r} cannot be loaded: {first}; {remedy}") from None
     pipeline.set_progress_bar_config(disable=True)
     return pipeline.to(device)
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """No progress bars of diffusers and transformers; afterwards they are as they were."""
+    shown = [
+        lib for lib in (diffusers_logging, transformers_logging) if lib.is_progress_bar_enabled()
+    ]
+    for library in shown:
+        library.disable_progress_bar()
+    try:
+        yield
+    finally:
+        for library in shown:
+            library.enable_progress_bar()
 
 
 def _pipeline_class(path: Path) -> type[DiffusionPipeline]:
