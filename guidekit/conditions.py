@@ -1,6 +1,5 @@
 """What the user wants in one picture: a prompt, and phrases of it with masks."""
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -8,11 +7,12 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image, ImageColor
+from PIL import ImageColor
 from torch import Tensor
 
 from guidekit.pictures import PICTURE_ERRORS
 from guidekit.references import Reference
+from guidekit.untrusted import inside, open_picture, read_json
 
 
 @dataclass(frozen=True)
@@ -129,7 +129,7 @@ def box_mask(box: tuple[float, float, float, float], size: int = 256) -> Tensor:
 def load_mask(path: str | Path) -> Tensor:
     """Mask `(H, W)` in [0, 1] from a grey picture; of one with transparency, its opacity."""
     try:
-        with Image.open(path) as image:
+        with open_picture(path) as image:
             image.load()
             channel = image.getchannel("A") if "A" in image.getbands() else image.convert("L")
             return torch.from_numpy(np.array(channel)).float() / 255
@@ -185,10 +185,10 @@ def load_layout(path: str | Path) -> Condition:
     """
     path = Path(path)
     try:
-        layout = json.loads(path.read_text(encoding="utf-8-sig"))  # some editors mark the start
+        layout = read_json(path)
     except FileNotFoundError:
         raise ValueError(f"layout {path}: no such file") from None
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
+    except (OSError, ValueError) as error:
         raise ValueError(f"layout {path}: not a readable JSON file ({error})") from None
     return parse_layout(layout, path.parent, f"layout {path}")
 
@@ -208,7 +208,8 @@ def parse_layout(layout: object, folder: Path, where: str) -> Condition:
     label = layout.get("label")
     if label is not None and (isinstance(label, bool) or not isinstance(label, int)):
         raise ValueError(f"{where}: `label` must be a whole number")
-    picture = _load_map(folder / layout["map"]) if "map" in layout else None
+    place = inside(folder, layout["map"], f"{where}: `map`") if "map" in layout else None
+    picture = None if place is None else _load_map(place)
     parsed = tuple(
         _parse_entry(entry, picture, folder, f"{where}: segment {i}")
         for i, entry in enumerate(segments)
@@ -227,7 +228,7 @@ def _check_keys(entry: object, known: set[str], where: str) -> None:
 def _load_map(path: Path) -> np.ndarray:
     """A layout picture: `(H, W)` indices of a palette or grey picture, else `(H, W, 3)` colours."""
     try:
-        with Image.open(path) as image:
+        with open_picture(path) as image:
             image.load()
             return np.array(image if image.mode in ("P", "L") else image.convert("RGB"))
     except PICTURE_ERRORS as error:
@@ -252,7 +253,7 @@ def _parse_entry(entry: object, picture: np.ndarray | None, folder: Path, where:
         except ValueError as error:
             raise ValueError(f"{where}: {error}") from None
     elif places == ["mask"]:
-        mask = load_mask(folder / entry["mask"])
+        mask = load_mask(inside(folder, entry["mask"], f"{where}: `mask`"))
     else:
         mask = _select(picture, entry["value"], where)
     texts = {"prompt": entry.get("prompt"), "negative": entry.get("negative", "")}

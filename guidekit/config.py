@@ -5,7 +5,6 @@ A TOML file has the tables [sample], [plugin.NAME] and [[segment]]; run.json has
 """
 
 import dataclasses
-import json
 import re
 import tomllib
 import types
@@ -13,6 +12,8 @@ import typing
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+
+from guidekit.untrusted import read_json, read_toml
 
 TABLES = ("sample", "plugin", "segment")
 NOT_SAMPLE = ("plugin", "segment", "changes", "folder", "replays")
@@ -261,11 +262,10 @@ def read_config(path: str | Path) -> dict[str, Any]:
 def _read_tables(path: Path, where: str) -> object:
     """What the file holds."""
     try:
-        text = path.read_text(encoding="utf-8-sig")  # some editors put a mark in front
-        return json.loads(text) if path.suffix == ".json" else tomllib.loads(text)
+        return read_json(path) if path.suffix == ".json" else read_toml(path)
     except FileNotFoundError:
         raise ValueError(f"{where}: no such file") from None
-    except (OSError, ValueError, RecursionError) as error:
+    except (OSError, ValueError) as error:
         kind = "JSON" if path.suffix == ".json" else "TOML"
         raise ValueError(f"{where}: not a readable {kind} file ({error})") from None
 

@@ -7,6 +7,8 @@ import torch
 from PIL import ExifTags, Image, ImageOps
 from torch import Tensor
 
+from guidekit.untrusted import open_picture
+
 COLOURS = ("#e6194b", "#4363d8", "#3cb44b", "#f58231", "#911eb4", "#00a5a5", "#f032e6", "#808000")
 # Black over purple and orange to pale yellow, even steps of lightness.
 HEAT = ((0, 0, 4), (60, 15, 110), (140, 40, 110), (220, 80, 60), (250, 160, 20), (252, 255, 164))
@@ -31,7 +33,7 @@ def read_picture(path: str | Path, size: tuple[int, int]) -> Tensor:
     Raises ValueError for a file that is no picture.
     """
     try:
-        with Image.open(path) as image:
+        with open_picture(path) as image:
             turned = upright(image).convert("RGB")
             fitted = ImageOps.fit(turned, size[::-1], Image.Resampling.BICUBIC)
     except FileNotFoundError:

@@ -32,6 +32,7 @@ from guidekit.loading import LOAD_ERRORS
 from guidekit.pictures import to_image
 from guidekit.references import square
 from guidekit.semantica.adapter import SITES, load_adapter, random_adapter
+from guidekit.untrusted import check_configs
 
 if TYPE_CHECKING:
     from transformers import CLIPVisionModelWithProjection
@@ -215,6 +216,7 @@ def _load_clip(folder: Path, option: str) -> "CLIPVisionModelWithProjection":
         beside = f"; in {folder.parent.resolve()} there are {', '.join(others)}" if others else ""
         wrong = "has no config.json" if folder.is_dir() else "is no folder"
         raise ValueError(f"{option} {folder} {wrong}; {remedy}{beside}")
+    check_configs(folder)
     try:
         encoder, found = CLIPVisionModelWithProjection.from_pretrained(
             folder, use_safetensors=True, output_loading_info=True

@@ -13,13 +13,13 @@ import torch
 from diffusers import ConfigMixin, ModelMixin, UNet2DConditionModel
 from diffusers.configuration_utils import register_to_config
 from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from guidekit.attention import AttentionCall
 from guidekit.loading import LOAD_ERRORS
 from guidekit.miniatures import randomised
 from guidekit.taps import find_sites, tap_attention
+from guidekit.untrusted import check_configs, read_weights
 
 SITES = "*.attn2"
 # Of published projections: the key that tells the kind.
@@ -112,9 +112,11 @@ def load_adapter(path: str | Path, model: UNet2DConditionModel) -> ImageAdapter:
         adapter = _from_folder(path, model)
     elif path.suffix == ".safetensors" and path.exists():
         try:
-            adapter = from_published(load_file(path), model)
-        except SafetensorError as error:
-            raise ValueError(f"adapter {path} is damaged ({error}); download it again") from None
+            weights = read_weights(path)
+        except ValueError as error:
+            raise ValueError(f"adapter {error}") from None
+        try:
+            adapter = from_published(weights, model)
         except ValueError as error:
             raise ValueError(f"adapter {path}: {error}") from None
     else:
@@ -127,6 +129,7 @@ def load_adapter(path: str | Path, model: UNet2DConditionModel) -> ImageAdapter:
 def _from_folder(path: Path, model: UNet2DConditionModel) -> ImageAdapter:
     """A saved adapter; ValueError where it is not whole or for another backbone."""
     remedy = "give a folder that guidekit saved, whose weights are safetensors"
+    check_configs(path)
     try:
         adapter, found = ImageAdapter.from_pretrained(
             path, use_safetensors=True, output_loading_info=True

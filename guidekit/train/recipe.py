@@ -6,7 +6,6 @@ ones exported; a run that is started again continues where it was.
 
 import dataclasses
 import importlib
-import tomllib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -24,6 +23,7 @@ from guidekit.train.pixels import PixelsOptions, PixelsTask
 from guidekit.train.processes import processes
 from guidekit.train.text import TextOptions, TextTask
 from guidekit.train.vae import VAEOptions, VAETask
+from guidekit.untrusted import file_name, read_toml
 
 Make = Callable[[Any, Path, int, bool], Task]  # options, folder, size, quiet
 
@@ -33,7 +33,7 @@ def _vae(options: VAEOptions, folder: Path, size: int, quiet: bool) -> Task:
 
 
 def _denoiser(options: DenoiserOptions, folder: Path, size: int, quiet: bool) -> Task:
-    vae = AutoencoderKL.from_pretrained(folder / options.vae)
+    vae = AutoencoderKL.from_pretrained(folder / options.vae, use_safetensors=True)
     return DenoiserTask(options, vae, folder / options.text, size)
 
 
@@ -96,10 +96,10 @@ def read_recipe(name: str | Path) -> Recipe:
     """A built-in recipe by name, or a file. Raises ValueError that names the key at fault."""
     path = ZOO / f"{name}.toml" if str(name) in recipes() else Path(name)
     try:
-        table = tomllib.loads(path.read_text())
+        table = read_toml(path)
     except OSError:
         raise ValueError(f"no recipe {name}; there are {', '.join(recipes())}") from None
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+    except ValueError as error:
         raise ValueError(f"recipe {path} is not TOML: {error}") from None
     stages = table.get("stage")
     if set(table) != {"model", "size", "stage"} or not (
@@ -113,7 +113,7 @@ def read_recipe(name: str | Path) -> Recipe:
     names = [stage.name for stage in stages]
     if len(set(names)) < len(names):
         raise ValueError(f"recipe {path}: two stages have one name; give each its own: {names}")
-    return Recipe(_folder_name(table["model"], f"recipe {path}: model"), size, stages)
+    return Recipe(file_name(table["model"], f"recipe {path}: model"), size, stages)
 
 
 def _stage(entry: dict, path: Path) -> Stage:
@@ -139,14 +139,7 @@ def _stage(entry: dict, path: Path) -> Stage:
         own = kind(**{k: v for k, v in entry.items() if k in own_kinds})
     except ValueError as error:
         raise ValueError(f"recipe {path}: stage {name}: {error}") from None
-    return Stage(_folder_name(name, f"recipe {path}: name"), task, loop, own)
-
-
-def _folder_name(name: Any, what: str) -> str:
-    """The name, which becomes a folder inside the output's. Raises ValueError for a path."""
-    if not isinstance(name, str) or name in ("", "..") or Path(name).name != name:
-        raise ValueError(f"{what} must be a folder's name, not {name!r}")
-    return name
+    return Stage(file_name(name, f"recipe {path}: name"), task, loop, own)
 
 
 def train(
