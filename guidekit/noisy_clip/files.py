@@ -71,9 +71,12 @@ def load_clip(name: str | Path) -> Clip:
 def _from_folder(path: Path) -> Clip:
     """A clean CLIP of a folder; ValueError where it is not whole, or asks for code or downloads."""
     config = folder_config(path)
-    if not any((path / name).exists() for name in SAFE):
-        raise ValueError(f"{path} has no {SAFE[0]}; write the model in that format")
-    for file in path.glob("*.safetensors"):
+    safe = list(path.glob("*.safetensors"))
+    if not safe:
+        raise ValueError(f"{path} has no safetensors; write the model in that format")
+    if (pickled := _pickled(path)) and not any((path / name).exists() for name in SAFE):
+        raise ValueError(f"{path}: open_clip would read the pickle {pickled[0].name}; remove it")
+    for file in safe:
         check_weights(file)
     try:
         with torch.random.fork_rng(devices=[]):  # weights are drawn before they are loaded
@@ -81,6 +84,10 @@ def _from_folder(path: Path) -> Clip:
     except LOAD_ERRORS as error:
         raise _unfit(path, error) from None
     return Clip(_ready(model), folder_tokenizer(path), config)
+
+
+def _pickled(path: Path) -> list[Path]:
+    return [*path.glob("*.bin"), *path.glob("*.pth")]
 
 
 def folder_config(path: Path) -> dict:
