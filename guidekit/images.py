@@ -14,6 +14,7 @@ from torch import Tensor
 from torchvision.utils import make_grid
 
 from guidekit.errors import GuidekitError
+from guidekit.untrusted import open_picture
 
 COLOURS = ("#e6194b", "#4363d8", "#3cb44b", "#f58231", "#911eb4", "#00a5a5", "#f032e6", "#808000")
 # Black over purple and orange to pale yellow, even steps of lightness.
@@ -43,7 +44,7 @@ def read_picture(path: str | Path, size: tuple[int, int]) -> Tensor:
     Raises GuidekitError for a file that is no picture.
     """
     try:
-        with Image.open(path) as image:
+        with open_picture(path) as image:
             turned = upright(image).convert("RGB")
             fitted = ImageOps.fit(turned, size[::-1], Image.Resampling.BICUBIC)
     except FileNotFoundError:

@@ -1,17 +1,17 @@
 """Segments and layouts as people write them: text, boxes, mask files, JSON."""
 
-import json
 from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageColor
+from PIL import ImageColor
 from torch import Tensor
 
 from guidekit.conditions import Condition, Segment
 from guidekit.errors import GuidekitError
 from guidekit.images import PICTURE_ERRORS
 from guidekit.masks import box_mask, load_mask
+from guidekit.untrusted import inside, open_picture, read_json
 
 
 def parse_segment(text: str) -> Segment:
@@ -64,10 +64,10 @@ def load_layout(path: str | Path) -> Condition:
     """
     path = Path(path)
     try:
-        layout = json.loads(path.read_text(encoding="utf-8-sig"))  # some editors mark the start
+        layout = read_json(path)
     except FileNotFoundError:
         raise GuidekitError(f"layout {path}: no such file") from None
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
+    except (OSError, ValueError) as error:
         raise GuidekitError(f"layout {path}: not a readable JSON file ({error})") from None
     return parse_layout(layout, path.parent, f"layout {path}")
 
@@ -87,7 +87,8 @@ def parse_layout(layout: object, folder: Path, where: str) -> Condition:
     label = layout.get("label")
     if label is not None and (isinstance(label, bool) or not isinstance(label, int)):
         raise GuidekitError(f"{where}: `label` must be a whole number")
-    picture = _load_map(folder / layout["map"]) if "map" in layout else None
+    place = inside(folder, layout["map"], f"{where}: `map`") if "map" in layout else None
+    picture = None if place is None else _load_map(place)
     parsed = tuple(
         _parse_entry(entry, picture, folder, f"{where}: segment {i}")
         for i, entry in enumerate(segments)
@@ -106,7 +107,7 @@ def _check_keys(entry: object, known: set[str], where: str) -> None:
 def _load_map(path: Path) -> np.ndarray:
     """A layout picture: `(H, W)` indices of a palette or grey picture, else `(H, W, 3)` colours."""
     try:
-        with Image.open(path) as image:
+        with open_picture(path) as image:
             image.load()
             return np.array(image if image.mode in ("P", "L") else image.convert("RGB"))
     except PICTURE_ERRORS as error:
@@ -131,7 +132,7 @@ def _parse_entry(entry: object, picture: np.ndarray | None, folder: Path, where:
         except ValueError as error:
             raise GuidekitError(f"{where}: {error}") from None
     elif places == ["mask"]:
-        mask = load_mask(folder / entry["mask"])
+        mask = load_mask(inside(folder, entry["mask"], f"{where}: `mask`"))
     else:
         mask = _select(picture, entry["value"], where)
     texts = {"prompt": entry.get("prompt"), "negative": entry.get("negative", "")}

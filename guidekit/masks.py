@@ -10,6 +10,7 @@ from torch import Tensor
 
 from guidekit.errors import GuidekitError
 from guidekit.images import PICTURE_ERRORS
+from guidekit.untrusted import open_picture
 
 
 def as_mask(value: object) -> tuple[Tensor, tuple[float, ...] | None]:
@@ -45,7 +46,7 @@ def image_mask(image: Image.Image) -> Tensor:
 def load_mask(path: str | Path) -> Tensor:
     """Mask `(H, W)` in [0, 1] of an image file; see `image_mask`."""
     try:
-        with Image.open(path) as image:
+        with open_picture(path) as image:
             return image_mask(image)
     except FileNotFoundError:
         raise GuidekitError(f"mask {path}: no such file") from None

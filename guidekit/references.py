@@ -13,6 +13,7 @@ from torch import Tensor
 
 from guidekit.errors import GuidekitError
 from guidekit.images import PICTURE_ERRORS, read_picture, to_image, upright
+from guidekit.untrusted import file_name, open_picture
 from guidekit.worlds import scenes
 
 BUILT_IN = re.compile(r"scene-(\d+)")
@@ -60,7 +61,7 @@ def load_reference(path: str | Path) -> Reference:
     if (built_in := BUILT_IN.fullmatch(path.name)) and not path.exists():
         return Reference(to_image((_scene(int(built_in[1]), SCENE_SIZE) + 1) / 2), path.name)
     try:
-        with Image.open(path) as image:
+        with open_picture(path) as image:
             return Reference(upright(image), str(Path(path).resolve()))
     except FileNotFoundError:
         raise GuidekitError(f"image {path}: no such file") from None
@@ -78,7 +79,7 @@ def load_references(folder: str | Path) -> dict[str, Reference]:
     found: dict[str, Reference] = {}
     for path in sorted(p for p in root.rglob("*") if p.suffix.lower() in PICTURES):
         parent = path.parent.relative_to(root)
-        name = "-".join(parent.parts) or path.stem
+        name = file_name("-".join(parent.parts) or path.stem, f"{path}: what it is called by")
         if name in found:
             raise GuidekitError(
                 f"{folder} has two pictures for {name!r}, {found[name].path} and {path}; leave one"

@@ -2,7 +2,6 @@
 
 import contextlib
 import importlib
-import json
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -13,6 +12,7 @@ from transformers.utils import logging as transformers_logging
 
 from guidekit.errors import GuidekitError
 from guidekit.noise import is_flow
+from guidekit.untrusted import check_pipeline, check_weights, file_name, read_object
 from guidekit.zoo.shipped import ZOO
 
 # What diffusers and transformers raise for files that are missing, cut short or not theirs.
@@ -75,9 +75,12 @@ def load(
         )
     try:
         with _quiet():
-            pipeline = _pipeline_class(path).from_pretrained(
-                path if there else name, dtype=dtype, use_safetensors=True
+            folder = path if there else _downloaded(name)
+            pipeline = _pipeline_class(folder).from_pretrained(
+                folder, dtype=dtype, use_safetensors=True
             )
+    except GuidekitError:
+        raise
     except LOAD_ERRORS as error:
         first = (str(error).strip() or type(error).__name__).splitlines()[0]
         remedy = "download it again" if there else f"check its name, or run hf download {name}"
@@ -101,11 +104,18 @@ def _quiet() -> Iterator[None]:
             library.enable_progress_bar()
 
 
+def _downloaded(name: str) -> Path:
+    """The folder of a hub id, with what its pipeline needs; GuidekitError if it holds code."""
+    folder = Path(DiffusionPipeline.download(name, use_safetensors=True))
+    check_pipeline(folder)
+    return folder
+
+
 def _pipeline_class(path: Path) -> type[DiffusionPipeline]:
     """The class to load a directory with; diffusers finds its own by itself."""
     index = path / "model_index.json"
-    name = json.loads(index.read_text()).get("_class_name") if index.exists() else None
-    if name not in PIPELINES:
+    name = read_object(index).get("_class_name") if index.exists() else None
+    if not isinstance(name, str) or name not in PIPELINES:
         return DiffusionPipeline
     return getattr(importlib.import_module(PIPELINES[name]), name)
 
@@ -115,11 +125,8 @@ def _check_directory(path: Path) -> None:
     index = path / "model_index.json"
     if not index.exists():
         raise GuidekitError(f"{path} has no model_index.json, so it is not a diffusers pipeline")
-    try:
-        parts = json.loads(index.read_text())
-    except (OSError, ValueError) as error:
-        raise GuidekitError(f"{index} is not readable JSON ({error}); download it again") from None
-    for part, kind in parts.items():
+    check_pipeline(path)
+    for part, kind in read_object(index).items():
         if not isinstance(kind, list) or kind[0] is None:
             continue
         folder = path / part
@@ -143,25 +150,14 @@ def _check_weights(folder: Path) -> None:
     if safe and not (folder / "config.json").exists():
         raise GuidekitError(f"{folder} lacks config.json; download the model again")
     for file in safe:
-        _check_safetensors(file)
+        check_weights(file)
     for index in folder.glob("*.safetensors.index.json"):
         try:
-            parts = set(json.loads(index.read_text())["weight_map"].values())
+            parts = {file_name(p, "a part") for p in read_object(index)["weight_map"].values()}
         except (OSError, ValueError, KeyError, TypeError, AttributeError):
             raise GuidekitError(f"{index} is damaged; download it again") from None
         if lost := sorted(part for part in parts if not (folder / part).exists()):
             raise GuidekitError(f"{folder} lacks {', '.join(lost)}; download the model again")
-
-
-def _check_safetensors(file: Path) -> None:
-    """Raises GuidekitError unless the header fits the file's length."""
-    from safetensors import SafetensorError, safe_open
-
-    try:
-        with safe_open(file, "pt"):
-            pass
-    except (SafetensorError, OSError) as error:
-        raise GuidekitError(f"{file} is damaged ({error}); download it again") from None
 
 
 def make_scheduler(pipeline: DiffusionPipeline, name: str):

@@ -2,12 +2,14 @@
 
 import dataclasses
 import json
+import shlex
 from pathlib import Path
 from typing import Any
 
 import click
 
 from guidekit.errors import GuidekitError
+from guidekit.untrusted import printable
 
 
 def _denoiser(model: str, device: str | None) -> Any:
@@ -63,7 +65,7 @@ def fit(shots: Path, model: str, out: Path, device: str, quiet: bool, as_json: b
     if as_json:
         click.echo(json.dumps({"head": str(out), **dataclasses.asdict(report)}, default=str))
     elif not quiet:
-        click.echo(_fitted(report, model, out, head))
+        click.echo(printable(_fitted(report, model, out, head)))
 
 
 def _fitted(report: Any, model: str, out: Path, head: Any) -> str:
@@ -90,7 +92,7 @@ def _fitted(report: Any, model: str, out: Path, head: Any) -> str:
 
 
 def _label(head: Any) -> str:
-    return f"--set fewshot.label={head.classes[-1]}"
+    return f"--set {shlex.quote(f'fewshot.label={head.classes[-1]}')}"
 
 
 def _scores(scores: dict) -> str:
@@ -158,7 +160,8 @@ def augment(
         return registry.make_guidance(plugin, own | {"head": str(head), "label": label})
 
     def tell(row: Any) -> None:
-        click.echo(f"{row.label:12s} {row.accepted} of {row.drawn} accepted ({row.rate:.2f})")
+        label = printable(row.label)
+        click.echo(f"{label:12s} {row.accepted} of {row.drawn} accepted ({row.rate:.2f})")
 
     silent = quiet or as_json
     rows = harvest(

@@ -15,6 +15,7 @@ from safetensors import SafetensorError
 from guidekit import __version__
 from guidekit.cli.heads import augment, fit
 from guidekit.errors import GuidekitError
+from guidekit.untrusted import printable
 
 EPILOG = "Plugins add commands under their own names; `guidekit plugins` lists the plugins."
 
@@ -110,7 +111,7 @@ def _first_line(error: BaseException) -> str:
 
 def _fail(text: str) -> None:
     """Says what is wrong in one line and exits with 2."""
-    click.echo("error: " + " ".join(text.split()), err=True)
+    click.echo("error: " + printable(" ".join(text.split())), err=True)
     sys.exit(2)
 
 
@@ -193,12 +194,12 @@ def sample(config: Path | None, quiet: bool, as_json: bool, **flags: Any) -> Non
         studio = Studio(settings, flags["no_plugin"])
         silent = quiet or as_json
         if not silent:
-            click.echo(_introduction(studio))
+            click.echo(printable(_introduction(studio)))
         run = _draw(studio, silent)
     if as_json:
         click.echo(json.dumps({"folder": str(studio.folder), **run}))
     elif not quiet:
-        click.echo(_conclusion(studio, run))
+        click.echo(printable(_conclusion(studio, run)))
 
 
 def _draw(studio: Any, silent: bool) -> dict[str, Any]:
@@ -216,7 +217,7 @@ def _draw(studio: Any, silent: bool) -> dict[str, Any]:
             return studio.draw(progress)
         except KeyboardInterrupt:
             bar.close()
-            click.echo(f"stopped: {done()}", err=True)
+            click.echo(printable(f"stopped: {done()}"), err=True)
             sys.exit(130)
         except (ValueError, ArithmeticError, OSError) as error:
             bar.close()
@@ -302,7 +303,7 @@ def plugins(ctx: click.Context, as_json: bool) -> None:
     widths = [max(len(row[i]) for row in rows) for i in range(4)] if rows else []
     for row, entry in zip(rows, found, strict=True):
         cells = "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True))
-        click.echo(f"{cells}  {entry.module}")
+        click.echo(printable(f"{cells}  {entry.module}"))
 
 
 @plugins.command()

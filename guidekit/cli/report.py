@@ -1,9 +1,13 @@
 """The page of a run: a static index.html made from run.json and the files beside it."""
 
 import json
-from html import escape
+import os
+from html import escape as _escape
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
+
+from guidekit.untrusted import printable
 
 STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; margin: 2rem auto; max-width: 72rem; padding: 0 1rem;
@@ -23,6 +27,11 @@ pre { padding: 0.6rem; overflow-x: auto; } .note { color: #8a4b00; }
 """
 COLOURS = ("#e6194b", "#4363d8", "#3cb44b", "#f58231", "#911eb4", "#00a5a5", "#f032e6", "#808000")
 WIDTH, HEIGHT, MARGIN = 420, 180, 46  # of a chart, in pixels
+
+
+def escape(text: str) -> str:
+    """The text as HTML shows it, without characters that no file of UTF-8 holds."""
+    return _escape(printable(text))
 
 
 def write_report(folder: Path) -> Path:
@@ -81,7 +90,7 @@ def _segment(index: int, segment: dict[str, Any]) -> str:
             f'width="{right - left:g}" height="{bottom - top:g}" fill="{colour}"/></svg>'
         )
     else:
-        mask = escape(segment["mask"])
+        mask = _link(segment["mask"])
         shape = f'<img style="width:112px" src="{mask}" alt="mask of {escape(segment["phrase"])}">'
     swatch = f'<span class="swatch" style="background:{colour}"></span>'
     strength = "" if segment["strength"] == 1 else f", strength {segment['strength']:g}"
@@ -114,9 +123,14 @@ def _figure(folder: Path, path: str, caption: str, kind: str = "single") -> str:
     """A picture by its relative path, or nothing if the file does not exist."""
     if not (folder / path).is_file():
         return ""
-    text, path = escape(caption), escape(path)
+    text, path = escape(caption), _link(path)
     image = f'<a href="{path}"><img class="{kind}" src="{path}" alt="{text}" loading="lazy"></a>'
     return f"<figure>{image}<figcaption>{text}</figcaption></figure>"
+
+
+def _link(path: str) -> str:
+    """A relative path as HTML takes it: `#`, `?`, `%`, `:` and quotes mean themselves."""
+    return quote(os.fsencode(path))
 
 
 def _energies(rows: list[dict]) -> str:

@@ -4,8 +4,6 @@ A TOML file has the tables [sample], [plugin.NAME] and [[segment]]; run.json has
 `record` of what happened, so `--config` takes either. Paths in them are relative to the file.
 """
 
-import json
-import tomllib
 import typing
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,6 +11,7 @@ from typing import Any
 
 from guidekit.errors import GuidekitError
 from guidekit.options import convert, parse_setting
+from guidekit.untrusted import read_json, read_toml
 from guidekit.zoo.shipped import ZOO
 
 TABLES = ("sample", "plugin", "segment")
@@ -137,11 +136,10 @@ def read_config(path: str | Path) -> dict[str, Any]:
 def _read_tables(path: Path, where: str) -> object:
     """What the file holds."""
     try:
-        text = path.read_text(encoding="utf-8-sig")  # some editors put a mark in front
-        return json.loads(text) if path.suffix == ".json" else tomllib.loads(text)
+        return read_json(path) if path.suffix == ".json" else read_toml(path)
     except FileNotFoundError:
         raise GuidekitError(f"{where}: no such file") from None
-    except (OSError, ValueError, RecursionError) as error:
+    except (OSError, ValueError) as error:
         kind = "JSON" if path.suffix == ".json" else "TOML"
         raise GuidekitError(f"{where}: not a readable {kind} file ({error})") from None
 

@@ -19,6 +19,7 @@ from guidekit.guidance import Guidance
 from guidekit.images import to_image
 from guidekit.sampler import Sampling, accepted
 from guidekit.seeds import derived_seed
+from guidekit.untrusted import file_name
 
 
 @dataclass(frozen=True)
@@ -72,14 +73,16 @@ def augment(
 ) -> list[Harvest]:
     """Writes out/CLASS/NUMBER.png and augment.json; `make(label)` is the guidance of a class.
 
-    options: tries and batch of `accepted_pictures`, and those of `Sampling`.
+    options: tries and batch of `accepted_pictures`, and those of `Sampling`. Raises GuidekitError,
+    before anything is drawn, for a class whose name is no folder's.
     """
     found = []
+    folders = {label: out / file_name(label, "a class of the head") for label in classes}
     for number, label in enumerate(classes):
         images, drawn, total = accepted_pictures(
             denoiser, make(label), per_class, seed=derived_seed(seed, number), **options
         )
-        folder = out / label
+        folder = folders[label]
         folder.mkdir(parents=True, exist_ok=True)
         for i, image in enumerate([] if images is None else images):
             to_image(image).save(folder / f"{i:05d}.png")

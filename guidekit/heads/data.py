@@ -11,7 +11,6 @@ every column of zeros and ones is a label of its own. Pictures are read when the
 
 import csv
 import hashlib
-import json
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -25,6 +24,7 @@ from torch import Tensor
 
 from guidekit.errors import GuidekitError
 from guidekit.images import PICTURE_ERRORS
+from guidekit.untrusted import inside, open_picture, parse_json, read_text
 
 KINDS = ("classes", "labels", "masks")
 PICTURES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff"}
@@ -163,7 +163,7 @@ def _from_table(path: Path, size: tuple[int, int], channels: int) -> Examples:
     column = next((c for c in FILE_COLUMNS if c in rows[0]), None)
     if column is None:
         raise GuidekitError(f"{path} has no column file_name, which says where each picture is")
-    files = [path.parent / str(row[column]) for row in rows]
+    files = [inside(path.parent, str(row[column]), f"{path}: the file") for row in rows]
     if missing := [str(f) for f in files if not f.is_file()]:
         raise GuidekitError(
             f"{path} names {len(missing)} files that do not exist, first {missing[0]}"
@@ -192,11 +192,11 @@ def _from_table(path: Path, size: tuple[int, int], channels: int) -> Examples:
 def _rows(path: Path) -> list[dict]:
     """Rows of a table as dicts; ValueError for a file that is none or has none."""
     try:
-        text = path.read_text(encoding="utf-8")
+        text = read_text(path)
         if path.suffix == ".csv":
             rows = list(csv.DictReader(text.splitlines()))
         else:
-            rows = [json.loads(line) for line in text.splitlines() if line.strip()]
+            rows = [parse_json(line) for line in text.splitlines() if line.strip()]
     except (OSError, ValueError, csv.Error) as error:
         raise GuidekitError(f"{path} is not a readable table ({error})") from None
     if not rows or not all(isinstance(row, dict) for row in rows):
@@ -254,7 +254,7 @@ def _mask_names(path: Path, known: list[int]) -> tuple[str, ...]:
     table = path / "classes.txt"
     if not table.exists():
         return tuple(map(str, known))
-    lines = table.read_text(encoding="utf-8").splitlines()
+    lines = read_text(table).splitlines()
     if max(known) >= len(lines):
         raise GuidekitError(
             f"{table} names {len(lines)} classes, the masks hold the value {known[-1]}"
@@ -285,7 +285,7 @@ def _mask_values(path: Path, picture: Path) -> np.ndarray:
 
 def _open(path: Path) -> Image.Image:
     try:
-        image = Image.open(path)
+        image = open_picture(path)
         image.load()
         return image
     except PICTURE_ERRORS as error:

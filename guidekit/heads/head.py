@@ -13,8 +13,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from guidekit.backbones.denoiser import Denoiser
@@ -31,6 +30,7 @@ from guidekit.heads.features import (
     same_backbone,
 )
 from guidekit.taps import find_sites
+from guidekit.untrusted import MOST_LAYERS, read_fields, read_object, read_weights
 
 FORMAT = 1
 WEIGHTS, CONFIG = "head.safetensors", "head.json"
@@ -186,20 +186,21 @@ def load_head(folder: str | Path, denoiser: Denoiser | None = None) -> Head:
     """
     folder = Path(folder)
     try:
-        table = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
-        weights = load_file(folder / WEIGHTS)
+        table, weights = read_object(folder / CONFIG), read_weights(folder / WEIGHTS)
     except FileNotFoundError:
         raise GuidekitError(
             f"{folder} is no head ({CONFIG} and {WEIGHTS}); make one with guidekit fit"
         ) from None
-    except (OSError, ValueError, SafetensorError) as error:
+    except (OSError, ValueError) as error:
         raise GuidekitError(f"the head {folder} is damaged ({error}); fit it again") from None
     if table.pop("format", None) != FORMAT:
         raise GuidekitError(f"the head {folder} has another format; fit it again")
     try:
-        head = Head(_config(table))
+        config = _config(table)
+        _check_shapes(config, weights)
+        head = Head(config)
         head.load_state_dict(weights)
-    except (KeyError, TypeError, RuntimeError) as error:
+    except (ValueError, RuntimeError) as error:
         raise GuidekitError(f"the head {folder} is damaged ({error}); fit it again") from None
     if denoiser is not None:
         head.check(denoiser)
@@ -208,9 +209,23 @@ def load_head(folder: str | Path, denoiser: Denoiser | None = None) -> Head:
 
 
 def _config(table: dict) -> HeadConfig:
-    reading = {k: tuple(v) if isinstance(v, list) else v for k, v in table["reading"].items()}
-    rest = {k: tuple(v) if isinstance(v, list) else v for k, v in table.items()}
-    return HeadConfig(**rest | {"reading": Reading(**reading)})
+    """What head.json says; ValueError for keys or values that no head has."""
+    reading = Reading(**read_fields(Reading, table.get("reading"), "`reading`"))
+    config = HeadConfig(**read_fields(HeadConfig, table | {"reading": reading}, CONFIG))
+    if not all(isinstance(config.backbone.get(k), str) for k in ("class", "shapes")):
+        raise ValueError("`backbone` lacks `class` and `shapes`, which say what it was fitted on")
+    if max(len(config.hidden), len(reading.timesteps)) > MOST_LAYERS:
+        raise ValueError(f"it has more than {MOST_LAYERS} layers or timesteps")
+    return config
+
+
+def _check_shapes(config: HeadConfig, weights: dict[str, Tensor]) -> None:
+    """Raises ValueError for weights of other shapes, before memory is taken for the head's own."""
+    with torch.device("meta"):
+        wanted = {k: v.shape for k, v in Head(config).state_dict().items()}
+    if wanted != (found := {k: v.shape for k, v in weights.items()}):
+        wrong = min(k for k in wanted.keys() | found.keys() if wanted.get(k) != found.get(k))
+        raise ValueError(f"{wrong} is {found.get(wrong)}, not {wanted.get(wrong)}")
 
 
 def random_head(denoiser: Denoiser) -> Head:

@@ -15,10 +15,14 @@ from open_clip.factory import get_model_config
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from guidekit.backbones.loading import LOAD_ERRORS
 from guidekit.errors import GuidekitError
+from guidekit.untrusted import check_clip, check_configs, check_weights, read_object
 from guidekit.zoo.shipped import ZOO
 
 CONFIG, WEIGHTS = "open_clip_config.json", "open_clip_model.safetensors"
+# What open_clip takes before any file that it would have to unpickle.
+SAFE = (WEIGHTS, "open_clip_pytorch_model.safetensors")
 NOISY_CONFIG, NOISY_WEIGHTS = "noisy_clip.json", "noisy_clip.safetensors"
 
 
@@ -52,13 +56,7 @@ def load_clip(name: str | Path) -> Clip:
     if path is not None:
         if (path / NOISY_CONFIG).exists():
             raise GuidekitError(f"{name} is noise-aware; give a clean CLIP such as scenes-clip")
-        if not list(path.glob("*.safetensors")):
-            raise GuidekitError(f"{path} has no safetensors; write the model in that format")
-        where = f"local-dir:{path}"
-        config = json.loads((path / CONFIG).read_text())
-        with torch.random.fork_rng(devices=[]):  # weights are drawn before they are loaded
-            model = open_clip.create_model(where)
-        return Clip(_ready(model), open_clip.get_tokenizer(where), config)
+        return _from_folder(path)
     architecture, _, tag = str(name).partition("/")
     if get_model_config(architecture) is None or not tag:
         raise GuidekitError(
@@ -68,6 +66,52 @@ def load_clip(name: str | Path) -> Clip:
     model, known = open_pretrained(architecture, tag)
     config = {"model_cfg": known, "preprocess_cfg": model.visual.preprocess_cfg}
     return Clip(_ready(model), open_clip.get_tokenizer(architecture), config)
+
+
+def _from_folder(path: Path) -> Clip:
+    """A clean CLIP of a folder; ValueError where it is not whole, or asks for code or downloads."""
+    config = folder_config(path)
+    safe = list(path.glob("*.safetensors"))
+    if not safe:
+        raise ValueError(f"{path} has no safetensors; write the model in that format")
+    if (pickled := _pickled(path)) and not any((path / name).exists() for name in SAFE):
+        raise ValueError(f"{path}: open_clip would read the pickle {pickled[0].name}; remove it")
+    for file in safe:
+        check_weights(file)
+    try:
+        with torch.random.fork_rng(devices=[]):  # weights are drawn before they are loaded
+            model = open_clip.create_model(f"local-dir:{path}")
+    except LOAD_ERRORS as error:
+        raise _unfit(path, error) from None
+    return Clip(_ready(model), folder_tokenizer(path), config)
+
+
+def _pickled(path: Path) -> list[Path]:
+    return [*path.glob("*.bin"), *path.glob("*.pth")]
+
+
+def folder_config(path: Path) -> dict:
+    """`open_clip_config.json` of a folder, checked as everything that is read of the folder.
+
+    Raises GuidekitError for what asks for code or downloads, and for what is no such config.
+    """
+    check_configs(path)
+    config = read_object(path / CONFIG)
+    check_clip(config, str(path / CONFIG))
+    return config
+
+
+def folder_tokenizer(path: Path) -> Callable[[list[str]], Tensor]:
+    """The tokenizer of a folder that `folder_config` let pass; ValueError if it is not whole."""
+    try:
+        return open_clip.get_tokenizer(f"local-dir:{path}")
+    except LOAD_ERRORS as error:
+        raise _unfit(path, error) from None
+
+
+def _unfit(path: Path, error: Exception) -> GuidekitError:
+    first = (str(error).strip() or type(error).__name__).splitlines()[0]
+    return GuidekitError(f"the CLIP {path} cannot be loaded: {first}; download it again")
 
 
 def open_pretrained(architecture: str, tag: str) -> tuple[nn.Module, dict]:

@@ -8,30 +8,32 @@ signal-to-noise ratio, so that one encoder serves every scheduler.
 import copy
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
-import open_clip
 import torch
 import torch.nn.functional as F
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 import guidekit
+from guidekit.backbones.loading import LOAD_ERRORS
 from guidekit.errors import GuidekitError
 from guidekit.noise import Level
 from guidekit.noisy_clip.files import (
-    CONFIG,
     NOISY_CONFIG,
     NOISY_WEIGHTS,
     Clip,
     build,
     built_in,
     find_folder,
+    folder_config,
+    folder_tokenizer,
     halved,
     write_config,
 )
 from guidekit.noisy_clip.norms import LevelEmbedding, at_level, make_adaptive
+from guidekit.untrusted import read_fields, read_object, read_weights
 
 
 @dataclass(frozen=True)
@@ -40,6 +42,21 @@ class Seen:
 
     embedding: Tensor
     stages: list[Tensor]
+
+
+@dataclass(frozen=True)
+class Own:
+    """What noisy_clip.json says of a `NoisyClip`: its arguments, and guidekit's version."""
+
+    width: int
+    channels: int
+    factor: int
+    size: int
+    guidekit: str
+
+    def __post_init__(self):
+        if not (0 < self.width <= 2**16 and 0 <= self.channels <= 2**10 and 0 < self.factor <= 64):
+            raise ValueError(f"{NOISY_CONFIG} has sizes that no encoder has; train it again")
 
 
 class CleanClip(nn.Module):
@@ -165,13 +182,17 @@ class NoisyClip(CleanClip):
                 f"built-in ({', '.join(built_in(noisy=True))}); train one with guidekit train, "
                 "task noisy-clip"
             )
-        own = json.loads((folder / NOISY_CONFIG).read_text())
+        config, own = folder_config(folder), read_object(folder / NOISY_CONFIG)
+        own = asdict(Own(**read_fields(Own, own, str(folder / NOISY_CONFIG))))
         del own["guidekit"]
-        config = json.loads((folder / CONFIG).read_text())
-        tokenizer = open_clip.get_tokenizer(f"local-dir:{folder}")
-        with torch.random.fork_rng(devices=[]):
-            made = cls(Clip(build(config), tokenizer, config), **own)
-        made.load_state_dict(load_file(folder / NOISY_WEIGHTS))
+        weights = read_weights(folder / NOISY_WEIGHTS)
+        try:
+            with torch.random.fork_rng(devices=[]):
+                made = cls(Clip(build(config), folder_tokenizer(folder), config), **own)
+            made.load_state_dict(weights)
+        except LOAD_ERRORS as error:
+            first = (str(error).strip() or type(error).__name__).splitlines()[0]
+            raise ValueError(f"{folder} cannot be loaded: {first}; train it again") from None
         return made.eval().requires_grad_(False)
 
 

@@ -74,7 +74,8 @@ class NoisyClipTask:
         if options.autoencoder:
             built_in = ZOO / options.autoencoder
             path = built_in if built_in.exists() else options.autoencoder
-            self.vae = AutoencoderKL.from_pretrained(path).eval().requires_grad_(False)
+            vae = AutoencoderKL.from_pretrained(path, use_safetensors=True)
+            self.vae = vae.eval().requires_grad_(False)
             factor = 2 ** (len(self.vae.config.block_out_channels) - 1)
             latents = {"channels": self.vae.config.latent_channels, "factor": factor}
         self.encodes = self.vae is not None  # its batches

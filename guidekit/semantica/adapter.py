@@ -14,7 +14,6 @@ import torch
 from diffusers import ConfigMixin, ModelMixin, UNet2DConditionModel
 from diffusers.configuration_utils import register_to_config
 from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from guidekit.attention.call import AttentionCall
@@ -22,6 +21,7 @@ from guidekit.backbones.loading import LOAD_ERRORS
 from guidekit.errors import GuidekitError
 from guidekit.taps import find_sites, tap_attention
 from guidekit.testing.miniatures import randomised
+from guidekit.untrusted import check_configs, read_weights
 from guidekit.zoo.shipped import ZOO
 
 SITES = "*.attn2"
@@ -115,9 +115,11 @@ def load_adapter(path: str | Path, model: UNet2DConditionModel) -> ImageAdapter:
         adapter = _from_folder(path, model)
     elif path.suffix == ".safetensors" and path.exists():
         try:
-            adapter = from_published(load_file(path), model)
-        except SafetensorError as error:
-            raise GuidekitError(f"adapter {path} is damaged ({error}); download it again") from None
+            weights = read_weights(path)
+        except ValueError as error:
+            raise GuidekitError(f"adapter {error}") from None
+        try:
+            adapter = from_published(weights, model)
         except ValueError as error:
             raise GuidekitError(f"adapter {path}: {error}") from None
     else:
@@ -130,6 +132,7 @@ def load_adapter(path: str | Path, model: UNet2DConditionModel) -> ImageAdapter:
 def _from_folder(path: Path, model: UNet2DConditionModel) -> ImageAdapter:
     """A saved adapter; ValueError where it is not whole or for another backbone."""
     remedy = "give a folder that guidekit saved, whose weights are safetensors"
+    check_configs(path)
     try:
         adapter, found = ImageAdapter.from_pretrained(
             path, use_safetensors=True, output_loading_info=True
@@ -248,6 +251,7 @@ def load_clip_tower(folder: Path, option: str) -> Any:
         beside = f"; in {folder.parent.resolve()} there are {', '.join(others)}" if others else ""
         wrong = "has no config.json" if folder.is_dir() else "is no folder"
         raise GuidekitError(f"{option} {folder} {wrong}; {remedy}{beside}")
+    check_configs(folder)
     try:
         encoder, found = CLIPVisionModelWithProjection.from_pretrained(
             folder, use_safetensors=True, output_loading_info=True

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 from tqdm.auto import tqdm
@@ -25,6 +25,7 @@ from guidekit.images import PICTURE_ERRORS
 from guidekit.references import square, to_pixels
 from guidekit.semantica.encode import ImageEncoder
 from guidekit.semantica.sources import Item
+from guidekit.untrusted import check_weights, parse_json, read_object
 
 OPEN_SHARDS = 256  # memory-mapped at a time
 LONGEST = 2000  # characters of a text of a shard, whose header safetensors reads up to 100 MB
@@ -85,7 +86,7 @@ def write_pages(
 
 def _check_same(path: Path, facts: dict) -> None:
     """Compares the facts with those that the first shard was written under, if there is one."""
-    before = json.loads(path.read_text()) if _shards(path.parent) else facts
+    before = read_object(path) if _shards(path.parent) else facts
     if other := sorted(k for k in before.keys() | facts.keys() if before.get(k) != facts.get(k)):
         raise GuidekitError(
             f"{path.parent} was begun with "
@@ -103,12 +104,14 @@ def _shards(folder: Path) -> list[Path]:
 def _meta(path: Path) -> dict:
     """What a shard says of itself: lists `page`, `key`, `caption`; `seen`, `unreadable`, `last`."""
     try:
-        with safe_open(path, "pt") as file:
-            return {k: json.loads(v) for k, v in file.metadata().items()}
-    except SafetensorError as error:
+        meta = {k: parse_json(v) for k, v in check_weights(path).items()}
+    except ValueError as error:
         raise GuidekitError(
             f"{path} is damaged ({error}); remove it, and it is encoded anew"
         ) from None
+    if lost := {"page", "key", "caption", "seen", "unreadable", "last"} - meta.keys():
+        raise ValueError(f"{path} lacks {min(lost)!r}; remove it, and it is encoded anew")
+    return meta
 
 
 class _Writer:
@@ -216,7 +219,7 @@ class Pages:
             page.append(np.array([_number(name) for name in meta["page"]], np.int64))
             rows += len(meta["page"])
         self.page = np.concatenate(page)
-        self.facts = json.loads((self.folder / "pages.json").read_text())
+        self.facts = read_object(self.folder / "pages.json")
         self._open = functools.lru_cache(OPEN_SHARDS)(lambda i: safe_open(self.shards[i], "pt"))
 
     def __len__(self) -> int:

@@ -5,7 +5,6 @@ DINOv2: Oquab et al. 2023, arXiv:2304.07193. SigLIP: Zhai et al. 2023, arXiv:230
 
 import dataclasses
 import hashlib
-import json
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +15,12 @@ import torch.nn.functional as F
 from diffusers import ConfigMixin, ModelMixin
 from diffusers.configuration_utils import register_to_config
 from open_clip.modified_resnet import ModifiedResNet
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from guidekit.backbones.loading import LOAD_ERRORS
 from guidekit.errors import GuidekitError
-from guidekit.noisy_clip.files import open_pretrained
+from guidekit.noisy_clip.files import folder_config, open_pretrained
+from guidekit.untrusted import check_configs, check_encoder, read_weights
 from guidekit.zoo.shipped import ZOO
 
 # Short names; everything else is `timm/NAME` or `open_clip/ARCHITECTURE/TAG`.
@@ -54,6 +54,7 @@ class ImageEncoder(ModelMixin, ConfigMixin):
         source: str = "",
     ):
         super().__init__()
+        check_encoder({"architecture": architecture, **settings}, "the encoder's config")
         if library == "timm":
             self.net = timm.create_model(architecture, pretrained=False, num_classes=0, **settings)
         else:
@@ -164,8 +165,17 @@ def _from_saved(folder: Path) -> ImageEncoder:
     """A saved ImageEncoder; weights that have to be unpickled are not read."""
     if not list(folder.glob("*.safetensors")):
         raise GuidekitError(f"{folder} has no safetensors; save the encoder in that format")
-    encoder = ImageEncoder.from_pretrained(folder, use_safetensors=True)
+    check_configs(folder)
+    try:
+        encoder = ImageEncoder.from_pretrained(folder, use_safetensors=True)
+    except LOAD_ERRORS as error:
+        raise _unfit(folder, error) from None
     return encoder.eval().requires_grad_(False)
+
+
+def _unfit(folder: Path, error: Exception) -> GuidekitError:
+    first = (str(error).strip() or type(error).__name__).splitlines()[0]
+    return GuidekitError(f"the encoder {folder} cannot be loaded: {first}; save it again")
 
 
 def random_encoder() -> ImageEncoder:
@@ -218,14 +228,17 @@ def from_open_clip(architecture: str, tag: str | None) -> ImageEncoder:
 
 def _from_clip_folder(folder: Path, source: str) -> ImageEncoder:
     """The picture tower of an open_clip model that was saved with its config."""
-    table = json.loads((folder / CLIP_CONFIG).read_text())
+    table = folder_config(folder)
     weights = {
         key.removeprefix("visual."): value.float()
-        for key, value in load_file(folder / CLIP_WEIGHTS).items()
+        for key, value in read_weights(folder / CLIP_WEIGHTS).items()
         if key.startswith("visual.")
     }
     preprocess = table.get("preprocess_cfg", {})
-    return _from_tower(table["model_cfg"], weights, preprocess, source)
+    try:
+        return _from_tower(table["model_cfg"], weights, preprocess, source)
+    except LOAD_ERRORS as error:
+        raise _unfit(folder, error) from None
 
 
 def _from_tower(config: dict, weights: dict, preprocess: Any, source: str) -> ImageEncoder:

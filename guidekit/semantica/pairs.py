@@ -26,6 +26,7 @@ from guidekit.errors import GuidekitError
 from guidekit.images import save_picture
 from guidekit.references import to_pixels
 from guidekit.semantica.data import Pages, save_text
+from guidekit.untrusted import check_weights, read_json
 
 LOW, HIGH = 0.3, 0.9  # of DINOv2, the paper's
 COPY = 1 - 1e-5  # cosine of one picture with itself, but for rounding; quantiles leave it out
@@ -169,7 +170,7 @@ def answered(folder: Path, asked: dict) -> bool:
     if not (folder / "pairs.safetensors").exists():
         return False
     try:
-        table = json.loads((folder / "filter.json").read_text())
+        table = read_json(folder / "filter.json")
     except (OSError, ValueError):
         return False
     return isinstance(table, dict) and table.get("asked") == asked
@@ -233,6 +234,7 @@ class Episodes:
         path = (pages.folder / "filter" if folder is None else Path(folder)) / "pairs.safetensors"
         if not path.exists():
             raise GuidekitError(f"{path.parent} has no pairs; find_pairs makes them")
+        check_weights(path)
         self.pages, self._file = pages, safe_open(path, "pt")
         self._pairs = self._file.get_slice("pairs")
 

@@ -6,7 +6,6 @@ Pictures that share `page` are those of one page, class or scene.
 
 import functools
 import io
-import json
 import os
 import tarfile
 from collections.abc import Callable, Iterator
@@ -18,9 +17,10 @@ from PIL import Image
 
 from guidekit.errors import GuidekitError
 from guidekit.references import PICTURES
+from guidekit.untrusted import MOST_MEMBER, open_picture, parse_json
 from guidekit.worlds import scenes
 
-LARGEST = 2**26  # bytes of a member; more is no picture of a web page
+READ = {*(e[1:] for e in PICTURES), "json", "txt"}  # extensions of members; others are not kept
 
 
 @dataclass(frozen=True)
@@ -68,7 +68,7 @@ def folder_items(root: Path, leave_out: tuple[Path, ...] = ()) -> Iterator[Item 
     for path in files_below(root, leave_out):
         if path.suffix.lower() in PICTURES:
             empty, place = False, path.relative_to(root)
-            yield Item(str(place.parent), str(place), functools.partial(Image.open, path))
+            yield Item(str(place.parent), str(place), functools.partial(open_picture, path))
     if empty:
         raise GuidekitError(
             f"no pictures below {root}; a folder of {', '.join(PICTURES)} is a page"
@@ -102,15 +102,17 @@ def _samples(path: Path) -> Iterator[tuple[str, dict[str, bytes] | None]]:
                 folder, _, name = member.name.rpartition("/")
                 stem, _, extension = name.partition(".")
                 stem = f"{folder}/{stem}" if folder else stem
-                if not member.isfile() or member.size > LARGEST:
+                if not member.isfile() or member.size > MOST_MEMBER:
                     continue
                 if stem != key and parts:
                     yield key, parts
                     parts = {}
                 key = stem
-                parts[extension.lower()] = tar.extractfile(member).read()
+                kind = extension.lower()
+                wanted = kind in READ
+                parts[kind if wanted else ""] = tar.extractfile(member).read() if wanted else b""
             whole = _ended(path, tar.offset)
-    except (tarfile.TarError, OSError, EOFError):
+    except Exception:  # tarfile passes on what a header makes it meet: ValueError, RecursionError
         whole = False
     if parts:
         yield key, parts
@@ -128,7 +130,7 @@ def _ended(path: Path, offset: int) -> bool:
 def _table(parts: dict[str, bytes]) -> dict:
     """What the json beside a picture says; nothing if it is no object."""
     try:
-        table = json.loads(parts.get("json", b"{}"))
+        table = parse_json(parts.get("json", b"{}"))
     except ValueError:
         return {}
     return table if isinstance(table, dict) else {}
@@ -140,7 +142,7 @@ def _item(path: Path, key: str, parts: dict[str, bytes], page: object) -> Item |
     if picture is None or page is None or page == "" or page != page:
         return None
     caption = parts.get("txt", b"").decode("utf-8", "replace")
-    return Item(str(page), f"{path.name}/{key}", lambda: Image.open(io.BytesIO(picture)), caption)
+    return Item(str(page), f"{path.name}/{key}", lambda: open_picture(io.BytesIO(picture)), caption)
 
 
 def scene_items(

@@ -53,7 +53,9 @@ class DenoiserTask:
     def __init__(self, options: DenoiserOptions, vae: AutoencoderKL, text: Path, size: int):
         self.options, self.vae, self.size = options, vae.eval().requires_grad_(False), size
         self.tokenizer = CLIPTokenizer.from_pretrained(text / "tokenizer")
-        encoder = CLIPTextModel.from_pretrained(text / "text_encoder", dtype=torch.float32)
+        encoder = CLIPTextModel.from_pretrained(
+            text / "text_encoder", dtype=torch.float32, use_safetensors=True
+        )
         self.net = DenoiserLoss(_unet(options, vae, encoder, size), encoder)
         self.scheduler = DDIMScheduler(
             beta_start=0.00085,

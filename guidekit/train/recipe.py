@@ -6,7 +6,6 @@ ones exported; a run that is started again continues where it was.
 
 import dataclasses
 import importlib
-import tomllib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -24,6 +23,7 @@ from guidekit.train.pixels import PixelsOptions, PixelsTask
 from guidekit.train.processes import processes
 from guidekit.train.text import TextOptions, TextTask
 from guidekit.train.vae import VAEOptions, VAETask
+from guidekit.untrusted import file_name, read_toml
 from guidekit.zoo.shipped import ZOO
 
 Make = Callable[[Any, Path, int, bool], Task]  # options, folder, size, quiet
@@ -34,7 +34,7 @@ def _vae(options: VAEOptions, folder: Path, size: int, quiet: bool) -> Task:
 
 
 def _denoiser(options: DenoiserOptions, folder: Path, size: int, quiet: bool) -> Task:
-    vae = AutoencoderKL.from_pretrained(folder / options.vae)
+    vae = AutoencoderKL.from_pretrained(folder / options.vae, use_safetensors=True)
     return DenoiserTask(options, vae, folder / options.text, size)
 
 
@@ -97,10 +97,10 @@ def read_recipe(name: str | Path) -> Recipe:
     """A built-in recipe by name, or a file. Raises GuidekitError that names the key at fault."""
     path = ZOO / f"{name}.toml" if str(name) in recipes() else Path(name)
     try:
-        table = tomllib.loads(path.read_text())
+        table = read_toml(path)
     except OSError:
         raise GuidekitError(f"no recipe {name}; there are {', '.join(recipes())}") from None
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+    except ValueError as error:
         raise GuidekitError(f"recipe {path} is not TOML: {error}") from None
     stages = table.get("stage")
     if set(table) != {"model", "size", "stage"} or not (
@@ -114,7 +114,7 @@ def read_recipe(name: str | Path) -> Recipe:
     names = [stage.name for stage in stages]
     if len(set(names)) < len(names):
         raise GuidekitError(f"recipe {path}: two stages have one name; give each its own: {names}")
-    return Recipe(_folder_name(table["model"], f"recipe {path}: model"), size, stages)
+    return Recipe(file_name(table["model"], f"recipe {path}: model"), size, stages)
 
 
 def _stage(entry: dict, path: Path) -> Stage:
@@ -142,14 +142,7 @@ def _stage(entry: dict, path: Path) -> Stage:
         own = kind(**{k: v for k, v in entry.items() if k in own_kinds})
     except ValueError as error:
         raise GuidekitError(f"recipe {path}: stage {name}: {error}") from None
-    return Stage(_folder_name(name, f"recipe {path}: name"), task, loop, own)
-
-
-def _folder_name(name: Any, what: str) -> str:
-    """The name, which becomes a folder inside the output's. Raises GuidekitError for a path."""
-    if not isinstance(name, str) or name in ("", "..") or Path(name).name != name:
-        raise GuidekitError(f"{what} must be a folder's name, not {name!r}")
-    return name
+    return Stage(file_name(name, f"recipe {path}: name"), task, loop, own)
 
 
 def train(

@@ -52,7 +52,8 @@ class VAETask:
         self.size, self.shrink = size, 2 ** (len(options.channels) - 1)
         self.crop = options.crop
         self.decoder_only = options.decoder_only
-        vae = AutoencoderKL.from_pretrained(start) if start else _autoencoder(options, size)
+        safe = dict(use_safetensors=True)
+        vae = AutoencoderKL.from_pretrained(start, **safe) if start else _autoencoder(options, size)
         if self.decoder_only:
             vae.encoder.requires_grad_(False)
             vae.quant_conv.requires_grad_(False)

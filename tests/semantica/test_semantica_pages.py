@@ -150,7 +150,7 @@ def test_pickled_encoders_are_refused_unread(tmp_path, tiny, monkeypatch):
     with pytest.raises(ValueError, match="bin has no safetensors; save the encoder in that format"):
         load_encoder(tmp_path / "bin")
     save_file({"other": torch.zeros(1)}, tmp_path / "bin/other.safetensors")
-    with pytest.raises(OSError, match="diffusion_pytorch_model.safetensors"):
+    with pytest.raises(ValueError, match="diffusion_pytorch_model.safetensors"):
         load_encoder(tmp_path / "bin")
 
 

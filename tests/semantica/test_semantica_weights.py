@@ -313,4 +313,4 @@ def test_damaged_weights_on_the_command_line(tmp_path, monkeypatch):
     result = CliRunner().invoke(main, [*words.split(), *options])
     assert result.exit_code == 2, result.exception
     assert len(result.stderr.splitlines()) == 1
-    assert "a file of weights is damaged" in result.stderr
+    assert "encoder/open_clip_model.safetensors is damaged" in result.stderr
