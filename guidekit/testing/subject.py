@@ -38,11 +38,11 @@ class Subject:
     def conditions(self) -> list[Condition]:
         """The class's example and another one, so that mixing up pictures shows.
 
-        Models without text get two classes.
+        Models without text get two classes, and what else the example condition has.
         """
-        if not Denoiser(self.pipe).reads_text:
-            return [Condition(label=label) for label in LABELS]
         first = self.cls.example_condition()
+        if not Denoiser(self.pipe).reads_text:
+            return [Condition(label=label, image=first.image) for label in LABELS]
         mirrored = [dataclasses.replace(s, mask=s.mask.flip(-1)) for s in first.segments]
         return [
             first,

@@ -7,16 +7,18 @@ or, once the plugin is installed, `pytest --guidekit-plugin vignette`. A check t
 design is named in the class's `waived` with the reason, which is then reported in its place.
 """
 
+import contextlib
 import dataclasses
 import inspect
 import json
 import re
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from diffusers.utils import logging
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from guidekit.backbones.denoiser import Denoiser
 from guidekit.branches import Branch
@@ -68,7 +70,8 @@ def energy(subject: Subject) -> str | None:
             sampling.engine.predict(x, timesteps[index], index, len(timesteps))
             return found[0]
 
-        value, grad = energy_at(z)
+        with _types_named():
+            value, grad = energy_at(z)
         assert value.shape == (len(SEEDS),), f"the energy has shape {tuple(value.shape)}"
         assert torch.isfinite(value).all(), f"the energy is {value.tolist()}"
         ends = [energy_at(z + sign * width * direction)[0] for sign in (1, -1)]
@@ -89,13 +92,48 @@ def _recorded(guidance: Guidance) -> list[tuple[Tensor, Tensor]]:
     original = guidance.energy
 
     def recording(step: Step) -> Tensor:
-        value = original(step)
+        with _Narrowing() as narrowing:
+            value = original(step)
+        assert not narrowing.found and value.dtype == step.z.dtype, (
+            f"the energy is computed in {narrowing.found or value.dtype}, and this check gives it "
+            f"{step.z.dtype}: compute in the dtype of step.z (no .float(); constants and networks "
+            "of prepare follow by .to(step.z.dtype))"
+        )
         (grad,) = torch.autograd.grad(value.sum(), step.z, retain_graph=True)
         found.append((value.detach(), grad))
         return value
 
     guidance.energy = recording
     return found
+
+
+@contextlib.contextmanager
+def _types_named() -> Iterator[None]:
+    """What torch says of mixed types, with what to do about it."""
+    try:
+        yield
+    except RuntimeError as error:
+        if "dtype" not in str(error) and "but found" not in str(error):
+            raise
+        raise AssertionError(
+            f"{error}: this check gives float64; constants and networks that prepare makes must "
+            "follow by .to(step.z.dtype)"
+        ) from error
+
+
+class _Narrowing(TorchDispatchMode):
+    """Notes the first cast of a float64 tensor with numbers to a narrower type."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: torch.dtype | None = None
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        cast = func is torch.ops.aten._to_copy.default and args[0].dtype == torch.float64
+        if cast and out.is_floating_point() and out.dtype != torch.float64:
+            self.found = self.found or out.dtype
+        return out
 
 
 def scale_0(subject: Subject) -> None:

@@ -172,6 +172,34 @@ class Unsourced(Good):
 
 
 @dataclass(kw_only=True)
+class Narrow(Good):
+    """Casts to float32, where finite differences in float64 would be called a wrong gradient."""
+
+    def energy(self, step):
+        return super().energy(step).float()
+
+
+@dataclass(kw_only=True)
+class Constant(Good):
+    """Makes a constant in float32, which a product does not take with float64."""
+
+    def prepare(self, run):
+        self._weights = torch.ones(run.latent_shape[0], 1)
+
+    def energy(self, step):
+        return (step.x0.movedim(1, -1) @ self._weights).square().flatten(1).mean(1)
+
+
+@pytest.mark.parametrize(
+    ("cls", "message"),
+    [(Narrow, "computed in torch.float32"), (Constant, "must follow by .to")],
+)
+def test_a_type_that_is_too_narrow_is_called_so(cls, message):
+    with pytest.raises(AssertionError, match=message):
+        run_check(cls, "energy")
+
+
+@dataclass(kw_only=True)
 class Hidden(Good):
     """An option that changes on its way (2026)."""
 
