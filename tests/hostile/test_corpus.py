@@ -7,6 +7,7 @@ import pytest
 from click.testing import CliRunner
 
 import corpus
+from corpus import PATHS, write
 from corpus_models import (
     CLIP_FOLDERS,
     ENCODERS,
@@ -82,12 +83,16 @@ def test_settings(inbox, name):
 
 @pytest.mark.parametrize("name", LAYOUTS)
 def test_layouts(inbox, name):
-    assert "layout" in refused(load_layout, LAYOUTS[name](inbox)) or "mask" in name
+    write(inbox.parent / "x.png", encoded("PNG", mode="L"))  # what ../x.png would reach
+    text = refused(load_layout, LAYOUTS[name](inbox))
+    assert ("leads out of" in text) == any(repr(path) in name for path in (*PATHS, "", "\0"))
+    (inbox.parent / "x.png").unlink()
 
 
 @pytest.mark.parametrize("name", TABLES)
 def test_tables(inbox, name):
-    refused(read_examples, TABLES[name](inbox), (8, 8))
+    text = refused(read_examples, TABLES[name](inbox), (8, 8))
+    assert ("leads out of" in text) == any(repr(path) in name for path in PATHS)
 
 
 @pytest.mark.parametrize("name", CLIP_FOLDERS)
@@ -131,7 +136,7 @@ def test_names(inbox, name):
 @pytest.mark.parametrize("name", ["...png", "..png", "a\x1b[2J.png", "a\\b.png"])
 def test_names_of_pictures_that_become_folders(inbox, name):
     """Where pathlib finds the stem `..`, pictures would go beside the run's folder."""
-    corpus.write(inbox / name, encoded("PNG"))
+    write(inbox / name, encoded("PNG"))
     try:
         found = load_references(inbox)
     except ValueError as error:
@@ -153,7 +158,7 @@ def test_the_classes_of_a_head_stay_in_the_folder(inbox):
 def test_what_is_echoed_is_printable(inbox, monkeypatch):
     monkeypatch.chdir(inbox)  # where the command line makes its folders
     evil = "evil\x1b]0;owned\x07\x9b2J\u202e"
-    corpus.write(inbox / "run.json", {"sample": {"prompt": "a"}, evil: 1})
+    write(inbox / "run.json", {"sample": {"prompt": "a"}, evil: 1})
     words = [
         ["sample", "--config", inbox / "run.json"],
         ["sample", "--model", evil],
@@ -173,7 +178,7 @@ def test_the_page_links_to_what_is_there(inbox):
 
     names = ['a#b?c%41 "q"', "javascript:alert(1)", "<img src=x onerror=alert(1)>"]
     for seed, name in enumerate(names):
-        corpus.write(inbox / name / f"{seed}.png", encoded("PNG"))
+        write(inbox / name / f"{seed}.png", encoded("PNG"))
     record = {
         "notes": [],
         "account": [],
@@ -189,7 +194,7 @@ def test_the_page_links_to_what_is_there(inbox):
     }
     sample = {"prompt": "<script>\ud800\x1b", "negative": "", "model": "m", "seeds": [0, 1, 2]}
     run = {"sample": sample, "plugin": {}, "segment": [], "record": record}
-    corpus.write(inbox / "run.json", json.dumps(run))
+    write(inbox / "run.json", json.dumps(run))
     page = write_report(inbox).read_text(encoding="utf-8")
     assert 'src="a%23b%3Fc%2541%20%22q%22/0.png"' in page
     assert 'src="javascript%3Aalert%281%29/1.png"' in page
