@@ -9,6 +9,8 @@ from pathlib import Path
 import click
 import pytest
 
+import guidekit
+import guidekit.sampler
 from guidekit import Guidance, guidance, hookspecs
 from guidekit.cli.main import main
 from guidekit.run import Run
@@ -17,6 +19,7 @@ from guidekit.testing import CHECKS
 
 ROOT = Path(__file__).parents[2]
 GUIDE = (ROOT / "plugins" / "README.md").read_text()
+DOCS = sorted((ROOT / "docs").rglob("*.md"))
 READMES = [ROOT / "README.md", ROOT / "plugins" / "README.md", *ROOT.glob("examples/*/README.md")]
 HOOKS = {name: inspect.signature(getattr(Guidance, name)) for name in guidance.HOOKS}
 SPECS = {
@@ -89,10 +92,10 @@ def test_all_that_a_step_and_a_run_show_is_in_the_tables(cls, word):
     assert not [name for name in sorted(shown) if f"`{word}.{name}" not in GUIDE]
 
 
-@pytest.mark.parametrize("readme", READMES, ids=lambda path: path.parent.name)
+@pytest.mark.parametrize("readme", [*READMES, *DOCS], ids=lambda p: f"{p.parent.name}-{p.stem}")
 def test_every_command_and_flag_exists(readme):
     found = list(commands(readme))
-    assert found
+    assert found or readme in DOCS
     for words in found:
         command = main
         while isinstance(command, click.Group) and words and not words[0].startswith("-"):
@@ -115,7 +118,36 @@ def test_the_guides_example_is_a_plugin_that_holds():
     assert registered == {"haze": names["Grey"]}
 
 
-@pytest.mark.parametrize("part", [".", "benchmarks", "kernels"])
+@pytest.mark.parametrize("part", ["docs/results", "benchmarks", "kernels"])
 def test_every_script_with_numbers_exists(part):
-    named = re.findall(r"benchmarks/\w+\.py", (ROOT / part / "README.md").read_text())
+    text = "".join(path.read_text() for path in (ROOT / part).glob("*.md"))
+    named = re.findall(r"benchmarks/\w+\.py", text)
     assert named and all((ROOT / name).exists() for name in named), named
+
+
+def test_the_readme_is_short():
+    assert len((ROOT / "README.md").read_text().split()) <= 700
+
+
+def python_blocks(path):
+    return re.findall(r"```python\n(.*?)```", path.read_text(), re.DOTALL)
+
+
+@pytest.mark.parametrize(
+    "path",
+    [ROOT / "README.md", ROOT / "docs/howto/attach.md", ROOT / "docs/tutorial/first-layout.md"],
+    ids=lambda path: path.stem,
+)
+def test_python_runs_as_it_stands_and_saves_an_image(path, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(guidekit.sampler, "STEPS", 2)
+    first, *_ = python_blocks(path)
+    exec(compile(first, str(path), "exec"), {"__name__": "docs"})
+    (saved,) = tmp_path.glob("*.png")
+    assert saved.stat().st_size > 1000
+
+
+@pytest.mark.parametrize("path", [*READMES, *DOCS], ids=lambda p: f"{p.parent.name}-{p.stem}")
+def test_every_link_between_files_leads_somewhere(path):
+    for target in re.findall(r"\]\(([^)#:]+)\)", path.read_text()):
+        assert (path.parent / target).exists(), target
