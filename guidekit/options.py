@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from guidekit.errors import GuidekitError
-from guidekit.seeds import check_seeds, parse_seeds
+from guidekit.seeds import Seeds
 
 # What a text is made of: TOML knows dates, which are meant as written.
 TEXTS = str | int | float | Path | datetime.date | datetime.time
@@ -47,18 +47,17 @@ def convert(value: Any, kind: Any, where: str, folder: Path = Path()) -> Any:
     Texts are read as numbers where numbers are needed; a relative Path is taken from `folder`.
     Raises GuidekitError that begins with `where`.
     """
-    if where == "seeds" and isinstance(value, str):
-        return parse_seeds(value)
+    if kind is Seeds:
+        return Seeds(value)
     kinds = typing.get_args(kind) if _is_union(kind) else (kind,)
     if value is None and type(None) in kinds:
         return None
     for one in kinds:
         if one is not type(None):
             try:
-                found = _read_as(value, one, where, folder)
+                return _read_as(value, one, where, folder)
             except (TypeError, ValueError, OverflowError):
                 continue
-            return check_seeds(found) if where == "seeds" else found
     raise GuidekitError(f"{where} must be {describe(kind)}, not {value!r}")
 
 

@@ -14,6 +14,7 @@ from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
 from guidekit.backbones.denoiser import Denoiser, frozen
+from guidekit.backbones.schedulers import lay_out_steps
 from guidekit.conditions import Condition
 from guidekit.engine.engine import Engine
 from guidekit.errors import GuidekitError
@@ -21,7 +22,7 @@ from guidekit.guidance import Guidance
 from guidekit.inputs import as_conditions, as_denoiser, as_guidances, as_scheduler, tuned
 from guidekit.noise import is_flow
 from guidekit.run import Run
-from guidekit.seeds import as_seeds, derived_seed
+from guidekit.seeds import Seeds, derived_seed
 from guidekit.step import Step
 
 STEPS = 50  # where neither the user nor the model says
@@ -71,7 +72,7 @@ class Sampling:
         if embedded_cfg is not None:
             denoiser = denoiser.with_embedded_cfg(embedded_cfg)
         cfg = denoiser.cfg if cfg is None else cfg
-        self.denoiser, self.seeds = denoiser, list(as_seeds(seeds))
+        self.denoiser, self.seeds = denoiser, list(Seeds(seeds))
         self.conditions = [denoiser.prepared(c) for c in as_conditions(conditions, len(self.seeds))]
         _check_numbers(steps, cfg=cfg, eta=eta, embedded_cfg=embedded_cfg or 0.0)
         denoiser.check_cfg(cfg)
@@ -81,7 +82,7 @@ class Sampling:
         # Schedulers keep state from step to step; this run has its own.
         scheduler = type(scheduler).from_config(scheduler.config)
         shape = denoiser.latent_shape(height, width)
-        denoiser.set_timesteps(scheduler, steps, shape)
+        lay_out_steps(denoiser, scheduler, steps, shape)
         self.generators = [torch.Generator().manual_seed(seed) for seed in self.seeds]
         self.run = Run(
             denoiser,
@@ -186,7 +187,7 @@ def draw(
     Where guidances reject pictures (`accept`), those are drawn again from seeds derived from their
     own, at most `tries` times in all; the last draw stays.
     """
-    denoiser, seeds = as_denoiser(denoiser), list(as_seeds(seeds))
+    denoiser, seeds = as_denoiser(denoiser), list(Seeds(seeds))
     conditions = as_conditions(conditions, len(seeds))
     images: list[Tensor | None] = [None] * len(seeds)
     left = list(range(len(seeds)))

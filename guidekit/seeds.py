@@ -1,17 +1,42 @@
 """Seeds: as people write them, and derived from a seed and a name."""
 
 import hashlib
-import operator
 import re
-import typing
+from collections.abc import Iterable
 
 from guidekit.errors import GuidekitError
 
 MAX_SEEDS = 100_000
 
 
-def parse_seeds(text: str) -> tuple[int, ...]:
-    """`0-7`, `0,3,9` or a mix of both as numbers."""
+class Seeds(tuple[int, ...]):
+    """Different seeds, one an image, as people write them: `0-7`, `0,3,9`, a mix, or numbers.
+
+    Raises GuidekitError for a text of another form, no seed, one that occurs twice, and one that
+    torch's generator does not take.
+    """
+
+    def __new__(cls, value: str | int | Iterable[int] = ()):
+        """Reads a text, a number or numbers."""
+        seeds = _parsed(value) if isinstance(value, str) else _numbers(value)
+        if not seeds:
+            raise GuidekitError(
+                "there are no seeds; give a range such as 0-7 or a list such as 0,3,9"
+            )
+        if len(set(seeds)) < len(seeds):
+            raise GuidekitError("a seed occurs twice; every image needs its own")
+        if min(seeds) < 0 or max(seeds) >= 2**63:
+            raise GuidekitError("seeds lie from 0 to 2^63 - 1")
+        return super().__new__(cls, seeds)
+
+    def __str__(self) -> str:
+        if len(self) > 1 and self == tuple(range(self[0], self[0] + len(self))):
+            return f"{self[0]}-{self[-1]}"
+        return ",".join(map(str, self))
+
+
+def _parsed(text: str) -> list[int]:
+    """The seeds of a text."""
     seeds: list[int] = []
     for part in text.split(","):
         match = re.fullmatch(r"\s*(\d{1,18})\s*(?:-\s*(\d{1,18}))?\s*", part)
@@ -21,34 +46,19 @@ def parse_seeds(text: str) -> tuple[int, ...]:
                 f"seeds {text!r}: write a range such as 0-7 or a list such as 0,3,9"
             )
         seeds += range(first, last + 1)
-    return check_seeds(seeds)
+    return seeds
 
 
-def as_seeds(given: object) -> tuple[int, ...]:
-    """Seeds of a number, a text such as 0-7, or several numbers.
-
-    Raises GuidekitError for none, for one that occurs twice and for what is no seed.
-    """
-    if isinstance(given, str):
-        return parse_seeds(given)
-    numbers = (given,) if isinstance(given, int) else given
+def _numbers(value: int | Iterable[int]) -> list[int]:
+    """The seeds of a number, or of a list of whole numbers."""
+    given = list(value) if isinstance(value, Iterable) else [value]
     try:
-        return check_seeds([operator.index(seed) for seed in numbers])
-    except TypeError:
-        raise GuidekitError(
-            f"seeds are whole numbers, or a text such as 0-7, not {given!r}"
-        ) from None
-
-
-def check_seeds(seeds: typing.Sequence[int]) -> tuple[int, ...]:
-    """The seeds, which must be different and fit torch's generator."""
-    if not seeds:
-        raise GuidekitError("there are no seeds; give a range such as 0-7 or a list such as 0,3,9")
-    if len(set(seeds)) < len(seeds):
-        raise GuidekitError("a seed occurs twice; every picture needs its own")
-    if min(seeds) < 0 or max(seeds) >= 2**63:
-        raise GuidekitError("seeds lie from 0 to 2^63 - 1")
-    return tuple(seeds)
+        whole = all(int(seed) == seed and not isinstance(seed, bool) for seed in given)
+    except (TypeError, ValueError, OverflowError):
+        whole = False
+    if not whole:
+        raise GuidekitError(f"seeds must be whole numbers, such as 0-7 or 0,3,9, not {value!r}")
+    return [int(seed) for seed in given]
 
 
 def derived_seed(*parts: int | str) -> int:

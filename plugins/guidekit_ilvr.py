@@ -24,6 +24,7 @@ READERS = {
     "euler": "EulerDiscrete",
     "euler-a": "EulerAncestralDiscrete",
     "flow-euler": "FlowMatchEulerDiscrete",
+    "lcm": "LCM",
     "lms": "LMSDiscrete",
 }
 

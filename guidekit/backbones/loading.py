@@ -10,6 +10,7 @@ from diffusers import DiffusionPipeline
 from diffusers.utils import logging as diffusers_logging
 from transformers.utils import logging as transformers_logging
 
+from guidekit.backbones.schedulers import SCHEDULERS, parse_scheduler, scheduler_config
 from guidekit.errors import GuidekitError
 from guidekit.noise import is_flow
 from guidekit.untrusted import check_pipeline, check_weights, file_name, read_object
@@ -18,25 +19,6 @@ from guidekit.zoo.shipped import ZOO
 # What diffusers and transformers raise for files that are missing, cut short or not theirs.
 LOAD_ERRORS = (OSError, ValueError, TypeError, KeyError, AttributeError, RuntimeError, ImportError)
 VOCABULARIES = ("tokenizer.json", "vocab.*", "*.model")
-SCHEDULERS = {
-    "ddim": "DDIMScheduler",
-    "ddpm": "DDPMScheduler",
-    "deis": "DEISMultistepScheduler",
-    "dpm++": "DPMSolverMultistepScheduler",
-    "dpm++2s": "DPMSolverSinglestepScheduler",
-    "euler": "EulerDiscreteScheduler",
-    "euler-a": "EulerAncestralDiscreteScheduler",
-    "flow-euler": "FlowMatchEulerDiscreteScheduler",
-    "flow-heun": "FlowMatchHeunDiscreteScheduler",
-    "heun": "HeunDiscreteScheduler",
-    "kdpm2": "KDPM2DiscreteScheduler",
-    "kdpm2-a": "KDPM2AncestralDiscreteScheduler",
-    "lms": "LMSDiscreteScheduler",
-    "pndm": "PNDMScheduler",
-    "sa": "SASolverScheduler",
-    "unipc": "UniPCMultistepScheduler",
-}
-
 # Pipelines of guidekit's own, which diffusers finds once their module is imported.
 PIPELINES = {"SemanticaPipeline": "guidekit.semantica.pipeline"}
 
@@ -161,14 +143,13 @@ def _check_weights(folder: Path) -> None:
 
 
 def make_scheduler(pipeline: DiffusionPipeline, name: str):
-    """A scheduler by its short name, with the settings of the pipeline's own.
+    """A scheduler by any of its names, with the settings of the pipeline's own.
 
     Raises GuidekitError for a name that does not exist, or is not for models of this kind.
     """
     import diffusers
 
-    if name not in SCHEDULERS:
-        raise GuidekitError(f"no scheduler {name!r}; there are {', '.join(SCHEDULERS)}")
+    name, options = parse_scheduler(name)
     own = pipeline.scheduler
     if name not in (possible := schedulers_for(own)):
         kind = "not for flow models" if is_flow(own) else "for flow models alone"
@@ -179,7 +160,7 @@ def make_scheduler(pipeline: DiffusionPipeline, name: str):
     if is_flow(own) and not name.startswith("flow-"):
         shift = own.config.get("shift", own.config.get("flow_shift", 1.0))
         more = {"use_flow_sigmas": True, "prediction_type": "flow_prediction", "flow_shift": shift}
-    return scheduler.from_config(own.config, **more)
+    return scheduler.from_config(own.config, **more, **scheduler_config(scheduler, options))
 
 
 def schedulers_for(own) -> list[str]:

@@ -2,7 +2,7 @@
 
 import torch
 
-from guidekit.backbones.loading import SCHEDULERS
+from guidekit.backbones.schedulers import parse_scheduler
 from guidekit.cli.settings import Settings
 from guidekit.errors import GuidekitError
 from guidekit.run import MEMORY, POLICIES
@@ -12,10 +12,8 @@ DTYPES = ("float32", "float16", "bfloat16")
 
 def check_settings(settings: Settings) -> None:
     """Raises GuidekitError for what is known to be wrong before anything is loaded."""
-    if settings.scheduler is not None and settings.scheduler not in SCHEDULERS:
-        raise GuidekitError(
-            f"no scheduler {settings.scheduler!r}; there are {', '.join(SCHEDULERS)}"
-        )
+    if settings.scheduler is not None:
+        parse_scheduler(settings.scheduler)
     if settings.image is not None and settings.image_folder is not None:
         raise GuidekitError("give image or image_folder, not both")
     if settings.per_image is not None and settings.image_folder is None:

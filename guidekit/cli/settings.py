@@ -11,6 +11,7 @@ from typing import Any
 
 from guidekit.errors import GuidekitError
 from guidekit.options import convert, parse_setting
+from guidekit.seeds import Seeds
 from guidekit.untrusted import read_json, read_toml
 from guidekit.zoo.shipped import ZOO
 
@@ -30,7 +31,7 @@ class Settings:
     image: Path | None = None
     image_folder: Path | None = None
     per_image: int | None = None
-    seeds: tuple[int, ...] = (0, 1, 2, 3)
+    seeds: Seeds = Seeds(range(4))
     steps: int | None = None
     scheduler: str | None = None
     cfg: float | None = None

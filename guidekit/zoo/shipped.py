@@ -1,4 +1,4 @@
-"""Whether the built-in models are as they were shipped: a hash of every file of theirs.
+"""The built-in models: their tuned settings, and whether every file is as it was shipped.
 
 `python -m guidekit.zoo.shipped` writes the list anew, after a model was added or trained again.
 """

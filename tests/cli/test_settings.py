@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from guidekit.cli.settings import Settings, dump, make_settings, read_config, sample_keys
 from guidekit.layouts import load_layout, parse_layout
 from guidekit.options import convert, parse_setting
-from guidekit.seeds import parse_seeds
+from guidekit.seeds import Seeds
 
 JSON = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8),
@@ -48,13 +48,13 @@ def test_settings_of_another_form(text):
     [("0-3", (0, 1, 2, 3)), ("0,3,9", (0, 3, 9)), ("7", (7,)), ("1, 4-5", (1, 4, 5))],
 )
 def test_seeds(text, seeds):
-    assert parse_seeds(text) == seeds
+    assert Seeds(text) == seeds
 
 
 @pytest.mark.parametrize("text", ["", "3-1", "a", "1,,2", "-1", "1,1", "0-99999999", "1.5"])
 def test_wrong_seeds(text):
     with pytest.raises(ValueError, match="seed"):
-        parse_seeds(text)
+        Seeds(text)
 
 
 @pytest.mark.parametrize(
@@ -220,3 +220,21 @@ def test_any_bytes_as_a_layout(tmp_path_factory, data):
         load_layout(path)
     except ValueError:
         pass
+
+
+@pytest.mark.parametrize("value", [3, [0, 2], (0, 2), range(2), [1.0]])
+def test_seeds_of_numbers(value):
+    expected = tuple(value) if hasattr(value, "__iter__") else (value,)
+    assert Seeds(value) == expected
+    assert all(type(seed) is int for seed in Seeds(value))
+
+
+@pytest.mark.parametrize("value", [1.5, [True], [float("nan")], [[1]], {"a": 1}, None, [2**63], []])
+def test_values_that_are_no_seeds(value):
+    with pytest.raises(ValueError, match="seeds"):
+        Seeds(value)
+
+
+@pytest.mark.parametrize(("text", "shown"), [("0-7", "0-7"), ("0,3,9", "0,3,9"), ("4", "4")])
+def test_seeds_are_shown_as_people_write_them(text, shown):
+    assert str(Seeds(text)) == shown

@@ -1,0 +1,136 @@
+"""Schedulers by the names that people write, and the steps of a run.
+
+`euler-a`, `euler_a`, `EulerAncestral` and diffusers' whole class name are one scheduler; options
+follow after colons (`dpm++:karras`) or as diffusers' own documents write them (`DPM++ 2M Karras`).
+"""
+
+import difflib
+import inspect
+import re
+from typing import Any
+
+from guidekit.errors import GuidekitError
+
+SCHEDULERS = {
+    "ddim": "DDIMScheduler",
+    "ddpm": "DDPMScheduler",
+    "deis": "DEISMultistepScheduler",
+    "dpm++": "DPMSolverMultistepScheduler",
+    "dpm++2s": "DPMSolverSinglestepScheduler",
+    "euler": "EulerDiscreteScheduler",
+    "euler-a": "EulerAncestralDiscreteScheduler",
+    "flow-euler": "FlowMatchEulerDiscreteScheduler",
+    "flow-heun": "FlowMatchHeunDiscreteScheduler",
+    "heun": "HeunDiscreteScheduler",
+    "kdpm2": "KDPM2DiscreteScheduler",
+    "kdpm2-a": "KDPM2AncestralDiscreteScheduler",
+    "lcm": "LCMScheduler",
+    "lms": "LMSDiscreteScheduler",
+    "pndm": "PNDMScheduler",
+    "sa": "SASolverScheduler",
+    "unipc": "UniPCMultistepScheduler",
+}
+# Names that other programs have for them, in the form of `_plain`.
+ALIASES = {
+    "dpmpp2m": "dpm++",
+    "dpmsolver": "dpm++",
+    "dpmsolverpp": "dpm++",
+    "dpm2": "kdpm2",
+    "dpm2a": "kdpm2-a",
+    "keuler": "euler",
+    "keulera": "euler-a",
+    "kheun": "heun",
+    "klms": "lms",
+    "plms": "pndm",
+}
+SIGMAS = ("karras", "exponential", "beta")  # how noise levels are spaced; one at most
+SPACINGS = ("leading", "linspace", "trailing")  # how timesteps are
+
+
+def parse_scheduler(text: str) -> tuple[str, tuple[str, ...]]:
+    """The short name and the options of a scheduler: `DPM++ 2M Karras` is ("dpm++", ("karras",)).
+
+    Raises GuidekitError that names the nearest scheduler and all there are.
+    """
+    name, *options = text.split(":")
+    plain, names, known = _plain(name), _names(), (*SIGMAS, *SPACINGS)
+    options = [option.strip().lower() for option in options]
+    while plain not in names and (word := next(filter(plain.endswith, known), None)):
+        plain, options = plain.removesuffix(word), [word, *options]
+    if plain not in names:
+        near = difflib.get_close_matches(plain, names, 1)
+        hint = f" (the nearest is {names[near[0]]})" if near else ""
+        raise GuidekitError(f"no scheduler {text!r}{hint}; there are {', '.join(SCHEDULERS)}")
+    for option in options:
+        if option not in known:
+            raise GuidekitError(f"scheduler {text!r}: no option {option!r}; {_listed(known)}")
+    for kind in (SIGMAS, SPACINGS):
+        if len(set(kind) & set(options)) > 1:
+            raise GuidekitError(f"scheduler {text!r}: give one of {', '.join(kind)}")
+    return names[plain], tuple(dict.fromkeys(options))
+
+
+def scheduler_name(text: str) -> str:
+    """The name as `run.json` has it, such as `dpm++:karras`. Raises as `parse_scheduler`."""
+    name, options = parse_scheduler(text)
+    return ":".join((name, *options))
+
+
+def scheduler_config(cls: type, options: tuple[str, ...]) -> dict[str, Any]:
+    """What the options change in the config of a scheduler's class.
+
+    Raises GuidekitError for an option that the class does not have.
+    """
+    config: dict[str, Any] = {}
+    takes = inspect.signature(cls.__init__).parameters
+    for option in options:
+        key = f"use_{option}_sigmas" if option in SIGMAS else "timestep_spacing"
+        if key not in takes:
+            raise GuidekitError(f"{cls.__name__} has no {option} ({key}); leave it out")
+        if option in SIGMAS:
+            config |= {f"use_{sigmas}_sigmas": sigmas == option for sigmas in SIGMAS}
+        else:
+            config[key] = option
+    return config
+
+
+def lay_out_steps(denoiser, scheduler, steps: int, shape: tuple[int, int, int]) -> None:
+    """Lays out the steps of a run for latents of `shape` (C, h, w).
+
+    Raises GuidekitError for a number of steps that the scheduler cannot have.
+    """
+    name = type(scheduler).__name__
+    try:
+        denoiser.set_timesteps(scheduler, steps, shape)
+    except ValueError as error:
+        reason = str(error).splitlines()[0]
+        raise GuidekitError(f"{name} cannot make {steps} steps: {reason}") from error
+    if hasattr(scheduler, "sigmas"):
+        return
+    # diffusers' "leading" spacing with an offset reaches one timestep too far at the full number.
+    first, most = int(scheduler.timesteps.max()), scheduler.config.num_train_timesteps
+    if first >= most:
+        raise GuidekitError(
+            f"{name} with {steps} steps begins at timestep {first}, but the model has 0 to "
+            f"{most - 1}; use fewer steps"
+        )
+
+
+def _names() -> dict[str, str]:
+    """Every name in the form of `_plain`: the short one it stands for."""
+    names = dict(ALIASES)
+    for short, cls in SCHEDULERS.items():
+        whole = _plain(cls)
+        stem = whole.removesuffix("scheduler")
+        for name in (_plain(short), whole, stem, stem.removesuffix("discrete")):
+            names[name] = short
+    return names
+
+
+def _plain(text: str) -> str:
+    """Small letters and digits alone; `++` is `pp`."""
+    return re.sub(r"[^a-z0-9]", "", text.lower().replace("++", "pp"))
+
+
+def _listed(names: tuple[str, ...]) -> str:
+    return f"there are {', '.join(names)}"
