@@ -135,18 +135,23 @@ class Registry:
         return offers[name]
 
     def make_guidance(
-        self, name: str, options: dict[str, Any], folder: Path = Path()
+        self,
+        name: str,
+        options: dict[str, Any],
+        folder: Path = Path(),
+        changes: dict[str, Any] | None = None,
     ) -> "Guidance":
         """A guidance from its options; a relative path among them is taken from `folder`.
 
-        Raises GuidekitError that names the option at fault, or the plugins that exist.
+        changes: options that win over those, whose paths start from the working folder. Raises
+        GuidekitError that names the option at fault, or the plugins that exist.
         """
-        cls = self.guidance_class(name)
+        cls, changes = self.guidance_class(name), changes or {}
         kinds = option_kinds(cls)
-        for option in options:
+        for option in (*options, *changes):
             if option not in kinds:
                 raise GuidekitError(f"{name} has no option {option!r}; it has: {', '.join(kinds)}")
-        values = {k: rooted(v, kinds[k], folder) for k, v in options.items()}
+        values = {k: rooted(v, kinds[k], folder) for k, v in options.items()} | changes
         # The class's own checks name the plugin, so the name is there before they run.
         guidance = cls.__new__(cls, **values)
         guidance._name = name

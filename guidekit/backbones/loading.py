@@ -10,6 +10,7 @@ from diffusers import DiffusionPipeline
 from diffusers.utils import logging as diffusers_logging
 from transformers.utils import logging as transformers_logging
 
+from guidekit.backbones.hub import require_hub
 from guidekit.backbones.schedulers import SCHEDULERS, parse_scheduler, scheduler_config
 from guidekit.errors import GuidekitError
 from guidekit.noise import is_flow
@@ -55,6 +56,8 @@ def load(
             f"no model {name!r}: not a built-in ({', '.join(built_in())}), not a directory, "
             "not a hub id of the form owner/name"
         )
+    else:
+        _require_download(name)
     try:
         with _quiet():
             folder = path if there else _downloaded(name)
@@ -91,6 +94,14 @@ def _downloaded(name: str) -> Path:
     folder = Path(DiffusionPipeline.download(name, use_safetensors=True))
     check_pipeline(folder)
     return folder
+
+
+def _require_download(name: str) -> None:
+    """Raises GuidekitError for a hub id that is neither here nor to be had."""
+    try:
+        require_hub(name, "model_index.json")
+    except GuidekitError as error:
+        raise GuidekitError(f"model {name!r} cannot be loaded: {error}") from None
 
 
 def _pipeline_class(path: Path) -> type[DiffusionPipeline]:

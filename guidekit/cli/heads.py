@@ -3,56 +3,74 @@
 import dataclasses
 import json
 import shlex
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import click
 
+from guidekit.cli.errors import traceback_option
+from guidekit.cli.terminal import say
 from guidekit.errors import GuidekitError
-from guidekit.untrusted import printable
 
 
 def _denoiser(model: str, device: str | None) -> Any:
     """The denoiser of `--model`, which may be a plugin's backbone."""
     from guidekit.backbones.denoiser import Denoiser
-    from guidekit.cli.session import load_model
-    from guidekit.cli.settings import Settings
+    from guidekit.cli.models import load_model
     from guidekit.registry import Registry
 
-    return Denoiser(load_model(Settings(model=model, device=device), Registry()))
+    return Denoiser(load_model(model, Registry(), device))
+
+
+def _check_new(out: Path) -> None:
+    """Raises GuidekitError for a folder that holds anything."""
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise GuidekitError(f"{out} exists; choose another --out")
 
 
 @click.command()
-@click.argument("shots", type=click.Path(path_type=Path))
+@click.argument("shots", metavar="EXAMPLES", type=click.Path(path_type=Path))
 @click.option("--model", default="digits-ddpm", show_default=True, help="As of `sample`.")
 @click.option("--out", type=click.Path(path_type=Path), required=True, help="New folder.")
 @click.option("--site", "sites", multiple=True, help="Wildcard of blocks; repeat for several.")
 @click.option("--timestep", "timesteps", multiple=True, type=int, help="0 to 999 [500].")
-@click.option("--noised", is_flag=True, help="Noise the pictures to the timestep.")
-@click.option("--pool", type=click.IntRange(0), default=0, help="Side of the averages' grid [2].")
-@click.option("--estimator", default="", help="logistic, ridge; of masks mlp, linear.")
+@click.option("--noised", is_flag=True, help="Noise the images to the timestep.")
+@click.option(
+    "--pool",
+    type=click.IntRange(0),
+    default=0,
+    help="Average features over a grid of so many cells a side; 0 chooses [0].",
+)
+@click.option("--estimator", default="", help="logistic or ridge; of masks mlp or linear.")
 @click.option("--auto", is_flag=True, help="Choose site and timestep by cross-validation.")
 @click.option("--budget", default=30.0, show_default=True, help="Seconds for --auto.")
-@click.option("--epochs", type=click.IntRange(1), default=50, show_default=True, help="Of the mlp.")
-@click.option("--prompt", default="", help="What a model that reads text is told.")
+@click.option(
+    "--epochs",
+    type=click.IntRange(1),
+    default=50,
+    show_default=True,
+    help="Passes over the examples, of the mlp.",
+)
+@click.option("--prompt", default="", help="Prompt of a model that reads text.")
 @click.option("--cache", type=click.Path(path_type=Path), help="Folder that keeps the features.")
 @click.option("--device", default=None, help="cpu, cuda, cuda:1 [cuda if there is one].")
 @click.option("--seed", default=0, show_default=True)
 @click.option("--quiet", is_flag=True, help="Print nothing but errors.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+@traceback_option
 def fit(shots: Path, model: str, out: Path, device: str, quiet: bool, as_json: bool, **options):
-    """Fit a head on labelled pictures: class folders, images/ with masks/, or a table.
+    """Fit a head on labelled images: class folders, images/ with masks/, or a table.
 
-    SHOTS holds a folder of pictures per class (`positive` and `negative` for an attribute), or
+    EXAMPLES holds a folder of images per class (`positive` and `negative` for an attribute), or
     images/ and masks/ by stem (indexed PNG), or metadata.jsonl or labels.csv with a column
     file_name and the labels.
     """
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise GuidekitError(f"{out} exists; choose another --out")
+    _check_new(out)
     if not shots.exists():
-        raise GuidekitError(
-            f"{shots} does not exist; give a folder of labelled pictures or a table"
-        )
+        raise GuidekitError(f"{shots} does not exist; give a folder of labelled images or a table")
+    if not (quiet or as_json):
+        say(f"loading  {model}")
     from guidekit.heads import FitOptions, read_examples
     from guidekit.heads import fit as fit_head
 
@@ -65,7 +83,7 @@ def fit(shots: Path, model: str, out: Path, device: str, quiet: bool, as_json: b
     if as_json:
         click.echo(json.dumps({"head": str(out), **dataclasses.asdict(report)}, default=str))
     elif not quiet:
-        click.echo(printable(_fitted(report, model, out, head)))
+        say(_fitted(report, model, out, head))
 
 
 def _fitted(report: Any, model: str, out: Path, head: Any) -> str:
@@ -73,7 +91,7 @@ def _fitted(report: Any, model: str, out: Path, head: Any) -> str:
     counts = ", ".join(f"{name} {count}" for name, count in report.per_class.items())
     reading = report.reading
     input_ = "noised" if reading.noised else "clean"
-    lines = [f"shots    {report.kind}: {counts}"]
+    lines = [f"examples {report.kind}: {counts}"]
     lines += [
         f"tried    {' + '.join(c.reading.sites)} at {c.reading.timesteps[0]}, pool "
         f"{c.reading.pool}: log loss {c.log_loss:.3f}, accuracy {c.accuracy:.3f}"
@@ -85,14 +103,17 @@ def _fitted(report: Any, model: str, out: Path, head: Any) -> str:
         f"scores   {_scores(report.scores)}",
         *(f"note     {note}" for note in report.notes),
         f"wrote    {out}/",
-        f"next     guidekit sample --model {model} --plugin fewshot --set fewshot.head={out} "
-        + ("--set fewshot.mask=MASK.png" if report.kind == "masks" else _label(head)),
+        f"next     {_use(report, model, out, head)}",
     ]
     return "\n".join(lines)
 
 
-def _label(head: Any) -> str:
-    return f"--set {shlex.quote(f'fewshot.label={head.classes[-1]}')}"
+def _use(report: Any, model: str, out: Path, head: Any) -> str:
+    """A command that draws with the head."""
+    masks = report.kind == "masks"
+    given = [f"head={out}", "mask=MASK.png" if masks else f"label={head.classes[-1]}"]
+    words = ["guidekit", "sample", "--model", model, "--plugin", "fewshot"]
+    return shlex.join(words + [w for text in given for w in ("--set", f"fewshot.{text}")])
 
 
 def _scores(scores: dict) -> str:
@@ -101,8 +122,13 @@ def _scores(scores: dict) -> str:
 
 @click.command()
 @click.option("--model", default="digits-ddpm", show_default=True, help="As of `sample`.")
-@click.option("--head", type=click.Path(path_type=Path), required=True, help="Of `guidekit fit`.")
-@click.option("--per-class", type=click.IntRange(1), required=True, help="Pictures of each class.")
+@click.option(
+    "--head",
+    type=click.Path(path_type=Path),
+    required=True,
+    help="From `guidekit fit`.",
+)
+@click.option("--per-class", type=click.IntRange(1), required=True, help="Images of each class.")
 @click.option("--class", "classes", multiple=True, help="A class; repeat for several [all].")
 @click.option("--out", type=click.Path(path_type=Path), required=True, help="New folder.")
 @click.option("--plugin", default="fewshot", show_default=True, help="It has `head` and `label`.")
@@ -112,7 +138,7 @@ def _scores(scores: dict) -> str:
     type=click.IntRange(1),
     default=3,
     show_default=True,
-    help="Pictures drawn for one that is wanted, at most.",
+    help="Images drawn for one that is wanted, at most.",
 )
 @click.option("--steps", type=click.IntRange(1), default=50, show_default=True)
 @click.option("--batch", type=click.IntRange(1), default=16, show_default=True)
@@ -120,6 +146,7 @@ def _scores(scores: dict) -> str:
 @click.option("--device", default=None, help="cpu, cuda, cuda:1 [cuda if there is one].")
 @click.option("--quiet", is_flag=True, help="Print nothing but errors.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+@traceback_option
 def augment(
     model: str,
     head: Path,
@@ -134,41 +161,57 @@ def augment(
     as_json: bool,
     **options,
 ):
-    """Write a folder of accepted, generated pictures per class."""
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise GuidekitError(f"{out} exists; choose another --out")
-    from guidekit.heads import load_head
+    """Write a folder of accepted, generated images per class."""
+    _check_new(out)
+    silent = quiet or as_json
+    if not silent:
+        say(f"loading  {model}")
     from guidekit.heads.augment import augment as harvest
-    from guidekit.options import parse_setting
-    from guidekit.registry import Registry
-    from guidekit.zoo.shipped import model_defaults
 
-    registry, denoiser = Registry(), _denoiser(model, device)
+    denoiser = _denoiser(model, device)
+    chosen = _classes(head, denoiser, classes)
+    make = _maker(model, plugin, changes, head)
+    tell = None if silent else _tell
+    rows = harvest(denoiser, make, chosen, per_class, out, seed, tell, **options)
+    if as_json:
+        classes_ = [dataclasses.asdict(r) | {"rate": r.rate} for r in rows]
+        click.echo(json.dumps({"folder": str(out), "classes": classes_}))
+    elif not quiet:
+        say(f"wrote    {out}/")
+
+
+def _classes(head: Path, denoiser: Any, names: tuple[str, ...]) -> list[str]:
+    """The classes of a head that are asked for, all of them by default."""
+    from guidekit.heads import load_head
+
     found = load_head(head, denoiser)
     if found.config.kind != "classes":
         raise GuidekitError(
             f"{head} is a head of {found.config.kind}; augment needs one of classes"
         )
-    chosen = [found.classes[found.index(name)] for name in classes] or list(found.classes)
-    own = dict(model_defaults(model).get("plugin", {}).get(plugin, {}))
+    return [found.classes[found.index(name)] for name in names] or list(found.classes)
+
+
+def _maker(model: str, plugin: str, changes: tuple[str, ...], head: Path) -> Callable[[str], Any]:
+    """Makes the guidance towards a class, with the options that are tuned for the model."""
+    from guidekit.options import parse_setting
+    from guidekit.registry import Registry
+    from guidekit.zoo.shipped import model_defaults
+
+    own, given = model_defaults(model).get("plugin", {}).get(plugin, {}), {}
     for name, option, value in map(parse_setting, changes):
         if name != plugin:
             raise GuidekitError(f"--set {name}.{option}: the plugin of this run is {plugin}")
-        own[option] = value
+        given[option] = value
+    registry = Registry()
 
     def make(label: str) -> Any:
-        return registry.make_guidance(plugin, own | {"head": str(head), "label": label})
+        last = {"head": str(head), "label": label}
+        return registry.make_guidance(plugin, own, changes=given | last)
 
-    def tell(row: Any) -> None:
-        label = printable(row.label)
-        click.echo(f"{label:12s} {row.accepted} of {row.drawn} accepted ({row.rate:.2f})")
+    return make
 
-    silent = quiet or as_json
-    rows = harvest(
-        denoiser, make, chosen, per_class, out, seed, None if silent else tell, **options
-    )
-    if as_json:
-        classes_ = [dataclasses.asdict(r) | {"rate": r.rate} for r in rows]
-        click.echo(json.dumps({"folder": str(out), "classes": classes_}))
-    elif not quiet:
-        click.echo(f"wrote    {out}/")
+
+def _tell(row: Any) -> None:
+    """How many images of a class were accepted."""
+    say(f"{row.label:12s} {row.accepted} of {row.drawn} accepted ({row.rate:.2f})")

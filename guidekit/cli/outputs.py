@@ -1,12 +1,15 @@
-"""The folder of a run: pictures, masks and run.json, written as soon as they exist."""
+"""The folder of a run: images, masks and run.json, written as soon as they exist."""
 
+import contextlib
 import datetime
+import errno
 import hashlib
 import importlib.metadata
 import json
 import os
 import platform
 import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,18 +18,23 @@ from guidekit.errors import GuidekitError
 from guidekit.images import mask_image, replacing, save_picture
 
 PACKAGES = ("guidekit", "torch", "diffusers", "transformers", "safetensors", "numpy", "triton")
+RECORD = "run.json"
+CLAIM = f"{RECORD}.part"  # the record to come: whoever makes it has the folder
 
 
 def slug(text: str, length: int = 40) -> str:
     """The text's first words in small letters, joined by hyphens, for file names."""
     words = re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-")
-    return words[:length].rstrip("-") or "picture"
+    if len(words) > length and "-" in words[: length + 1]:
+        words = words[: length + 1].rpartition("-")[0]  # no word is cut
+    return words[:length] or "image"
 
 
 def new_folder(out: Path | None, prompt: str) -> Path:
-    """Makes `out`, by default out/<date>-<prompt>; a name that exists gets -2, -3 and so on.
+    """Makes `out`, by default out/<date>-<prompt>; a name that is taken gets -2, -3 and so on.
 
-    An empty folder that exists is used as it is. Raises GuidekitError if it cannot be made.
+    An empty folder that exists is used as it is. The folder is this run's alone, also if another
+    process asks for the same name at the same moment. Raises GuidekitError if it cannot be made.
     """
     today = datetime.date.today().isoformat()
     base = Path("out") / f"{today}-{slug(prompt)}" if out is None else out
@@ -35,53 +43,77 @@ def new_folder(out: Path | None, prompt: str) -> Path:
         raise GuidekitError(f"output folder {base}: it {what}; choose another with --out")
     folder, number = base, 1
     try:
-        while _taken(folder):
+        while not _claim(folder):
             number += 1
             folder = base.with_name(f"{base.name}-{number}")
-        folder.mkdir(parents=True, exist_ok=True)
-        if not os.access(folder, os.W_OK):
-            raise PermissionError(f"no permission to write in {folder}")
     except OSError as error:
         reason = error.strerror or error
         raise GuidekitError(f"output folder {base}: {reason}; choose another with --out") from None
     return folder
 
 
-def _taken(folder: Path) -> bool:
-    return folder.exists() and any(folder.iterdir())
+def _claim(folder: Path) -> bool:
+    """Makes the folder this run's own; False if it is another's or holds anything."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except FileExistsError:
+        raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR)) from None
+    if any(folder.iterdir()):
+        return False
+    if not os.access(folder, os.W_OK):
+        raise PermissionError(f"no permission to write in {folder}")
+    try:
+        (folder / CLAIM).touch(exist_ok=False)
+    except FileExistsError:  # another run was faster
+        return False
+    except FileNotFoundError:  # another run gave it up and removed it
+        return _claim(folder)
+    return True
 
 
-def discard_empty(folder: Path) -> None:
-    """Removes a folder in which nothing was written."""
-    if folder.is_dir() and not any(folder.iterdir()):
-        folder.rmdir()
+@contextlib.contextmanager
+def removed_if_empty(folder: Path) -> Iterator[None]:
+    """Removes the folder if what is done meanwhile fails before anything was written in it."""
+    try:
+        yield
+    except BaseException:
+        (folder / CLAIM).unlink(missing_ok=True)
+        if not any(folder.iterdir()):
+            with contextlib.suppress(OSError):  # another run was given it since
+                folder.rmdir()
+        raise
 
 
-def save_segments(segments: tuple[Segment, ...], folder: Path) -> list[dict[str, Any]]:
-    """The tables [[segment]] of run.json; masks that did not come from a box become files."""
-    tables = []
-    for index, segment in enumerate(segments):
-        table: dict[str, Any] = {"phrase": segment.phrase}
-        if segment.box is not None:
-            table["box"] = list(segment.box)
-        else:
-            table["mask"] = f"masks/{index}-{slug(segment.phrase)}.png"
+def segment_tables(segments: tuple[Segment, ...]) -> list[dict[str, Any]]:
+    """The tables [[segment]] of run.json; masks that did not come from a box are files."""
+    return [_segment_table(index, segment) for index, segment in enumerate(segments)]
+
+
+def _segment_table(index: int, segment: Segment) -> dict[str, Any]:
+    if segment.box is None:
+        place = {"mask": f"masks/{index}-{slug(segment.phrase)}.png"}
+    else:
+        place = {"box": list(segment.box)}
+    table = {"phrase": segment.phrase, **place}
+    table |= {"strength": segment.strength, "negative": segment.negative}
+    return table if segment.prompt is None else table | {"prompt": segment.prompt}
+
+
+def save_masks(segments: tuple[Segment, ...], folder: Path) -> None:
+    """Writes the masks that `segment_tables` names."""
+    for segment, table in zip(segments, segment_tables(segments), strict=True):
+        if "mask" in table:
             save_picture(mask_image(segment.mask), folder / table["mask"])
-        table |= {"strength": segment.strength, "negative": segment.negative}
-        if segment.prompt is not None:
-            table["prompt"] = segment.prompt
-        tables.append(table)
-    return tables
 
 
 def write_record(record: dict[str, Any], folder: Path) -> None:
     """Writes run.json; the old one stays until the new one is complete."""
-    with replacing(folder / "run.json") as part:
+    with replacing(folder / RECORD) as part:
         part.write_text(json.dumps(record, indent=1, allow_nan=False) + "\n", encoding="utf-8")
 
 
 def versions() -> dict[str, str]:
-    """Versions of the installed packages that a picture depends on."""
+    """Versions of the installed packages that an image depends on."""
     found = {}
     for name in PACKAGES:
         try:
@@ -92,7 +124,7 @@ def versions() -> dict[str, str]:
 
 
 def machine() -> dict[str, Any]:
-    """What of this machine a picture depends on."""
+    """What of this machine an image depends on."""
     import torch
 
     return {

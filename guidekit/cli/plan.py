@@ -1,35 +1,148 @@
-"""What a user asks of a run: settings filled in, options of plugins, the condition."""
+"""What a run will draw, decided once: settings, condition, guidances, a target for every seed."""
 
-from dataclasses import replace
+import dataclasses
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
+import torch
+
+from guidekit.backbones.denoiser import Denoiser
+from guidekit.backbones.loading import make_scheduler
+from guidekit.backbones.schedulers import scheduler_name
+from guidekit.backbones.tokens import append_phrases
+from guidekit.cli import outputs
+from guidekit.cli.models import load_model
 from guidekit.cli.settings import Settings
 from guidekit.conditions import Condition, Segment
-from guidekit.errors import GuidekitError
+from guidekit.errors import GuidekitError, blame
+from guidekit.guidance import Guidance
 from guidekit.layouts import load_layout, parse_layout, parse_segment
 from guidekit.masks import box_mask
-from guidekit.references import load_reference
+from guidekit.references import Reference, load_reference, load_references
 from guidekit.registry import Registry
+from guidekit.run import MEMORY, POLICIES
+from guidekit.sampler import STEPS
+from guidekit.seeds import Seeds
 from guidekit.zoo.shipped import model_defaults
 
-DEFAULTS = {"cfg": None, "steps": 50, "plugin": {}}
+DTYPES = ("float32", "float16", "bfloat16")
 PROMPT = "a red circle and a blue square on a white background"
 BOXES = {"red circle": (0.06, 0.06, 0.48, 0.48), "blue square": (0.52, 0.52, 0.94, 0.94)}
 
 
-def with_defaults(settings: Settings) -> Settings:
-    """The settings with the model's own values where the user gave none."""
-    own = DEFAULTS | model_defaults(settings.model)
-    plugin = {n: own["plugin"].get(n, {}) | options for n, options in settings.plugin.items()}
-    return replace(
-        settings,
-        plugin=plugin,
-        cfg=own["cfg"] if settings.cfg is None else settings.cfg,
-        steps=own["steps"] if settings.steps is None else settings.steps,
-    )
+@dataclass(frozen=True)
+class Target:
+    """One image to draw: its seed, its path in the run's folder, and what is asked of it."""
+
+    seed: int
+    path: str
+    condition: Condition
 
 
-def ask(settings: Settings) -> Condition:
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """Everything that a run draws and with what; see `make_plan`."""
+
+    #: What the user asked, completed by the model's own values: the tables of run.json.
+    settings: Settings
+    denoiser: Denoiser
+    #: None for the pipeline's own.
+    scheduler: Any
+    #: What all images have in common.
+    condition: Condition
+    guidances: tuple[Guidance, ...]
+    targets: tuple[Target, ...]
+    #: New, and this run's alone.
+    folder: Path
+
+    @property
+    def batches(self) -> list[tuple[Target, ...]]:
+        """The targets that are drawn together."""
+        size = self.settings.batch
+        return [self.targets[i : i + size] for i in range(0, len(self.targets), size)]
+
+    @property
+    def follows_folder(self) -> bool:
+        """Whether every image follows one of a folder: a data set."""
+        return self.settings.image_folder is not None
+
+    @property
+    def compares(self) -> bool:
+        """Whether the same seeds are also drawn without guidance; not for a data set."""
+        guided = any(guidance.scale != 0 for guidance in self.guidances)
+        return guided and self.settings.compare and not self.follows_folder
+
+
+def make_plan(settings: Settings, blocked: tuple[str, ...] = ()) -> Plan:
+    """The plan of a run: checks what can be checked, makes the folder, loads the model.
+
+    blocked: plugins that must not be imported. Raises GuidekitError for settings that cannot work,
+    before anything is loaded where it can be known by then.
+    """
+    check_settings(settings)
+    registry, own = Registry(blocked), model_defaults(settings.model)
+    guidances = tuple(_guidance(registry, settings, own, name) for name in settings.plugin)
+    asked = condition_of(settings)
+    references = _references(settings)
+    name = asked.prompt or Path(settings.model).name
+    folder = outputs.new_folder(settings.out, name)
+    with outputs.removed_if_empty(folder):
+        pipeline = load_model(settings.model, registry, settings.device, settings.dtype)
+        denoiser = Denoiser(pipeline)
+        condition = _completed(asked, settings, denoiser)
+        targets = _targets(settings, condition, references)
+        scheduler = settings.scheduler and make_scheduler(pipeline, settings.scheduler)
+        return Plan(
+            settings=_resolved(settings, own, denoiser, condition, guidances, targets),
+            denoiser=denoiser,
+            scheduler=scheduler,
+            condition=condition,
+            guidances=guidances,
+            targets=targets,
+            folder=folder,
+        )
+
+
+def check_settings(settings: Settings) -> None:
+    """Raises GuidekitError for what is known to be wrong before anything is loaded."""
+    if settings.scheduler is not None:
+        scheduler_name(settings.scheduler)
+    if settings.image is not None and settings.image_folder is not None:
+        raise GuidekitError("give image or image_folder, not both")
+    if settings.per_image is not None and settings.image_folder is None:
+        raise GuidekitError("per_image needs image_folder")
+    for name in ("steps", "batch", "tries", "per_image", "height", "width"):
+        value = getattr(settings, name)
+        if value is not None and value < 1:
+            raise GuidekitError(f"{name} must be at least 1, not {value}")
+    choices = {"memory": MEMORY, "nonfinite": POLICIES, "dtype": (None, *DTYPES)}
+    for name, allowed in choices.items():
+        if getattr(settings, name) not in allowed:
+            exist = ", ".join(filter(None, allowed))
+            raise GuidekitError(f"{name} must be one of {exist}, not {getattr(settings, name)!r}")
+    if settings.device is not None:
+        _check_device(settings.device)
+
+
+def _check_device(name: str) -> None:
+    try:
+        torch.zeros(1, device=name).item()  # "meta" has no numbers
+    except (RuntimeError, AssertionError, NotImplementedError):
+        count = torch.cuda.device_count()
+        exist = ", ".join(["cpu", *(f"cuda:{i}" for i in range(count))])
+        raise GuidekitError(f"no device {name!r}; there are {exist}") from None
+
+
+def _guidance(registry: Registry, settings: Settings, own: dict[str, Any], name: str) -> Guidance:
+    """A guidance with the user's options over those that are tuned for the model."""
+    options = own.get("plugin", {}).get(name, {}) | settings.plugin[name]
+    changes = settings.changes.get(name, {})
+    with blame(name, "options"):
+        return registry.make_guidance(name, options, settings.folder, changes)
+
+
+def condition_of(settings: Settings) -> Condition:
     """The condition of the settings: the layout, then the segments, in the given order."""
     layout = Condition() if settings.layout is None else load_layout(settings.layout)
     texts = [entry for entry in settings.segment if isinstance(entry, str)]
@@ -45,9 +158,11 @@ def ask(settings: Settings) -> Condition:
     return Condition(prompt, negative, segments, label, image)
 
 
-def nothing_asked(settings: Settings, condition: Condition) -> bool:
+def is_empty(settings: Settings, condition: Condition) -> bool:
     """Whether there is no prompt, not even an empty one, and nothing in its place."""
-    return settings.prompt is None and condition == Condition(negative=condition.negative)
+    follows = settings.image_folder is not None
+    nothing = condition == Condition(negative=condition.negative)
+    return settings.prompt is None and nothing and not follows
 
 
 def example(negative: str = "") -> Condition:
@@ -56,10 +171,77 @@ def example(negative: str = "") -> Condition:
     return Condition(PROMPT, negative, segments)
 
 
-def plugin_guidance(registry: Registry, settings: Settings, name: str) -> Any:
-    """A guidance from the file's or the model's options, then those by --set."""
-    changes = settings.changes.get(name, {})
-    kept = {k: v for k, v in settings.plugin[name].items() if k not in changes}
-    made = registry.make_guidance(name, kept, settings.folder)
-    options = {k: getattr(made, k) for k in kept} | changes
-    return registry.make_guidance(name, options)
+def _completed(condition: Condition, settings: Settings, denoiser: Denoiser) -> Condition:
+    """The condition as this model reads it."""
+    if denoiser.reads_text and is_empty(settings, condition):
+        condition = example(condition.negative)
+    condition = denoiser.prepared(condition)
+    if settings.append_phrases and denoiser.tokenizers:
+        condition = append_phrases(condition, denoiser.tokenizers[0])
+    return condition
+
+
+def _references(settings: Settings) -> dict[str, Reference]:
+    """The images of the folder by name; none without a folder."""
+    if settings.image_folder is None:
+        return {}
+    seeds = settings.seeds
+    if seeds != tuple(range(seeds[0], seeds[0] + len(seeds))):
+        raise GuidekitError(
+            "image_folder draws per_image images of each, with one seed after the other; "
+            f"give the first alone, --seeds {seeds[0]}"
+        )
+    return load_references(settings.image_folder)
+
+
+def _targets(
+    settings: Settings, condition: Condition, references: dict[str, Reference]
+) -> tuple[Target, ...]:
+    """A target for every seed; for a folder of images, each's from the first seed on."""
+    if not references:
+        return tuple(Target(seed, f"{seed}.png", condition) for seed in settings.seeds)
+    each = settings.per_image or 1
+    owners = [pair for pair in references.items() for _ in range(each)]
+    return tuple(
+        Target(seed, f"{name}/{seed}.png", replace(condition, image=image))
+        for seed, (name, image) in enumerate(owners, settings.seeds[0])
+    )
+
+
+def _resolved(
+    settings: Settings,
+    own: dict[str, Any],
+    denoiser: Denoiser,
+    condition: Condition,
+    guidances: tuple[Guidance, ...],
+    targets: tuple[Target, ...],
+) -> Settings:
+    """The settings with every choice that the user left to the model."""
+    cfg = own.get("cfg", denoiser.cfg) if settings.cfg is None else settings.cfg
+    return replace(
+        settings,
+        prompt=condition.prompt,
+        negative=condition.negative,
+        label=condition.label,
+        segment=outputs.segment_tables(condition.segments),
+        plugin={guidance.name: _options(guidance) for guidance in guidances},
+        seeds=Seeds(target.seed for target in targets),
+        steps=own.get("steps", STEPS) if settings.steps is None else settings.steps,
+        scheduler=settings.scheduler and scheduler_name(settings.scheduler),
+        cfg=cfg,
+        device=str(denoiser.device),
+        dtype=str(denoiser.dtype).removeprefix("torch."),
+    )
+
+
+def _options(guidance: Guidance) -> dict[str, Any]:
+    """The options of a guidance as JSON has them."""
+    values = {f.name: getattr(guidance, f.name) for f in dataclasses.fields(guidance) if f.init}
+    return {name: _as_json(value) for name, value in values.items()}
+
+
+def _as_json(value: Any) -> Any:
+    """Paths as absolute texts, also inside lists."""
+    if isinstance(value, list | tuple):
+        return [_as_json(item) for item in value]
+    return str(value.resolve()) if isinstance(value, Path) else value

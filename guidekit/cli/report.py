@@ -7,16 +7,19 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
+from guidekit.cli.terminal import images
+from guidekit.images import COLOURS
 from guidekit.untrusted import printable
 
 STYLE = """
-body { font: 15px/1.5 system-ui, sans-serif; margin: 2rem auto; max-width: 72rem; padding: 0 1rem;
+body { font: 15px/1.5 system-ui, sans-serif; margin: 2rem auto; max-width: 74rem; padding: 0 1rem;
   color: #1b1b1b; background: #fff; }
 h1 { font-size: 1.5rem; margin-bottom: 0.2rem; } h2 { font-size: 1.1rem; margin-top: 2rem; }
 .row { display: flex; flex-wrap: wrap; gap: 1rem; margin: 0.8rem 0; }
+.seed { flex-wrap: nowrap; overflow-x: auto; }  /* so that columns can be compared */
 figure { margin: 0; } figcaption { color: #555; font-size: 0.85rem; }
-img { display: block; width: 224px; image-rendering: pixelated; border: 1px solid #ddd; }
-img.pair { width: 340px; } svg { border: 1px solid #ddd; background: #fafafa; }
+img { display: block; width: 190px; image-rendering: pixelated; border: 1px solid #ddd; }
+img.pair { width: 252px; } svg { border: 1px solid #ddd; background: #fafafa; }
 table { border-collapse: collapse; } td { padding: 0.1rem 1rem 0.1rem 0; vertical-align: top; }
 td:first-child { color: #555; } code, pre { background: #f4f4f4; padding: 0.1rem 0.3rem; }
 pre { padding: 0.6rem; overflow-x: auto; } .note { color: #8a4b00; }
@@ -25,7 +28,6 @@ pre { padding: 0.6rem; overflow-x: auto; } .note { color: #8a4b00; }
   figcaption, td:first-child { color: #aaa; } code, pre { background: #262626; }
   svg { background: #202020; } .note { color: #e0a050; } }
 """
-COLOURS = ("#e6194b", "#4363d8", "#3cb44b", "#f58231", "#911eb4", "#00a5a5", "#f032e6", "#808000")
 WIDTH, HEIGHT, MARGIN = 420, 180, 46  # of a chart, in pixels
 
 
@@ -44,7 +46,7 @@ def write_report(folder: Path) -> Path:
 
 def render(run: dict[str, Any], folder: Path) -> str:
     """The page's text for what run.json holds and the files that exist in the folder."""
-    title = run["sample"]["prompt"] or "(no prompt)"
+    title = _title(run)
     parts = [
         "<!doctype html>",
         '<html lang="en"><head><meta charset="utf-8">',
@@ -54,7 +56,7 @@ def render(run: dict[str, Any], folder: Path) -> str:
         _summary(run),
         *(f'<p class="note">{escape(note)}</p>' for note in run["record"]["notes"]),
         _layout(run["segment"]),
-        _pictures(run, folder),
+        _images(run, folder),
         _energies(run["record"]["account"]),
         _settings(run),
         "</body></html>",
@@ -62,11 +64,21 @@ def render(run: dict[str, Any], folder: Path) -> str:
     return "\n".join(part for part in parts if part) + "\n"
 
 
+def _title(run: dict[str, Any]) -> str:
+    """The prompt, or for models without text what is drawn with what."""
+    sample = run["sample"]
+    if sample["prompt"]:
+        return sample["prompt"]
+    label = "" if sample.get("label") is None else f", class {sample['label']}"
+    plugins = f" with {', '.join(run['plugin'])}" if run["plugin"] else ""
+    return f"{sample['model']}{label}{plugins}"
+
+
 def _summary(run: dict[str, Any]) -> str:
     """Model, plugins and how far the run came."""
     sample, record = run["sample"], run["record"]
     plugins = ", ".join(run["plugin"]) or "none"
-    done = f"{len(record['finished'])} of {len(sample['seeds'])} pictures"
+    done = f"{len(record['finished'])} of {images(len(sample['seeds']))}"
     text = f"model {sample['model']}, plugins {plugins}, {done}, {record['status']}"
     negative = f"<p>negative prompt: {escape(sample['negative'])}</p>" if sample["negative"] else ""
     return f"<p>{escape(text)}, {record['seconds']:.1f} s</p>{negative}"
@@ -81,7 +93,7 @@ def _layout(segments: list[dict]) -> str:
 
 
 def _segment(index: int, segment: dict[str, Any]) -> str:
-    """One segment: its mask as a picture, or its box drawn."""
+    """One segment: its mask as an image, or its box drawn."""
     colour = COLOURS[index % len(COLOURS)]
     if "box" in segment:
         left, top, right, bottom = (float(v) * 100 for v in segment["box"])
@@ -98,29 +110,41 @@ def _segment(index: int, segment: dict[str, Any]) -> str:
     return f"<figure>{shape}{caption}</figure>"
 
 
-def _pictures(run: dict[str, Any], folder: Path) -> str:
+def _images(run: dict[str, Any], folder: Path) -> str:
     """One row a seed: unguided, guided, masks drawn over, attention."""
-    guided = "guided" if run["plugin"] else "picture"
     rows = []
     if reference := _figure(folder, "reference.png", "reference"):
         rows.append(f'<div class="row">{reference}</div>')
-    places = run["record"].get("places", {})
     for seed in run["sample"]["seeds"]:
-        figures = [
-            _figure(folder, f"unguided/{seed}.png", "unguided"),
-            _figure(folder, places.get(str(seed), f"{seed}.png"), guided),
-            _figure(folder, f"overlay/{seed}.png", "with its masks"),
-        ]
-        for index, segment in enumerate(run["segment"]):
-            caption = f"attention to “{segment['phrase']}”, first and last guided step"
-            figures.append(_figure(folder, f"attention/{seed}-{index}.png", caption, "pair"))
-        if any(figures):
-            rows.append(f'<h3>seed {seed}</h3><div class="row">{"".join(figures)}</div>')
-    return "<h2>Pictures</h2>" + ("".join(rows) or "<p>none finished</p>")
+        if figures := "".join(_figures(run, folder, seed)):
+            rows.append(f'<h3>seed {seed}</h3><div class="row seed">{figures}</div>')
+    return "<h2>Images</h2>" + ("".join(rows) or "<p>none finished</p>")
+
+
+def _figures(run: dict[str, Any], folder: Path, seed: int) -> list[str]:
+    """What there is of one seed."""
+    record = run["record"]
+    guided = "guided" if run["plugin"] else "image"
+    target = record.get("targets", {}).get(str(seed))
+    figures = [_figure(folder, f"unguided/{seed}.png", "unguided")]
+    if target is None:
+        figures.append(_figure(folder, f"{seed}.png", guided))
+    else:  # of a data set; what it follows lies where the user keeps it
+        owner = Path(target["path"]).parent.name
+        figures.append(_figure(folder, os.path.relpath(target["follows"], folder), "follows"))
+        figures.append(_figure(folder, target["path"], f"{guided}, class {owner}"))
+    figures.append(_figure(folder, f"overlay/{seed}.png", "with its masks"))
+    inside = record.get("inside", {}).get(str(seed), [])
+    for index, segment in enumerate(run["segment"]):
+        caption = f"attention to “{segment['phrase']}”, first and last guided step"
+        if index < len(inside):
+            caption += f"; of the last, {inside[index]:.0%} lies inside the mask"
+        figures.append(_figure(folder, f"attention/{seed}-{index}.png", caption, "pair"))
+    return figures
 
 
 def _figure(folder: Path, path: str, caption: str, kind: str = "single") -> str:
-    """A picture by its relative path, or nothing if the file does not exist."""
+    """An image by its relative path, or nothing if the file does not exist."""
     if not (folder / path).is_file():
         return ""
     text, path = escape(caption), _link(path)
@@ -141,7 +165,7 @@ def _energies(rows: list[dict]) -> str:
 
 
 def _chart(plugin: str, rows: list[dict]) -> str:
-    """Energy over the steps: a thin line a picture, a thick one for their mean."""
+    """Energy over the steps: a thin line an image, a thick one for their mean."""
     steps = [row["step"] for row in rows]
     count = min(len(row["energy"]) for row in rows)
     lines = [[row["energy"][i] for row in rows] for i in range(count)]
@@ -166,7 +190,7 @@ def _chart(plugin: str, rows: list[dict]) -> str:
     )
     thick = f'<polyline points="{points(mean)}" fill="none" stroke="#4363d8" stroke-width="2"/>'
     svg = f"{thin}{thick}{_labels(low, high, min(steps), max(steps))}"
-    caption = f"<figcaption>{escape(plugin)}: mean and every picture</figcaption>"
+    caption = f"<figcaption>{escape(plugin)}: mean and every image</figcaption>"
     size = f'width="{WIDTH}" height="{HEIGHT}" role="img" aria-label="energy of {escape(plugin)}"'
     return f"<figure><svg {size}>{svg}</svg>{caption}</figure>"
 
@@ -213,10 +237,11 @@ def _tokens(entry: dict[str, Any]) -> str:
 
 
 def _table(values: dict[str, Any]) -> str:
-    """Names and values."""
+    """Names and values, but for those that say nothing."""
     rows = "".join(
         f"<tr><td>{escape(str(k))}</td><td>{escape(v if isinstance(v, str) else json.dumps(v))}"
         "</td></tr>"
         for k, v in values.items()
+        if v not in (None, "", [], {})
     )
     return f"<table>{rows}</table>"

@@ -1,7 +1,8 @@
 """Settings of a run. Flag, field, TOML key and run.json key are the same word.
 
-A TOML file has the tables [sample], [plugin.NAME] and [[segment]]; run.json has the same and a
-`record` of what happened, so `--config` takes either. Paths in them are relative to the file.
+A TOML file has the tables [sample], [plugin.NAME] and [[segment]]; run.json has the same, a
+`format` and a `record` of what happened, so `--config` takes either. Paths in them are relative to
+the file.
 """
 
 import typing
@@ -16,10 +17,11 @@ from guidekit.untrusted import read_json, read_toml
 from guidekit.zoo.shipped import ZOO
 
 TABLES = ("sample", "plugin", "segment")
+FORMAT = 1  # of run.json; another number is one that this version cannot read
 NOT_SAMPLE = ("plugin", "segment", "changes", "folder", "replays")
 
 
-@dataclass(kw_only=True)
+@dataclass(kw_only=True, frozen=True)
 class Settings:
     """What `guidekit sample` is told; None leaves the choice to the model."""
 
@@ -68,22 +70,35 @@ def make_settings(config: dict[str, Any], flags: dict[str, Any]) -> Settings:
     flags: the keys of [sample], and `plugin` (names), `no_plugin` (names), `set` and `segment`
     (texts). Raises GuidekitError that names what exists.
     """
-    kinds = sample_keys()
-    sample = dict(config.get("sample", {}))
-    for name in kinds:
+    plugin = _plugins(config.get("plugin", {}), flags)
+    return Settings(
+        **_sample(config.get("sample", {}), flags),
+        plugin=plugin,
+        segment=_segments(config.get("segment", []), flags),
+        changes=_changes(plugin, flags.get("set") or ()),
+        folder=config.get("folder", Path()),
+        replays=config.get("record", {}),
+    )
+
+
+def _sample(table: dict[str, Any], flags: dict[str, Any]) -> dict[str, Any]:
+    """The keys of [sample]: those of a file, and the flags, which win."""
+    sample = dict(table)
+    for name, kind in sample_keys().items():
         if flags.get(name) is not None:
-            sample[name] = convert(flags[name], kinds[name], name)
+            sample[name] = convert(flags[name], kind, name)
     if flags.get("layout"):  # its texts come with it
         sample |= {name: flags.get(name) for name in ("prompt", "negative")}
-    settings = Settings(**sample, folder=config.get("folder", Path()))
-    settings.replays = config.get("record", {})
-    settings.segment = list(config.get("segment", []))
-    if flags.get("segment") or flags.get("layout"):  # a place given by flag replaces the file's
-        settings.segment = list(flags.get("segment") or [])
-        settings.layout = sample["layout"] if flags.get("layout") else None
-    settings.plugin = _plugins(config.get("plugin", {}), flags)
-    settings.changes = _changes(settings.plugin, flags.get("set") or ())
-    return settings
+    elif flags.get("segment"):  # a place given by flag replaces the file's
+        sample["layout"] = None
+    return sample
+
+
+def _segments(tables: list[Any], flags: dict[str, Any]) -> list[Any]:
+    """The segments of a file, or those by flag in their place."""
+    if flags.get("segment") or flags.get("layout"):
+        return list(flags.get("segment") or [])
+    return list(tables)
 
 
 def _plugins(tables: dict[str, dict], flags: dict[str, Any]) -> dict[str, dict[str, Any]]:
@@ -119,8 +134,13 @@ def read_config(path: str | Path) -> dict[str, Any]:
     path = Path(path)
     where = f"config {path}"
     tables = _read_tables(path, where)
-    known = (*TABLES, "record") if path.suffix == ".json" else TABLES
+    known = (*TABLES, "format", "record") if path.suffix == ".json" else TABLES
     _check_table(tables, known, where)
+    if tables.get("format", FORMAT) != FORMAT:
+        raise GuidekitError(
+            f"{where}: this guidekit reads format {FORMAT}, not {tables['format']!r}; use the "
+            "version that wrote it"
+        )
     sample = _read_sample(tables.get("sample", {}), path.parent, f"{where}: [sample]")
     plugin, segment = tables.get("plugin", {}), tables.get("segment", [])
     if not isinstance(plugin, dict) or not all(isinstance(p, dict) for p in plugin.values()):
@@ -170,7 +190,7 @@ def _check_table(table: object, known: tuple[str, ...], where: str) -> None:
 
 
 def dump(settings: Settings) -> dict[str, Any]:
-    """The settings as the tables of run.json; where pictures went is not part of them."""
+    """The settings as the tables of run.json; where images went is not part of them."""
     sample = {name: getattr(settings, name) for name in sample_keys()}
     del sample["out"], sample["layout"]
     sample |= {k: str(v.resolve()) for k, v in sample.items() if isinstance(v, Path)}

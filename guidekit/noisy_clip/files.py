@@ -15,6 +15,7 @@ from open_clip.factory import get_model_config
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from guidekit.backbones.hub import require_hub
 from guidekit.backbones.loading import LOAD_ERRORS
 from guidekit.errors import GuidekitError
 from guidekit.untrusted import check_clip, check_configs, check_weights, read_object
@@ -127,8 +128,11 @@ def open_pretrained(architecture: str, tag: str) -> tuple[nn.Module, dict]:
         raise GuidekitError(
             f"open_clip has no weights {tag!r} of {architecture}; there are {', '.join(tags)}"
         )
-    if open_clip.get_pretrained_cfg(architecture, tag).get("quick_gelu"):
+    known = open_clip.get_pretrained_cfg(architecture, tag)
+    if known.get("quick_gelu"):
         config["quick_gelu"] = True
+    if repo := known.get("hf_hub", "").rstrip("/"):
+        require_hub(repo, WEIGHTS, "open_clip_pytorch_model.bin")
     quick = config.get("quick_gelu", False)
     try:
         with torch.random.fork_rng(devices=[]):

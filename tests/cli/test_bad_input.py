@@ -71,7 +71,7 @@ def fails(result, *texts, code=2):
         (["--model", "nobody/nothing"], ["'nobody/nothing' cannot be loaded", "check its name"]),
         (["--model", "nope:x"], ["no plugin 'nope'"]),
         (["--model", "zest:x"], ["no backbone 'zest:x'; zest registers none"]),
-        (["--eta", "3", "--steps", "3"], ["pictures of seeds [0] are not finite", "lower"]),
+        (["--eta", "3", "--steps", "3"], ["images of seeds [0] are not finite", "lower"]),
         (["--out", ""], ["has no name of its own; choose another with --out"]),
         (["--out", "clear.png"], ["output folder clear.png: it is a file"]),
         (["--out", "/dev/null"], ["output folder /dev/null: Not a directory"]),
@@ -200,7 +200,7 @@ def test_a_full_disk(model, tmp_path):
         record = json.loads((tmp_path / "disk/o/run.json").read_text())["record"]
         assert {f"{seed}.png" for seed in record["finished"]} <= {path.name for path in kept}
         assert record["finished"]
-        assert f"{len(record['finished'])} finished pictures are in" in result.stderr
+        assert f"{len(record['finished'])} finished image" in result.stderr
 
 
 @pytest.mark.parametrize("code", [errno.ENOSPC, errno.EDQUOT, errno.EFBIG])
@@ -258,8 +258,10 @@ def test_ctrl_c_in_the_middle(model, tmp_path):
     _, stderr = process.communicate(timeout=120)
     record = json.loads((tmp_path / "o/run.json").read_text())["record"]
     finished = record["finished"]
-    assert process.returncode == 130 and record["status"] == "stopped"
-    assert stderr.splitlines() == [f"stopped: {len(finished)} finished pictures are in o"]
+    assert process.returncode == 130
+    assert record["status"] == "stopped"
+    kept = "1 finished image is" if len(finished) == 1 else f"{len(finished)} finished images are"
+    assert stderr.splitlines() == [f"stopped: {kept} in o"]
     assert finished == list(range(len(finished))) and len(finished) >= 1
     for seed in finished:
         Image.open(tmp_path / f"o/{seed}.png").load()

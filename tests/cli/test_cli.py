@@ -12,7 +12,8 @@ from click.testing import CliRunner
 from PIL import Image
 
 import tiny
-from guidekit.cli.main import _next_step, main
+from guidekit.cli.main import main
+from guidekit.cli.train import next_step
 
 PROMPT = "a red circle and a blue square on white"
 SEGMENTS = ("red circle=0,0,0.5,0.5", "blue square=0.5,0.5,1,1")
@@ -75,7 +76,10 @@ def test_help_is_quick_and_needs_no_torch():
 def test_a_guided_run(model, tmp_path):
     result = draw(model, "--plugin", "zest", "--seeds", "0-2", "--batch", 2)
     assert "energy   zest" in result.stdout
-    assert "next     guidekit sample --config o/run.json --set zest.scale=2" in result.stdout
+    assert (
+        "look at  o/index.html\nnext     guidekit sample --config o/run.json --seeds 3-5  # other"
+        in result.stdout
+    )
     out = tmp_path / "o"
     names = set(pictures(out))
     assert names == {
@@ -84,7 +88,8 @@ def test_a_guided_run(model, tmp_path):
     }
     assert (out / "index.html").is_file()
     record = json.loads((out / "run.json").read_text())["record"]
-    assert record["status"] == "finished" and record["finished"] == [0, 1, 2]
+    assert record["status"] == "finished"
+    assert record["finished"] == [0, 1, 2]
     assert record["tokens"][0]["tokens"] == ["red</w>", "circle</w>"]
     assert all("attn2" in site for site in record["sites"]["zest"])
     assert [len(row["energy"]) for row in record["account"]] == [3]
@@ -314,7 +319,7 @@ def stopped(model, *args):
 
 def test_ctrl_c_keeps_what_is_finished(model, tmp_path, monkeypatch):
     interrupt(monkeypatch, 5, KeyboardInterrupt())
-    fails(stopped(model), "stopped: 2 finished pictures are in o", code=130)
+    fails(stopped(model), "stopped: 2 finished images are in o", code=130)
     assert set(pictures(tmp_path / "o")) == {"0.png", "1.png"}
     record = json.loads((tmp_path / "o/run.json").read_text())["record"]
     assert record["status"] == "stopped" and record["finished"] == [0, 1]
@@ -322,12 +327,12 @@ def test_ctrl_c_keeps_what_is_finished(model, tmp_path, monkeypatch):
 
 
 def test_ctrl_c_while_the_model_is_loaded(model, tmp_path, monkeypatch):
-    from guidekit.cli import session as studio
+    from guidekit.cli import plan
 
     def load(*_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(studio, "load_model", load)
+    monkeypatch.setattr(plan, "load_model", load)
     fails(stopped(model), "stopped", code=130)
     assert not (tmp_path / "o").exists()
 
@@ -337,7 +342,7 @@ def test_a_failure_in_a_later_batch(model, tmp_path, monkeypatch, json_):
     from guidekit.errors import NonFiniteError
 
     interrupt(monkeypatch, 3, NonFiniteError("gradient of zest is not finite"))
-    fails(stopped(model, *json_), "not finite; 1 finished pictures are in o")
+    fails(stopped(model, *json_), "not finite; 1 finished image is in o")
     assert set(pictures(tmp_path / "o")) == {"0.png"}
     assert json.loads((tmp_path / "o/run.json").read_text())["record"]["status"] == "failed"
 
@@ -395,7 +400,8 @@ def test_unknown_commands_and_recipes():
     fails(run("nope"), "No such command 'nope'")
     fails(run("zest"), "plugin 'zest' adds no command")
     fails(run("train", "nope"), "no recipe nope; there are")
-    fails(run("train", "scenes", "--set", "nope=1"), "write OPTION=VALUE; there are")
+    fails(run("train", "scenes", "--set", "nope=1"), "no option 'nope'; there are")
+    fails(run("train", "scenes", "--set", "steps"), "write OPTION=VALUE, such as steps=100")
     assert run().exit_code == 0 and "sample" in run().stdout
 
 
@@ -405,8 +411,8 @@ def test_a_trained_model_names_what_it_is_for(tmp_path):
         ("noisy_clip.json", f"guidekit sample --plugin clip --set clip.encoder={tmp_path}"),
     ):
         (tmp_path / file).write_text("{}")
-        assert _next_step(tmp_path) == f"\nnext     {words}"
+        assert next_step(tmp_path) == f"\nnext     {words}"
         (tmp_path / file).unlink()
-    assert _next_step(tmp_path) == ""
+    assert next_step(tmp_path) == ""
     (tmp_path / "model_index.json").write_text('{"_class_name": "SemanticaPipeline"}')
-    assert _next_step(tmp_path).endswith("--plugin semantica --image PICTURE")
+    assert next_step(tmp_path).endswith("--plugin semantica --image IMAGE")

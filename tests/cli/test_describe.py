@@ -12,9 +12,10 @@ import pytest
 import torch
 from click.testing import CliRunner
 
-from guidekit.cli import describe
+from guidekit.cli import doctor
 from guidekit.cli.describe import describe_plugin, plugin_text
-from guidekit.cli.main import main, sample
+from guidekit.cli.main import main
+from guidekit.cli.sample import sample
 from guidekit.cli.settings import Settings, dump, sample_keys
 from guidekit.registry import Registry, entries
 from guidekit.zoo import shipped as integrity
@@ -33,13 +34,13 @@ def test_doctor_tries_what_it_says():
     assert facts["attention"]["eager"] == facts["attention"]["sdpa"] == "works"
     assert facts["devices"][0] == "cpu" and facts["models"]["scenes"] == "intact, loads"
     assert facts["healthy"] and result.exit_code == 0
-    assert "model         scenes: intact, loads" in describe.doctor_text(facts)
+    assert "model         scenes: intact, loads" in doctor.doctor_text(facts)
 
 
 def test_doctor_runs_every_implementation(monkeypatch):
     from guidekit.attention import call as attention
 
-    assert describe._tried("sdpa") == "works"
+    assert doctor.tried("sdpa") == "works"
     right = attention._ATTEND["sdpa"]
 
     def wrong(*args):
@@ -50,9 +51,9 @@ def test_doctor_runs_every_implementation(monkeypatch):
         raise RuntimeError("no kernel image\nfor this device")
 
     monkeypatch.setitem(attention._ATTEND, "sdpa", wrong)
-    assert describe._tried("sdpa").startswith("wrong: it differs from eager attention by")
+    assert doctor.tried("sdpa").startswith("wrong: it differs from eager attention by")
     monkeypatch.setitem(attention._ATTEND, "sdpa", broken)
-    assert describe._tried("sdpa") == "fails: no kernel image"
+    assert doctor.tried("sdpa") == "fails: no kernel image"
 
 
 def test_the_list_of_hashes_is_that_of_the_models():
@@ -110,7 +111,7 @@ def test_every_plugin_is_explained(name):
 
 def test_flag_field_and_key_are_one_word():
     """--append-phrases, Settings.append_phrases, [sample] append_phrases, the key of run.json."""
-    own = {"config", "quiet", "as_json", "plugin", "no_plugin", "set", "segment"}
+    own = {"config", "quiet", "as_json", "traceback", "plugin", "no_plugin", "set", "segment"}
     options = {option.name: option for option in sample.params if isinstance(option, click.Option)}
     assert set(options) - own == set(sample_keys())
     for name in set(options) - own:
@@ -139,7 +140,8 @@ def test_options_of_plugins_are_one_word_in_flag_toml_and_run_json(model, tmp_pa
 def test_what_to_try_next_can_be_tried(model, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     words = ("--model", model, "--steps", 1, "--seeds", 0, "--no-compare", "--out", "o")
-    assert "next     guidekit plugins show apg" in run("sample", "--plugin", "apg", *words).stdout
+    text = run("sample", "--plugin", "apg", *words).stdout
+    assert "next     guidekit sample --config o/run.json --seeds 1  # other seeds" in text
 
 
 def cpu_seconds(*args):

@@ -124,7 +124,7 @@ def test_a_page_shows_everything_and_escapes_it(folder):
     assert "script" not in page.tags and page.text.count(EVIL) >= 10
     assert {"0.png", "unguided/0.png", "attention/0-1.png", "masks/1-b.png"} <= set(page.links)
     assert page.tags.count("polyline") == 4  # the mean and three pictures
-    assert "1 of 3 pictures, stopped" in page.text and "strength 0.5" in page.text
+    assert "1 of 3 images, stopped" in page.text and "strength 0.5" in page.text
 
 
 def test_links_are_relative_and_exist(folder):

@@ -1,6 +1,7 @@
 """Semantica in the own loop and from the command line; adapters against diffusers' processors."""
 
 import json
+import re
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -265,7 +266,11 @@ def test_command_line(pipe, tmp_path, monkeypatch):
     run = json.loads(Path("set/run.json").read_text())
     assert run["record"]["finished"] == run["sample"]["seeds"] == list(range(6))
     assert json.loads(Image.open("set/fish/4.png").text["guidekit"])["sample"]["seeds"] == [4]
-    assert run["record"]["places"]["4"] == "fish/4.png" and not Path("set/unguided").exists()
+    assert run["record"]["targets"]["4"]["path"] == "fish/4.png"
+    assert {"fish/4.png", "../classes/fish/a.png"} <= set(
+        re.findall(r'src="([^"]*)"', Path("set/index.html").read_text())
+    )
+    assert not Path("set/unguided").exists()
     for wrong, message in (
         (["--image", "none.png"], "no such file"),
         (["--per-image", "2"], "needs image_folder"),

@@ -1,0 +1,196 @@
+"""`guidekit sample`. Everything that needs torch is imported inside."""
+
+import json
+import shlex
+import sys
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import click
+
+from guidekit.cli.errors import traceback_option
+from guidekit.cli.terminal import Progress, images, say
+from guidekit.errors import GuidekitError
+
+# The options of `sample` have no defaults here, so that a config file shows through.
+OPTIONS = (
+    ("--model", str, "Built-in name, pipeline directory, hub id or PLUGIN:NAME [scenes]."),
+    ("--prompt", str, "What to draw; default a small example with its layout."),
+    ("--negative", str, "What not to draw."),
+    ("--label", int, "Class to draw, for models of classes."),
+    ("--layout", click.Path(path_type=Path), "JSON file with prompt and segments."),
+    ("--image", click.Path(path_type=Path), "Image to follow, by models and plugins that can."),
+    ("--image-folder", click.Path(path_type=Path), "Images to follow, a class each: a data set."),
+    ("--per-image", int, "Images for each of --image-folder, from the first seed on [1]."),
+    ("--seeds", str, "An image for each: 0-7 or 0,3,9 [0-3]."),
+    ("--steps", int, "Number of denoising steps [the model's, else 50]."),
+    ("--scheduler", str, "ddim, dpm++, euler-a, lcm, dpm++:karras, ... [the model's]."),
+    ("--cfg", float, "Classifier-free guidance scale, 1 for none [the model's]."),
+    ("--embedded-cfg", float, "Guidance scale that a distilled model takes as input [its own]."),
+    ("--eta", float, "Noise that DDIM adds at each step, 0 for none to 1 for DDPM's [0]."),
+    ("--height", int, "Height in pixels [the model's]."),
+    ("--width", int, "Width in pixels [the model's]."),
+    ("--batch", int, "Images drawn at once [4]."),
+    ("--memory", str, "fast, or low: gradients are computed with less memory [fast]."),
+    ("--attention", str, "eager, sdpa, triton or xformers [the best that runs here]."),
+    ("--device", str, "cpu, cuda, cuda:1 [cuda if there is one]."),
+    ("--dtype", str, "float32, float16 or bfloat16 [float32 on a CPU and for built-ins]."),
+    ("--nonfinite", str, "raise, or zero: skip gradients that are not finite [raise]."),
+    ("--tries", int, "Draws of an image that a plugin rejects [1]."),
+    ("--out", click.Path(path_type=Path), "New folder [out/DATE-PROMPT, else out/DATE-MODEL]."),
+)
+LISTS = (
+    ("--segment", "PHRASE=MASK.png or PHRASE=left,top,right,bottom; @0.7 at the end: strength."),
+    ("--plugin", "Plugin to use; repeat for several, in order."),
+    ("--no-plugin", "Plugin that must not be used or imported."),
+    ("--set", "Option of a plugin, such as zest.scale=2."),
+)
+
+
+def _options(command: Callable) -> Callable:
+    """Adds the options of `sample`, in the order of the tables above."""
+    for flag, text in reversed(LISTS):
+        command = click.option(flag, multiple=True, help=text)(command)
+    for flag, kind, text in reversed(OPTIONS):
+        command = click.option(flag, type=kind, default=None, help=text)(command)
+    return command
+
+
+@click.command()
+@_options
+@click.option("--append-phrases", is_flag=True, default=None, help="Add phrases to the prompt.")
+@click.option(
+    "--compare/--no-compare", default=None, help="Draw the same seeds unguided too [compare]."
+)
+@click.option("--config", type=click.Path(path_type=Path), help="TOML file or run.json to follow.")
+@click.option("--quiet", is_flag=True, help="Print nothing but errors.")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+@traceback_option
+def sample(config: Path | None, quiet: bool, as_json: bool, **flags: Any) -> None:
+    """Draw images, guided by plugins, into a new folder."""
+    from guidekit.cli.settings import make_settings, read_config
+
+    settings = make_settings({} if config is None else read_config(config), flags)
+    if flags["compare"] and settings.image_folder is not None:
+        raise GuidekitError(
+            "--compare is not for --image-folder, whose images are drawn once; leave it out"
+        )
+    silent = quiet or as_json
+    if not silent:
+        say(f"loading  {settings.model}")
+    with warnings.catch_warnings():  # what matters of them is in the account's notes
+        warnings.simplefilter("ignore")
+        session = _prepared(settings, flags["no_plugin"])
+        if not silent:
+            say(_introduction(session))
+        run = _drawn(session, silent)
+    if as_json:
+        click.echo(json.dumps({"folder": str(session.plan.folder), **run}))
+    elif not quiet:
+        say(_conclusion(session, run))
+
+
+def _prepared(settings: Any, blocked: tuple[str, ...]) -> Any:
+    """The session for the settings, ready to draw."""
+    from guidekit.cli.outputs import removed_if_empty
+    from guidekit.cli.plan import make_plan
+    from guidekit.cli.session import Session
+
+    plan = make_plan(settings, blocked)
+    with removed_if_empty(plan.folder):
+        return Session(plan)
+
+
+def _drawn(session: Any, silent: bool) -> dict[str, Any]:
+    """Draws, and tells how far it came; what was finished before a failure is named."""
+
+    def done() -> str:
+        finished = session.record.finished
+        are = "is" if len(finished) == 1 else "are"
+        return f"{images(len(finished), 'finished')} {are} in {session.plan.folder}"
+
+    with Progress(silent) as progress:
+        try:
+            return session.draw(progress)
+        except KeyboardInterrupt:
+            say(f"stopped: {done()}", err=True)
+            sys.exit(130)
+        except Exception as error:
+            if session.record.finished:
+                error.add_note(done())
+            raise
+
+
+def _introduction(session: Any) -> str:
+    """What is about to be drawn."""
+    plan, facts = session.plan, session.record.facts
+    s = plan.settings
+    names = [f"{g.name} (scale {g.scale:g}, {g.start:g} to {g.stop:g})" for g in plan.guidances]
+    lines = [
+        f"model    {s.model} ({facts['model']['class']}), {s.device}, {s.dtype}",
+        *([f"prompt   {s.prompt}"] if s.prompt else []),
+        *([f"label    {s.label}"] if s.label is not None else []),
+        *map(_segment, facts["tokens"]),
+        f"plugins  {', '.join(names) or 'none'}",
+        f"drawing  seeds {s.seeds}, {s.steps} steps, cfg {s.cfg:g}"
+        + (", and the same unguided" if plan.compares else ""),
+    ]
+    return "\n".join(lines)
+
+
+def _segment(row: dict[str, Any]) -> str:
+    """A segment's tokens, and how much of the image its mask covers."""
+    share = f"{100 * row['coverage']:.3g}% of the image"
+    return f"segment  {row['phrase']}: tokens {row['columns']}, {share}"
+
+
+def _conclusion(session: Any, run: dict[str, Any]) -> str:
+    """What came of it, where it is, and what to try next."""
+    record, folder = run["record"], session.plan.folder
+    lines = [f"note     {note}" for note in record["notes"]]
+    for plugin, energy in record["energy"].items():
+        if energy is not None:
+            lines.append(f"energy   {plugin} {energy[0]:.4g} -> {energy[1]:.4g}")
+    for plugin, both in record.get("acceptance", {}).items():
+        lines.append(f"accepted {plugin} {both['accepted']} of {both['drawn']} drawn")
+    lines.append(
+        f"wrote    {folder}/: {images(len(record['finished']))}, index.html, run.json "
+        f"in {record['seconds']:.1f} s"
+    )
+    lines.append(f"look at  {folder / 'index.html'}")
+    lines.append(f"next     {_next(session)}")
+    return "\n".join(lines)
+
+
+def _next(session: Any) -> str:
+    """A command worth trying after this run: what harms no image, not a larger scale."""
+    plan, account = session.plan, session.record.account
+    if not plan.guidances:
+        return "guidekit plugins"
+    for guidance in plan.guidances:
+        if guidance.scale == 0 or not account.acted(guidance.name):
+            return f"guidekit plugins show {guidance.name}"
+    again = f"guidekit sample --config {shlex.quote(str(plan.folder / 'run.json'))}"
+    if other := _tuned_beside(plan):
+        return f"{again} --plugin {other}  # tuned for {plan.settings.model} too"
+    first = max(plan.settings.seeds) + 1
+    if plan.follows_folder:
+        return f"{again} --seeds {first}  # other images of the same"
+    last = first + len(plan.settings.seeds) - 1
+    return f"{again} --seeds {first}{f'-{last}' * (last > first)}  # other seeds"
+
+
+def _tuned_beside(plan: Any) -> str | None:
+    """A plugin that the model is tuned for and the run leaves out, where there is a layout.
+
+    Without a layout a tuned plugin may need what this run does not have, such as a head.
+    """
+    from guidekit.zoo.shipped import model_defaults
+
+    if not plan.condition.segments:
+        return None
+    used = {guidance.name for guidance in plan.guidances}
+    tuned = model_defaults(plan.settings.model).get("plugin", {})
+    return next((name for name in tuned if name not in used), None) if used & set(tuned) else None

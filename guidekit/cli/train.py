@@ -1,0 +1,51 @@
+"""`guidekit train`. Everything that needs torch is imported inside."""
+
+import json
+from pathlib import Path
+
+import click
+
+from guidekit.cli.errors import traceback_option
+from guidekit.cli.terminal import say
+from guidekit.errors import GuidekitError
+
+
+@click.command()
+@click.argument("recipe")
+@click.option("--out", type=click.Path(path_type=Path), default=Path("runs"), show_default=True)
+@click.option("--set", "settings", multiple=True, help="Option of every stage: steps=100.")
+@click.option("--quiet", is_flag=True, help="Print nothing but errors.")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+@traceback_option
+def train(recipe: str, out: Path, settings: tuple[str, ...], quiet: bool, as_json: bool) -> None:
+    """Train a model from a built-in recipe or a TOML file; a stopped training continues."""
+    if not (quiet or as_json):
+        say(f"loading  {recipe}")
+    from guidekit.options import convert, option_kinds, parse_value
+    from guidekit.train.loop import Options
+    from guidekit.train.recipe import train as run
+
+    kinds, overrides = option_kinds(Options), {}
+    for text in settings:
+        option, equals, value = text.partition("=")
+        if not equals:
+            raise GuidekitError(f"--set {text}: write OPTION=VALUE, such as steps=100")
+        if option not in kinds:
+            raise GuidekitError(f"--set {text}: no option {option!r}; there are {', '.join(kinds)}")
+        overrides[option] = convert(parse_value(value), kinds[option], option)
+    model = run(recipe, out, quiet=quiet or as_json, overrides=overrides)
+    if as_json:
+        click.echo(json.dumps({"model": str(model)}))
+    elif not quiet:
+        say(f"model    {model}{next_step(model)}")
+
+
+def next_step(model: Path) -> str:
+    """What is done with a trained model, where it is a command."""
+    if (index := model / "model_index.json").exists():
+        kind = json.loads(index.read_text()).get("_class_name")
+        rest = " --plugin semantica --image IMAGE" if kind == "SemanticaPipeline" else ""
+        return f"\nnext     guidekit sample --model {model}{rest}"
+    if (model / "noisy_clip.json").exists():
+        return f"\nnext     guidekit sample --plugin clip --set clip.encoder={model}"
+    return ""
