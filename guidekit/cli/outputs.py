@@ -54,20 +54,19 @@ def new_folder(out: Path | None, prompt: str) -> Path:
 
 def _claim(folder: Path) -> bool:
     """Makes the folder this run's own; False if it is another's or holds anything."""
+    if folder.exists() and not folder.is_dir():
+        raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR))
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with contextlib.suppress(FileExistsError):
+        folder.mkdir()
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except FileExistsError:
-        raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR)) from None
-    if any(folder.iterdir()):
-        return False
-    if not os.access(folder, os.W_OK):
-        raise PermissionError(f"no permission to write in {folder}")
-    try:
+        if any(folder.iterdir()):
+            return False
+        if not os.access(folder, os.W_OK):
+            raise PermissionError(f"no permission to write in {folder}")
         (folder / CLAIM).touch(exist_ok=False)
-    except FileExistsError:  # another run was faster
+    except (FileExistsError, FileNotFoundError):  # another run claimed it or gave it up meanwhile
         return False
-    except FileNotFoundError:  # another run gave it up and removed it
-        return _claim(folder)
     return True
 
 
