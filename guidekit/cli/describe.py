@@ -9,6 +9,7 @@ from typing import Any
 
 from guidekit.options import describe, option_kinds
 from guidekit.registry import Registry, entries
+from guidekit.zoo.shipped import tuned_for
 
 
 def describe_plugin(name: str) -> dict[str, Any]:
@@ -24,6 +25,13 @@ def describe_plugin(name: str) -> dict[str, Any]:
         "backbones": [f"{namespace}:{backbone}" for backbone in offers.backbones],
         "commands": _invocations(namespace, [command.name for command in offers.commands]),
     }
+
+
+def _tuned(entry: tuple[str, dict[str, Any]]) -> str:
+    """What a model has in the place of the plugin's own defaults."""
+    model, options = entry
+    values = ", ".join(f"{name} {_text(value)}" for name, value in options.items())
+    return f"tuned for --model {model}: {values} where you give no other"
 
 
 def _invocations(namespace: str, names: list[str]) -> list[str]:
@@ -50,6 +58,7 @@ def describe_guidance(name: str, cls: type) -> dict[str, Any]:
         "about": inspect.getdoc(cls) or "",
         "paper": module,
         "options": options,
+        "tuned": tuned_for(name),
         "example": _example(name, cls),
     }
 
@@ -133,7 +142,8 @@ def plugin_text(facts: dict[str, Any]) -> str:
         for row, option in zip(rows, guidance["options"], strict=True):
             cells = "  ".join(c.ljust(w) for c, w in zip(row, widths, strict=True))
             lines.append(f"  {cells}  {option['comment']}".rstrip())
-        lines += ["", f"example: {guidance['example']}"]
+        lines += ["", *map(_tuned, guidance["tuned"].items())]
+        lines += [f"example: {guidance['example']}"]
     lines += [f"\nbackbone: guidekit sample --model {name}" for name in facts["backbones"]]
     lines += [f"\ncommand: guidekit {name} --help" for name in facts["commands"]]
     return "\n".join(lines)

@@ -9,6 +9,7 @@ import json
 import os
 import platform
 import re
+import stat
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -54,16 +55,14 @@ def new_folder(out: Path | None, prompt: str) -> Path:
 
 def _claim(folder: Path) -> bool:
     """Makes the folder this run's own; False if it is another's or holds anything."""
-    if folder.exists() and not folder.is_dir():
-        raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR))
     folder.parent.mkdir(parents=True, exist_ok=True)
     with contextlib.suppress(FileExistsError):
         folder.mkdir()
     try:
+        if not stat.S_ISDIR(folder.stat().st_mode):
+            raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR))
         if any(folder.iterdir()):
             return False
-        if not os.access(folder, os.W_OK):
-            raise PermissionError(f"no permission to write in {folder}")
         (folder / CLAIM).touch(exist_ok=False)
     except (FileExistsError, FileNotFoundError):  # another run claimed it or gave it up meanwhile
         return False

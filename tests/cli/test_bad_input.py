@@ -214,9 +214,24 @@ def test_every_way_of_being_full_names_the_remedy(model, monkeypatch, code):
     fails(sample(model), f"o/0.png: {os.strerror(code)}; free some space, or choose another folder")
 
 
-def test_an_output_folder_that_cannot_be_written(model, tmp_path, monkeypatch):
-    monkeypatch.setattr(os, "access", lambda *_: False)  # root may write everywhere
-    fails(sample(model, "--out", "closed"), "no permission to write in closed")
+@pytest.fixture
+def closed(tmp_path):
+    """A folder that nobody may write in; root may everywhere, so it gets a file system."""
+    folder = tmp_path / "closed"
+    folder.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "ro", "tmpfs", str(folder)]
+    if os.getuid() != 0:
+        folder.chmod(0o500)
+    elif not shutil.which("mount") or subprocess.run(mount, capture_output=True).returncode:
+        pytest.skip("this root may not mount")
+    yield folder
+    if os.getuid() == 0:
+        subprocess.run(["umount", str(folder)], check=True)
+
+
+def test_an_output_folder_that_cannot_be_written(model, closed):
+    reason = "Permission denied" if os.getuid() else "Read-only file system"
+    fails(sample(model, "--out", closed), f"output folder {closed}: {reason}; choose another with")
 
 
 def test_a_template_that_cannot_be_written():

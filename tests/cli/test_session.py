@@ -1,0 +1,235 @@
+"""A run as plan, session and record: made once, honest in run.json, and never silent for long."""
+
+import json
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+import torch
+from click.testing import CliRunner
+from diffusers.pipelines.stable_diffusion.safety_checker import StableDiffusionSafetyChecker
+from PIL import Image
+from transformers import (
+    AutoTokenizer,
+    CLIPConfig,
+    CLIPImageProcessor,
+    CLIPTextConfig,
+    CLIPVisionConfig,
+)
+
+import tiny
+from guidekit.cli.main import main
+from guidekit.cli.plan import make_plan
+from guidekit.cli.session import Session
+from guidekit.cli.settings import Settings, make_settings, read_config
+from guidekit.cli.terminal import Progress
+from guidekit.cli.words import unknown_words
+from guidekit.worlds import scenes
+from guidekit.zoo.shipped import ZOO
+
+PROMPT = "a red circle and a blue square on white"
+COUNTING = '''
+"""Count: counts how often it is prepared."""
+
+from dataclasses import dataclass
+
+import guidekit
+
+prepared = []
+
+
+@dataclass(kw_only=True)
+class Count(guidekit.Guidance):
+    """Does nothing else."""
+
+    def prepare(self, run):
+        prepared.append(tuple(run.seeds))
+
+
+@guidekit.hookimpl
+def register_guidance(register):
+    register("count", Count)
+'''
+
+
+@pytest.fixture(autouse=True)
+def own_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+
+
+def run(*args):
+    """The result of a command given as words."""
+    return CliRunner().invoke(main, [str(arg) for arg in args])
+
+
+def sample(model, *args):
+    """A run of one step that must work."""
+    words = ("--model", model, "--prompt", PROMPT, "--steps", 1, "--seeds", 0, "--out", "o")
+    result = run("sample", *words, *args)
+    assert result.exit_code == 0, (result.stderr, result.exception)
+    return result
+
+
+def record(folder="o"):
+    """What run.json holds."""
+    return json.loads(open(f"{folder}/run.json").read())
+
+
+def test_every_batch_is_prepared_once(model, install):
+    install("count", COUNTING)
+    sample(model, "--plugin", "count", "--seeds", "0-4", "--batch", 2, "--no-compare")
+    assert sys.modules["guidekit_count_module"].prepared == [(0, 1), (2, 3), (4,)]
+
+
+def test_what_cannot_work_is_refused_before_anything_is_written(model, tmp_path):
+    settings = Settings(model=str(model), prompt=PROMPT, height=30, out=tmp_path / "o")
+    plan = make_plan(settings)
+    with pytest.raises(ValueError, match="multiples of 8"):
+        Session(plan)
+    assert [path.name for path in plan.folder.iterdir()] == ["run.json.part"]  # its claim
+
+
+def test_a_plan_is_complete(model, tmp_path):
+    plan = make_plan(Settings(model=str(model), prompt=PROMPT, scheduler="DPM++ 2M Karras"))
+    settings = plan.settings
+    assert (settings.steps, settings.cfg) == (50, plan.denoiser.cfg)
+    assert (settings.device, settings.dtype) == ("cpu", "float32")
+    assert settings.scheduler == "dpm++:karras"
+    assert [(t.seed, t.path) for t in plan.targets] == [(i, f"{i}.png") for i in range(4)]
+    assert all(target.condition is plan.condition for target in plan.targets)
+
+
+def test_run_json_has_a_format(model, tmp_path):
+    sample(model)
+    path = tmp_path / "o/run.json"
+    tables = record()
+    assert tables["format"] == 1
+    assert make_settings(read_config(path), {}).prompt == PROMPT
+    path.write_text(json.dumps(tables | {"format": 2}))
+    with pytest.raises(ValueError, match="reads format 1, not 2"):
+        read_config(path)
+
+
+def test_a_scheduler_with_options_replays_bit_for_bit(model, tmp_path):
+    sample(model, "--scheduler", "EulerAncestral", "--steps", 2)
+    again = run("sample", "--config", "o/run.json", "--out", "again")
+    assert again.exit_code == 0, again.stderr
+    assert record("again")["sample"]["scheduler"] == "euler-a"
+    assert (tmp_path / "o/0.png").read_bytes() == (tmp_path / "again/0.png").read_bytes()
+
+
+def test_segments_say_how_much_of_the_image_they_cover(model):
+    result = sample(model, "--segment", "red circle=0,0,0.5,0.25")
+    assert "segment  red circle: tokens [2, 3], 12.5% of the image" in result.stdout
+    assert record()["record"]["tokens"][0]["coverage"] == 0.125
+
+
+def checker(flags: bool) -> StableDiffusionSafetyChecker:
+    """A tiny safety checker that flags every image or none."""
+    small = {"hidden_size": 8, "intermediate_size": 8, "num_attention_heads": 2}
+    vision = CLIPVisionConfig(**small, num_hidden_layers=1, image_size=16, patch_size=8)
+    text = CLIPTextConfig(**small, num_hidden_layers=1)
+    config = CLIPConfig(
+        text_config=text.to_dict(), vision_config=vision.to_dict(), projection_dim=8
+    )
+    made = StableDiffusionSafetyChecker(config).eval()
+    threshold = -2.0 if flags else 2.0  # cosines lie between
+    made.concept_embeds_weights.data.fill_(threshold)
+    made.special_care_embeds_weights.data.fill_(2.0)
+    return made
+
+
+@pytest.mark.parametrize("flags", [True, False])
+def test_a_safety_checker_does_what_it_does_in_the_bare_pipeline(tmp_path, flags):
+    pipe = tiny.sd_pipeline()
+    size = {"height": 16, "width": 16}
+    processor = CLIPImageProcessor(size={"shortest_edge": 16}, crop_size=size)
+    pipe.register_modules(safety_checker=checker(flags), feature_extractor=processor)
+    pipe.register_to_config(requires_safety_checker=True)
+    pipe.save_pretrained("safe")
+    result = sample("safe", "--cfg", 5, "--plugin", "pag")
+    draws = torch.Generator().manual_seed(0)
+    bare = pipe(PROMPT, num_inference_steps=1, guidance_scale=5.0, generator=draws).images[0]
+    assert np.array_equal(np.array(bare), np.array(Image.open("o/unguided/0.png")))
+    assert np.array(bare).any() != flags
+    assert np.array(Image.open("o/0.png")).any() != flags
+    assert "safety checker looked at every image" in result.stdout
+    assert ("safety checker blackened seeds [0]" in result.stdout) == flags
+
+
+def test_words_that_a_built_in_model_never_read_are_noted():
+    words = ("--prompt", "a red circle on a Sofa", "--steps", 1, "--seeds", 0, "--out", "o")
+    result = run("sample", *words)
+    assert result.exit_code == 0, result.stderr
+    assert "note     scenes has never read 'Sofa'" in result.stdout
+
+
+def test_every_word_of_the_world_is_known():
+    tokenizer = AutoTokenizer.from_pretrained(ZOO / "scenes/tokenizer")
+    captions = [scenes.scene(seed).caption for seed in range(200)]
+    assert not {word for text in captions for word in unknown_words(tokenizer, text)}
+    assert unknown_words(tokenizer, "a cat on a sofa, a cat, 3 circle") == ["cat", "sofa"]
+
+
+def test_a_line_comes_before_torch_is_imported(tmp_path):
+    code = (
+        "import sys\n"
+        "class Told:\n"
+        "    def find_spec(self, name, *_):\n"
+        "        if name == 'torch':\n"
+        "            print('torch', flush=True)\n"
+        "sys.meta_path.insert(0, Told())\n"
+        "from guidekit.cli.main import main\n"
+        "main(['sample', '--model', 'nope'])\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    lines = done.stdout.splitlines()
+    assert lines[0] == "loading  nope"
+    assert "torch" in lines[1:]
+
+
+def test_progress_in_a_log_is_a_line_now_and_then(capsys):
+    with Progress(seconds=0.2) as progress:
+        for step in range(1, 11):
+            time.sleep(0.05)
+            progress(step, 10)
+    lines = capsys.readouterr().out.splitlines()
+    assert 1 <= len(lines) <= 4
+    assert all(line.startswith("step     ") and " of 10, " in line for line in lines)
+    with Progress(silent=True, seconds=0) as progress:
+        progress(1, 10)
+    assert capsys.readouterr() == ("", "")
+
+
+def test_the_other_plugin_that_a_model_is_tuned_for_is_proposed():
+    words = ("sample", "--steps", 1, "--seeds", 0, "--no-compare", "--out", "a run")
+    last = run(*words, "--plugin", "zest").stdout.splitlines()[-1]
+    assert last == (
+        "next     guidekit sample --config 'a run/run.json' --plugin pww  # tuned for scenes too"
+    )
+
+
+def test_a_plugin_that_never_acted_is_explained(model):
+    result = sample(model, "--plugin", "pag", "--set", "pag.scale=0")
+    assert result.stdout.splitlines()[-1] == "next     guidekit plugins show pag"
+
+
+def test_the_list_of_plugins_describes_them_without_an_import(install, tmp_path):
+    install("acme", '"""Acme: does what it says.\n\nMore."""\nraise RuntimeError("imported")\n')
+    install("bare", "raise RuntimeError('imported')\n")
+    install("broken", '"""Broken')
+    rows = {row["name"]: row for row in json.loads(run("plugins", "--json").stdout)["plugins"]}
+    assert rows["acme"]["summary"] == "Acme: does what it says."
+    assert rows["bare"]["summary"] == rows["broken"]["summary"] == ""
+    assert rows["zest"]["summary"].startswith("ZestGuide: ")
+    lines = [" ".join(line.split()) for line in run("plugins").stdout.splitlines()]
+    assert "acme 1.2 third-party, guidekit-acme Acme: does what it says." in lines
+    assert "guidekit_acme_module" not in sys.modules
+
+
+def test_tuned_defaults_are_told():
+    text = run("plugins", "show", "zest").stdout
+    assert "tuned for --model scenes: scale 1.5, stop 0.75 where you give no other" in text
+    assert "tuned for" not in run("plugins", "show", "pag").stdout
