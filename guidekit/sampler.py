@@ -78,10 +78,12 @@ class Sampling:
         denoiser.check(self.conditions)
         scheduler = as_scheduler(scheduler, denoiser.pipeline)
         _check_scheduler(scheduler, denoiser.pipeline.scheduler, steps)
-        # Schedulers keep state from step to step; this run has its own.
-        scheduler = type(scheduler).from_config(scheduler.config)
+        # Schedulers keep state from step to step; this run has its own, with the same tables.
+        scheduler = copy.deepcopy(scheduler)
         shape = denoiser.latent_shape(height, width)
         denoiser.set_timesteps(scheduler, steps, shape)
+        if hasattr(scheduler, "set_begin_index"):  # else it takes the second of two equal timesteps
+            scheduler.set_begin_index(0)
         self.generators = [torch.Generator().manual_seed(seed) for seed in self.seeds]
         self.run = Run(
             denoiser,
@@ -117,16 +119,16 @@ class Sampling:
     def __iter__(self) -> Iterator[Step]:
         """Yields every step after its prediction was made; the last one holds the pictures."""
         run = self.run
-        timesteps = list(run.scheduler.timesteps)
+        timesteps = list(run.scheduler.timesteps[run.levels.start :])
         with frozen(*self.denoiser.models):
             z = self._start()
-            for index, timestep in enumerate(timesteps):
-                step, z = self._advance(z, timestep, index, len(timesteps))
-                if index == len(timesteps) - 1:
-                    self.latents = z
-                    self.images = step.images = self.denoiser.decode(z)
-                    run.account.warn_idle(self.guidances)
-                yield step
+            for calls in run.levels.steps:
+                for step, z in self._advance(z, calls, timesteps):  # noqa: B020
+                    if step.index == len(timesteps) - 1:
+                        self.latents = z
+                        self.images = step.images = self.denoiser.decode(z)
+                        run.account.warn_idle(self.guidances)
+                    yield step
 
     def _start(self) -> Tensor:
         """Noise of every picture from its own generator, at the scheduler's first level."""
@@ -136,19 +138,31 @@ class Sampling:
         )
         return z * getattr(self.run.scheduler, "init_noise_sigma", 1.0)
 
-    def _advance(self, z: Tensor, timestep: Tensor, index: int, n: int) -> tuple[Step, Tensor]:
-        """One transition, done as often as a guidance asks for, and the next z."""
-        repeat, times = 0, 1
-        while True:
+    def _advance(
+        self, z: Tensor, calls: range, timesteps: list[Tensor]
+    ) -> Iterator[tuple[Step, Tensor]]:
+        """One step of the solver, done as often as a guidance asks for at its first call.
+
+        Yields the calls of the last time, each with the next z.
+        """
+        repeat, times, n = 0, 1, len(timesteps)
+        while repeat < times:
             before = copy.deepcopy(self.run.scheduler) if self._may_repeat else None
-            step = self.engine.predict(z, timestep, index, n, repeat)
-            times = max([times, *(g.repeats(step) for g in self.engine.active(step))])
-            z_next = self.engine.edit_sample(step, self._scheduler_step(step, z))
+            for index in calls:
+                step = self.engine.predict(z, timesteps[index], index, n, repeat)
+                if index == calls[0] and repeat == 0:
+                    times = self._times(step)
+                z = self.engine.edit_sample(step, self._scheduler_step(step, z))
+                if repeat + 1 == times:
+                    yield step, z
             repeat += 1
-            if repeat >= times:
-                return step, z_next
-            z = self._noise_again(z_next, step, repeat)
-            self.run.scheduler = before
+            if repeat < times:
+                z = self._noise_again(z, calls, repeat)
+                self.run.scheduler = before
+
+    def _times(self, step: Step) -> int:
+        """How often the solver's step is done that begins with `step`."""
+        return max([1, *(g.repeats(step) for g in self.guidances if g.active(step.frac))])
 
     @property
     def _may_repeat(self) -> bool:
@@ -164,12 +178,15 @@ class Sampling:
                 out, step.timestep, z, **self.run.step_kwargs, return_dict=False
             )[0]
 
-    def _noise_again(self, z: Tensor, step: Step, repeat: int) -> Tensor:
-        """From the next level back to this one (FreeDoM, Yu et al. 2023, Algorithm 2)."""
-        noisier, cleaner = step.level, step.next_level
+    def _noise_again(self, z: Tensor, calls: range, repeat: int) -> Tensor:
+        """From the level after the solver's step back to the one before it.
+
+        FreeDoM, Yu et al. 2023 (arXiv:2303.09833), Algorithm 2.
+        """
+        noisier, cleaner = self.run.levels.at(calls[0]), self.run.levels.next(calls[-1])
         gain = noisier.a / cleaner.a
         std = max(noisier.s**2 - (gain * cleaner.s) ** 2, 0.0) ** 0.5
-        fresh = self.run.noise(self.run.latent_shape, step.index, repeat, "recurrence")
+        fresh = self.run.noise(self.run.latent_shape, calls[0], repeat, "recurrence")
         return gain * z + std * fresh.to(z.dtype)
 
 

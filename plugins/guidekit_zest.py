@@ -61,6 +61,7 @@ class Zest(Guidance):
     preset: str = ""  # paper | sd14 | sdxl: values of the fields that are not given
 
     graph = "attention"
+    stages = "last"  # of a step of the solver: where a shift lasts
     needs = ("text",)
     presets: ClassVar[dict[str, dict[str, Any]]] = PRESETS
 

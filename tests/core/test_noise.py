@@ -37,7 +37,8 @@ from diffusers import (
 )
 from torch.overrides import TorchFunctionMode
 
-from guidekit.noise import FAMILIES, PREDICTIONS, Level, Move, level
+from guidekit.levels import Levels, Move
+from guidekit.noise import FAMILIES, PREDICTIONS, Level, level
 
 diffusers.utils.logging.set_verbosity_error()
 # NumPy 2 about what diffusers 0.42 does in set_timesteps
