@@ -10,7 +10,6 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import torch
 from diffusers import DiffusionPipeline
-from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
 from guidekit.backbones.denoiser import Denoiser, frozen
@@ -19,9 +18,11 @@ from guidekit.engine.engine import Engine
 from guidekit.errors import GuidekitError
 from guidekit.guidance import Guidance
 from guidekit.inputs import as_conditions, as_denoiser, as_guidances, as_scheduler, tuned
+from guidekit.levels import Levels
 from guidekit.noise import is_flow
 from guidekit.run import Run
 from guidekit.seeds import as_seeds, derived_seed
+from guidekit.start import Start, own_copy
 from guidekit.step import Step
 
 STEPS = 50  # where neither the user nor the model says
@@ -36,9 +37,11 @@ class Sampling:
     steps, cfg and options of guidances that are not given are those tuned for a built-in model.
     cfg: diffusers' guidance scale, 1 for none, default the family's (1 without a condition).
     embedded_cfg: the scale that distilled models take as an input (Flux), default the pipeline's.
-    eta: DDIM's noise. scheduler: an instance to copy or a name, by default the pipeline's. memory:
-    "fast", or "low" for gradient checkpointing. nonfinite: "raise" or "zero" for gradients that are
-    not finite. attention: eager | sdpa | triton | xformers.
+    eta: DDIM's noise. scheduler: an instance to copy or a name, by default the pipeline's.
+    timesteps or sigmas: the levels to go through, in place of steps. latents: in place of the first
+    noise; image and strength: an image to begin with, see `guidekit.start.Start`. memory: "fast",
+    or "low" for gradient checkpointing. nonfinite: "raise" or "zero" for gradients that are not
+    finite. attention: eager | sdpa | triton | xformers.
 
     Raises GuidekitError for settings that cannot work, before anything is computed.
     """
@@ -57,6 +60,11 @@ class Sampling:
         height: int | None = None,
         width: int | None = None,
         scheduler=None,
+        timesteps: Sequence[float] | None = None,
+        sigmas: Sequence[float] | None = None,
+        latents: Tensor | None = None,
+        image=None,
+        strength: float | None = None,
         memory: str = "fast",
         nonfinite: str = "raise",
         attention: str | None = None,
@@ -66,6 +74,8 @@ class Sampling:
             tuned(denoiser.pipeline),
             as_guidances(guidances, denoiser.pipeline),
         )
+        self.start = Start(timesteps, sigmas, latents, image, strength)
+        steps = self.start.count(steps)
         steps = own.get("steps", STEPS) if steps is None else steps
         cfg = own.get("cfg") if cfg is None else cfg
         if embedded_cfg is not None:
@@ -79,12 +89,11 @@ class Sampling:
         scheduler = as_scheduler(scheduler, denoiser.pipeline)
         _check_scheduler(scheduler, denoiser.pipeline.scheduler, steps)
         # Schedulers keep state from step to step; this run has its own, with the same tables.
-        scheduler = copy.deepcopy(scheduler)
+        scheduler = own_copy(scheduler)
         shape = denoiser.latent_shape(height, width)
-        denoiser.set_timesteps(scheduler, steps, shape)
-        if hasattr(scheduler, "set_begin_index"):  # else it takes the second of two equal timesteps
-            scheduler.set_begin_index(0)
+        first = self.start.lay_out(denoiser, scheduler, steps, shape)
         self.generators = [torch.Generator().manual_seed(seed) for seed in self.seeds]
+        step_kwargs = _step_kwargs(scheduler, eta, self.generators)
         self.run = Run(
             denoiser,
             self.conditions,
@@ -95,7 +104,8 @@ class Sampling:
             memory=memory,
             nonfinite=nonfinite,
             attention=attention,
-            step_kwargs=_step_kwargs(scheduler, eta, self.generators),
+            step_kwargs=step_kwargs,
+            levels=Levels(scheduler, step_kwargs, first),
         )
         self.guidances = [g for g in guidances if g.scale != 0]
         _check_images(denoiser, self.conditions, guidances)
@@ -131,12 +141,11 @@ class Sampling:
                     yield step
 
     def _start(self) -> Tensor:
-        """Noise of every picture from its own generator, at the scheduler's first level."""
-        shape = (len(self.seeds), *self.run.latent_shape)
-        z = randn_tensor(
-            shape, self.generators, device=self.denoiser.device, dtype=self.denoiser.dtype
-        )
-        return z * getattr(self.run.scheduler, "init_noise_sigma", 1.0)
+        """The first z of every image, at the run's first level."""
+        run = self.run
+        timestep = run.scheduler.timesteps[run.levels.start]
+        shape, generators = run.latent_shape, self.generators
+        return self.start.first(self.denoiser, run.scheduler, timestep, shape, generators)
 
     def _advance(
         self, z: Tensor, calls: range, timesteps: list[Tensor]
