@@ -254,14 +254,14 @@ class _Call:
     @property
     def acts(self) -> bool:
         active = [g for g in self.attached.guidances if g.active(self.index / self.n)]
-        return any(g.stages == "all" or self.levels.ends_step(self.index) for g in active)
+        return any(g.acts_at == "calls" or self.levels.ends_step(self.index) for g in active)
 
     def begin(self, forward, args: tuple, kwargs: dict) -> None:
         """The levels of the call, read before the scheduler's first step."""
         if self.levels is None:
             scheduler = self._bare_scheduler()
             self.denoiser.record(forward, args, kwargs)
-            start = self.denoiser.position(scheduler)
+            start = self.denoiser.position(scheduler, self.n)
             self.levels = Levels(scheduler, self.step_kwargs, start)
 
     def evaluate(self, forward, args: tuple, kwargs: dict) -> Tensor:

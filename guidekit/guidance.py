@@ -25,7 +25,7 @@ from guidekit.taps import BlockCall
 
 Graph = Literal["x0", "attention", "features", "input"]
 Need = Literal["text", "cross-attention"]
-Stages = Literal["all", "last"]
+When = Literal["calls", "steps"]
 
 
 @dataclass(kw_only=True)
@@ -48,9 +48,9 @@ class Guidance:
     graph: ClassVar[Graph] = "x0"
     #: The plugin's name, for objects that are made of the class; default the class's in small.
     plugin: ClassVar[str] = ""
-    #: At which calls of a solver with several a step it acts: "all", or the "last" one of each, the
-    #: one where `step.move.shift` lasts.
-    stages: ClassVar[Stages] = "all"
+    #: With a solver of several calls a step: whether it acts at all "calls", or once in its "steps",
+    #: at the last call of each, where `step.move.shift` lasts.
+    acts_at: ClassVar[When] = "calls"
     #: Whether the method needs the own loop: repeats, accept or its own start.
     own_loop: ClassVar[bool] = False
     #: What it needs of a model: "text", tokens that pixels attend to; "cross-attention",
@@ -98,8 +98,8 @@ class Guidance:
 
     def check_contract(self) -> None:
         """Raises GuidekitError for a `graph` or a need that there is not: a misspelt one."""
-        if self.stages not in get_args(Stages):
-            raise GuidekitError(f"{self.name}.stages is {self.stages!r}; it is 'all' or 'last'")
+        if self.acts_at not in get_args(When):
+            raise GuidekitError(f"{self.name}.acts_at is {self.acts_at!r}; it is calls or steps")
         if self.graph not in get_args(Graph):
             raise GuidekitError(
                 f"{self.name}.graph is {self.graph!r}; it is one of {', '.join(get_args(Graph))}"

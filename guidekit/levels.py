@@ -206,7 +206,7 @@ class Move:
         if self._index != step[-1]:
             raise NoPushError(
                 f"call {self._index} is stage {self._index - step[0] + 1} of {len(step)} of a step "
-                "of the solver; a shift is pushed in the last one (stages = 'last'), or with "
+                "of the solver; a shift is pushed in the last one (acts_at = 'steps'), or with "
                 "once=True"
             )
         now = self._gains.out

@@ -91,6 +91,7 @@ class Sampling:
         # Schedulers keep state from step to step; this run has its own, with the same tables.
         scheduler = own_copy(scheduler)
         shape = denoiser.latent_shape(height, width)
+        self.start.check(denoiser, shape, len(self.seeds))
         first = self.start.lay_out(denoiser, scheduler, steps, shape)
         self.generators = [torch.Generator().manual_seed(seed) for seed in self.seeds]
         step_kwargs = _step_kwargs(scheduler, eta, self.generators)

@@ -104,6 +104,16 @@ class Start:
         strength = STRENGTH if self.strength is None else self.strength
         return steps - min(int(steps * strength), steps)
 
+    def check(self, denoiser: Denoiser, shape: tuple[int, int, int], count: int) -> None:
+        """Raises GuidekitError for latents or an image of another shape than the run's."""
+        shape = (count, *shape)
+        if self.latents is not None and self.latents.shape != shape:
+            raise GuidekitError(
+                f"latents have shape {tuple(self.latents.shape)}; this run has {shape}"
+            )
+        if self.image is not None:
+            self._pixels(denoiser, shape)
+
     def first(
         self,
         denoiser: Denoiser,
@@ -116,20 +126,21 @@ class Start:
         shape = (len(generators), *shape)
         place = {"device": denoiser.device, "dtype": denoiser.dtype}
         if self.image is None:
-            z = self.latents
-            if z is None:
-                z = randn_tensor(shape, generators, **place)
-            elif z.shape != shape:
-                raise GuidekitError(f"latents have shape {tuple(z.shape)}; this run has {shape}")
-            return z.to(**place) * getattr(scheduler, "init_noise_sigma", 1.0)
-        side = denoiser.factor
-        pixels = _pixels(self.image, len(generators), (shape[2] * side, shape[3] * side))
+            drawn = self.latents is None
+            z = randn_tensor(shape, generators, **place) if drawn else self.latents.to(**place)
+            return z * getattr(scheduler, "init_noise_sigma", 1.0)
+        pixels = self._pixels(denoiser, shape)
         x0 = denoiser.drawn_latents(pixels.to(**place), generators).to(**place)
         noise = randn_tensor(shape, generators, **place)
         times = timestep.reshape(1).repeat(len(x0))
         if hasattr(scheduler, "scale_noise"):
             return scheduler.scale_noise(x0, times, noise)
         return scheduler.add_noise(x0, noise, times)
+
+    def _pixels(self, denoiser: Denoiser, shape: tuple[int, ...]) -> Tensor:
+        """The image (B, 3, H, W) in [-1, 1] for latents of `shape` (B, C, h, w)."""
+        size = (shape[2] * denoiser.factor, shape[3] * denoiser.factor)
+        return _pixels(self.image, shape[0], size)
 
 
 def own_copy(scheduler: SchedulerMixin) -> SchedulerMixin:

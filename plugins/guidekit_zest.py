@@ -61,7 +61,7 @@ class Zest(Guidance):
     preset: str = ""  # paper | sd14 | sdxl: values of the fields that are not given
 
     graph = "attention"
-    stages = "last"  # of a step of the solver: where a shift lasts
+    acts_at = "steps"  # of the solver: a shift lasts at the last call of each
     needs = ("text",)
     presets: ClassVar[dict[str, dict[str, Any]]] = PRESETS
 

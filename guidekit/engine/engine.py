@@ -58,7 +58,7 @@ class Engine:
     def active(self, step: Step) -> list[Guidance]:
         """The guidances whose window this step is in."""
         found = [g for g in self.guidances if g.active(step.frac)]
-        return [g for g in found if step.ends_step or g.stages == "all"]
+        return [g for g in found if step.ends_step or g.acts_at == "calls"]
 
     def predict(self, z: Tensor, timestep: Tensor, index: int, n: int, repeat: int = 0) -> Step:
         """The guided step at z (B, C, h, w); its prediction goes to `scheduler.step`."""
