@@ -48,8 +48,8 @@ class Guidance:
     graph: ClassVar[Graph] = "x0"
     #: The plugin's name, for objects that are made of the class; default the class's in small.
     plugin: ClassVar[str] = ""
-    #: With a solver of several calls a step: whether it acts at all "calls", or once in its "steps",
-    #: at the last call of each, where `step.move.shift` lasts.
+    #: With a solver of several calls a step: whether it acts at all "calls", or once in its
+    #: "steps", at the last call of each, where `step.move.shift` lasts.
     acts_at: ClassVar[When] = "calls"
     #: Whether the method needs the own loop: repeats, accept or its own start.
     own_loop: ClassVar[bool] = False
