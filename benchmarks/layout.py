@@ -3,6 +3,7 @@
     python benchmarks/layout.py                  the main table, 500 layouts
     python benchmarks/layout.py --ablations      the lecture's ablations, 100 layouts
     python benchmarks/layout.py --quick          minutes on two cores
+    python benchmarks/layout.py --scheduler dpm++ --scales 0.75,1.5,3     Zest's scale on a solver
 
 The judge (`scenes-judge`) never guided. mIoU is over classes of the whole set; "labelled" counts
 only pixels that some mask covers, as in ZestGuide's Table 1. Every row runs in a process of its
@@ -26,6 +27,7 @@ from tqdm import tqdm
 
 import guidekit
 from guidekit import Condition, Segment
+from guidekit.backbones.loading import SCHEDULERS, make_scheduler
 from guidekit.evaluate import judge as evaluate
 from guidekit.registry import Registry
 from guidekit.worlds import scenes
@@ -67,6 +69,14 @@ FIELDS = {
 }
 ABLATIONS = {"unguided": [], "Zest (scale 1.5, share 0.75)": [("zest", {})]}
 ABLATIONS |= {name: [("zest", fields)] for name, fields in FIELDS.items()}
+
+
+SCALED = "Zest at scale "
+
+
+def scaled(method: str) -> list[tuple[str, dict]]:
+    """The guidances of a row of `--scales`: the tuned Zest with another scale."""
+    return [("zest", {"scale": float(method.removeprefix(SCALED))})]
 
 
 @dataclass(frozen=True)
@@ -119,6 +129,7 @@ class Setting:
     cfg: float
     batch: int
     seed: int
+    scheduler: str = ""
 
 
 class Bench:
@@ -127,6 +138,8 @@ class Bench:
     def __init__(self, setting: Setting):
         self.setting = setting
         self.pipeline = guidekit.load(setting.model)
+        own = setting.scheduler
+        self.scheduler = make_scheduler(self.pipeline, own) if own else self.pipeline.scheduler
         self.defaults = model_defaults(setting.model)
         self.layouts = held_out(setting.n)
         self.judge = evaluate.load_judge()
@@ -137,7 +150,7 @@ class Bench:
     def guidances(self, method: str) -> list:
         """Fresh guidances of a row: the model's tuned defaults with the row's own fields."""
         tuned = self.defaults.get("plugin", {})
-        made = (METHODS | ABLATIONS)[method]
+        made = scaled(method) if method.startswith(SCALED) else (METHODS | ABLATIONS)[method]
         return [Registry().make_guidance(name, tuned.get(name, {}) | own) for name, own in made]
 
     def draw(self, method: str, conditions: list[Condition]) -> tuple[Tensor, dict]:
@@ -156,6 +169,7 @@ class Bench:
                     seeds=seeds,
                     steps=s.steps,
                     cfg=s.cfg,
+                    scheduler=self.scheduler,
                 )
                 images.append(run.finish().images)
         cost = {"s/image": (clock() - start) / s.n, "peak MiB": peak.mebibytes}
@@ -255,22 +269,43 @@ def _cell(row: dict, name: str) -> str:
 @click.option(
     "--only", multiple=True, type=click.Choice([CEILINGS, *METHODS, *ABLATIONS]), help="A row."
 )
+@click.option(
+    "--scheduler", default="", type=click.Choice(["", *SCHEDULERS]), help="Default the model's."
+)
+@click.option("--scales", default="", help="Rows of Zest at these scales alone, 0.75,1.5,3.")
 @click.option("--quick", is_flag=True, help="40 layouts, 15 steps.")
 @click.option("--workers", default=2, show_default=True, help="Rows at a time, a thread each.")
 @click.option("--json", "json_file", type=click.Path(), help="Also write the rows here.")
-def main(model, n, steps, cfg, batch, seed, ablations, only, quick, workers, json_file):
+def main(
+    model,
+    n,
+    steps,
+    cfg,
+    batch,
+    seed,
+    ablations,
+    only,
+    scheduler,
+    scales,
+    quick,
+    workers,
+    json_file,
+):
     """Prints mIoU, presence and distances of layout guidance on held-out scenes."""
     defaults = model_defaults(model)
     n = n or (40 if quick else 100 if ablations else 500)
     steps = steps or (15 if quick else defaults.get("steps", 50))
-    setting = Setting(model, n, steps, cfg or defaults.get("cfg", 7.5), batch, seed)
+    setting = Setting(model, n, steps, cfg or defaults.get("cfg", 7.5), batch, seed, scheduler)
     methods = list(only) or ([*ABLATIONS] if ablations else [CEILINGS, *METHODS])
+    if scales:
+        methods = ["unguided", *(f"{SCALED}{float(scale):g}" for scale in scales.split(","))]
     # MultiDiffusion takes longest: first, so that no worker waits for it at the end.
     done = all_rows(setting, sorted(methods, key=lambda m: m != "MultiDiffusion"), workers)
     rows = [row for method in methods for row in done[method]]
     print(table(rows))
     print(
-        f"\nn = {n}, seeds {seed} to {seed + n - 1}, {steps} steps, cfg {setting.cfg:g}, batch "
+        f"\nn = {n}, seeds {seed} to {seed + n - 1}, {steps} steps, cfg {setting.cfg:g}, "
+        f"scheduler {scheduler or 'of the model'}, batch "
         f"{batch}, one thread a row on {os.cpu_count()} {platform.machine()} "
         f"cores, torch {torch.__version__}; 95% bootstrap intervals over layouts"
     )

@@ -27,7 +27,8 @@ _HOME = {
     "Guidance": "guidance",
     "GuidekitError": "errors",
     "Level": "noise",
-    "Move": "noise",
+    "Levels": "levels",
+    "Move": "levels",
     "Perturbed": "perturbed",
     "Reference": "references",
     "Run": "run",
@@ -63,8 +64,9 @@ if TYPE_CHECKING:
     from guidekit.guidance import Guidance
     from guidekit.inputs import load, make
     from guidekit.layouts import load_layout
+    from guidekit.levels import Levels, Move
     from guidekit.masks import box_mask, load_mask
-    from guidekit.noise import Level, Move, level
+    from guidekit.noise import Level, level
     from guidekit.perturbed import Perturbed
     from guidekit.reads import AttentionRead, Eval, FeatureRead, average_maps
     from guidekit.references import Reference, load_reference

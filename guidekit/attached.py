@@ -34,6 +34,7 @@ from guidekit.engine.engine import Engine
 from guidekit.errors import GuidekitError
 from guidekit.guidance import Guidance
 from guidekit.inputs import as_guidances
+from guidekit.levels import Levels
 from guidekit.run import Run
 from guidekit.step import Step
 from guidekit.taps import Patch
@@ -166,6 +167,8 @@ class Attached:
 
     def _around_forward(self, original, args, kwargs):
         """The guided evaluation in place of the denoiser's call."""
+        if self._call:
+            self._call.begin(original, args, kwargs)
         if not self._call or not self._call.acts:
             return original(*args, **kwargs)
         with _plainly():
@@ -196,6 +199,7 @@ class _Call:
         self.attached, self.pipe, self.denoiser = attached, attached.pipe, attached.denoiser
         self.conditions: list[Condition] | None = None
         self.engine: Engine | None = None
+        self.levels: Levels | None = None
         self.step_kwargs: dict = {}
         self.carried: Tensor | None = None
         self.pending: Step | None = None
@@ -249,7 +253,16 @@ class _Call:
 
     @property
     def acts(self) -> bool:
-        return any(g.active(self.index / self.n) for g in self.attached.guidances)
+        active = [g for g in self.attached.guidances if g.active(self.index / self.n)]
+        return any(g.acts_at == "calls" or self.levels.ends_step(self.index) for g in active)
+
+    def begin(self, forward, args: tuple, kwargs: dict) -> None:
+        """The levels of the call, read before the scheduler's first step."""
+        if self.levels is None:
+            scheduler = self._bare_scheduler()
+            self.denoiser.record(forward, args, kwargs)
+            start = self.denoiser.position(scheduler, self.n)
+            self.levels = Levels(scheduler, self.step_kwargs, start)
 
     def evaluate(self, forward, args: tuple, kwargs: dict) -> Tensor:
         """The denoiser's output for all rows of the pipeline's call, guided."""
@@ -267,7 +280,8 @@ class _Call:
         copies = denoiser.copies
         seen = denoiser.input if self.carried is None else self.carried
         z = denoiser.unpack(_plain(seen[: len(self.conditions)]))
-        timestep = denoiser.begin(scheduler, z)
+        timestep = scheduler.timesteps[self.levels.start + self.index]
+        denoiser.begin(timestep, z)
         cfg = self._cfg() if copies == 2 else 1.0
         if self.engine is None:
             self._prepare(z, scheduler, cfg)
@@ -291,6 +305,7 @@ class _Call:
             scheduler,
             cfg=cfg,
             step_kwargs=self.step_kwargs,
+            levels=self.levels,
             **self.attached.options,
         )
         self.attached.run = run

@@ -25,6 +25,7 @@ from guidekit.taps import BlockCall
 
 Graph = Literal["x0", "attention", "features", "input"]
 Need = Literal["text", "cross-attention"]
+When = Literal["calls", "steps"]
 
 
 @dataclass(kw_only=True)
@@ -47,6 +48,9 @@ class Guidance:
     graph: ClassVar[Graph] = "x0"
     #: The plugin's name, for objects that are made of the class; default the class's in small.
     plugin: ClassVar[str] = ""
+    #: With a solver of several calls a step: whether it acts at all "calls", or once in its
+    #: "steps", at the last call of each, where `step.move.shift` lasts.
+    acts_at: ClassVar[When] = "calls"
     #: Whether the method needs the own loop: repeats, accept or its own start.
     own_loop: ClassVar[bool] = False
     #: What it needs of a model: "text", tokens that pixels attend to; "cross-attention",
@@ -94,6 +98,8 @@ class Guidance:
 
     def check_contract(self) -> None:
         """Raises GuidekitError for a `graph` or a need that there is not: a misspelt one."""
+        if self.acts_at not in get_args(When):
+            raise GuidekitError(f"{self.name}.acts_at is {self.acts_at!r}; it is calls or steps")
         if self.graph not in get_args(Graph):
             raise GuidekitError(
                 f"{self.name}.graph is {self.graph!r}; it is one of {', '.join(get_args(Graph))}"
@@ -213,7 +219,10 @@ class Guidance:
         return z
 
     def repeats(self, step: Step) -> int:
-        """How often this step is done, the sample being noised again in between (recurrence)."""
+        """How often this step is done, the sample being noised again in between (recurrence).
+
+        With several calls a step of the solver it is asked at the first and covers all of them.
+        """
         return 1
 
     def accept(self, images: Tensor) -> Tensor:

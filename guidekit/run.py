@@ -11,6 +11,7 @@ from guidekit.backbones.denoiser import Denoiser, Text
 from guidekit.backbones.records import layout_sites, site_grid
 from guidekit.conditions import Condition
 from guidekit.errors import GuidekitError
+from guidekit.levels import Levels
 from guidekit.reads import AttentionRead, FeatureRead, Reads
 from guidekit.seeds import derived_seed
 from guidekit.taps import find_sites
@@ -35,6 +36,7 @@ class Run:
         nonfinite: str = "raise",
         attention: str | None = None,
         step_kwargs: dict | None = None,
+        levels: Levels | None = None,
     ):
         _one_of("memory", memory, MEMORY)
         _one_of("nonfinite", nonfinite, POLICIES)
@@ -43,6 +45,7 @@ class Run:
         self.memory, self.nonfinite = memory, nonfinite
         self.attention = choose(attention)
         self.step_kwargs = step_kwargs or {}
+        self.levels = Levels(scheduler, step_kwargs) if levels is None else levels
         self.account = Account()
         self.reads = Reads()
         self._texts: dict[tuple, Text] = {}

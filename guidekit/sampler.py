@@ -10,19 +10,19 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import torch
 from diffusers import DiffusionPipeline
-from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
 from guidekit.backbones.denoiser import Denoiser, frozen
-from guidekit.backbones.schedulers import lay_out_steps
 from guidekit.conditions import Condition
 from guidekit.engine.engine import Engine
 from guidekit.errors import GuidekitError
 from guidekit.guidance import Guidance
 from guidekit.inputs import as_conditions, as_denoiser, as_guidances, as_scheduler, tuned
+from guidekit.levels import Levels
 from guidekit.noise import is_flow
 from guidekit.run import Run
 from guidekit.seeds import Seeds, derived_seed
+from guidekit.start import Start, own_copy
 from guidekit.step import Step
 
 STEPS = 50  # where neither the user nor the model says
@@ -37,9 +37,11 @@ class Sampling:
     steps, cfg and options of guidances that are not given are those tuned for a built-in model.
     cfg: diffusers' guidance scale, 1 for none, default the family's (1 without a condition).
     embedded_cfg: the scale that distilled models take as an input (Flux), default the pipeline's.
-    eta: DDIM's noise. scheduler: an instance to copy or a name, by default the pipeline's. memory:
-    "fast", or "low" for gradient checkpointing. nonfinite: "raise" or "zero" for gradients that are
-    not finite. attention: eager | sdpa | triton | xformers.
+    eta: DDIM's noise. scheduler: an instance to copy or a name, by default the pipeline's.
+    timesteps or sigmas: the levels to go through, in place of steps. latents: in place of the first
+    noise; image and strength: an image to begin with, see `guidekit.start.Start`. memory: "fast",
+    or "low" for gradient checkpointing. nonfinite: "raise" or "zero" for gradients that are not
+    finite. attention: eager | sdpa | triton | xformers.
 
     Raises GuidekitError for settings that cannot work, before anything is computed.
     """
@@ -58,6 +60,11 @@ class Sampling:
         height: int | None = None,
         width: int | None = None,
         scheduler=None,
+        timesteps: Sequence[float] | None = None,
+        sigmas: Sequence[float] | None = None,
+        latents: Tensor | None = None,
+        image=None,
+        strength: float | None = None,
         memory: str = "fast",
         nonfinite: str = "raise",
         attention: str | None = None,
@@ -67,6 +74,8 @@ class Sampling:
             tuned(denoiser.pipeline),
             as_guidances(guidances, denoiser.pipeline),
         )
+        self.start = Start(timesteps, sigmas, latents, image, strength)
+        steps = self.start.count(steps)
         steps = own.get("steps", STEPS) if steps is None else steps
         cfg = own.get("cfg") if cfg is None else cfg
         if embedded_cfg is not None:
@@ -79,11 +88,13 @@ class Sampling:
         denoiser.check(self.conditions)
         scheduler = as_scheduler(scheduler, denoiser.pipeline)
         _check_scheduler(scheduler, denoiser.pipeline.scheduler, steps)
-        # Schedulers keep state from step to step; this run has its own.
-        scheduler = type(scheduler).from_config(scheduler.config)
+        # Schedulers keep state from step to step; this run has its own, with the same tables.
+        scheduler = own_copy(scheduler)
         shape = denoiser.latent_shape(height, width)
-        lay_out_steps(denoiser, scheduler, steps, shape)
+        self.start.check(denoiser, shape, len(self.seeds))
+        first = self.start.lay_out(denoiser, scheduler, steps, shape)
         self.generators = [torch.Generator().manual_seed(seed) for seed in self.seeds]
+        step_kwargs = _step_kwargs(scheduler, eta, self.generators)
         self.run = Run(
             denoiser,
             self.conditions,
@@ -94,7 +105,8 @@ class Sampling:
             memory=memory,
             nonfinite=nonfinite,
             attention=attention,
-            step_kwargs=_step_kwargs(scheduler, eta, self.generators),
+            step_kwargs=step_kwargs,
+            levels=Levels(scheduler, step_kwargs, first),
         )
         self.guidances = [g for g in guidances if g.scale != 0]
         _check_images(denoiser, self.conditions, guidances)
@@ -118,38 +130,49 @@ class Sampling:
     def __iter__(self) -> Iterator[Step]:
         """Yields every step after its prediction was made; the last one holds the pictures."""
         run = self.run
-        timesteps = list(run.scheduler.timesteps)
+        timesteps = list(run.scheduler.timesteps[run.levels.start :])
         with frozen(*self.denoiser.models):
             z = self._start()
-            for index, timestep in enumerate(timesteps):
-                step, z = self._advance(z, timestep, index, len(timesteps))
-                if index == len(timesteps) - 1:
-                    self.latents = z
-                    self.images = step.images = self.denoiser.decode(z)
-                    run.account.warn_idle(self.guidances)
-                yield step
+            for calls in run.levels.steps:
+                for step, z in self._advance(z, calls, timesteps):  # noqa: B020
+                    if step.index == len(timesteps) - 1:
+                        self.latents = z
+                        self.images = step.images = self.denoiser.decode(z)
+                        run.account.warn_idle(self.guidances)
+                    yield step
 
     def _start(self) -> Tensor:
-        """Noise of every picture from its own generator, at the scheduler's first level."""
-        shape = (len(self.seeds), *self.run.latent_shape)
-        z = randn_tensor(
-            shape, self.generators, device=self.denoiser.device, dtype=self.denoiser.dtype
-        )
-        return z * getattr(self.run.scheduler, "init_noise_sigma", 1.0)
+        """The first z of every image, at the run's first level."""
+        run = self.run
+        timestep = run.scheduler.timesteps[run.levels.start]
+        shape, generators = run.latent_shape, self.generators
+        return self.start.first(self.denoiser, run.scheduler, timestep, shape, generators)
 
-    def _advance(self, z: Tensor, timestep: Tensor, index: int, n: int) -> tuple[Step, Tensor]:
-        """One transition, done as often as a guidance asks for, and the next z."""
-        repeat, times = 0, 1
-        while True:
+    def _advance(
+        self, z: Tensor, calls: range, timesteps: list[Tensor]
+    ) -> Iterator[tuple[Step, Tensor]]:
+        """One step of the solver, done as often as a guidance asks for at its first call.
+
+        Yields the calls of the last time, each with the next z.
+        """
+        repeat, times, n = 0, 1, len(timesteps)
+        while repeat < times:
             before = copy.deepcopy(self.run.scheduler) if self._may_repeat else None
-            step = self.engine.predict(z, timestep, index, n, repeat)
-            times = max([times, *(g.repeats(step) for g in self.engine.active(step))])
-            z_next = self.engine.edit_sample(step, self._scheduler_step(step, z))
+            for index in calls:
+                step = self.engine.predict(z, timesteps[index], index, n, repeat)
+                if index == calls[0] and repeat == 0:
+                    times = self._times(step)
+                z = self.engine.edit_sample(step, self._scheduler_step(step, z))
+                if repeat + 1 == times:
+                    yield step, z
             repeat += 1
-            if repeat >= times:
-                return step, z_next
-            z = self._noise_again(z_next, step, repeat)
-            self.run.scheduler = before
+            if repeat < times:
+                z = self._noise_again(z, calls, repeat)
+                self.run.scheduler = before
+
+    def _times(self, step: Step) -> int:
+        """How often the solver's step is done that begins with `step`."""
+        return max([1, *(g.repeats(step) for g in self.guidances if g.active(step.frac))])
 
     @property
     def _may_repeat(self) -> bool:
@@ -165,12 +188,15 @@ class Sampling:
                 out, step.timestep, z, **self.run.step_kwargs, return_dict=False
             )[0]
 
-    def _noise_again(self, z: Tensor, step: Step, repeat: int) -> Tensor:
-        """From the next level back to this one (FreeDoM, Yu et al. 2023, Algorithm 2)."""
-        noisier, cleaner = step.level, step.next_level
+    def _noise_again(self, z: Tensor, calls: range, repeat: int) -> Tensor:
+        """From the level after the solver's step back to the one before it.
+
+        FreeDoM, Yu et al. 2023 (arXiv:2303.09833), Algorithm 2.
+        """
+        noisier, cleaner = self.run.levels.at(calls[0]), self.run.levels.next(calls[-1])
         gain = noisier.a / cleaner.a
         std = max(noisier.s**2 - (gain * cleaner.s) ** 2, 0.0) ** 0.5
-        fresh = self.run.noise(self.run.latent_shape, step.index, repeat, "recurrence")
+        fresh = self.run.noise(self.run.latent_shape, calls[0], repeat, "recurrence")
         return gain * z + std * fresh.to(z.dtype)
 
 

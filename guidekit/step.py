@@ -6,7 +6,8 @@ from functools import cached_property
 from torch import Tensor
 
 from guidekit.branches import Branch
-from guidekit.noise import Level, Move, level
+from guidekit.levels import Move
+from guidekit.noise import Level
 from guidekit.reads import Eval
 from guidekit.run import Run
 
@@ -27,9 +28,8 @@ class Step:
         self.run, self._call = run, call  # call: the engine's answer to `denoise`
         self.z, self.timestep = z, timestep
         self.index, self.n, self.repeat = index, n, repeat
-        # Read now: after `scheduler.step` the scheduler would give the next ones.
-        self.level: Level = level(self.run.scheduler, timestep)  # of z
-        self.next_level: Level = level(self.run.scheduler, timestep, offset=1)  # of the next z
+        self.level: Level = run.levels.at(index)  # of z
+        self.next_level: Level = run.levels.next(index)  # of the next z
         self.branches: list[Branch] = []
         self.evals: dict[str, Eval] = {}
         self.groups: dict[str, Tensor] = {}  # combined outputs of groups other than "main"
@@ -47,9 +47,12 @@ class Step:
     @cached_property
     def move(self) -> Move:
         """The transition that the scheduler is about to make."""
-        z = self.z.detach()
-        kwargs = self.run.step_kwargs
-        return Move(self.run.scheduler, self.timestep, z, kwargs, self.variance)
+        return self.run.levels.move(self.index, self.variance)
+
+    @property
+    def ends_step(self) -> bool:
+        """Whether this call is the last stage of its step of the solver, where a shift lasts."""
+        return self.run.levels.ends_step(self.index)
 
     @cached_property
     def x0(self) -> Tensor:

@@ -61,6 +61,7 @@ class Zest(Guidance):
     preset: str = ""  # paper | sd14 | sdxl: values of the fields that are not given
 
     graph = "attention"
+    acts_at = "steps"  # of the solver: a shift lasts at the last call of each
     needs = ("text",)
     presets: ClassVar[dict[str, dict[str, Any]]] = PRESETS
 

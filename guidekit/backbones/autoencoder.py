@@ -1,5 +1,6 @@
 """Latents and pictures by the pipeline's autoencoder."""
 
+import contextlib
 from functools import cached_property
 
 import torch
@@ -45,6 +46,17 @@ class LatentDenoiser(Denoiser):
         vae = self._wide_vae
         x0 = vae.encode(pixels.to(vae.dtype)).latent_dist.mode()
         return scaled(x0, vae.config)
+
+    def drawn_latents(self, pixels: Tensor, generators: list[torch.Generator]) -> Tensor:
+        """Clean latents (B, C, h, w) to begin with, of images (B, 3, H, W) in [-1, 1].
+
+        Drawn from what the encoder says of each, as diffusers' image-to-image pipelines do.
+        """
+        upcast = self.vae.dtype == torch.float16 and self.vae.config.get("force_upcast")
+        with torch.no_grad(), in_float32(self.vae) if upcast else contextlib.nullcontext():
+            coded = [self.vae.encode(row[None].to(self.vae.dtype)) for row in pixels]
+        drawn = [one.latent_dist.sample(g) for one, g in zip(coded, generators, strict=True)]
+        return scaled(torch.cat(drawn), self.vae.config)
 
     def _unscale(self, z: Tensor) -> Tensor:
         shift = getattr(self.vae.config, "shift_factor", None)

@@ -159,9 +159,14 @@ class Denoiser:
         _, h, w = self.latent_shape(height, width)
         return sorted(set(layout_sites(self.model, h, w).values()))
 
-    def set_timesteps(self, scheduler, steps: int, shape: tuple[int, int, int]) -> None:
-        """Lays out the scheduler's steps for latents of `shape` (C, h, w) as the pipeline does."""
-        scheduler.set_timesteps(steps, device=self.device)
+    def set_timesteps(
+        self, scheduler, steps: int, shape: tuple[int, int, int], **own: list[float]
+    ) -> None:
+        """Lays out the scheduler's steps for latents of `shape` (C, h, w) as the pipeline does.
+
+        own: `timesteps` or `sigmas` in place of the number of steps.
+        """
+        scheduler.set_timesteps(**(own or {"num_inference_steps": steps}), device=self.device)
 
     def with_embedded_cfg(self, scale: float) -> "Denoiser":
         """A view of this denoiser with another guidance scale as an input of the model.
@@ -227,6 +232,11 @@ class Denoiser:
     def latents(self, pixels: Tensor) -> Tensor:
         """Clean latents x0 of pictures (B, 3, H, W) in [-1, 1], in float32 and with gradient."""
         raise NotImplementedError
+
+    def drawn_latents(self, pixels: Tensor, generators: list[torch.Generator]) -> Tensor:
+        """Clean latents (B, C, h, w) to begin with, of images (B, 3, H, W) in [-1, 1]."""
+        with torch.no_grad():
+            return self.latents(pixels)
 
 
 def denoiser_of(pipeline: DiffusionPipeline) -> nn.Module | None:

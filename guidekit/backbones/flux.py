@@ -34,10 +34,12 @@ class Flux(PackedLatents, TextDenoiser, families=("flux",)):
         other.embedded_cfg = scale
         return other
 
-    def set_timesteps(self, scheduler, steps: int, shape: tuple[int, int, int]) -> None:
+    def set_timesteps(
+        self, scheduler, steps: int, shape: tuple[int, int, int], **own: list[float]
+    ) -> None:
         """Lays out the steps from 1 to 1 / steps, shifted by the size of the picture."""
         tokens = (shape[1] // 2) * (shape[2] // 2)
-        set_flow_timesteps(scheduler, steps, self.device, tokens, own=True, who="Flux")
+        set_flow_timesteps(scheduler, steps, self.device, tokens, keeps=True, who="Flux", **own)
 
     def text(self, prompts: list[str], size: tuple[int, int], null: bool = False) -> Text:
         """The states of T5, CLIP's pooled ones, and the scale for models that read it."""

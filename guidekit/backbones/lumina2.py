@@ -37,9 +37,13 @@ class Lumina2(TextDenoiser, families=("lumina2",)):
         (tokenizer,) = self.tokenizers
         return [len(tokenizer(prompt)["input_ids"]) for prompt in prompts]
 
-    def set_timesteps(self, scheduler, steps: int, shape: tuple[int, int, int]) -> None:
+    def set_timesteps(
+        self, scheduler, steps: int, shape: tuple[int, int, int], **own: list[float]
+    ) -> None:
         """Lays out the steps; the pipeline shifts them by the number of channels of the latents."""
-        set_flow_timesteps(scheduler, steps, self.device, shape[0], own=False, who="Lumina2")
+        set_flow_timesteps(
+            scheduler, steps, self.device, shape[0], keeps=False, who="Lumina2", **own
+        )
 
     def text(self, prompts: list[str], size: tuple[int, int], null: bool = False) -> Text:
         """The encoded prompts and their mask."""

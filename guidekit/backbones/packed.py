@@ -35,23 +35,29 @@ def dynamic_shift(scheduler, tokens: int, max_shift: float) -> dict[str, float]:
 
 
 def set_flow_timesteps(
-    scheduler, steps: int, device: torch.device, tokens: int, own: bool, who: str
+    scheduler,
+    steps: int,
+    device: torch.device,
+    tokens: int,
+    keeps: bool,
+    who: str,
+    **own: list[float],
 ) -> None:
     """Lays out the steps from 1 to 1 / steps, shifted for so many image tokens.
 
-    own: a scheduler with use_flow_sigmas keeps its own sigmas even where it takes others, as in
-    FluxPipeline. Raises GuidekitError, for the model `who`, for a scheduler that takes none and has
-    none.
+    keeps: a scheduler with use_flow_sigmas keeps its own sigmas even where it takes others, as in
+    FluxPipeline. own: the user's sigmas or timesteps, in place of these. Raises GuidekitError, for
+    the model `who`, for a scheduler that takes none and has none.
     """
     given = dynamic_shift(scheduler, tokens, max_shift=1.15)
     takes = "sigmas" in inspect.signature(scheduler.set_timesteps).parameters
     has = scheduler.config.get("use_flow_sigmas", False)
     if not (takes or has):
         raise GuidekitError(f"{type(scheduler).__name__} takes no sigmas, which {who} sets")
-    if takes and not (own and has):
-        given["sigmas"] = np.linspace(1.0, 1 / steps, steps)
-    count = {} if "sigmas" in given else {"num_inference_steps": steps}
-    scheduler.set_timesteps(device=device, **count, **given)
+    count = {"num_inference_steps": steps}
+    if takes and not (keeps and has):
+        count = {"sigmas": np.linspace(1.0, 1 / steps, steps)}
+    scheduler.set_timesteps(device=device, **(own or count), **given)
 
 
 def unpacked(x: Tensor, grid: tuple[int, int]) -> Tensor:

@@ -56,10 +56,14 @@ class QwenImage(PackedLatents, TextDenoiser, families=("qwen",)):
         longest = max(len(tokenizer(prompt)["input_ids"]) for prompt in prompts)
         return [longest] * len(prompts)
 
-    def set_timesteps(self, scheduler, steps: int, shape: tuple[int, int, int]) -> None:
+    def set_timesteps(
+        self, scheduler, steps: int, shape: tuple[int, int, int], **own: list[float]
+    ) -> None:
         """Lays out the steps from 1 to 1 / steps, shifted by the size of the picture."""
         tokens = (shape[1] // 2) * (shape[2] // 2)
-        set_flow_timesteps(scheduler, steps, self.device, tokens, own=False, who="Qwen-Image")
+        set_flow_timesteps(
+            scheduler, steps, self.device, tokens, keeps=False, who="Qwen-Image", **own
+        )
 
     def text(self, prompts: list[str], size: tuple[int, int], null: bool = False) -> PaddedText:
         """The encoded prompts, padded to the longest of them."""

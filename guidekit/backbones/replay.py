@@ -75,15 +75,21 @@ class Replay:
         given.pop("return_dict", None)
         self._forward, self._given = forward, _normal(given)
 
-    def begin(self, scheduler, z: Tensor) -> Tensor:
-        """The scheduler's timestep of the recorded call, which was for z (B, C, h, w)."""
-        times, self._channels = scheduler.timesteps, z.shape[1]
+    def position(self, scheduler, n: int) -> int:
+        """Where in the scheduler's timesteps the recorded call is, the pipeline's first of `n`."""
+        for name in ("step_index", "begin_index"):
+            if (known := getattr(scheduler, name, None)) is not None:
+                return known
         # The model's own is the nearest: Flux's is divided by 1000, and rounded in half precision.
         near = torch.as_tensor(self._given["timestep"]).flatten()[0] / self._time_scale
-        known = [getattr(scheduler, name, None) for name in ("step_index", "begin_index")]
-        index = next((i for i in known if i is not None), (times - near).abs().argmin())
-        self._timestep = times[index]
-        return self._timestep
+        distances = (scheduler.timesteps - near).abs()
+        found = (distances == distances.min()).nonzero().flatten().tolist()
+        last = len(distances) - n  # PNDM has timesteps twice, and image to image begins at either
+        return last if last in found else found[0]
+
+    def begin(self, timestep: Tensor, z: Tensor) -> None:
+        """The recorded call was at this timestep of the scheduler, for z (B, C, h, w)."""
+        self._timestep, self._channels = timestep, z.shape[1]
 
     @property
     def input(self) -> Tensor:

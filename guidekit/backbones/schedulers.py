@@ -94,14 +94,17 @@ def scheduler_config(cls: type, options: tuple[str, ...]) -> dict[str, Any]:
     return config
 
 
-def lay_out_steps(denoiser, scheduler, steps: int, shape: tuple[int, int, int]) -> None:
+def lay_out_steps(
+    denoiser, scheduler, steps: int, shape: tuple[int, int, int], **own: list[float]
+) -> None:
     """Lays out the steps of a run for latents of `shape` (C, h, w).
 
-    Raises GuidekitError for a number of steps that the scheduler cannot have.
+    own: `timesteps` or `sigmas` in place of the number of steps. Raises GuidekitError for a number
+    of steps that the scheduler cannot have.
     """
     name = type(scheduler).__name__
     try:
-        denoiser.set_timesteps(scheduler, steps, shape)
+        denoiser.set_timesteps(scheduler, steps, shape, **own)
     except ValueError as error:
         reason = str(error).splitlines()[0]
         raise GuidekitError(f"{name} cannot make {steps} steps: {reason}") from error

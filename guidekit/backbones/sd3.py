@@ -31,12 +31,15 @@ class StableDiffusion3(TextDenoiser, families=("sd3",)):
         last = (None if pipe.text_encoder_3 is None else pipe.tokenizer_3, length - clip)
         return [KeyTokenizer([(t, clip), last]) for t in (pipe.tokenizer, pipe.tokenizer_2)]
 
-    def set_timesteps(self, scheduler, steps: int, shape: tuple[int, int, int]) -> None:
+    def set_timesteps(
+        self, scheduler, steps: int, shape: tuple[int, int, int], **own: list[float]
+    ) -> None:
         """Lays out the steps; their shift depends on the size where the scheduler says so."""
         patch = self.model.config.patch_size
         tokens = (shape[1] // patch) * (shape[2] // patch)
         given = dynamic_shift(scheduler, tokens, max_shift=1.16)
-        scheduler.set_timesteps(steps, device=self.device, **given)
+        count = own or {"num_inference_steps": steps}
+        scheduler.set_timesteps(**count, device=self.device, **given)
 
     def text(self, prompts: list[str], size: tuple[int, int], null: bool = False) -> Text:
         """The encoded prompts and their pooled states."""

@@ -57,7 +57,8 @@ class Engine:
 
     def active(self, step: Step) -> list[Guidance]:
         """The guidances whose window this step is in."""
-        return [g for g in self.guidances if g.active(step.frac)]
+        found = [g for g in self.guidances if g.active(step.frac)]
+        return [g for g in found if step.ends_step or g.acts_at == "calls"]
 
     def predict(self, z: Tensor, timestep: Tensor, index: int, n: int, repeat: int = 0) -> Step:
         """The guided step at z (B, C, h, w); its prediction goes to `scheduler.step`."""
@@ -95,8 +96,6 @@ class Engine:
         for guidance in self.active(step):
             step.prediction = guidance.edit_prediction(step, step.prediction)
         self._check_edits(step)
-        if self.active(step):
-            _ = step.move  # after the scheduler's step it would be the next one's
         return step
 
     def edit_sample(self, step: Step, z: Tensor) -> Tensor:

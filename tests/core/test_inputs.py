@@ -76,7 +76,7 @@ REFUSED = [
     (lambda p: guidekit.sample(p, "a", [3]), "a guidance is an object such as"),
     (lambda p: guidekit.sample(p, "a", "zesty"), "no plugin 'zesty'; there are apg"),
     (lambda p: guidekit.sample(p, "a", seeds="x"), "write a range such as 0-7"),
-    (lambda p: guidekit.sample(p, "a", seeds=1.5), "seeds are whole numbers"),
+    (lambda p: guidekit.sample(p, "a", seeds=1.5), "seeds must be whole numbers"),
     (lambda p: guidekit.sample(p, "a", seeds=[0, 0]), "a seed occurs twice"),
     (lambda p: guidekit.sample(p, ["a", "b"], seeds=[0]), "2 conditions for 1 seeds"),
     (lambda p: guidekit.sample(p, "a", scheduler=3), "a scheduler is one of diffusers"),

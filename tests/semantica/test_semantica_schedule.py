@@ -6,7 +6,8 @@ import pytest
 import torch
 from diffusers import DDPMScheduler
 
-from guidekit.noise import Move, level
+from guidekit.levels import Levels
+from guidekit.noise import level
 from guidekit.semantica.schedule import (
     SemanticaScheduler,
     epsilon_loss,
@@ -156,15 +157,16 @@ def test_bounds_are_those_of_ddpm(frac, theirs):
 def test_levels_and_moves_know_it():
     scheduler = make()
     scheduler.set_timesteps(16)
-    z = torch.randn(1, 3, 4, 4)
-    for t in scheduler.timesteps[:-1]:
+    levels = Levels(scheduler)
+    for k, t in enumerate(scheduler.timesteps[:-1]):
         now = level(scheduler, t)
-        assert now.logsnr == pytest.approx(
+        assert now == levels.at(k) and now.logsnr == pytest.approx(
             float(logsnr((t.double() + 1) / 1000, 32)), rel=1e-3, abs=2e-3
         )
-        move = Move(scheduler, t, z)
-        assert move.noise_std == pytest.approx(float(scheduler._get_variance(int(t))) ** 0.5)
-    assert Move(scheduler, scheduler.timesteps[-1], z).noise_std == 0
+        assert levels.move(k).noise_std == pytest.approx(
+            float(scheduler._get_variance(int(t))) ** 0.5
+        )
+    assert levels.move(15).noise_std == 0
 
 
 def test_a_reloaded_scheduler_is_the_same(tmp_path):
