@@ -32,7 +32,14 @@ def first_party() -> dict[str, type[Guidance]]:
 GUIDANCES = first_party()
 
 
-@pytest.mark.parametrize("check", CHECKS)
+# Stable Diffusion in the tier `fast`, the other families in `full`.
+TIERED = [
+    pytest.param(check, marks=[] if family == "sd" else pytest.mark.full)
+    for check, (_, family) in CHECKS.items()
+]
+
+
+@pytest.mark.parametrize("check", TIERED)
 @pytest.mark.parametrize("name", GUIDANCES)
 def test_first_party(name, check):
     if reason := run_check(GUIDANCES[name], check):
