@@ -7,12 +7,14 @@ for bit.
 import copy
 import inspect
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any, cast
 
 import torch
 from diffusers import DiffusionPipeline
 from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
+from guidekit.account import Account
 from guidekit.backbones.denoiser import Denoiser, frozen
 from guidekit.backbones.schedulers import lay_out_steps
 from guidekit.conditions import Condition
@@ -57,7 +59,7 @@ class Sampling:
         eta: float = 0.0,
         height: int | None = None,
         width: int | None = None,
-        scheduler=None,
+        scheduler: Any = None,
         memory: str = "fast",
         nonfinite: str = "raise",
         attention: str | None = None,
@@ -104,7 +106,7 @@ class Sampling:
         self.latents: Tensor | None = None  # (B, C, h, w), the last z
 
     @property
-    def account(self):
+    def account(self) -> Account:
         """What every guidance did."""
         return self.run.account
 
@@ -132,10 +134,11 @@ class Sampling:
     def _start(self) -> Tensor:
         """Noise of every picture from its own generator, at the scheduler's first level."""
         shape = (len(self.seeds), *self.run.latent_shape)
-        z = randn_tensor(
+        z: Tensor = randn_tensor(
             shape, self.generators, device=self.denoiser.device, dtype=self.denoiser.dtype
         )
-        return z * getattr(self.run.scheduler, "init_noise_sigma", 1.0)
+        sigma: float = getattr(self.run.scheduler, "init_noise_sigma", 1.0)
+        return z * sigma
 
     def _advance(self, z: Tensor, timestep: Tensor, index: int, n: int) -> tuple[Step, Tensor]:
         """One transition, done as often as a guidance asks for, and the next z."""
@@ -157,30 +160,43 @@ class Sampling:
 
     def _scheduler_step(self, step: Step, z: Tensor) -> Tensor:
         """The scheduler's own step on the guided prediction."""
-        out = step.prediction
+        out = cast(Tensor, step.prediction)
         if step.variance is not None:
             out = torch.cat([out, step.variance.to(out.dtype)], 1)
         with torch.no_grad():
-            return self.run.scheduler.step(
+            stepped: tuple[Tensor, ...] = self.run.scheduler.step(
                 out, step.timestep, z, **self.run.step_kwargs, return_dict=False
-            )[0]
+            )
+        return stepped[0]
 
     def _noise_again(self, z: Tensor, step: Step, repeat: int) -> Tensor:
         """From the next level back to this one (FreeDoM, Yu et al. 2023, Algorithm 2)."""
         noisier, cleaner = step.level, step.next_level
         gain = noisier.a / cleaner.a
-        std = max(noisier.s**2 - (gain * cleaner.s) ** 2, 0.0) ** 0.5
+        std: float = max(noisier.s**2 - (gain * cleaner.s) ** 2, 0.0) ** 0.5
         fresh = self.run.noise(self.run.latent_shape, step.index, repeat, "recurrence")
         return gain * z + std * fresh.to(z.dtype)
 
 
-def sample(denoiser, conditions, guidances=(), **options) -> Sampling:
+def sample(
+    denoiser: Denoiser | DiffusionPipeline,
+    conditions: Condition | Sequence[Condition],
+    guidances: Sequence[Guidance] = (),
+    **options: Any,
+) -> Sampling:
     """Starts drawing pictures; see `Sampling` for the options."""
     return Sampling(denoiser, conditions, guidances, **options)
 
 
 def draw(
-    denoiser, conditions, guidances=(), *, seeds=(0,), batch: int = 4, tries: int = 1, **options
+    denoiser: Denoiser | DiffusionPipeline,
+    conditions: Condition | Sequence[Condition],
+    guidances: Sequence[Guidance] = (),
+    *,
+    seeds: Iterable[int] = (0,),
+    batch: int = 4,
+    tries: int = 1,
+    **options: Any,
 ) -> Tensor:
     """Pictures (len(seeds), 3, H, W) in [0, 1], drawn in batches.
 
@@ -189,7 +205,7 @@ def draw(
     """
     denoiser, seeds = as_denoiser(denoiser), list(Seeds(seeds))
     conditions = as_conditions(conditions, len(seeds))
-    images: list[Tensor | None] = [None] * len(seeds)
+    images: dict[int, Tensor] = {}
     left = list(range(len(seeds)))
     for attempt in range(tries):
         rejected = []
@@ -199,12 +215,13 @@ def draw(
             drawn = Sampling(
                 denoiser, [conditions[j] for j in part], guidances, seeds=own, **options
             ).finish()
-            kept = accepted(drawn.guidances, drawn.images)
-            for j, image, keep in zip(part, drawn.images, kept.tolist(), strict=True):
+            finished = cast(Tensor, drawn.images)
+            kept = accepted(drawn.guidances, finished)
+            for j, image, keep in zip(part, finished, kept.tolist(), strict=True):
                 images[j] = image
                 rejected += [] if keep else [j]
         left = rejected
-    return torch.stack(images)
+    return torch.stack([images[i] for i in range(len(seeds))])
 
 
 def accepted(guidances: Sequence[Guidance], images: Tensor) -> Tensor:
@@ -235,7 +252,7 @@ def _check_images(
         )
 
 
-def _check_scheduler(scheduler, own, steps: int) -> None:
+def _check_scheduler(scheduler: Any, own: Any, steps: int) -> None:
     """Raises GuidekitError for too few steps, and for a flow scheduler for a model that is none.
 
     And for the reverse. PNDM's Runge-Kutta start takes its `pndm_order` last steps.
@@ -251,7 +268,7 @@ def _check_scheduler(scheduler, own, steps: int) -> None:
         )
 
 
-def _step_kwargs(scheduler, eta: float, generators: list[torch.Generator]) -> dict:
+def _step_kwargs(scheduler: Any, eta: float, generators: list[torch.Generator]) -> dict[str, Any]:
     """What the scheduler's step takes, as diffusers' pipelines find it out.
 
     Raises GuidekitError for a noise that the scheduler would ignore.

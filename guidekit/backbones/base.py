@@ -82,7 +82,9 @@ class Denoiser:
         return Denoiser._kinds[family]
 
     def __init__(self, pipeline: DiffusionPipeline):
-        self.pipeline, self.model = pipeline, denoiser_of(pipeline)
+        # diffusers' base classes declare neither parts of pipelines nor attributes of models.
+        self.pipeline: Any = pipeline
+        self.model: Any = denoiser_of(pipeline)
         self.family: Family = family_of(self.model)
         self.vae: nn.Module | None = getattr(pipeline, "vae", None)
 
