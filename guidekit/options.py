@@ -19,7 +19,7 @@ TEXTS = str | int | float | Path | datetime.date | datetime.time
 def parse_setting(text: str) -> tuple[str, str, Any]:
     """`zest.scale=2` as ("zest", "scale", 2): the value is TOML, else text."""
     name, equals, raw = text.partition("=")
-    plugin, dot, option = name.strip().rpartition(".")
+    plugin, _, option = name.strip().rpartition(".")
     if not equals or not plugin or not option:
         raise GuidekitError(f"--set {text}: write PLUGIN.OPTION=VALUE, such as zest.scale=2")
     return plugin, option, parse_value(raw.strip())

@@ -108,13 +108,12 @@ class Registry:
             raise GuidekitError(f"plugin {name!r} is offered by {names}; uninstall all but one")
         if name in self._blocked:
             raise GuidekitError(f"plugin {name!r} is blocked by --no-plugin")
-        allowed = os.environ.get("GUIDEKIT_PLUGINS")
-        if not found[0].first_party and allowed is not None:
-            if name not in [part.strip() for part in allowed.split(",")]:
-                raise GuidekitError(
-                    f"plugin {name!r} of {found[0].distribution} is not in GUIDEKIT_PLUGINS "
-                    f"({allowed or 'empty'}); add it there to allow it"
-                )
+        allowed = os.environ.get("GUIDEKIT_PLUGINS", name)  # without it, every plugin
+        if not found[0].first_party and name not in [part.strip() for part in allowed.split(",")]:
+            raise GuidekitError(
+                f"plugin {name!r} of {found[0].distribution} is not in GUIDEKIT_PLUGINS "
+                f"({allowed or 'empty'}); add it there to allow it"
+            )
         return found[0]
 
     def _collect(self, name: str) -> Offers:

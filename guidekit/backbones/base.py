@@ -63,9 +63,10 @@ class Denoiser:
 
     def __init_subclass__(cls, families: tuple[str, ...] = (), **options):
         super().__init_subclass__(**options)
-        Denoiser._kinds |= {family: cls for family in families}
+        Denoiser._kinds |= dict.fromkeys(families, cls)
 
     def __new__(cls, pipeline: DiffusionPipeline | None = None):
+        """An instance of the subclass for the pipeline's family."""
         kind = Denoiser._kind(pipeline) if cls is Denoiser else cls
         return super().__new__(kind)
 
