@@ -238,6 +238,7 @@ def test_a_template_that_cannot_be_written():
     fails(run("plugins", "new", "abc", "--out", "/proc/abc"), "name another folder with --out")
 
 
+@pytest.mark.full
 def test_ctrl_c_in_the_middle(model, tmp_path):
     """A real signal to a real process, after its first picture."""
     words = [
