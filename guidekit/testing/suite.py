@@ -97,7 +97,8 @@ def _recorded(guidance: Guidance) -> list[tuple[Tensor, Tensor]]:
     def recording(step: Step) -> Tensor:
         with _Narrowing() as narrowing:
             value = original(step)
-        assert not narrowing.found and value.dtype == step.z.dtype, (
+        kept = not narrowing.found and value.dtype == step.z.dtype
+        assert kept, (
             f"the energy is computed in {narrowing.found or value.dtype}, and this check gives it "
             f"{step.z.dtype}: compute in the dtype of step.z (no .float(); constants and networks "
             "of prepare follow by .to(step.z.dtype))"
