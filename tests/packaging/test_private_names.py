@@ -29,6 +29,7 @@ USED = {
     "_helpers": "diffusers.hooks",
     "_is_mkldnn_bf16_supported": "torch ops.mkldnn",
     "_prepare_latent_image_ids": "diffusers FluxPipeline",
+    "_python_dispatch": "torch.utils",
     "_reset_state": "accelerate.state AcceleratorState",
     "_scaled_dot_product_cudnn_attention": "torch ops.aten",
     "_scaled_dot_product_cudnn_attention_backward": "torch ops.aten",
@@ -38,6 +39,7 @@ USED = {
     "_scaled_dot_product_flash_attention_for_cpu_backward": "torch ops.aten",
     "_sigma_to_alpha_sigma_t": "diffusers DPMSolverMultistepScheduler",
     "_text_preprocessing": "diffusers PixArtAlphaPipeline",
+    "_to_copy": "torch ops.aten",
 }
 
 
