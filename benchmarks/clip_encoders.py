@@ -37,7 +37,7 @@ class Quiz:
         return torch.randn(like.shape, generator=self.generator)
 
     def right(self, embedding: Tensor, words: Tensor) -> np.ndarray:
-        """Of each picture: are colour, shape and background of its caption right? (n, 3)"""
+        """Whether colour, shape and background of each image's caption are right: (n, 3) bool."""
         nearest = (F.normalize(embedding, dim=-1) @ words.T).argmax(1).tolist()
         said = [(*CAPTIONS[i][0].split(), CAPTIONS[i][1]) for i in nearest]
         return np.array(

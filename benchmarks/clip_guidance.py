@@ -169,8 +169,10 @@ def guided_row(bench: Bench, method: str, make: Callable, image: bool) -> dict:
 
 
 def clip_methods(bench: Bench, kind: str, scales: tuple[float, ...], seed_scale: int) -> dict:
-    """Makers of guidance by name: none, on z at every scale, in the seed's units and without views,
-    and by plain CLIP on x0; the last two at the middle scale, the larger of two.
+    """Makers of guidance by name.
+
+    None, on z at every scale, in the seed's units and without views, and by plain CLIP on x0; the
+    last two at the middle scale, the larger of two.
     """
     noise, middle = {"units": "noise"}, sorted(scales)[len(scales) // 2]
     fields = {f"{kind} {scale} noise": noise | {"scale": scale} for scale in scales}

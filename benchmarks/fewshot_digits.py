@@ -343,7 +343,7 @@ def _extra(bench: Digits, count: int, seed: int) -> list[Tensor]:
             guidance = Fewshot(
                 head=folder, label=str(digit), form="detached", scale=bench.scale, start=bench.start
             )
-            images, drawn, kept = accepted_pictures(
+            images, *_ = accepted_pictures(
                 bench.denoiser,
                 guidance,
                 3 * count,

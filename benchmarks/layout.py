@@ -244,8 +244,7 @@ def table(rows: list[dict]) -> str:
     """Rows as a Markdown table with the intervals in brackets."""
     names = [k for k in rows[-1] if not k.endswith("95%") and k != "n"]
     lines = ["| " + " | ".join(names) + " |", "|---" * len(names) + "|"]
-    for row in rows:
-        lines.append("| " + " | ".join(_cell(row, name) for name in names) + " |")
+    lines += ["| " + " | ".join(_cell(row, name) for name in names) + " |" for row in rows]
     return "\n".join(lines)
 
 

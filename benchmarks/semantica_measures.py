@@ -78,8 +78,9 @@ def distance(a: Tensor, b: Tensor) -> np.ndarray:
 
 
 def measure(name: str, images: Tensor, pages: PagesSeen, judge: Judge) -> dict:
-    """A row: all attributes kept, their overlap, Frechet distance, distance to the condition,
-    copies; with intervals.
+    """A row of what was measured, with intervals.
+
+    All attributes kept, their overlap, Frechet distance, distance to the condition, copies.
     """
     verdict, real = evaluate.see(judge, images), evaluate.see(judge, pages.others)
     kept, far = all_kept(images, verdict, pages.plans), distance(images, pages.conditions)

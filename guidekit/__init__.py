@@ -51,7 +51,7 @@ _HOME = {
     "token_maps": "attention.call",
 }
 
-__all__ = ["hookimpl", *_HOME]
+__all__ = ["hookimpl", *_HOME]  # noqa: PLE0604  (keys, all texts)
 
 if TYPE_CHECKING:
     from guidekit.attached import attach

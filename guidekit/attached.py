@@ -125,7 +125,9 @@ class Attached:
                 patches.append(Patch(model, self._around_forward))
                 for name in ("check_inputs", "encode_prompt", "prepare_extra_step_kwargs"):
                     if hasattr(self.pipe, name):
-                        patches.append(Patch(self.pipe, getattr(self, f"_around_{name}"), name))
+                        # One by one: those that are in place come off if the next one fails.
+                        patch = Patch(self.pipe, getattr(self, f"_around_{name}"), name)
+                        patches.append(patch)
                 yield
             finally:
                 _ATTACHED.discard(model)

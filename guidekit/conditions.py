@@ -2,13 +2,14 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from guidekit.errors import GuidekitError
-from guidekit.masks import as_mask, resize_mask
+from guidekit.masks import Box, as_mask, resize_mask
 from guidekit.references import Reference, as_reference
 
 
@@ -31,9 +32,9 @@ class Segment:
     strength: float = 1.0
     prompt: str | None = None
     negative: str = ""
-    box: tuple[float, ...] | None = None  # where the mask came from, if from a box
+    box: Box | None = None  # where the mask came from, if from a box
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if not isinstance(self.phrase, str):
             raise GuidekitError(f"a segment's phrase is a text, not {type(self.phrase).__name__}")
         mask, box = as_mask(self.mask)
@@ -66,7 +67,7 @@ class Condition:
     label: int | None = None  # of models that are conditioned on classes
     image: Reference | None = None  # an image to follow; also given as one of PIL, or a path
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         for name in ("prompt", "negative"):
             if not isinstance(value := getattr(self, name), str):
                 raise GuidekitError(f"a condition's {name} is a text, not {type(value).__name__}")
@@ -112,7 +113,7 @@ def spread_layouts(given: Layouts, prompts: int, count: int) -> list[Condition]:
     )
 
 
-def _layout(given: Condition | Sequence[Segment]) -> Condition:
+def _layout(given: Any) -> Condition:
     return given if isinstance(given, Condition) else Condition(segments=tuple(given))
 
 

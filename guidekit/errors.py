@@ -50,8 +50,8 @@ def blame(plugin: str, hook: str, step: int | None = None) -> Iterator[None]:
         raise
     except Exception as error:
         if where_of(error) is None:
-            error.guidekit_where = Where(plugin, hook, step)
-            error.add_note(f"in {error.guidekit_where}")
+            where = vars(error)["guidekit_where"] = Where(plugin, hook, step)
+            error.add_note(f"in {where}")
         raise
 
 

@@ -70,10 +70,10 @@ class Guidance:
     def __new__(cls, *args: Any, **given: Any) -> Self:
         """Notes which options were given, so that a preset overrides none of them."""
         made = super().__new__(cls)
-        made.given = frozenset(given)
+        vars(made)["given"] = frozenset(given)
         return made
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         self._apply_preset()
         for name, kind in option_kinds(type(self)).items():
             setattr(self, name, convert(getattr(self, name), kind, f"{self.name}.{name}"))
@@ -192,7 +192,7 @@ class Guidance:
         return 1.0
 
     @property
-    def rule(self) -> tuple:
+    def rule(self) -> tuple[Any, ...]:
         """Energies whose rules are equal are summed before one backward; `push` is the first's.
 
         Under the default rule the scale is a factor of the energy. A guidance that overrides `push`

@@ -1,6 +1,7 @@
 """Segments and layouts as people write them: text, boxes, mask files, JSON."""
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -10,7 +11,7 @@ from torch import Tensor
 from guidekit.conditions import Condition, Segment
 from guidekit.errors import GuidekitError
 from guidekit.images import PICTURE_ERRORS
-from guidekit.masks import box_mask, load_mask
+from guidekit.masks import Box, box_mask, load_mask
 from guidekit.untrusted import inside, open_picture, read_json
 
 
@@ -30,15 +31,16 @@ def parse_segment(text: str) -> Segment:
     return Segment(phrase.strip(), mask, _strength(strength, text) if at else 1.0, box=numbers)
 
 
-def _numbers(text: str) -> tuple[float, ...] | None:
+def _numbers(text: str) -> Box | None:
     """Four numbers, or None if the text is not a list of numbers."""
     try:
-        numbers = tuple(float(part) for part in text.split(","))
+        numbers = [float(part) for part in text.split(",")]
     except ValueError:
         return None
     if len(numbers) != 4:
         raise GuidekitError(f"box {text}: give four numbers, left,top,right,bottom")
-    return numbers
+    left, top, right, bottom = numbers
+    return left, top, right, bottom
 
 
 def _strength(text: str, where: str) -> float:
@@ -72,7 +74,7 @@ def load_layout(path: str | Path) -> Condition:
     return parse_layout(layout, path.parent, f"layout {path}")
 
 
-def parse_layout(layout: object, folder: Path, where: str) -> Condition:
+def parse_layout(layout: Any, folder: Path, where: str) -> Condition:
     """A condition from what a layout file holds; paths are relative to `folder`.
 
     Raises GuidekitError that begins with `where` and names the key at fault.
@@ -96,7 +98,7 @@ def parse_layout(layout: object, folder: Path, where: str) -> Condition:
     return Condition(layout.get("prompt", ""), layout.get("negative", ""), parsed, label)
 
 
-def _check_keys(entry: object, known: set[str], where: str) -> None:
+def _check_keys(entry: Any, known: set[str], where: str) -> None:
     if not isinstance(entry, dict):
         raise GuidekitError(f"{where}: expected an object with the keys {', '.join(sorted(known))}")
     for key in entry:
@@ -114,7 +116,7 @@ def _load_map(path: Path) -> np.ndarray:
         raise GuidekitError(f"layout map {path}: not a readable picture ({error})") from None
 
 
-def _parse_entry(entry: object, picture: np.ndarray | None, folder: Path, where: str) -> Segment:
+def _parse_entry(entry: Any, picture: np.ndarray | None, folder: Path, where: str) -> Segment:
     _check_keys(entry, SEGMENT_KEYS, where)
     for key in ("phrase", "mask", "prompt", "negative"):
         if not isinstance(entry.get(key, ""), str):
@@ -146,14 +148,15 @@ def _is_number(value: object) -> bool:
     return isinstance(value, float) or abs(value) < 10**300
 
 
-def _box(box: object, where: str) -> tuple[float, ...]:
+def _box(box: Any, where: str) -> Box:
     numbers = isinstance(box, list) and all(map(_is_number, box))
     if not numbers or len(box) != 4:
         raise GuidekitError(f"{where}: `box` must be four numbers [left, top, right, bottom]")
-    return tuple(map(float, box))
+    left, top, right, bottom = map(float, box)
+    return left, top, right, bottom
 
 
-def _select(picture: np.ndarray | None, value: object, where: str) -> Tensor:
+def _select(picture: np.ndarray | None, value: Any, where: str) -> Tensor:
     """Mask of the pixels of the layout picture that hold an index or a colour."""
     if picture is None:
         raise GuidekitError(f"{where}: `value` needs the layout's `map`, a picture")
@@ -170,7 +173,7 @@ def _select(picture: np.ndarray | None, value: object, where: str) -> Tensor:
     return torch.from_numpy(found).float()
 
 
-def _colour(value: object, where: str) -> tuple[int, ...]:
+def _colour(value: Any, where: str) -> tuple[int, ...]:
     try:
         return ImageColor.getrgb(value)[:3]
     except (ValueError, AttributeError, TypeError):

@@ -12,8 +12,10 @@ from guidekit.errors import GuidekitError
 from guidekit.images import PICTURE_ERRORS
 from guidekit.untrusted import open_picture
 
+Box = tuple[float, float, float, float]  # left, top, right, bottom in fractions of the image
 
-def as_mask(value: object) -> tuple[Tensor, tuple[float, ...] | None]:
+
+def as_mask(value: object) -> tuple[Tensor, Box | None]:
     """Mask `(H, W)` of whatever a user gives for one, and the box that it came from, if any.
 
     value: a tensor or an array (H, W), an image, the path of one, or a box (left, top, right,
@@ -28,7 +30,8 @@ def as_mask(value: object) -> tuple[Tensor, tuple[float, ...] | None]:
     if isinstance(value, str | Path):
         return load_mask(value), None
     if isinstance(value, tuple | list) and len(value) == 4:
-        box = tuple(float(number) for number in value)
+        left, top, right, bottom = map(float, value)
+        box = left, top, right, bottom
         return box_mask(box), box
     raise GuidekitError(
         f"a mask is a tensor or array (H, W), an image, the path of one, or a box (left, top, "
@@ -54,7 +57,7 @@ def load_mask(path: str | Path) -> Tensor:
         raise GuidekitError(f"mask {path}: not a readable picture ({error})") from None
 
 
-def box_mask(box: tuple[float, float, float, float], size: int = 256) -> Tensor:
+def box_mask(box: Box, size: int = 256) -> Tensor:
     """Mask `(size, size)` of the box left, top, right, bottom in fractions of the picture.
 
     Pixels that the box cuts get the share that it covers. Raises GuidekitError for a box that is

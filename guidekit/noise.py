@@ -71,7 +71,7 @@ class Level:
         return -2 * math.log(self.sigma)
 
     def x0(self, out: Tensor, z: Tensor) -> Tensor:
-        """Clean estimate that `out` stands for (Ho et al. 2020, eq. 15). (B, C, H, W)
+        """Clean estimate (B, C, H, W) that `out` stands for (Ho et al. 2020, eq. 15).
 
         Raises GuidekitError at a = 0 for an epsilon prediction, which holds no x0 there.
         """
@@ -91,7 +91,7 @@ class Level:
         return self.eps(out, z) / -_nonzero(self.s, "score at s = 0", "read it one step earlier")
 
     def v(self, out: Tensor, z: Tensor) -> Tensor:
-        """Velocity (a * eps - s * x0) / norm (Salimans & Ho 2022); flow: eps - x0. (B, C, H, W)
+        """Velocity (a * eps - s * x0) / norm (Salimans & Ho 2022); flow: eps - x0.
 
         The latter is Lipman et al. 2023 with time toward noise, as in diffusers. Raises as `x0`.
         """

@@ -19,7 +19,7 @@ TEXTS = str | int | float | Path | datetime.date | datetime.time
 def parse_setting(text: str) -> tuple[str, str, Any]:
     """`zest.scale=2` as ("zest", "scale", 2): the value is TOML, else text."""
     name, equals, raw = text.partition("=")
-    plugin, dot, option = name.strip().rpartition(".")
+    plugin, _, option = name.strip().rpartition(".")
     if not equals or not plugin or not option:
         raise GuidekitError(f"--set {text}: write PLUGIN.OPTION=VALUE, such as zest.scale=2")
     return plugin, option, parse_value(raw.strip())
@@ -117,7 +117,7 @@ def _number(value: Any, kind: type) -> int | float:
     """A whole or any number; a fraction or a truth value is no whole number."""
     if isinstance(value, bool) or not isinstance(value, int | float | str):
         raise TypeError
-    number = kind(value)
+    number: int | float = kind(value)
     if isinstance(value, float) and number != value and value == value:
         raise ValueError
     return number
@@ -136,8 +136,12 @@ def describe(kind: Any) -> str:
     return words.get(kind, str(kind))
 
 
-@functools.cache
 def option_kinds(cls: type) -> dict[str, Any]:
     """Names and types of a dataclass's options; not to be changed, as it is kept."""
+    return _kinds(cls)
+
+
+@functools.cache
+def _kinds(cls: type) -> dict[str, Any]:
     hints = typing.get_type_hints(cls)
     return {f.name: hints[f.name] for f in dataclasses.fields(cls) if f.init}

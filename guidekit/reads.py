@@ -1,6 +1,7 @@
 """What guidances read and edit: wishes for maps and features, by whom, and what came of them."""
 
 import functools
+import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 
@@ -46,7 +47,7 @@ class Eval:
 
     branch: Branch
     out: Tensor
-    _read: dict = field(default_factory=dict, repr=False)
+    _read: dict[tuple[int, str], Tensor] = field(default_factory=dict, repr=False)
     variance: Tensor | None = None  # further channels of the output: a learned variance
 
     def attention(self, read: AttentionRead) -> dict[str, Tensor]:
@@ -130,7 +131,8 @@ def average_maps(
 
     Bilinear enlargement as in ZestGuide (Couairon et al. 2023, section 3.2).
     """
-    size = size or max((m.shape[-2:] for m in maps.values()), key=lambda s: s[0] * s[1])
+    grids = [(m.shape[-2], m.shape[-1]) for m in maps.values()]
+    size = size or max(grids, key=math.prod)
     resized = [
         m if m.shape[-2:] == size else F.interpolate(m, size, mode="bilinear")
         for m in maps.values()

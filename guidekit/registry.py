@@ -10,7 +10,7 @@ import os
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import pluggy
 
@@ -20,6 +20,8 @@ from guidekit.options import option_kinds, rooted
 
 if TYPE_CHECKING:
     from guidekit.guidance import Guidance
+
+Loader = Callable[[], Any]  # of a backbone
 
 
 @dataclass(frozen=True)
@@ -37,8 +39,9 @@ def entries() -> list[Entry]:
     """All installed plugins by name, read from metadata without importing them."""
     found = {}
     for point in importlib.metadata.entry_points(group=hookspecs.GROUP):
-        name = point.dist.name
-        entry = Entry(point.name, name, point.dist.version, name == "guidekit", point.value)
+        dist = cast(importlib.metadata.Distribution, point.dist)  # None outside a distribution
+        name = dist.name
+        entry = Entry(point.name, name, dist.version, name == "guidekit", point.value)
         found[entry.name, entry.distribution] = entry
     return [found[key] for key in sorted(found)]
 
@@ -105,13 +108,12 @@ class Registry:
             raise GuidekitError(f"plugin {name!r} is offered by {names}; uninstall all but one")
         if name in self._blocked:
             raise GuidekitError(f"plugin {name!r} is blocked by --no-plugin")
-        allowed = os.environ.get("GUIDEKIT_PLUGINS")
-        if not found[0].first_party and allowed is not None:
-            if name not in [part.strip() for part in allowed.split(",")]:
-                raise GuidekitError(
-                    f"plugin {name!r} of {found[0].distribution} is not in GUIDEKIT_PLUGINS "
-                    f"({allowed or 'empty'}); add it there to allow it"
-                )
+        allowed = os.environ.get("GUIDEKIT_PLUGINS", name)  # without it, every plugin
+        if not found[0].first_party and name not in [part.strip() for part in allowed.split(",")]:
+            raise GuidekitError(
+                f"plugin {name!r} of {found[0].distribution} is not in GUIDEKIT_PLUGINS "
+                f"({allowed or 'empty'}); add it there to allow it"
+            )
         return found[0]
 
     def _collect(self, name: str) -> Offers:
@@ -154,8 +156,8 @@ class Registry:
         values = {k: rooted(v, kinds[k], folder) for k, v in options.items()} | changes
         # The class's own checks name the plugin, so the name is there before they run.
         guidance = cls.__new__(cls, **values)
-        guidance._name = name
-        guidance.__init__(**values)
+        vars(guidance)["_name"] = name
+        cls.__init__(guidance, **values)
         return guidance
 
     def backbone(self, name: str) -> Callable[[], Any]:
@@ -189,7 +191,9 @@ def _guidance_adder(entry: str, table: dict[str, type]) -> Callable[[str, type],
     return register
 
 
-def _backbone_adder(table: dict[str, Callable]) -> Callable[[str, Callable], None]:
+def _backbone_adder(
+    table: dict[str, Callable[[], Any]],
+) -> Callable[[str, Callable[[], Any]], None]:
     """`register` of backbones, whose names get the entry's name and a colon in front."""
 
     def register(name: str, load: Callable[[], Any]) -> None:

@@ -1,6 +1,7 @@
 """What stays the same over all steps of a run; guidances say in `prepare` what they need."""
 
 from functools import cached_property
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -19,6 +20,8 @@ from guidekit.taps import find_sites
 MEMORY = ("fast", "low")
 POLICIES = ("raise", "zero")
 
+Wish = TypeVar("Wish", AttentionRead, FeatureRead)
+
 
 class Run:
     """Denoiser, conditions, seeds and settings of a run, its account and its reads and taps."""
@@ -29,13 +32,13 @@ class Run:
         conditions: list[Condition],
         seeds: list[int],
         latent_shape: tuple[int, int, int],
-        scheduler,
+        scheduler: Any,  # diffusers' base class declares none of their attributes
         *,
         cfg: float,
         memory: str = "fast",
         nonfinite: str = "raise",
         attention: str | None = None,
-        step_kwargs: dict | None = None,
+        step_kwargs: dict[str, Any] | None = None,
         levels: Levels | None = None,
     ):
         _one_of("memory", memory, MEMORY)
@@ -48,7 +51,7 @@ class Run:
         self.levels = Levels(scheduler, step_kwargs) if levels is None else levels
         self.account = Account()
         self.reads = Reads()
-        self._texts: dict[tuple, Text] = {}
+        self._texts: dict[tuple[tuple[str | int, ...], bool], Text] = {}
 
     @property
     def device(self) -> torch.device:
@@ -63,9 +66,10 @@ class Run:
     @property
     def size(self) -> tuple[int, int]:
         """Height and width of the pictures in pixels."""
-        return tuple(side * self.denoiser.factor for side in self.grid)
+        height, width = self.grid
+        return height * self.denoiser.factor, width * self.denoiser.factor
 
-    def read(self, guidance: object, read: AttentionRead | FeatureRead, main: bool = True):
+    def read(self, guidance: object, read: Wish, main: bool = True) -> Wish:
         """Asks for maps or features while `guidance` is active, and returns the read to use.
 
         Wildcards among the blocks of a FeatureRead are resolved in it. With main=False it is read
@@ -80,7 +84,7 @@ class Run:
         return read
 
     def attention_read(
-        self, guidance: object, weights: Tensor, sites: dict[str, tuple], **options
+        self, guidance: object, weights: Tensor, sites: dict[str, tuple[int, int]], **options: Any
     ) -> AttentionRead:
         """Asks for attention maps: `read` with the weights moved to the denoiser's device."""
         read = AttentionRead(weights.to(self.device), sites, **options)

@@ -7,11 +7,13 @@ for bit.
 import copy
 import inspect
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any, cast
 
 import torch
 from diffusers import DiffusionPipeline
 from torch import Tensor
 
+from guidekit.account import Account
 from guidekit.backbones.denoiser import Denoiser, frozen
 from guidekit.conditions import Condition
 from guidekit.engine.engine import Engine
@@ -59,11 +61,11 @@ class Sampling:
         eta: float = 0.0,
         height: int | None = None,
         width: int | None = None,
-        scheduler=None,
+        scheduler: Any = None,
         timesteps: Sequence[float] | None = None,
         sigmas: Sequence[float] | None = None,
         latents: Tensor | None = None,
-        image=None,
+        image: Any = None,
         strength: float | None = None,
         memory: str = "fast",
         nonfinite: str = "raise",
@@ -116,7 +118,7 @@ class Sampling:
         self.latents: Tensor | None = None  # (B, C, h, w), the last z
 
     @property
-    def account(self):
+    def account(self) -> Account:
         """What every guidance did."""
         return self.run.account
 
@@ -180,13 +182,14 @@ class Sampling:
 
     def _scheduler_step(self, step: Step, z: Tensor) -> Tensor:
         """The scheduler's own step on the guided prediction."""
-        out = step.prediction
+        out = cast(Tensor, step.prediction)
         if step.variance is not None:
             out = torch.cat([out, step.variance.to(out.dtype)], 1)
         with torch.no_grad():
-            return self.run.scheduler.step(
+            stepped: tuple[Tensor, ...] = self.run.scheduler.step(
                 out, step.timestep, z, **self.run.step_kwargs, return_dict=False
-            )[0]
+            )
+        return stepped[0]
 
     def _noise_again(self, z: Tensor, calls: range, repeat: int) -> Tensor:
         """From the level after the solver's step back to the one before it.
@@ -195,18 +198,30 @@ class Sampling:
         """
         noisier, cleaner = self.run.levels.at(calls[0]), self.run.levels.next(calls[-1])
         gain = noisier.a / cleaner.a
-        std = max(noisier.s**2 - (gain * cleaner.s) ** 2, 0.0) ** 0.5
+        std: float = max(noisier.s**2 - (gain * cleaner.s) ** 2, 0.0) ** 0.5
         fresh = self.run.noise(self.run.latent_shape, calls[0], repeat, "recurrence")
         return gain * z + std * fresh.to(z.dtype)
 
 
-def sample(denoiser, conditions, guidances=(), **options) -> Sampling:
+def sample(
+    denoiser: Denoiser | DiffusionPipeline,
+    conditions: Condition | Sequence[Condition],
+    guidances: Sequence[Guidance] = (),
+    **options: Any,
+) -> Sampling:
     """Starts drawing pictures; see `Sampling` for the options."""
     return Sampling(denoiser, conditions, guidances, **options)
 
 
 def draw(
-    denoiser, conditions, guidances=(), *, seeds=(0,), batch: int = 4, tries: int = 1, **options
+    denoiser: Denoiser | DiffusionPipeline,
+    conditions: Condition | Sequence[Condition],
+    guidances: Sequence[Guidance] = (),
+    *,
+    seeds: Iterable[int] = (0,),
+    batch: int = 4,
+    tries: int = 1,
+    **options: Any,
 ) -> Tensor:
     """Pictures (len(seeds), 3, H, W) in [0, 1], drawn in batches.
 
@@ -215,7 +230,7 @@ def draw(
     """
     denoiser, seeds = as_denoiser(denoiser), list(Seeds(seeds))
     conditions = as_conditions(conditions, len(seeds))
-    images: list[Tensor | None] = [None] * len(seeds)
+    images: dict[int, Tensor] = {}
     left = list(range(len(seeds)))
     for attempt in range(tries):
         rejected = []
@@ -225,12 +240,13 @@ def draw(
             drawn = Sampling(
                 denoiser, [conditions[j] for j in part], guidances, seeds=own, **options
             ).finish()
-            kept = accepted(drawn.guidances, drawn.images)
-            for j, image, keep in zip(part, drawn.images, kept.tolist(), strict=True):
+            finished = cast(Tensor, drawn.images)
+            kept = accepted(drawn.guidances, finished)
+            for j, image, keep in zip(part, finished, kept.tolist(), strict=True):
                 images[j] = image
                 rejected += [] if keep else [j]
         left = rejected
-    return torch.stack(images)
+    return torch.stack([images[i] for i in range(len(seeds))])
 
 
 def accepted(guidances: Sequence[Guidance], images: Tensor) -> Tensor:
@@ -261,7 +277,7 @@ def _check_images(
         )
 
 
-def _check_scheduler(scheduler, own, steps: int) -> None:
+def _check_scheduler(scheduler: Any, own: Any, steps: int) -> None:
     """Raises GuidekitError for too few steps, and for a flow scheduler for a model that is none.
 
     And for the reverse. PNDM's Runge-Kutta start takes its `pndm_order` last steps.
@@ -277,7 +293,7 @@ def _check_scheduler(scheduler, own, steps: int) -> None:
         )
 
 
-def _step_kwargs(scheduler, eta: float, generators: list[torch.Generator]) -> dict:
+def _step_kwargs(scheduler: Any, eta: float, generators: list[torch.Generator]) -> dict[str, Any]:
     """What the scheduler's step takes, as diffusers' pipelines find it out.
 
     Raises GuidekitError for a noise that the scheduler would ignore.

@@ -3,6 +3,7 @@
 import hashlib
 import re
 from collections.abc import Iterable
+from typing import Self
 
 from guidekit.errors import GuidekitError
 
@@ -16,7 +17,7 @@ class Seeds(tuple[int, ...]):
     torch's generator does not take.
     """
 
-    def __new__(cls, value: str | int | Iterable[int] = ()):
+    def __new__(cls, value: str | int | Iterable[int] = ()) -> Self:
         """Reads a text, a number or numbers."""
         seeds = _parsed(value) if isinstance(value, str) else _numbers(value)
         if not seeds:

@@ -5,6 +5,7 @@ Image to image is SDEdit: Meng et al. 2022 (arXiv:2108.01073), as diffusers' pip
 
 import copy
 import inspect
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -55,7 +56,7 @@ class Start:
             raise GuidekitError(f"strength is more than 0 and at most 1, not {self.strength}")
         for name, values in self._own.items():
             numbers = [float(value) for value in values]
-            if not numbers or any(a <= b for a, b in zip(numbers, numbers[1:], strict=False)):
+            if not numbers or any(a <= b for a, b in itertools.pairwise(numbers)):
                 raise GuidekitError(f"{name} must fall from the first to the last: {numbers[:5]}")
 
     @property

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from functools import cached_property
+from typing import cast
 
 from torch import Tensor
 
@@ -57,7 +58,7 @@ class Step:
     @cached_property
     def x0(self) -> Tensor:
         """Clean estimate of the combined output, with its graph, in float32 or better."""
-        return self.level.x0(self.out, self.z)
+        return self.level.x0(cast(Tensor, self.out), self.z)
 
     @property
     def cond(self) -> Eval:

@@ -113,7 +113,8 @@ def _candidates(model: nn.Module, kind: str) -> list[str]:
         parent, _, last = name.rpartition(".")
         # to_out and net are lists inside an attention and a feed-forward module.
         listed = last.isdigit() and parent.rpartition(".")[2] not in ("to_out", "net")
-        if last == "mid_block" or listed and isinstance(model.get_submodule(parent), nn.ModuleList):
+        listed = listed and isinstance(model.get_submodule(parent), nn.ModuleList)
+        if last == "mid_block" or listed:
             names.append(name)
     return names
 

@@ -64,7 +64,7 @@ BIDI = set("\u200e\u200f\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069")
 
 
 def printable(text: object) -> str:
-    """The text with what would steer a terminal written as \\x1b and the like.
+    r"""The text with what would steer a terminal written as \x1b and the like.
 
     Those are control characters but for line breaks and tabs, marks that reorder a line, and
     halves of characters that no encoding writes.

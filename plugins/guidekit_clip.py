@@ -265,12 +265,12 @@ def weighted(text: str) -> tuple[str, float]:
 
 
 def structure(maps: Sequence[Tensor], targets: Sequence[Tensor]) -> Tensor:
-    """Sum over stages of the mean squared difference of maps (Eq. 8). (B,)"""
+    """Sum (B,) over stages of the mean squared difference of maps (Eq. 8)."""
     return sum(((m - t) ** 2).mean((1, 2, 3)) for m, t in zip(maps, targets, strict=True))
 
 
 def style(maps: Sequence[Tensor], targets: Sequence[Tensor]) -> Tensor:
-    """Sum over stages of the squared Frobenius distance of Gram matrices (Eq. 9). (B,)"""
+    """Sum (B,) over stages of the squared Frobenius distance of Gram matrices (Eq. 9)."""
     pairs = zip(maps, targets, strict=True)
     return sum(((gram(m) - gram(t)) ** 2).sum((1, 2)) for m, t in pairs)
 

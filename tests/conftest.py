@@ -1,14 +1,41 @@
-"""Shared set-up: one torch thread, no downloads."""
+"""Shared set-up: one torch thread, no downloads; which tests are of the tier `full`."""
 
 import os
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # also for the processes that tests start
 
-import pytest  # noqa: E402
-import torch  # noqa: E402  (the variable must be set before any hub library is imported)
+from pathlib import Path
+
+import pytest
+import torch
 
 torch.set_num_threads(1)
+
+# Folders and modules that leave the tier `fast` whole. Single tests carry `pytest.mark.full`.
+FULL = (
+    "backbones/test_families.py",
+    "core/test_offload.py",
+    "kernels",
+    "noisy_clip",
+    "packaging/test_examples.py",
+    "packaging/test_wheels.py",
+    "plugins/test_perturbed_backbones.py",
+    "semantica/test_semantica_processes.py",
+    "semantica/test_semantica_train.py",
+    "semantica/test_semantica_weights.py",
+    "testing",
+    "train",
+)
+
+
+@pytest.hookimpl(tryfirst=True)  # before `-m` selects
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Marks what lies in the folders and modules of `FULL`."""
+    here = Path(__file__).parent
+    for item in items:
+        if any(item.path.is_relative_to(here / entry) for entry in FULL):
+            item.add_marker(pytest.mark.full)
 
 
 @pytest.fixture(scope="session")

@@ -92,7 +92,7 @@ def _checked() -> str:
     """
     command = [sys.executable, "-m", f"{KERNELS}.check"]
     try:
-        run = subprocess.run(command, capture_output=True, text=True, timeout=CHECKING)
+        run = subprocess.run(command, capture_output=True, text=True, check=False, timeout=CHECKING)
     except subprocess.TimeoutExpired:
         return f"its check on this GPU did not end in {CHECKING} seconds"
     if run.returncode == 0:

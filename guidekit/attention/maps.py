@@ -131,6 +131,7 @@ def logits_of(query, key, mask, scale, heads, rows) -> tuple[Tensor, Tensor, Ten
 
 
 def masked(logits: Tensor, mask: Tensor | None) -> Tensor:
+    """The logits with an additive or a boolean mask, True where a key takes part."""
     if mask is None:
         return logits
     if mask.dtype == torch.bool:

@@ -63,9 +63,10 @@ class Denoiser:
 
     def __init_subclass__(cls, families: tuple[str, ...] = (), **options):
         super().__init_subclass__(**options)
-        Denoiser._kinds |= {family: cls for family in families}
+        Denoiser._kinds |= dict.fromkeys(families, cls)
 
     def __new__(cls, pipeline: DiffusionPipeline | None = None):
+        """An instance of the subclass for the pipeline's family."""
         kind = Denoiser._kind(pipeline) if cls is Denoiser else cls
         return super().__new__(kind)
 
@@ -82,7 +83,9 @@ class Denoiser:
         return Denoiser._kinds[family]
 
     def __init__(self, pipeline: DiffusionPipeline):
-        self.pipeline, self.model = pipeline, denoiser_of(pipeline)
+        # diffusers' base classes declare neither parts of pipelines nor attributes of models.
+        self.pipeline: Any = pipeline
+        self.model: Any = denoiser_of(pipeline)
         self.family: Family = family_of(self.model)
         self.vae: nn.Module | None = getattr(pipeline, "vae", None)
 

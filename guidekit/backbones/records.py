@@ -64,7 +64,9 @@ class Family:
     self_sites: tuple[str, ...] = ("*.attn1",)
     blocks: tuple[str, ...] = ("*transformer_blocks.*",)
     grid: Callable[[int, int, int], tuple[int, int]] = halved_grid
-    layout: Callable[[nn.Module, "Family"], list[str]] = lambda model, family: _cross(model, family)
+    layout: Callable[[nn.Module, "Family"], list[str]] = (
+        lambda model, family: _cross(model, family)  # noqa: PLW0108  (defined below)
+    )
 
     def rows(self, n_queries: int, n_text: int) -> slice:
         """Query rows that are pixels, in a call with n_queries rows and n_text text tokens."""

@@ -99,7 +99,7 @@ def field_comments(cls: type) -> dict[str, str]:
     """The comment behind every field in the source of a dataclass and its bases."""
     found: dict[str, str] = {}
     for base in reversed(cls.__mro__):
-        fields = base.__dict__.get("__annotations__", {})
+        fields = inspect.get_annotations(base)
         if not fields:
             continue
         try:

@@ -59,7 +59,7 @@ def _attention() -> dict[str, str]:
 
 
 def tried(name: str) -> str:
-    """ "works" if one call of the implementation agrees with eager attention."""
+    """`works` if one call of the implementation agrees with eager attention."""
     import torch
 
     from guidekit.attention.call import AttentionCall, attend

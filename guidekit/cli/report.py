@@ -115,9 +115,11 @@ def _images(run: dict[str, Any], folder: Path) -> str:
     rows = []
     if reference := _figure(folder, "reference.png", "reference"):
         rows.append(f'<div class="row">{reference}</div>')
-    for seed in run["sample"]["seeds"]:
-        if figures := "".join(_figures(run, folder, seed)):
-            rows.append(f'<h3>seed {seed}</h3><div class="row seed">{figures}</div>')
+    rows += [
+        f'<h3>seed {seed}</h3><div class="row seed">{figures}</div>'
+        for seed in run["sample"]["seeds"]
+        if (figures := "".join(_figures(run, folder, seed)))
+    ]
     return "<h2>Images</h2>" + ("".join(rows) or "<p>none finished</p>")
 
 

@@ -9,7 +9,7 @@ import json
 import math
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -109,11 +109,8 @@ def read_features(
     size = tuple(side * denoiser.factor for side in x.shape[-2:])
     text = denoiser.text([content] * len(x), size, null)
     step = torch.as_tensor(timestep, device=x.device)
-    with tap_blocks(denoiser.model, keep, list(sites)):
-        try:
-            denoiser(x.to(denoiser.dtype), step, text)
-        except StopForward:
-            pass
+    with tap_blocks(denoiser.model, keep, list(sites)), suppress(StopForward):
+        denoiser(x.to(denoiser.dtype), step, text)
     return found
 
 

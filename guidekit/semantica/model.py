@@ -14,7 +14,8 @@ arXiv:2301.11093. diffusers' UVit2DModel is another model (masked tokens).
     tiny-pixel  2.2     is to tiny what b is to a
 """
 
-from typing import Any
+import itertools
+from typing import Any, ClassVar
 
 import torch
 from diffusers import ConfigMixin, ModelMixin
@@ -84,7 +85,7 @@ class UViT(ModelMixin, ConfigMixin):
     """
 
     _supports_gradient_checkpointing = True
-    _no_split_modules = ["TransformerBlock", "ConvBlock"]
+    _no_split_modules: ClassVar[list[str]] = ["TransformerBlock", "ConvBlock"]
 
     @register_to_config
     def __init__(
@@ -132,7 +133,7 @@ class UViT(ModelMixin, ConfigMixin):
         self.up_blocks = nn.ModuleList(
             Stage(*stage, e, skips=True, **common) for stage in reversed(stages)
         )
-        pairs = list(zip(widths, widths[1:], strict=False))
+        pairs = list(itertools.pairwise(widths))
         self.downsamplers = nn.ModuleList(nn.Conv2d(a, b, 1) for a, b in pairs)
         self.upsamplers = nn.ModuleList(nn.Conv2d(b, a, 1) for a, b in reversed(pairs))
         self.norm_out = nn.GroupNorm(norm_num_groups, widths[0])

@@ -33,7 +33,9 @@ from guidekit.testing.subject import SEEDS, Subject, same, state
 __all__ = ["CHECKS", "check_guidance", "run_check", "sd_pipeline", "sdxl_pipeline"]
 
 TOLERANCE = 1e-4  # of full range, between a picture alone and in a batch
-SOURCE = re.compile(r"arxiv:?\s?\d{4}\.\d{4,5}|doi\.org|doi:|https?://|\b(19|20)\d\d\b", re.I)
+SOURCE = re.compile(
+    r"arxiv:?\s?\d{4}\.\d{4,5}|doi\.org|doi:|https?://|\b(19|20)\d\d\b", re.IGNORECASE
+)
 
 
 def constructs(subject: Subject) -> None:
@@ -48,7 +50,8 @@ def documented(subject: Subject) -> None:
     module = getattr(inspect.getmodule(subject.cls), "__doc__", None) or ""
     own = subject.cls.__dict__.get("__doc__") or ""
     # A dataclass without a docstring gets its signature for one.
-    assert own and not own.startswith(f"{subject.cls.__name__}("), "the class has no docstring"
+    written = own and not own.startswith(f"{subject.cls.__name__}(")
+    assert written, "the class has no docstring"
     assert SOURCE.search(f"{module}\n{own}"), "no paper, year or link in the docstrings"
 
 
@@ -94,7 +97,8 @@ def _recorded(guidance: Guidance) -> list[tuple[Tensor, Tensor]]:
     def recording(step: Step) -> Tensor:
         with _Narrowing() as narrowing:
             value = original(step)
-        assert not narrowing.found and value.dtype == step.z.dtype, (
+        kept = not narrowing.found and value.dtype == step.z.dtype
+        assert kept, (
             f"the energy is computed in {narrowing.found or value.dtype}, and this check gives it "
             f"{step.z.dtype}: compute in the dtype of step.z (no .float(); constants and networks "
             "of prepare follow by .to(step.z.dtype))"
@@ -198,10 +202,8 @@ def restored(subject: Subject) -> None:
     before = state(pipe)
     subject.sampling(subject.example()).finish()
     same(before, state(pipe), "after a run")
-    try:
+    with contextlib.suppress(_Interrupted):
         subject.sampling(subject.example(), _Interruption()).finish()
-    except _Interrupted:
-        pass
     same(before, state(pipe), "after an exception in the middle of a run")
     steps = iter(subject.sampling(subject.example()))
     next(steps)

@@ -124,7 +124,7 @@ def _check(query, key, value, weights, mask, reduce, bias) -> None:
         sizes = zip(reversed(mask.shape), (t, n, h, b), strict=False)
         if mask.ndim > 4 or any(given not in (1, size) for given, size in sizes):
             raise ValueError(f"mask {tuple(mask.shape)} does not broadcast to {(b, h, n, t)}")
-    if max(n, t) * h * d >= 2**31 or mask is not None and mask.shape[-2:].numel() >= 2**31:
+    if max(n, t) * h * d >= 2**31 or (mask is not None and mask.shape[-2:].numel() >= 2**31):
         raise ValueError(
             f"{n} queries, {t} keys: a tensor of one image has 2**31 numbers or more; "
             "'sdpa' takes others"
@@ -182,9 +182,11 @@ def attention_map(
     mean: bool,
     save: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Output; maps (B, groups of heads, S, rows), to be summed over groups for the mean; and the
-    log-sum-exp in base 2 in `log_parts` parts (parts, B, H, N), or nothing where backward will not
-    read it."""
+    """Output, maps and log-sum-exp.
+
+    Maps (B, groups of heads, S, rows) are to be summed over groups for the mean; the log-sum-exp in
+    base 2 has `log_parts` parts (parts, B, H, N), or nothing where backward will not read it.
+    """
     given = dict(
         scale=scale,
         row_start=row_start,
@@ -222,6 +224,7 @@ def _(
 
 
 def forward_results(query, key, weights, mask, rows, mean, save) -> tuple[Tensor, Tensor, Tensor]:
+    """Empty tensors of the shapes and strides that `attention_map` returns."""
     b, h, n, d = query.shape
     # Memory in the order (B, N, H, d): denoisers join the heads next, which then copies nothing.
     out = query.new_empty(b, n, h, d).transpose(1, 2)

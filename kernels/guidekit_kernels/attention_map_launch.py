@@ -28,8 +28,8 @@ def launch_forward(
     tensors: Sequence[Tensor | None], given: dict, results: tuple[Tensor, Tensor, Tensor]
 ) -> None:
     """Fill output, maps and, unless empty, log-sum-exp (see `attention_map.attention_map`)."""
-    query, key, *_ = tensors
-    b, h, n, d = query.shape
+    query = tensors[0]
+    b, h, n, _ = query.shape
     out, maps, lse = results
     tile = _tile("forward", tensors)
     target = _computed(out)

@@ -194,7 +194,7 @@ def test_a_full_disk(model, tmp_path):
         fails(result, "choose another folder with --out")
         names = sorted(path.name for path in (tmp_path / "disk/o").rglob("*"))
         assert not [name for name in names if name.endswith(".part")]
-        kept = [path for path in (tmp_path / "disk/o").glob("*.png")]
+        kept = list((tmp_path / "disk/o").glob("*.png"))
         for path in kept:
             Image.open(path).load()
         record = json.loads((tmp_path / "disk/o/run.json").read_text())["record"]
@@ -238,6 +238,7 @@ def test_a_template_that_cannot_be_written():
     fails(run("plugins", "new", "abc", "--out", "/proc/abc"), "name another folder with --out")
 
 
+@pytest.mark.full
 def test_ctrl_c_in_the_middle(model, tmp_path):
     """A real signal to a real process, after its first picture."""
     words = [

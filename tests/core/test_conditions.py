@@ -60,7 +60,7 @@ def test_resizing_keeps_the_mean_of_a_soft_mask():
 
 def test_batches_are_padded_with_empty_masks_and_zero_strengths():
     one = Condition("a", segments=(Segment("a", torch.ones(8, 8), 2.0),))
-    two = Condition("a b", segments=one.segments + (Segment("b", torch.ones(5, 5)),))
+    two = Condition("a b", segments=(*one.segments, Segment("b", torch.ones(5, 5))))
     masks, strengths = segment_masks([one, two], 4, 4), segment_strengths([one, two])
     assert masks.shape == (2, 2, 4, 4)
     assert masks[0, 1].sum() == 0 and masks[1, 1].min() == 1

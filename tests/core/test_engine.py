@@ -159,7 +159,7 @@ def test_one_backward_for_each_push_rule(pipe, monkeypatch):
         pass
 
     guidances = [Score(), Second(scale=2.0), Zest(), Zest(), Zest(eps=1e-3)]
-    engine, step = predict(pipe, guidances)
+    engine, _ = predict(pipe, guidances)
     assert engine.backwards == 3 and calls == [True, True, False]
     assert len(engine.run.account.rows) == 5
     engine, _ = predict(pipe, [])

@@ -19,9 +19,21 @@ from solvers import ALL, BETAS, CASES, EPS, FLOW, C, UnitDraws, make, posterior,
 # What a stochastic solver forgets of a displacement is the denoiser's doing; with eps held it keeps
 # all of it, on average over the noise.
 DETERMINISTIC = [
-    n
-    for n in ("ddim", "euler", "pndm", "pndm-prk", "lms", "deis", "dpm++2m", "dpm++2s", "unipc")
-    + ("heun", "kdpm2", "dpm++2m-karras", "unipc-karras", "flow-euler", "flow-heun")
+    "ddim",
+    "euler",
+    "pndm",
+    "pndm-prk",
+    "lms",
+    "deis",
+    "dpm++2m",
+    "dpm++2s",
+    "unipc",
+    "heun",
+    "kdpm2",
+    "dpm++2m-karras",
+    "unipc-karras",
+    "flow-euler",
+    "flow-heun",
 ]
 
 

@@ -151,6 +151,7 @@ def test_gradient_checkpointing(name):
     torch.testing.assert_close(again, plain, rtol=1e-6, atol=1e-7 * float(plain.abs().max()))
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("name", ["sd15", "flux"])
 def test_compile(name):
     model, inputs, x_name = tiny.MODELS[name]()

@@ -18,6 +18,8 @@ def test_a_model_gives_what_eager_attention_gives(name):
 
 def _run(name: str, implementation: str) -> dict:
     model, inputs, image = tiny.MODELS[name]()
+    if inputs[image].ndim == 4:  # the interpreter's time grows with the square of the pixels
+        inputs[image] = inputs[image][..., :8, :8].contiguous()
     inputs[image].requires_grad_()
     maps = []
 

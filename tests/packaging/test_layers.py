@@ -72,7 +72,7 @@ DOCS = [ROOT / "README.md", ROOT / "plugins" / "README.md", *sorted((ROOT / "doc
 
 @pytest.mark.parametrize("path", DOCS, ids=lambda p: p.name)
 def test_docs_import_what_is_promised(path):
-    found = re.findall(r"^\s*(?:from|import) (guidekit[.\w]*)", path.read_text(), re.M)
+    found = re.findall(r"^\s*(?:from|import) (guidekit[.\w]*)", path.read_text(), re.MULTILINE)
     assert _own(found) <= PROMISED | PACKAGES
 
 

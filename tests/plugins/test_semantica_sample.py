@@ -257,7 +257,7 @@ def test_command_line(pipe, tmp_path, monkeypatch):
     assert Image.open("o/1.png").tobytes() == Image.open("p/1.png").tobytes()
     for name in ("fish/a.png", "bird/b.png"):
         Path("classes", name).parent.mkdir(parents=True)
-        picture(name[0] == "f" and "red" or "blue").save(Path("classes", name))
+        picture((name[0] == "f" and "red") or "blue").save(Path("classes", name))
     folder = ["--image-folder", "classes", "--per-image", "3", "--batch", "4"]
     many = CliRunner().invoke(main, [*args, *folder, "--out", "set"])
     assert many.exit_code == 0, many.output

@@ -337,7 +337,7 @@ def test_filter_keeps_pairs_by_cosine(pages):
 
 def test_every_picture_of_a_large_page_is_paired(tiny, tmp_path):
     """Within groups, as pairs grow with the square."""
-    colours = [(i, 255 - i, 90) for i in range(0, 150)]
+    colours = [(i, 255 - i, 90) for i in range(150)]
     items = (
         Item("class", str(c), functools.partial(Image.new, "RGB", (16, 16), c)) for c in colours
     )
