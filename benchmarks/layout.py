@@ -27,7 +27,7 @@ from tqdm import tqdm
 
 import guidekit
 from guidekit import Condition, Segment
-from guidekit.backbones.loading import SCHEDULERS, make_scheduler
+from guidekit.backbones.loading import make_scheduler
 from guidekit.evaluate import judge as evaluate
 from guidekit.registry import Registry
 from guidekit.worlds import scenes
@@ -268,9 +268,7 @@ def _cell(row: dict, name: str) -> str:
 @click.option(
     "--only", multiple=True, type=click.Choice([CEILINGS, *METHODS, *ABLATIONS]), help="A row."
 )
-@click.option(
-    "--scheduler", default="", type=click.Choice(["", *SCHEDULERS]), help="Default the model's."
-)
+@click.option("--scheduler", default="", help="Its name; default the model's.")
 @click.option("--scales", default="", help="Rows of Zest at these scales alone, 0.75,1.5,3.")
 @click.option("--quick", is_flag=True, help="40 layouts, 15 steps.")
 @click.option("--workers", default=2, show_default=True, help="Rows at a time, a thread each.")

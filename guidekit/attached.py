@@ -401,6 +401,7 @@ def _refuse_loop(guidance: Guidance) -> None:
     kind = type(guidance)
     why = {
         "repeats steps": kind.repeats is not Guidance.repeats,
+        "begins elsewhere": kind.begin is not Guidance.begin,
         "rejects finished pictures": kind.accept is not Guidance.accept,
         "needs its own loop": guidance.own_loop,
     }

@@ -157,6 +157,13 @@ class Guidance:
         `run.tap_attention(self, sites)` and `run.tap_blocks(self, sites)` for calls to edit.
         """
 
+    def begin(self, run: Run) -> Tensor | None:
+        """The first z (B, C, h, w), at the level `run.levels.at(0)`; None for the run's own noise.
+
+        One guidance of a run has it at most; it needs guidekit's own loop.
+        """
+        return None
+
     def branches(self, step: Step, branches: list[Branch]) -> list[Branch]:
         """Adds, drops or changes branches of this step."""
         return branches

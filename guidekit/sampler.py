@@ -146,9 +146,24 @@ class Sampling:
     def _start(self) -> Tensor:
         """The first z of every image, at the run's first level."""
         run = self.run
+        found = [(g.name, g.begin(run)) for g in self.engine.guidances]
+        if begun := [(name, z) for name, z in found if z is not None]:
+            return self._begun(begun)
         timestep = run.scheduler.timesteps[run.levels.start]
         shape, generators = run.latent_shape, self.generators
         return self.start.first(self.denoiser, run.scheduler, timestep, shape, generators)
+
+    def _begun(self, begun: list[tuple[str, Tensor]]) -> Tensor:
+        """The z that a guidance begins with; GuidekitError for two, or one of another shape."""
+        names = [name for name, _ in begun] + ["latents or image"] * self.start.given
+        if len(names) > 1:
+            raise GuidekitError(f"{' and '.join(names)} both say how the run begins; leave one out")
+        ((_, z),) = begun
+        shape = (len(self.seeds), *self.run.latent_shape)
+        if z.shape != shape:
+            raise GuidekitError(f"{names[0]} begins with {tuple(z.shape)}; this run has {shape}")
+        self.run.account.edit(names[0])
+        return z.to(self.denoiser.device, self.denoiser.dtype)
 
     def _advance(
         self, z: Tensor, calls: range, timesteps: list[Tensor]

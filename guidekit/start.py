@@ -60,6 +60,11 @@ class Start:
                 raise GuidekitError(f"{name} must fall from the first to the last: {numbers[:5]}")
 
     @property
+    def given(self) -> bool:
+        """Whether the user said what the first z is."""
+        return self.latents is not None or self.image is not None
+
+    @property
     def _own(self) -> dict[str, Sequence[float]]:
         given = {"timesteps": self.timesteps, "sigmas": self.sigmas}
         return {name: values for name, values in given.items() if values is not None}

@@ -88,3 +88,22 @@ def test_no_step_reads_a_tensor_for_its_level_or_move(scheduler):
             for _ in range(4):
                 next(steps)
         assert not [key for key in mode.found if files is None or key[0] in files]
+
+
+def test_neither_does_a_step_of_an_attached_pipeline():
+    pipe = tiny.sd_pipeline()
+    mode, seen = HostReads(), []
+
+    def count(pipe, index, timestep, kwargs):  # from the second step on
+        if index == 0:
+            mode.__enter__()
+        seen.append(index)
+        return {}
+
+    with guidekit.attach(pipe, [Every(scale=1e-3)]):
+        try:
+            pipe("a red circle", num_inference_steps=5, callback_on_step_end=count)
+        finally:
+            mode.__exit__(None, None, None)
+    assert seen == [0, 1, 2, 3, 4]
+    assert not [key for key in mode.found if key[0] in OURS]

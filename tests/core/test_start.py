@@ -1,5 +1,7 @@
 """Where a run begins: own timesteps or sigmas, latents, an image; as diffusers' pipelines do it."""
 
+from dataclasses import dataclass
+
 import pytest
 import torch
 from diffusers import (
@@ -16,7 +18,7 @@ from diffusers import (
 
 import guidekit
 import tiny
-from guidekit import Condition, Sampling
+from guidekit import Condition, Guidance, Sampling
 from guidekit.images import to_image
 from guidekit.testing.miniatures import sd3_pipeline
 
@@ -165,6 +167,33 @@ def test_what_cannot_work_is_refused(pipe, options, message):
 def test_an_image_of_another_size_is_refused(pipe):
     with pytest.raises(ValueError, match=r"it is \(3, 32, 48\)"):
         Sampling(pipe, RED, steps=2, image=torch.zeros(3, 16, 16), **OPTIONS)
+
+
+@dataclass(kw_only=True, eq=False)
+class Flat(Guidance):
+    """Begins with a grey image at the run's first level."""
+
+    def begin(self, run):
+        level = run.levels.at(0)
+        x0 = torch.zeros(len(run.seeds), *run.latent_shape)
+        return level.a * x0 + level.s * run.noise(run.latent_shape, "flat")
+
+
+def test_a_guidance_begins_a_run(pipe):
+    pipe.scheduler = EulerDiscreteScheduler.from_config(tiny.sd_pipeline().scheduler.config)
+    given = {"seeds": [5], "steps": 3, **OPTIONS}
+    ours = Sampling(pipe, RED, [Flat()], **given).finish()
+    assert ours.account.edits == {"flat": 1}
+    noise = ours.run.noise((4, 16, 24), "flat")
+    # pipelines scale the first noise by the largest sigma with its own 1
+    factor = ours.run.levels.at(0).s / pipe.scheduler.init_noise_sigma
+    plain = Sampling(pipe, RED, latents=noise * factor, **given).finish()
+    torch.testing.assert_close(ours.latents, plain.latents, rtol=1e-4, atol=1e-4)
+    with pytest.raises(ValueError, match="flat and latents or image both say"):
+        Sampling(pipe, RED, [Flat()], latents=noise, **given).finish()
+    with pytest.raises(ValueError, match="flat begins elsewhere"):
+        with guidekit.attach(pipe, [Flat()]):
+            pass
 
 
 def test_levels_of_flow_follow_the_shift():
