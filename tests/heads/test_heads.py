@@ -176,7 +176,7 @@ def _no_labels(folder):
         (_lonely, "lack picture or mask"),
         (_other_size, "they must be the same"),
         (_coloured, "is in colour"),
-        (_corrupt, "not a readable picture"),
+        (_corrupt, "not a readable image"),
         (_missing, "do not exist"),
         (_no_labels, "no label"),
     ],
