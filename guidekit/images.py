@@ -104,7 +104,7 @@ def as_rgb(image: Image.Image) -> Image.Image:
 
     Transparency, also of palettes and of one colour, is composited on white. Greys of 16 and 32
     bits and fractions become `shares` of white. CMYK is turned by its formula, 255 - ink, and
-    colour profiles are not read. Raises ValueError for what has no such meaning (LAB).
+    colour profiles are not read. Raises ValueError for what has no such meaning.
     """
     if is_deep(image):
         shown = shares(np.asarray(image))
@@ -151,16 +151,18 @@ def _white(dtype: np.dtype, high: float) -> float:
 
 def middle(
     given: tuple[int, int], wanted: tuple[int, int], place: float = 0.5
-) -> tuple[int, int, float, float]:
+) -> tuple[float, float, float, float]:
     """The box left, top, right, bottom of the largest part of an image that has another's shape.
 
     given: (W, H) of the image. wanted: (H, W). place: 0 is the start of the side that is too long,
     1 its end.
     """
     scale = min(given[0] / wanted[1], given[1] / wanted[0])
-    width, height = wanted[1] * scale, wanted[0] * scale
-    left, top = (int((g - part) * place) for g, part in zip(given, (width, height), strict=True))
-    return left, top, min(left + width, given[0]), min(top + height, given[1])
+    parts = [min(side * scale, whole) for side, whole in zip(wanted[::-1], given, strict=True)]
+    starts = [(whole - part) * place for whole, part in zip(given, parts, strict=True)]
+    if all(part == int(part) for part in parts):  # whole pixels stay whole
+        starts = [int(start) for start in starts]
+    return *starts, starts[0] + parts[0], starts[1] + parts[1]
 
 
 def fitted(image: Image.Image, size: tuple[int, int], fit: Fit = "crop") -> list[Image.Image]:

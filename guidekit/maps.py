@@ -79,7 +79,8 @@ class Map:
             found = np.unique(self.numbers)
             more = f" and {len(found) - LISTED} more" if len(found) > LISTED else ""
             return ", ".join(map(str, found[:LISTED])) + more
-        own = self.own if self.own is not None else _commonest(self.colours, 0xFF)
+        exact = self.own is None
+        own = _commonest(self.colours, *((0xFF,) if exact else (0xE0, COMMON)))
         return ", ".join("#" + bytes(c.astype(np.uint8)).hex() for c in own[:LISTED])
 
 

@@ -4,8 +4,8 @@ What a file means, the first that holds:
 
 1. Opacity, where it goes from clear to opaque: transparent is off. An opacity that is the same
    everywhere, or nowhere below 250 of 255, counts for nothing.
-2. Colours on black, of any kind of file, palettes by the colours that they show: black is off,
-   every colour is on.
+2. Colours on black without white, palettes by the colours that they show: black is off, every
+   colour is on.
 3. Greys: black is off, white (255, or 65535 in 16 bits) is on, between is soft. Where there is
    nothing but 0 and 1 these are off and on.
 
@@ -26,7 +26,7 @@ from guidekit.images import is_deep, load_image, shares, upright
 OPAQUE = 250  # of 255: as good as opaque, as lossy formats have it
 GREY = 16  # most that red, green and blue of a grey differ by
 BLACK = 24  # of 255: as good as black beside a colour
-LEAST_BLACK = 0.05  # share of a coloured mask that is black
+GROUND = 0.05  # share of a coloured mask from which black, or white, is its ground
 DARK = 1 / 8  # of white: greys that stay below are numbers of something, not shares of on
 COMMON = 16  # colours that make up nine tenths of what is no photograph
 
@@ -150,15 +150,17 @@ def _grey_mask(values: np.ndarray) -> np.ndarray:
 def _coloured_mask(colours: np.ndarray) -> np.ndarray:
     """Colours (H, W, 3) on black as on and off. Raises GuidekitError where black is not the ground.
 
-    Nor may it be a photograph, which has some black too.
+    Nor may white be there, which is a ground too, nor so many colours as in a photograph.
     """
-    off = colours.max(-1) <= BLACK
+    off, white = colours.max(-1) <= BLACK, colours.min(-1) >= 255 - BLACK
     cells = (colours >> 4).astype(int) @ (256, 16, 1)
     kinds = np.sort(np.unique(cells, return_counts=True)[1])
-    if off.mean() < LEAST_BLACK or kinds[-COMMON:].sum() < 0.9 * cells.size:
+    grounded = off.mean() >= GROUND and white.mean() < GROUND
+    if not grounded or kinds[-COMMON:].sum() < 0.9 * cells.size:
         raise GuidekitError(
             f"it is in colour, {off.mean():.1%} black and else {_common_colours(colours)}; a "
-            "coloured mask is on black, which is off; or use a layout's `map` and `value`"
+            "coloured mask is on black, which is off, without white; or use a layout's `map` and "
+            "`value`"
         )
     return (~off).astype(np.float32)
 
