@@ -1,24 +1,29 @@
-"""What the user wants in one picture: a prompt, and phrases of it with masks."""
+"""What the user wants in one image: a prompt, and phrases of it with masks."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
 
 from guidekit.errors import GuidekitError
 from guidekit.masks import Box, as_mask, resize_mask
 from guidekit.references import Reference, as_reference
 
+ALIKE = 0.05  # most that two shapes differ by where nobody sees it
+
 
 @dataclass(frozen=True)
 class Segment:
     """A phrase of the prompt and the place where it should appear.
 
-    mask: `(H, W)` in [0, 1], any size, soft edges allowed, resized with the image; also given as an
-    array, an image, the path of one, or a box (left, top, right, bottom) in fractions.
+    mask: `(H, W)` in [0, 1], any size, soft edges allowed, stretched over the drawing; also given
+    as an array, an image, the path of one (see `masks`), or a box (left, top, right, bottom) in
+    fractions.
     strength: factor on what a guidance does for this segment.
     prompt, negative: texts of the region for methods that denoise it by itself (MultiDiffusion);
     the default prompt is the phrase.
@@ -33,17 +38,16 @@ class Segment:
     prompt: str | None = None
     negative: str = ""
     box: Box | None = None  # where the mask came from, if from a box
+    size: tuple[int, int] | None = None  # width and height of the image that the mask came from
 
     def __post_init__(self) -> None:
         if not isinstance(self.phrase, str):
             raise GuidekitError(f"a segment's phrase is a text, not {type(self.phrase).__name__}")
-        mask, box = as_mask(self.mask)
-        object.__setattr__(self, "mask", mask)
-        object.__setattr__(self, "box", box if self.box is None else self.box)
         where = f"segment {self.phrase!r}"
         if not self.phrase.strip():
             raise GuidekitError("a segment has an empty phrase; name words of the prompt")
-        if self.mask.ndim != 2:
+        self._read_mask(where)
+        if self.mask.ndim != 2 or not self.mask.numel():
             raise GuidekitError(f"{where}: a mask is (H, W), this one is {tuple(self.mask.shape)}")
         if not torch.isfinite(self.mask).all():
             raise GuidekitError(f"{where}: the mask holds NaN or infinity; use values from 0 to 1")
@@ -56,10 +60,22 @@ class Segment:
         if not np.isfinite(self.strength):
             raise GuidekitError(f"{where}: the strength must be finite, not {self.strength}")
 
+    def _read_mask(self, where: str) -> None:
+        """Puts the mask, its box and the size of its image in place of what was given."""
+        given = self.mask
+        try:
+            mask, box = as_mask(given)
+        except ValueError as error:
+            raise GuidekitError(f"{where}: {error}") from None
+        object.__setattr__(self, "mask", mask)
+        object.__setattr__(self, "box", box if self.box is None else self.box)
+        if isinstance(given, str | Path | Image.Image):
+            object.__setattr__(self, "size", tuple(mask.shape[::-1]))
+
 
 @dataclass(frozen=True)
 class Condition:
-    """Everything asked of one picture."""
+    """Everything asked of one image."""
 
     prompt: str = ""
     negative: str = ""
@@ -88,7 +104,7 @@ class Condition:
 
     @property
     def content(self) -> str | int:
-        """What the picture is of: its class where it has one, else its prompt."""
+        """What the image is of: its class where it has one, else its prompt."""
         return self.prompt if self.label is None else self.label
 
 
@@ -144,6 +160,18 @@ def segment_strengths(conditions: list[Condition]) -> Tensor:
     most = max(len(c.segments) for c in conditions)
     rows = [[s.strength for s in c.segments] for c in conditions]
     return torch.tensor([row + [0.0] * (most - len(row)) for row in rows]).reshape(-1, most)
+
+
+def stretched(conditions: Sequence[Condition], size: tuple[int, int]) -> list[str]:
+    """Remarks on masks from images that have another shape than the drawing's `size` (H, W)."""
+    height, width = size
+    return [
+        f"segment {s.phrase!r}: its mask is {s.size[0]}x{s.size[1]} and the drawing {width}x"
+        f"{height}; it is stretched to that shape"
+        for condition in conditions
+        for s in condition.segments
+        if s.size and abs(s.size[0] * height / (s.size[1] * width) - 1) > ALIKE
+    ]
 
 
 def require_segments(conditions: list[Condition], who: str) -> None:

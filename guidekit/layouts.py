@@ -1,34 +1,53 @@
 """Segments and layouts as people write them: text, boxes, mask files, JSON."""
 
+import os
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import torch
 from PIL import ImageColor
 from torch import Tensor
 
 from guidekit.conditions import Condition, Segment
 from guidekit.errors import GuidekitError
-from guidekit.images import PICTURE_ERRORS
-from guidekit.masks import Box, box_mask, load_mask
-from guidekit.untrusted import inside, open_picture, read_json
+from guidekit.maps import Map, load_map
+from guidekit.masks import Box, box_mask
+from guidekit.untrusted import inside, read_json
 
 
 def parse_segment(text: str) -> Segment:
     """`red circle=left.png` or `blue square=0.5,0.5,0.9,0.9`; `@0.7` at the end is the strength.
 
-    Raises GuidekitError for a text of another form.
+    Phrases and names of files may hold = and @: it is cut where what follows is a box or a file
+    that exists, and the whole is tried before its end is a strength. Raises GuidekitError for a
+    text of another form, and for one that names two files.
     """
-    phrase, equals, place = text.rpartition("=")
-    if not equals or not phrase.strip() or not place.strip():
+    cuts = [i for i, sign in enumerate(text) if sign == "="]
+    pairs = [(text[:i].strip(), text[i + 1 :].strip()) for i in cuts]
+    pairs = [(phrase, place) for phrase, place in pairs if phrase and place]
+    if not pairs:
         raise GuidekitError(
             f"segment {text!r}: write PHRASE=MASK.png or PHRASE=left,top,right,bottom"
         )
-    place, at, strength = place.partition("@")
-    numbers = _numbers(place)
-    mask = load_mask(place.strip()) if numbers is None else box_mask(numbers)
-    return Segment(phrase.strip(), mask, _strength(strength, text) if at else 1.0, box=numbers)
+    known = [pair for pair in pairs if _is_place(pair[1]) or _is_place(_without_strength(pair[1]))]
+    if len(known) > 1:
+        raise GuidekitError(
+            f"segment {text!r} could mean {' or '.join(place for _, place in known)}; rename one"
+        )
+    phrase, place = (known or pairs)[-1]
+    strength = 1.0
+    if not _is_place(place) and "@" in place:
+        place, strength = _without_strength(place), _strength(place.rpartition("@")[2], text)
+    return Segment(phrase, _numbers(place) or Path(place), strength)
+
+
+def _is_place(text: str) -> bool:
+    """Whether it is four numbers or a file that exists."""
+    return _numbers(text) is not None or os.path.exists(text)
+
+
+def _without_strength(text: str) -> str:
+    """The text up to its last @."""
+    return text.rpartition("@")[0].strip() or text
 
 
 def _numbers(text: str) -> Box | None:
@@ -61,8 +80,10 @@ def load_layout(path: str | Path) -> Condition:
 
     `{"prompt": ..., "negative": ..., "label": 3, "map": "layout.png", "segments": [{"phrase": "red
     circle", "box": [l, t, r, b] | "mask": "left.png" | "value": 3 | "#ff0000", "strength":
-    1.0}]}`; `value` is an index or a colour of the picture `map`. Paths are relative to the file.
-    Raises GuidekitError that names the key at fault.
+    1.0}]}`. `value` is a number of the image `map` (a palette's index, or a grey of 8 to 32 bits),
+    or a colour that it shows; of a JPEG the pixels count that are nearer to it than to any other
+    colour of the layout or the map. Paths are relative to the file. Raises GuidekitError that names
+    the key at fault.
     """
     path = Path(path)
     try:
@@ -90,9 +111,9 @@ def parse_layout(layout: Any, folder: Path, where: str) -> Condition:
     if label is not None and (isinstance(label, bool) or not isinstance(label, int)):
         raise GuidekitError(f"{where}: `label` must be a whole number")
     place = inside(folder, layout["map"], f"{where}: `map`") if "map" in layout else None
-    picture = None if place is None else _load_map(place)
+    drawn = None if place is None else load_map(place, _named_colours(segments))
     parsed = tuple(
-        _parse_entry(entry, picture, folder, f"{where}: segment {i}")
+        _parse_entry(entry, drawn, folder, f"{where}: segment {i}")
         for i, entry in enumerate(segments)
     )
     return Condition(layout.get("prompt", ""), layout.get("negative", ""), parsed, label)
@@ -106,17 +127,22 @@ def _check_keys(entry: Any, known: set[str], where: str) -> None:
             raise GuidekitError(f"{where}: no key {key!r}; it has {', '.join(sorted(known))}")
 
 
-def _load_map(path: Path) -> np.ndarray:
-    """A layout picture: `(H, W)` indices of a palette or grey picture, else `(H, W, 3)` colours."""
+def _named_colours(segments: list) -> list[tuple[int, ...]]:
+    """The colours that a layout's segments name."""
+    values = [entry.get("value") for entry in segments if isinstance(entry, dict)]
+    colours = (_colour(value) for value in values if isinstance(value, str))
+    return [colour for colour in colours if colour is not None]
+
+
+def _colour(text: str) -> tuple[int, ...] | None:
+    """Red, green and blue of #ff0000 or a name; None for another text."""
     try:
-        with open_picture(path) as image:
-            image.load()
-            return np.array(image if image.mode in ("P", "L") else image.convert("RGB"))
-    except PICTURE_ERRORS as error:
-        raise GuidekitError(f"layout map {path}: not a readable picture ({error})") from None
+        return ImageColor.getrgb(text)[:3]
+    except ValueError:
+        return None
 
 
-def _parse_entry(entry: Any, picture: np.ndarray | None, folder: Path, where: str) -> Segment:
+def _parse_entry(entry: Any, drawn: Map | None, folder: Path, where: str) -> Segment:
     _check_keys(entry, SEGMENT_KEYS, where)
     for key in ("phrase", "mask", "prompt", "negative"):
         if not isinstance(entry.get(key, ""), str):
@@ -126,19 +152,31 @@ def _parse_entry(entry: Any, picture: np.ndarray | None, folder: Path, where: st
     places = [key for key in ("box", "mask", "value") if key in entry]
     if len(places) != 1 or "phrase" not in entry:
         raise GuidekitError(f"{where}: give `phrase` and one of `box`, `mask`, `value`")
-    box = None
-    if places == ["box"]:
+    texts = {"prompt": entry.get("prompt"), "negative": entry.get("negative", "")}
+    mask, size = _mask(entry, drawn, folder, where), None
+    if places == ["value"]:
+        size = drawn.size
+    strength = float(entry.get("strength", 1.0))
+    return Segment(entry["phrase"], mask, strength, size=size, **texts)
+
+
+def _mask(entry: dict, drawn: Map | None, folder: Path, where: str) -> tuple | Path | Tensor:
+    """What an entry's segment takes for a mask."""
+    if "box" in entry:
         box = _box(entry["box"], where)
         try:
-            mask = box_mask(box)
+            box_mask(box)
         except ValueError as error:
             raise GuidekitError(f"{where}: {error}") from None
-    elif places == ["mask"]:
-        mask = load_mask(inside(folder, entry["mask"], f"{where}: `mask`"))
-    else:
-        mask = _select(picture, entry["value"], where)
-    texts = {"prompt": entry.get("prompt"), "negative": entry.get("negative", "")}
-    return Segment(entry["phrase"], mask, float(entry.get("strength", 1.0)), box=box, **texts)
+        return box
+    if "mask" in entry:
+        return inside(folder, entry["mask"], f"{where}: `mask`")
+    if drawn is None:
+        raise GuidekitError(f"{where}: `value` needs the layout's `map`, an image")
+    try:
+        return drawn.mask(entry["value"])
+    except ValueError as error:
+        raise GuidekitError(f"{where}: {error}") from None
 
 
 def _is_number(value: object) -> bool:
@@ -154,29 +192,3 @@ def _box(box: Any, where: str) -> Box:
         raise GuidekitError(f"{where}: `box` must be four numbers [left, top, right, bottom]")
     left, top, right, bottom = map(float, box)
     return left, top, right, bottom
-
-
-def _select(picture: np.ndarray | None, value: Any, where: str) -> Tensor:
-    """Mask of the pixels of the layout picture that hold an index or a colour."""
-    if picture is None:
-        raise GuidekitError(f"{where}: `value` needs the layout's `map`, a picture")
-    if picture.ndim == 2:
-        if not isinstance(value, int) or isinstance(value, bool):
-            raise GuidekitError(f"{where}: the map is indexed, so `value` must be an integer")
-        found, exist = picture == value, ", ".join(map(str, np.unique(picture)[:20]))
-    else:
-        found = (picture == _colour(value, where)).all(-1)
-        colours = np.unique(picture.reshape(-1, 3), axis=0)[:20]
-        exist = ", ".join("#" + bytes(c).hex() for c in colours)
-    if not found.any():
-        raise GuidekitError(f"{where}: no pixel of the map is {value}; it holds {exist}")
-    return torch.from_numpy(found).float()
-
-
-def _colour(value: Any, where: str) -> tuple[int, ...]:
-    try:
-        return ImageColor.getrgb(value)[:3]
-    except (ValueError, AttributeError, TypeError):
-        raise GuidekitError(
-            f"{where}: the map is in colour, so `value` must be a colour such as #ff0000"
-        ) from None

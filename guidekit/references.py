@@ -1,4 +1,4 @@
-"""Reference pictures: what a user shows in place of, or beside, words."""
+"""Reference images: what a user shows in place of, or beside, words."""
 
 import math
 import re
@@ -6,33 +6,63 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
 
 from guidekit.errors import GuidekitError
-from guidekit.images import PICTURE_ERRORS, read_picture, to_image, upright
-from guidekit.untrusted import file_name, open_picture
+from guidekit.images import (
+    PLACES,
+    Fit,
+    as_rgb,
+    fitted,
+    load_image,
+    numbered,
+    to_image,
+    to_uint8,
+    upright,
+)
+from guidekit.untrusted import file_name
 from guidekit.worlds import scenes
 
 BUILT_IN = re.compile(r"scene-(\d+)")
 SCENE_SIZE = 64  # of built-in references
 LARGEST = 1024  # longer side of a folder's references
-ENOUGH = 518  # shorter side of the same; encoders see the middle square at 224 to 518
+ENOUGH = 518  # shorter side of the same; encoders see squares at 224 to 518
 PICTURES = (".jpg", ".jpeg", ".png", ".webp")
 
 
 @dataclass(frozen=True, eq=False)
 class Reference:
-    """A picture to follow, and the path that it came from; two are equal if they are one object."""
+    """An image to follow, and the path that it came from; two are equal if they are one object.
 
-    picture: Image.Image
+    image: of any mode; it becomes what `images.as_rgb` says it shows, upright. fit: what encoders,
+    which read squares, see of one that is none: "crop", its largest middle square, or "pad", the
+    whole on white.
+    """
+
+    image: Image.Image
     path: str = ""
+    fit: Fit = "crop"
+
+    def __post_init__(self) -> None:
+        if self.fit not in ("crop", "pad"):
+            raise GuidekitError(f"a reference's fit is crop or pad, not {self.fit!r}")
+        object.__setattr__(self, "image", as_rgb(upright(self.image)))
+
+    @property
+    def picture(self) -> Image.Image:
+        """Its image, by the name that it had first."""
+        return self.image
 
     def pixels(self, size: int) -> Tensor:
-        """Its largest centred square, (3, size, size) in [-1, 1]."""
-        return to_pixels(square(self.picture, size))
+        """What an encoder sees of it, (3, size, size) in [-1, 1]."""
+        return self.views(size, self.fit)[0]
+
+    def views(self, size: int, fit: Fit) -> Tensor:
+        """Its squares (V, 3, size, size) in [-1, 1]: V is three of "crops", else one."""
+        squares = fitted(self.image, (size, size), fit)
+        return to_pixels(torch.stack([to_uint8(square) for square in squares]))
 
 
 def as_reference(value: object) -> Reference:
@@ -43,7 +73,7 @@ def as_reference(value: object) -> Reference:
     if isinstance(value, Reference):
         return value
     if isinstance(value, Image.Image):
-        return Reference(upright(value))
+        return Reference(value)
     if isinstance(value, str | Path):
         return load_reference(value)
     raise GuidekitError(
@@ -53,66 +83,63 @@ def as_reference(value: object) -> Reference:
 
 
 def load_reference(path: str | Path) -> Reference:
-    """A reference from a picture file; ValueError that says what is wrong with it.
+    """A reference from an image file; GuidekitError that says what is wrong with it.
 
     A name such as scene-3, where there is no such file, is that scene of the held-out split.
     """
     path = Path(path)
     if (built_in := BUILT_IN.fullmatch(path.name)) and not path.exists():
         return Reference(to_image((_scene(int(built_in[1]), SCENE_SIZE) + 1) / 2), path.name)
-    try:
-        with open_picture(path) as image:
-            return Reference(upright(image), str(Path(path).resolve()))
-    except FileNotFoundError:
-        raise GuidekitError(f"image {path}: no such file") from None
-    except PICTURE_ERRORS as error:
-        raise GuidekitError(f"image {path}: not a readable picture ({error})") from None
+    return Reference(load_image(path), str(path.resolve()))
 
 
 def load_references(folder: str | Path) -> dict[str, Reference]:
-    """References of a folder of pictures by name: the subfolder's, else the file's stem.
+    """References of a folder of images by name: the subfolder's, else the file's stem.
 
-    Large pictures are made smaller, as all of them stay in memory. Raises GuidekitError for a
-    folder without pictures and for a name that occurs twice.
+    Numbers in names count as numbers. Large images are made smaller, as all of them stay in memory.
+    Raises GuidekitError for a folder without images and for a name that occurs twice.
     """
     root = Path(folder)
     found: dict[str, Reference] = {}
-    for path in sorted(p for p in root.rglob("*") if p.suffix.lower() in PICTURES):
+    files = (p for p in root.rglob("*") if p.suffix.lower() in PICTURES)
+    for path in sorted(files, key=lambda p: numbered(str(p.relative_to(root)))):
         parent = path.parent.relative_to(root)
         name = file_name("-".join(parent.parts) or path.stem, f"{path}: what it is called by")
         if name in found:
             raise GuidekitError(
-                f"{folder} has two pictures for {name!r}, {found[name].path} and {path}; leave one"
+                f"{folder} has two images for {name!r}, {found[name].path} and {path}; leave one"
             )
-        found[name] = load_reference(path)
-        _reduce(found[name].picture)
+        found[name] = Reference(_reduced(load_image(path)), str(path.resolve()))
     if not found:
         raise GuidekitError(f"image folder {folder}: no {', '.join(PICTURES)} in it")
     return found
 
 
-def _reduce(picture: Image.Image) -> None:
-    """Makes the picture no larger than its middle square needs, in place."""
-    width, height = picture.size
-    longest = min(LARGEST, math.ceil(ENOUGH * max(width, height) / max(min(width, height), 1)))
-    picture.thumbnail((longest, longest), Image.Resampling.LANCZOS)
+def _reduced(image: Image.Image) -> Image.Image:
+    """The image, no larger than its squares need; it is changed in place."""
+    width, height = image.size
+    longest = min(LARGEST, math.ceil(ENOUGH * max(width, height) / min(width, height)))
+    image.thumbnail((longest, longest), Image.Resampling.LANCZOS)
+    return image
 
 
-def read_references(paths: Sequence[Path], size: tuple[int, int]) -> Tensor:
-    """Pictures (R, 3, H, W) in [-1, 1] of size (H, W).
+def read_references(paths: Sequence[Path], size: tuple[int, int], fit: Fit = "crop") -> Tensor:
+    """Images (R, 3, H, W) in [-1, 1] of size (H, W); of "crops" each is three, one after another.
 
     A name such as scene-3, where there is no such file, is that scene of the held-out split.
-    Raises GuidekitError for a file that is no picture.
+    Raises GuidekitError for a file that is no image.
     """
-    return torch.stack([_read(Path(path), size) for path in paths])
+    return torch.cat([_read(Path(path), size, fit) for path in paths])
 
 
-def _read(path: Path, size: tuple[int, int]) -> Tensor:
+def _read(path: Path, size: tuple[int, int], fit: Fit) -> Tensor:
     built_in = BUILT_IN.fullmatch(path.name)
     if path.exists() or built_in is None:
-        return read_picture(path, size)
+        parts = fitted(load_image(path), size, fit)
+        return to_pixels(torch.stack([to_uint8(part) for part in parts]))
     pixels = _scene(int(built_in[1]), max(size))
-    return torch.nn.functional.interpolate(pixels[None], size, mode="area")[0]
+    drawn = torch.nn.functional.interpolate(pixels[None], size, mode="area")
+    return drawn.repeat(len(PLACES.get(fit, (0.5,))), 1, 1, 1)
 
 
 def _scene(number: int, size: int) -> Tensor:
@@ -121,27 +148,11 @@ def _scene(number: int, size: int) -> Tensor:
 
 
 def square(image: Image.Image, size: int) -> Tensor:
-    """The largest centred square as uint8 (3, size, size), upright, transparency on white.
+    """The largest middle square as uint8 (3, size, size), upright, as `images.as_rgb` shows it.
 
-    Raises GuidekitError for pictures of no area, and what Pillow raises for damaged ones.
+    Raises GuidekitError for images of no area, and what Pillow raises for damaged ones.
     """
-    image = upright(image)
-    if image.mode.startswith("I;16"):  # Pillow cuts what is over 255 where it converts
-        image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
-    if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
-        backing = Image.new("RGBA", image.size, "white")
-        image = Image.alpha_composite(backing, image.convert("RGBA"))
-    side = min(image.size)
-    if side < 1:
-        raise GuidekitError("the picture is empty")
-    left, top = ((length - side) // 2 for length in image.size)
-    image = image.convert("RGB").resize(
-        (size, size),
-        Image.Resampling.LANCZOS,
-        (left, top, left + side, top + side),
-        reducing_gap=3.0,
-    )
-    return torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous()
+    return to_uint8(fitted(as_rgb(upright(image)), (size, size))[0])
 
 
 def to_pixels(pictures: Tensor) -> Tensor:

@@ -10,7 +10,7 @@ from guidekit.account import Account
 from guidekit.attention.choice import choose
 from guidekit.backbones.denoiser import Denoiser, Text
 from guidekit.backbones.records import layout_sites, site_grid
-from guidekit.conditions import Condition
+from guidekit.conditions import Condition, stretched
 from guidekit.errors import GuidekitError
 from guidekit.levels import Levels
 from guidekit.reads import AttentionRead, FeatureRead, Reads
@@ -50,6 +50,8 @@ class Run:
         self.step_kwargs = step_kwargs or {}
         self.levels = Levels(scheduler, step_kwargs) if levels is None else levels
         self.account = Account()
+        for text in stretched(conditions, self.size):
+            self.account.note(text)
         self.reads = Reads()
         self._texts: dict[tuple[tuple[str | int, ...], bool], Text] = {}
 

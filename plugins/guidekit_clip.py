@@ -32,6 +32,8 @@ class Clip(Guidance):
     The energy is minus the weighted sum of cosines (content, texts), plus weighted distances of
     maps (structure, Eq. 8) and of Gram matrices (style, Eq. 9). on: "z" reads the noisy sample, by
     a noise-aware encoder; "x0" reads the decoded clean estimate, by any CLIP, through the backbone.
+    fit: what is seen of a reference whose shape is not the drawing's: its largest middle part of
+    that shape, the whole on white, or three parts along its longer side, which count a third each.
     units: "paper" shifts the mean of the next sample by scale * variance * gradient, as the paper
     does; "noise" gives the change of the noise estimate the length scale * |noise|, whatever the
     gradient's is, which means the same on every model.
@@ -44,7 +46,8 @@ class Clip(Guidance):
     encoder: str = "scenes-clip-noisy"  # built-in, folder, or ARCHITECTURE/TAG of open_clip (x0)
     text: str = ""  # texts, separated by |, each with @WEIGHT; without any, or an image, the prompt
     negative: str = ""  # texts to move away from
-    image: tuple[Path, ...] = ()  # reference pictures; scene-3 is a built-in one
+    image: tuple[Path, ...] = ()  # reference images; scene-3 is a built-in one
+    fit: Literal["crop", "pad", "crops"] = "crop"  # what is seen of one of another shape
     text_weight: float = 120.0  # weight of the cosines of z and texts
     content: float = 100.0  # weight of the cosine of embeddings of z and reference
     structure: float = 0.0  # weight of the distance of their maps
@@ -132,7 +135,7 @@ class Clip(Guidance):
         if self.own_images is None:
             if not self.image:
                 return []
-            images = read_references(self.image, run.size)
+            images = read_references(self.image, run.size, self.fit)
             images = images.expand(len(run.seeds), *images.shape)
         else:
             images = self.own_images
@@ -178,15 +181,20 @@ class Clip(Guidance):
         """Minus the weighted cosines plus the weighted distances (B,)."""
         views, maps = self._look(step)
         total = -self.text_weight * sum(map(self._toward_texts, views)) / len(views)
+        three = self.fit == "crops" and self.own_images is None
         for reference in self._look_at_references(step):
-            target = reference.embedding
-            total = total - self.content * sum(
-                F.cosine_similarity(view, target) for view in views
-            ) / len(views)
-            if self.structure:
-                total = total + self.structure * structure(maps, reference.stages)
-            if self.style:
-                total = total + self.style * style(maps, reference.stages)
+            pull = self._toward_reference(reference, views, maps)
+            total = total + (pull / 3 if three else pull)
+        return total
+
+    def _toward_reference(self, seen: Seen, views: list[Tensor], maps: list[Tensor]) -> Tensor:
+        """Minus the weighted cosine with a reference plus the weighted distances (B,)."""
+        cosines = sum(F.cosine_similarity(view, seen.embedding) for view in views)
+        total = -self.content * cosines / len(views)
+        if self.structure:
+            total = total + self.structure * structure(maps, seen.stages)
+        if self.style:
+            total = total + self.style * style(maps, seen.stages)
         return total
 
     def _look(self, step: Step) -> tuple[list[Tensor], list[Tensor]]:

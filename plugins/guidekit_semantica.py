@@ -1,4 +1,4 @@
-"""Semantica: draw another picture with the semantics of a reference picture.
+"""Semantica: draw another image with the semantics of a reference image.
 
 Kumar, Fischer, Greff, Weissenborn, Houlsby: Conditional diffusion on web-scale image pairs,
 2024, arXiv:2405.14857. With a Semantica model the reference is its condition and this adds the
@@ -9,7 +9,7 @@ as further keys and values of cross-attention (IP-Adapter, Ye et al. 2023, arXiv
 import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 import torch
 from PIL import Image
@@ -29,12 +29,13 @@ from guidekit import (
 )
 from guidekit.semantica.adapter import (
     SITES,
+    check_bound,
     load_adapter,
     load_clip_tower,
     random_adapter,
     settled_encoder,
 )
-from guidekit.toolbox import square, to_image
+from guidekit.toolbox import to_image
 
 if TYPE_CHECKING:
     from guidekit.semantica.encode import ImageEncoder
@@ -44,12 +45,18 @@ RANDOM = "random"  # the name of an adapter that nobody trained
 
 @dataclass(kw_only=True)
 class Semantica(Guidance):
-    """Follows the reference picture of `--image`."""
+    """Follows the reference image of `--image`.
+
+    fit: what the encoder, which reads a square, sees of a reference that is none: its largest
+    middle square, the whole on white, or three squares along its longer side, whose tokens an
+    adapter reads side by side.
+    """
 
     scale: float = 1.0  # strength: of the adapter's tokens, or a factor of w
     w: float = 0.5  # of a Semantica model: guidance, (1 + w) cond - w null
     adapter: Path | None = None  # of text-to-image: folder, or IP-Adapter .safetensors; or none
     encoder: str = ""  # of the adapter: what encodes the reference; "" is the adapter's own
+    fit: Literal["crop", "pad", "crops"] = "crop"  # what is seen of a reference that is no square
 
     reads_image: ClassVar[bool] = True
 
@@ -79,6 +86,7 @@ class Semantica(Guidance):
                 )
             if run.cfg > 1:
                 raise GuidekitError(f"give cfg or {self.name}.w, not both: cfg is 1 + w")
+            self._fit_references(run)
             return
         if self.adapter is None:
             raise GuidekitError(
@@ -88,14 +96,29 @@ class Semantica(Guidance):
         with torch.random.fork_rng(devices=[]):  # modules draw weights before they are loaded
             self._attach(run)
 
+    def _fit_references(self, run: Run) -> None:
+        """Puts references that are seen as `fit` says in place of the conditions' own."""
+        if self.fit == "crops":
+            raise GuidekitError(
+                f"{self.name}.fit=crops is for adapters: a Semantica model was trained with the "
+                "tokens of one square; use crop or pad"
+            )
+        if self.fit == "crop":  # or as a reference from Python says itself
+            return
+        seen = {c.image: dataclasses.replace(c.image, fit=self.fit) for c in run.conditions}
+        run.conditions = [dataclasses.replace(c, image=seen[c.image]) for c in run.conditions]
+
     def _attach(self, run: Run) -> None:
-        """Tokens (B, T, D) of the references and of none, and the sites that read them."""
+        """Tokens (B, T, D) of the references and of none, and the sites that read them.
+
+        Those of three squares are three times as many; the same thrice act like once.
+        """
         from guidekit.semantica.encode import random_encoder  # timm and open_clip take seconds
 
         model = run.denoiser.model
         references = [condition.image for condition in run.conditions]
         if self.adapter.name == RANDOM and not self.adapter.exists():
-            states = _tokens(random_encoder(), references)
+            states = self._seen(random_encoder(), references)
             self._adapter, null = random_adapter(model, states.shape[-1]), torch.zeros_like(states)
         else:
             self._adapter = load_adapter(self.adapter, model)
@@ -107,8 +130,12 @@ class Semantica(Guidance):
                 "that it was trained with"
             )
         with torch.no_grad():
-            self._tokens = self._adapter(states.to(run.device, model.dtype))
-            self._null = self._adapter(null.to(run.device, model.dtype))
+            self._tokens, self._null = (
+                self._adapter(rows.to(run.device, model.dtype))
+                .unflatten(0, (len(references), -1))
+                .flatten(1, 2)
+                for rows in (states, null)
+            )
         run.tap_attention(self, SITES)
 
     def _encoded(self, references: list[Reference], run: Run) -> tuple[Tensor, Tensor]:
@@ -129,19 +156,34 @@ class Semantica(Guidance):
             )
         if published:
             return self._clip(load_clip_tower(Path(name), f"{self.name}.encoder"), references)
-        states = _tokens(load_encoder(name), references)
+        encoder = load_encoder(name)
+        if note := check_bound(self._adapter, encoder, f"{self.name}.adapter {self.adapter}"):
+            run.account.note(note)
+        states = self._seen(encoder, references)
         return states, torch.zeros_like(states)
+
+    def _seen(self, encoder: "ImageEncoder", references: list[Reference]) -> Tensor:
+        """What an encoder says of the references' squares, (B * V, T, D)."""
+        size = encoder.config.image_size
+        pixels = torch.cat([r.views(size, self._fit_of(r)) for r in references])
+        with torch.no_grad():
+            return encoder(pixels)[0]
+
+    def _fit_of(self, reference: Reference) -> str:
+        """What is seen of a reference: as the option says, or one from Python says itself."""
+        return reference.fit if self.fit == "crop" else self.fit
 
     def _clip(self, encoder, references: list[Reference]) -> tuple[Tensor, Tensor]:
         """What diffusers feeds the projection, of the references and of none.
 
-        Embeddings and zeros; or the last but one layer (Plus), of a picture of zeros for none.
+        Embeddings and zeros; or the last but one layer (Plus), of an image of zeros for none.
         """
         from transformers import CLIPImageProcessor
 
         size = encoder.config.image_size
+        squares = [self._squares(r) for r in references]
         pixels = CLIPImageProcessor(size=size, crop_size=size)(
-            [_opaque(r.picture) for r in references], return_tensors="pt"
+            [square for each in squares for square in each], return_tensors="pt"
         ).pixel_values
         pixels = pixels.to(encoder.device, encoder.dtype)
         with torch.no_grad():
@@ -152,8 +194,15 @@ class Semantica(Guidance):
             layer = encoder(both, output_hidden_states=True).hidden_states[-2]
         return layer.chunk(2)
 
+    def _squares(self, reference: Reference) -> list[Image.Image]:
+        """The reference as diffusers shows it to CLIP, which cuts the middle out itself."""
+        if (fit := self._fit_of(reference)) == "crop":
+            return [reference.image]
+        side = min(reference.image.size) if fit == "crops" else max(reference.image.size)
+        return [to_image(view / 2 + 0.5) for view in reference.views(side, fit)]
+
     def touches(self, branch: Branch) -> bool:
-        """The adapter acts on every branch; the null sees no picture."""
+        """The adapter acts on every branch; the null sees no image."""
         return self._tokens is not None
 
     def edit_attention(self, step: Step, branch: Branch, call: AttentionCall) -> None:
@@ -183,20 +232,6 @@ class Semantica(Guidance):
     def example_condition(cls) -> Condition:
         """A prompt and a built-in reference."""
         return dataclasses.replace(super().example_condition(), image=load_reference("scene-3"))
-
-
-def _tokens(encoder: "ImageEncoder", references: list[Reference]) -> Tensor:
-    """What an encoder says of the references, (B, T, D)."""
-    pixels = torch.stack([r.pixels(encoder.config.image_size) for r in references])
-    with torch.no_grad():
-        return encoder(pixels)[0]
-
-
-def _opaque(picture: Image.Image) -> Image.Image:
-    """The picture as diffusers shows it to CLIP, but transparency is white, as elsewhere."""
-    if not picture.has_transparency_data:
-        return picture.convert("RGB")
-    return to_image(square(picture, min(picture.size)) / 255)
 
 
 @hookimpl

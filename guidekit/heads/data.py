@@ -1,4 +1,4 @@
-"""Labelled pictures as people have them: class folders, masks by stem, tables of labels.
+"""Labelled images as people have them: class folders, masks by stem, tables of labels.
 
     shots/cat/1.png shots/dog/2.png            a folder per class
     shots/positive/... shots/negative/...      an attribute and its absence
@@ -6,11 +6,13 @@
     shots/metadata.jsonl or shots/labels.csv   a column file_name, and the labels
 
 A table's column `label` holds one class, or several joined by semicolons or as a list; without it
-every column of zeros and ones is a label of its own. Pictures are read when they are needed.
+every column of zeros and ones is a label of its own. A CSV is separated by commas, semicolons or
+tabs. Numbers in names count as numbers. Images are read when they are needed, as `images` says.
 """
 
 import csv
 import hashlib
+import io
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -23,14 +25,16 @@ from PIL import Image
 from torch import Tensor
 
 from guidekit.errors import GuidekitError
-from guidekit.images import PICTURE_ERRORS
-from guidekit.untrusted import inside, open_picture, parse_json, read_text
+from guidekit.images import fitted, load_image, middle, numbered, to_uint8
+from guidekit.masks import class_values
+from guidekit.untrusted import inside, parse_json, read_text
 
 KINDS = ("classes", "labels", "masks")
 PICTURES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff"}
 TABLES = ("metadata.jsonl", "metadata.csv", "labels.csv")
 UNLABELLED = 255  # value of a mask's pixels that nobody labelled
 FILE_COLUMNS = ("file_name", "file", "image", "path")
+READER = 2  # of images; features that were kept of another are read anew
 LABEL_COLUMNS = ("label", "labels", "class")
 
 
@@ -130,12 +134,14 @@ def _layout(path: Path) -> Callable[[Path, tuple[int, int], int], Examples]:
 
 
 def _pictures_in(folder: Path) -> list[Path]:
-    return sorted(p for p in folder.iterdir() if p.suffix.lower() in PICTURES)
+    found = (p for p in folder.iterdir() if p.suffix.lower() in PICTURES)
+    return sorted(found, key=lambda path: numbered(path.name))
 
 
 def _from_folders(path: Path, size: tuple[int, int], channels: int) -> Examples:
     """A folder per class; its name is the class."""
-    folders = sorted(p for p in path.iterdir() if p.is_dir() and not p.name.startswith("."))
+    folders = [p for p in path.iterdir() if p.is_dir() and not p.name.startswith(".")]
+    folders.sort(key=lambda folder: numbered(folder.name))
     if not folders:
         found = _pictures_in(path)
         if found:
@@ -162,7 +168,10 @@ def _from_table(path: Path, size: tuple[int, int], channels: int) -> Examples:
     rows = _rows(path)
     column = next((c for c in FILE_COLUMNS if c in rows[0]), None)
     if column is None:
-        raise GuidekitError(f"{path} has no column file_name, which says where each picture is")
+        raise GuidekitError(
+            f"{path} has no column file_name, which says where each image is; it has "
+            f"{', '.join(map(str, rows[0]))}"
+        )
     files = [inside(path.parent, str(row[column]), f"{path}: the file") for row in rows]
     if missing := [str(f) for f in files if not f.is_file()]:
         raise GuidekitError(
@@ -181,7 +190,7 @@ def _from_table(path: Path, size: tuple[int, int], channels: int) -> Examples:
     sets = [_several(row[label]) for row in rows]
     if empty := [str(f) for f, found in zip(files, sets, strict=True) if not found]:
         raise GuidekitError(f"{path}: {empty[0]} and {len(empty) - 1} others have no label")
-    names = tuple(sorted({name for found in sets for name in found}))
+    names = tuple(sorted({name for found in sets for name in found}, key=numbered))
     if all(len(found) == 1 for found in sets):
         targets = np.array([names.index(found[0]) for found in sets])
         return _of_files("classes", names, files, targets, size, channels)
@@ -194,9 +203,9 @@ def _rows(path: Path) -> list[dict]:
     try:
         text = read_text(path)
         if path.suffix == ".csv":
-            rows = list(csv.DictReader(text.splitlines()))
-        else:
-            rows = [parse_json(line) for line in text.splitlines() if line.strip()]
+            rows = _csv_rows(text)
+        else:  # other marks that end a line, which splitlines knows, are letters in JSON
+            rows = [parse_json(line) for line in text.split("\n") if line.strip()]
     except (OSError, ValueError, csv.Error) as error:
         raise GuidekitError(f"{path} is not a readable table ({error})") from None
     if not rows or not all(isinstance(row, dict) for row in rows):
@@ -208,13 +217,25 @@ def _rows(path: Path) -> list[dict]:
     return rows
 
 
+def _csv_rows(text: str) -> list[dict]:
+    """Rows of a CSV, whose quoted fields may hold line breaks.
+
+    It is separated by what makes a column of FILE_COLUMNS, else by commas.
+    """
+    tables = [csv.DictReader(io.StringIO(text, newline=""), delimiter=d) for d in ",;\t"]
+    table = next((t for t in tables if {*FILE_COLUMNS} & {*(t.fieldnames or ())}), tables[0])
+    return list(table)
+
+
 def _several(value: object) -> list[str]:
+    """Labels of a field, with single spaces between their words."""
     parts = value if isinstance(value, list) else str(value if value is not None else "").split(";")
-    return [str(part).strip() for part in parts if str(part).strip()]
+    labels = (" ".join(str(part).split()) for part in parts)
+    return [label for label in labels if label]
 
 
 def _zero_or_one(value: object, column: str, path: Path) -> int:
-    known = {"0": 0, "1": 1, "-1": 0, "false": 0, "true": 1}
+    known = {"0": 0, "1": 1, "-1": 0, "0.0": 0, "1.0": 1, "-1.0": 0, "false": 0, "true": 1}
     try:
         return known[str(value).strip().lower()]
     except KeyError:
@@ -263,33 +284,33 @@ def _mask_names(path: Path, known: list[int]) -> tuple[str, ...]:
 
 
 def read_mask(path: Path) -> np.ndarray:
-    """Class values (h, w) of an indexed or grey mask; ValueError for one in colour."""
-    image = _open(path)
-    if image.mode not in ("P", "L", "1", "I", "I;16"):
-        raise GuidekitError(f"{path} is in colour ({image.mode}); save it as an indexed PNG")
-    return np.asarray(image).astype(np.int64)
+    """Class values (h, w) of an indexed or grey mask, upright, of up to 32 bits.
+
+    Raises GuidekitError for one in colour, with transparency or in fractions, and for a JPEG.
+    """
+    return load_image(path, "mask", _classes)
 
 
-def _mask_values(path: Path, picture: Path) -> np.ndarray:
-    """Values of the mask of a picture; ValueError for one of another size."""
-    values = read_mask(path)
-    height, width = values.shape
-    with _open(picture) as other:
-        if other.size != (width, height):
-            raise GuidekitError(
-                f"{path} has {width}x{height} pixels, its picture {other.width}x{other.height}; "
-                "they must be the same"
-            )
+def _classes(image: Image.Image) -> np.ndarray:
+    if image.format in ("JPEG", "MPO"):
+        raise GuidekitError("it is a JPEG, which changes the values; save it as an indexed PNG")
+    values = class_values(image)
+    if values is None:
+        raise GuidekitError(f"it is in colour ({image.mode}); save it as an indexed PNG")
     return values
 
 
-def _open(path: Path) -> Image.Image:
-    try:
-        image = open_picture(path)
-        image.load()
-        return image
-    except PICTURE_ERRORS as error:
-        raise GuidekitError(f"{path} is not a readable picture ({error})") from None
+def _mask_values(path: Path, picture: Path) -> np.ndarray:
+    """Values of the mask of an image; GuidekitError for one of another size."""
+    values = read_mask(path)
+    height, width = values.shape
+    shown = load_image(picture).size
+    if shown != (width, height):
+        raise GuidekitError(
+            f"{path} has {width}x{height} pixels, its image {shown[0]}x{shown[1]}; they must be "
+            "the same"
+        )
+    return values
 
 
 def _of_files(
@@ -300,45 +321,36 @@ def _of_files(
     size: tuple[int, int],
     channels: int,
 ) -> Examples:
-    """Examples whose pictures are read from files when they are needed."""
+    """Examples whose images are read from files when they are needed."""
     for file in files:
-        _open(file)
+        load_image(file)
     key = repr([(str(f.resolve()), f.stat().st_mtime_ns, f.stat().st_size) for f in files])
     return Examples(
         kind,
         classes,
         len(files),
-        lambda i: read_picture(files[i], size, channels),
+        lambda i: _read(files[i], size, channels),
         targets,
-        key=f"{key} {size} {channels}",
+        key=f"{key} {size} {channels} {READER}",
     )
 
 
-def read_picture(path: Path, size: tuple[int, int], channels: int = 3) -> Tensor:
-    """A picture (channels, H, W) in [-1, 1], its middle cut out and resized to `size`."""
-    image = _open(path).convert("L" if channels == 1 else "RGB")
-    height, width = size
-    scale = max(width / image.width, height / image.height)
-    if scale != 1:
-        whole = (max(width, round(image.width * scale)), max(height, round(image.height * scale)))
-        image = image.resize(whole, Image.Resampling.BICUBIC)
-    left, top = (image.width - width) // 2, (image.height - height) // 2
-    image = image.crop((left, top, left + width, top + height))
-    values = torch.from_numpy(np.asarray(image).copy()).float() / 127.5 - 1
-    return values[None] if channels == 1 else values.permute(2, 0, 1)
+def _read(path: Path, size: tuple[int, int], channels: int) -> Tensor:
+    """An image (channels, H, W) in [-1, 1], its middle cut out and resized to `size`."""
+    (image,) = fitted(load_image(path), size)
+    values = to_uint8(image.convert("L").convert("RGB") if channels == 1 else image)
+    return values[:channels].float() / 127.5 - 1
 
 
 def class_map(found: np.ndarray, values: tuple[int, ...], size: tuple[int, int]) -> Tensor:
-    """Class indices (H, W) of a mask's values, -1 for others, cut and resized like its picture."""
+    """Class indices (H, W) of a mask's values, -1 for others, cut and resized like its image."""
     mask = np.full(found.shape, -1, np.int64)
     for index, value in enumerate(values):
         mask[found == value] = index
-    height, width = size
-    scale = max(width / mask.shape[1], height / mask.shape[0])
-    whole = (max(height, round(mask.shape[0] * scale)), max(width, round(mask.shape[1] * scale)))
-    resized = F.interpolate(torch.from_numpy(mask)[None, None].float(), whole, mode="nearest-exact")
-    top, left = (whole[0] - height) // 2, (whole[1] - width) // 2
-    return resized[0, 0, top : top + height, left : left + width].long()
+    left, top, right, bottom = middle(mask.shape[::-1], size)
+    rows = top + (np.arange(size[0]) + 0.5) * (bottom - top) / size[0]
+    columns = left + (np.arange(size[1]) + 0.5) * (right - left) / size[1]
+    return torch.from_numpy(mask[rows.astype(int)[:, None], columns.astype(int)])
 
 
 def soft_masks(masks: Tensor, classes: int, grid: tuple[int, int]) -> Tensor:

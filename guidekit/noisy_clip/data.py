@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from guidekit.errors import GuidekitError
-from guidekit.images import read_picture
+from guidekit.images import read_image
 from guidekit.worlds import scenes
 
 ALIKE = 4  # neighbours in a batch of scenes
@@ -56,7 +56,7 @@ class Folder:
     def pictures(self, numbers: range, size: int, generator: torch.Generator) -> Tensor:
         """Pictures (B, 3, size, size) in [-1, 1]; every file once before any comes again."""
         chosen = [self.files[i] for i in self.keys(numbers).tolist()]
-        stack = torch.stack([read_picture(path, (size, size)) for path in chosen])
+        stack = torch.stack([read_image(path, (size, size)) for path in chosen])
         mirrored = torch.rand(len(stack), 1, 1, 1, generator=generator) < 0.5
         return torch.where(mirrored, stack.flip(-1), stack)
 

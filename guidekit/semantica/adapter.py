@@ -46,10 +46,19 @@ class ImageAdapter(ModelMixin, ConfigMixin):
 
     sites: (name, inner width) of every cross-attention. width: channels of the backbone's text
     states. channels: of the encoder's tokens; 0 where `projection` is put in from other weights.
+    encoder, fingerprint: the name of the encoder whose tokens it was trained with, and of its
+    weights (`ImageEncoder.fingerprint`); empty where nobody knows.
     """
 
     @register_to_config
-    def __init__(self, sites: tuple[tuple[str, int], ...], width: int, channels: int = 0):
+    def __init__(
+        self,
+        sites: tuple[tuple[str, int], ...],
+        width: int,
+        channels: int = 0,
+        encoder: str = "",
+        fingerprint: str = "",
+    ):
         super().__init__()
         self.names = {name: index for index, (name, _) in enumerate(sites)}
         self.projection = TokenProjection(channels, width) if channels else None
@@ -89,9 +98,12 @@ def sites_of(model: nn.Module) -> tuple[tuple[str, int], ...]:
     return tuple((name, model.get_submodule(name).to_k.out_features) for name in names)
 
 
-def new_adapter(model: nn.Module, channels: int) -> ImageAdapter:
+def new_adapter(
+    model: nn.Module, channels: int, encoder: str = "", fingerprint: str = ""
+) -> ImageAdapter:
     """An adapter to train; keys begin as the text's, values at zero, which change nothing."""
-    adapter = ImageAdapter(sites_of(model), model.config.cross_attention_dim, channels)
+    width = model.config.cross_attention_dim
+    adapter = ImageAdapter(sites_of(model), width, channels, encoder, fingerprint)
     with torch.no_grad():
         for name, index in adapter.names.items():
             adapter.to_k[index].weight.copy_(model.get_submodule(name).to_k.weight)
@@ -232,6 +244,25 @@ def _out_width(projection: nn.Module) -> int:
     """Channels of the tokens that a projection makes."""
     with torch.no_grad():
         return projection(torch.zeros(1, 1, _in_width(projection))).shape[-1]
+
+
+def check_bound(adapter: ImageAdapter, encoder: Any, where: str) -> str | None:
+    """A remark where nobody knows which encoder an adapter was trained with.
+
+    encoder: an `ImageEncoder`. where: what messages begin with. Raises GuidekitError, which names
+    both, for an encoder of other weights.
+    """
+    if not (bound := adapter.config.fingerprint):
+        return (
+            f"{where} does not say which encoder it was trained with; {encoder.source} fits its "
+            "width, and no more is known"
+        )
+    if (given := encoder.fingerprint()) != bound:
+        raise GuidekitError(
+            f"{where} was trained with the encoder {adapter.config.encoder} of weights {bound}, "
+            f"not {encoder.source} of {given}; leave the encoder to the adapter, or give that one"
+        )
+    return None
 
 
 def settled_encoder(encoder: str) -> str:

@@ -65,13 +65,13 @@ class AdapterTask:
         for part in (pipeline.unet, pipeline.vae, pipeline.text_encoder):
             part.eval().requires_grad_(False)
         self.scheduler = DDPMScheduler.from_config(pipeline.scheduler.config)
-        self.net = AdapterLoss(new_adapter(pipeline.unet, encoder.shapes()[1]), pipeline.unet)
+        self.net = self.whole_net()
 
     def whole_net(self) -> nn.Module:
-        """A second net of the same form."""
-        return AdapterLoss(
-            new_adapter(self.pipeline.unet, self.encoder.shapes()[1]), self.pipeline.unet
-        )
+        """A net of an adapter that is bound to its encoder."""
+        encoder, unet = self.encoder, self.pipeline.unet
+        bound = encoder.source, encoder.fingerprint()
+        return AdapterLoss(new_adapter(unet, encoder.shapes()[1], *bound), unet)
 
     def batch(self, numbers: range, generator: torch.Generator) -> dict[str, Tensor]:
         """Noisy latents of the pictures to draw, their captions, and the conditions' tokens."""

@@ -21,7 +21,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from guidekit.errors import GuidekitError
-from guidekit.images import PICTURE_ERRORS
+from guidekit.images import IMAGE_ERRORS
 from guidekit.references import square, to_pixels
 from guidekit.semantica.encode import ImageEncoder
 from guidekit.semantica.sources import Item
@@ -39,7 +39,7 @@ def _decode(item: Item | None, sizes: tuple[int, int]) -> list[Tensor] | None:
         with item.open() as image:
             picture = square(image, sizes[0])
             return [picture, picture if sizes[1] == sizes[0] else square(image, sizes[1])]
-    except PICTURE_ERRORS:
+    except IMAGE_ERRORS:
         return None
 
 

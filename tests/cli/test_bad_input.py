@@ -55,7 +55,7 @@ def fails(result, *texts, code=2):
         (["--segment", "red circle=0,0,1.5,1"], ["box 0,0,1.5,1", "0 <= left < right <= 1"]),
         (["--segment", "red circle=0,0,1"], ["give four numbers"]),
         (["--segment", "red circle=clear.png"], ["the mask is empty"]),
-        (["--segment", "red circle=folder"], ["mask folder: not a readable picture"]),
+        (["--segment", "red circle=folder"], ["mask folder: not a readable image"]),
         (["--segment", "red circle=0,0,1,1@nan"], ["the strength must be finite"]),
         (["--layout", "zebra.json"], ["phrase 'zebra' does not occur", "--append-phrases"]),
         (["--layout", "nan.json"], ["layout nan.json: segment 0: box 0,0,nan,1"]),

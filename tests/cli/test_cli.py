@@ -243,7 +243,7 @@ def test_a_toml_file(model, tmp_path):
         (["--segment", "red circle=0.5,0,0.1,1"], "0 <= left < right <= 1"),
         (["--segment", "red circle=gone.png"], "mask gone.png: no such file"),
         (["--segment", "red circle=empty.png"], "the mask is empty"),
-        (["--segment", "red circle=text.png"], "not a readable picture"),
+        (["--segment", "red circle=text.png"], "not a readable image"),
         (["--segment", "red circle"], "write PHRASE=MASK.png"),
         (["--layout", "gone.json"], "layout gone.json: no such file"),
         (["--layout", "text.png"], "not a readable JSON file"),

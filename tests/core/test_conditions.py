@@ -81,6 +81,44 @@ def test_parse_segment_reads_boxes_files_and_strengths(tmp_path):
     assert segment.box == (0.5, 0.5, 0.9, 0.9)
 
 
+@pytest.mark.parametrize(
+    "text, phrase, name, strength",
+    [
+        ("red circle=a=b@2.png", "red circle", "a=b@2.png", 1.0),
+        ("red circle=a=b@2.png@0.5", "red circle", "a=b@2.png", 0.5),
+        ("e=mc2=left.png", "e=mc2", "left.png", 1.0),
+        ("e=mc2 = left.png @ -1", "e=mc2", "left.png", -1.0),
+        ("a@b.com=left.png", "a@b.com", "left.png", 1.0),
+        ("red circle=circle@2x.png", "red circle", "circle@2x.png", 1.0),
+        ("red=m@0.5", "red", "m@0.5", 1.0),
+        ("e=mc2=0,0,0.5,1@2", "e=mc2", None, 2.0),
+    ],
+)
+def test_segments_are_cut_where_a_file_or_a_box_is(
+    text, phrase, name, strength, tmp_path, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)
+    for file in ("a=b@2.png", "left.png", "circle@2x.png", "m@0.5"):
+        share = 255 * (np.arange(4) < len(file) % 3 + 1)
+        Image.fromarray(share[None].astype(np.uint8)).save(file, "PNG")
+    segment = parse_segment(text)
+    assert (segment.phrase, segment.strength) == (phrase, strength)
+    if name is None:
+        assert segment.box == (0, 0, 0.5, 1)
+    else:
+        assert torch.equal(segment.mask, load_mask(name)) and segment.size == (4, 1)
+
+
+def test_a_segment_that_names_two_files_is_refused(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for file in ("m.png", "y=m.png"):
+        Image.new("L", (2, 2), 255).save(file)
+    with pytest.raises(ValueError, match="could mean y=m.png or m.png; rename one"):
+        parse_segment("x=y=m.png")
+    with pytest.raises(ValueError, match="segment 'x=y': mask none.png: no such file"):
+        parse_segment("x=y=none.png")
+
+
 @pytest.mark.parametrize("text", ["red circle", "=a.png", "red=", "red=1,2,3", "red=0,0,1,1@big"])
 def test_wrong_segment_text(text):
     with pytest.raises(ValueError, match="segment|box"):
@@ -127,6 +165,81 @@ def test_layout_reads_boxes_masks_indices_and_colours(tmp_path):
     indexed.convert("RGB").save(tmp_path / "map.png")
     layout["segments"] = [{"phrase": "star", "value": "#ff0000"}]
     assert load_layout(_layout(tmp_path, layout)).segments[0].mask.tolist() == [[0, 1], [0, 0]]
+
+
+def _masks_of(tmp_path, image, values, **options):
+    """Masks of a layout's map."""
+    name = options.pop("name", "map.png")
+    image.save(tmp_path / name, **options)
+    layout = {"map": name, "segments": [{"phrase": "a", "value": value} for value in values]}
+    return [s.mask for s in load_layout(_layout(tmp_path, layout)).segments]
+
+
+INDEX = np.zeros((32, 48), np.uint16)
+INDEX[4:20, 6:30], INDEX[22:30, 20:44] = 1, 2
+TWO = np.array([[255, 255, 255], [255, 0, 0], [0, 90, 200]], np.uint8)
+
+
+@pytest.mark.parametrize("high", [7, 300, 26001, 65535])
+@pytest.mark.parametrize("kind", ["PNG", "TIFF"])
+def test_maps_of_16_bits_hold_indices(tmp_path, kind, high):
+    values = np.array([0, 5, high], np.uint16)[INDEX]
+    name = f"map.{kind[:3].lower()}"
+    found = _masks_of(tmp_path, Image.fromarray(values), [high, 5], name=name)
+    assert np.array_equal(found[0], INDEX == 2) and np.array_equal(found[1], INDEX == 1)
+    with pytest.raises(ValueError, match=f"no pixel of the map is 3; it holds 0, 5, {high}"):
+        _masks_of(tmp_path, Image.fromarray(values), [3])
+    with pytest.raises(ValueError, match="16 bits or more, so `value` must be a whole number"):
+        _masks_of(tmp_path, Image.fromarray(values), ["#ff0000"])
+
+
+@pytest.mark.parametrize("value", [1, "#ff0000", "red"])
+def test_a_palette_is_asked_by_index_or_by_colour(tmp_path, value):
+    image = Image.fromarray(INDEX.astype(np.uint8), "P")
+    image.putpalette(TWO.flatten().tolist())
+    (found,) = _masks_of(tmp_path, image, [value])
+    assert np.array_equal(found, INDEX == 1)
+    greys = Image.fromarray(INDEX.astype(np.uint8))
+    assert np.array_equal(_masks_of(tmp_path, greys, [1])[0], INDEX == 1)
+    assert np.array_equal(_masks_of(tmp_path, greys.convert("RGB"), [1])[0], INDEX == 1)
+
+
+@pytest.mark.parametrize("quality", [50, 75, 95])
+@pytest.mark.parametrize("subsampling", [0, 2])
+def test_colours_of_a_jpeg_are_those_that_were_saved(tmp_path, quality, subsampling):
+    """To the pixel, but for the edges of its blocks of colour."""
+    image = Image.fromarray(TWO[INDEX]).resize((480, 320), Image.Resampling.NEAREST)
+    options = dict(name="map.jpg", quality=quality, subsampling=subsampling)
+    big = np.kron(INDEX, np.ones((10, 10)))
+    for asked in ((1, 2), (1,), (2,)):  # colours that nobody asks for count too
+        colours = ["#" + bytes(TWO[i]).hex() for i in asked]
+        found = _masks_of(tmp_path, image, colours, **options)
+        for mask, i in zip(found, asked, strict=True):
+            assert (mask.numpy() != (big == i)).mean() < 0.005
+
+
+def test_a_jpeg_without_the_colour_is_refused_with_its_own(tmp_path):
+    image = Image.fromarray(TWO[INDEX]).resize((480, 320), Image.Resampling.NEAREST)
+    with pytest.raises(
+        ValueError, match="no pixel of the map is #00ff00; it holds #fefefe, #fd0000"
+    ) as error:
+        _masks_of(tmp_path, image, ["#00ff00"], name="map.jpg", quality=90)
+    assert "#005ac8" in str(error.value)  # the colours that it was made of
+    with pytest.raises(ValueError, match="a JPEG keeps no numbers; save the map as PNG"):
+        _masks_of(tmp_path, image.convert("L"), [1], name="map.jpg")
+
+
+def test_maps_are_turned_as_their_exif_says(tmp_path):
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    (found,) = _masks_of(tmp_path, Image.fromarray(INDEX), [1], exif=exif)
+    assert np.array_equal(found, np.rot90(INDEX == 1, -1))
+
+
+def test_masks_of_maps_know_their_shape(tmp_path):
+    Image.fromarray(INDEX).save(tmp_path / "m.png")
+    layout = {"map": "m.png", "segments": [{"phrase": "a", "value": 1}]}
+    assert load_layout(_layout(tmp_path, layout)).segments[0].size == (48, 32)
 
 
 @pytest.mark.parametrize(

@@ -25,7 +25,7 @@ from guidekit.cli.main import main
 from guidekit.cli.settings import make_settings, read_config
 from guidekit.heads.data import read_examples
 from guidekit.heads.head import load_head
-from guidekit.images import read_picture
+from guidekit.images import read_image
 from guidekit.layouts import load_layout
 from guidekit.masks import load_mask
 from guidekit.noisy_clip.files import load_clip
@@ -51,8 +51,8 @@ def refused(loader, *args):
 @pytest.mark.parametrize("name", PICTURES)
 def test_pictures(inbox, name):
     path = PICTURES[name](inbox)
-    for reader in (load_reference, load_mask, lambda p: read_picture(p, (8, 8))):
-        assert "not a readable picture" in refused(reader, path)
+    for reader in (load_reference, load_mask, lambda p: read_image(p, (8, 8))):
+        assert "not a readable image" in refused(reader, path)
     if path.is_file():
         path.rename(inbox / "a.jpg")  # what it is called does not count
         assert [_decode(item, (8, 8)) for item in folder_items(inbox)] == [None]

@@ -25,7 +25,7 @@ from corpus_weights import head
 from guidekit.cli.settings import make_settings, read_config
 from guidekit.heads.data import read_examples
 from guidekit.heads.head import load_head
-from guidekit.images import read_picture
+from guidekit.images import read_image
 from guidekit.layouts import load_layout
 from guidekit.semantica.data import _decode
 from guidekit.semantica.sources import shard_items
@@ -117,7 +117,7 @@ def test_pictures(inbox, kind):
     def changed(chance):
         return write(inbox / "a.png", bytes_changed(data, chance))
 
-    assert run(changed, lambda path: read_picture(path, (8, 8)))
+    assert run(changed, lambda path: read_image(path, (8, 8)))
 
 
 def test_weights(inbox):

@@ -299,7 +299,7 @@ def test_folders_of_references(tmp_path):
     for name in ("a/1.png", "b.png", "a/2.png"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         picture("red").save(tmp_path / name)
-    with pytest.raises(ValueError, match="two pictures for 'a'"):
+    with pytest.raises(ValueError, match="two images for 'a'"):
         load_references(tmp_path)
     (tmp_path / "a/2.png").unlink()
     picture("blue").resize((3000, 1500)).save(tmp_path / "b.png")

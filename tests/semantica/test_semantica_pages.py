@@ -11,7 +11,7 @@ from PIL import Image, ImageOps, features
 from PIL.PngImagePlugin import PngInfo
 from safetensors.torch import save_file
 
-from guidekit.images import read_picture, upright
+from guidekit.images import read_image, upright
 from guidekit.masks import load_mask
 from guidekit.references import load_reference, load_references, square
 from guidekit.semantica import data, pairs
@@ -73,7 +73,7 @@ def test_pictures_are_turned_though_their_exif_is_damaged(tag, kind, tiny, tmp_p
     for seen in (
         found.rows([0], "pictures")[0][0],
         square(load_reference(tmp_path / "a.jpg").picture, 20),  # turned once
-        read_picture(tmp_path / "a.jpg", (8, 8)),
+        read_image(tmp_path / "a.jpg", (8, 8)),
     ):
         assert red_rows((seen + 1) * 127.5 if seen.is_floating_point() else seen) == [False, True]
 
@@ -116,9 +116,9 @@ def test_whatever_a_decoder_raises_the_picture_is_counted(error, tiny, tmp_path,
     (tmp_path / "a.png").write_bytes(out.getvalue())
     found = write_pages(iter(page_of([out.getvalue()]) + readable), tiny, tmp_path / "p", SIZE)
     assert len(found) == 1 and found.unreadable == 1
-    with pytest.raises(ValueError, match="image .*a.png: not a readable picture"):
+    with pytest.raises(ValueError, match="image .*a.png: not a readable image"):
         load_reference(tmp_path / "a.png")
-    with pytest.raises(ValueError, match="mask .*a.png: not a readable picture"):
+    with pytest.raises(ValueError, match="mask .*a.png: not a readable image"):
         load_mask(tmp_path / "a.png")
 
 

@@ -1,0 +1,153 @@
+"""References that are no squares: what encoders see of them, and which encoder an adapter reads."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import save_file
+
+import guidekit
+import semantica_tiny
+from guidekit import Condition, Reference, Sampling
+from guidekit.references import read_references
+from guidekit.semantica.adapter import ImageAdapter, load_adapter, random_adapter
+from guidekit.semantica.encode import random_encoder
+from guidekit.testing.miniatures import ddpm_pipeline, sd_pipeline
+from guidekit_clip import Clip
+from guidekit_semantica import Semantica
+from ip_adapters import clip_tower, plus, published
+
+
+def three(width=128, height=32):
+    """Red, green and blue from left to right."""
+    image = Image.new("RGB", (width, height))
+    for i, colour in enumerate(("red", "lime", "blue")):
+        image.paste(colour, (i * width // 3, 0, (i + 1) * width // 3, height))
+    return image
+
+
+def drawn(pipe, image, follow, **options):
+    condition = Condition("red circle", image=image)
+    return Sampling(pipe, condition, [follow], seeds=(5,), steps=2, **options).finish()
+
+
+LIME = Image.new("RGB", (32, 32), "lime")
+
+
+@pytest.fixture(params=["own", "published", "plus"])
+def adapted(request, tmp_path):
+    """A pipeline, and options of the plugin for an adapter of each kind."""
+    pipe = sd_pipeline()
+    if request.param == "own":
+        return pipe, dict(adapter=Path("random"))
+    weights = (published if request.param == "published" else plus)(pipe.unet)
+    save_file(weights, tmp_path / "ip.safetensors")
+    clip_tower().save_pretrained(tmp_path / "clip")
+    return pipe, dict(adapter=tmp_path / "ip.safetensors", encoder=str(tmp_path / "clip"))
+
+
+def test_an_adapter_reads_what_fit_says(adapted):
+    pipe, options = adapted
+
+    def images(image, **more):
+        return drawn(pipe, image, Semantica(**options, **more)).images
+
+    crop, pad, crops = (images(three(), fit=fit) for fit in ("crop", "pad", "crops"))
+    for a, b in ((crop, pad), (crop, crops), (pad, crops)):
+        assert (a - b).abs().max() > 1e-4
+    torch.testing.assert_close(images(three()), images(LIME), atol=1e-5, rtol=0)  # the default
+    # The same keys and values thrice weigh as much as once, so a square is as it was.
+    torch.testing.assert_close(images(LIME, fit="crops"), images(LIME), atol=1e-5, rtol=0)
+    torch.testing.assert_close(images(LIME, fit="pad"), images(LIME), atol=1e-5, rtol=0)
+
+
+def test_three_squares_are_three_times_the_tokens():
+    pipe = sd_pipeline()
+    counts = {}
+    for fit in ("crop", "pad", "crops"):
+        run = Sampling(
+            pipe,
+            Condition("red circle", image=three()),
+            [follow := Semantica(adapter=Path("random"), fit=fit)],
+            seeds=(1, 2),
+        )
+        (follow,) = run.guidances
+        assert follow._tokens.shape == follow._null.shape and len(follow._tokens) == 2
+        counts[fit] = follow._tokens.shape[1]
+    assert counts["crops"] == 3 * counts["crop"] == 3 * counts["pad"]
+
+
+def test_a_semantica_model_sees_a_crop_or_the_whole():
+    pipe = semantica_tiny.pipeline()
+    side = pipe.encoder.config.image_size
+    (whole,) = Reference(three()).views(side, "pad")
+    padded = guidekit.toolbox.to_image(whole / 2 + 0.5)
+
+    def images(image, **options):
+        follow = Semantica(**options)
+        return (
+            Sampling(pipe, Condition(image=image), [follow], seeds=(5, 6), steps=2).finish().images
+        )
+
+    expected = images(padded)
+    assert torch.equal(images(three(), fit="pad"), expected)
+    assert torch.equal(images(Reference(three(), fit="pad")), expected)
+    assert not torch.equal(images(three()), expected)
+    with pytest.raises(ValueError, match="fit=crops is for adapters: .*; use crop or pad"):
+        images(three(), fit="crops")
+
+
+@pytest.mark.parametrize("on", ["z", "x0"])
+def test_clip_looks_at_a_third_of_each_crop(on, tmp_path):
+    pipe = ddpm_pipeline()
+    three(48, 16).save(tmp_path / "three.png")
+
+    def energy(guidance):
+        sampling = Sampling(pipe, Condition(), [guidance], seeds=(5, 6), steps=2)
+        next(iter(sampling))
+        return torch.tensor(sampling.account.rows[0]["energy"])
+
+    def clip(**options):
+        return Clip(encoder="random", on=on, views=0, structure=2.0, style=1.0, **options)
+
+    crops = energy(clip(image=(tmp_path / "three.png",), fit="crops"))
+    parts = read_references([tmp_path / "three.png"], (16, 16), "crops")
+    each = [energy(clip().towards(images=part.expand(2, 1, -1, -1, -1))) for part in parts]
+    if on == "x0":  # in z each reference has noise of its own
+        torch.testing.assert_close(crops, sum(each) / 3, rtol=1e-4, atol=1e-4)
+    crop, pad = (energy(clip(image=(tmp_path / "three.png",), fit=f)) for f in ("crop", "pad"))
+    assert not torch.allclose(crop, pad) and not torch.allclose(crop, crops)
+    torch.testing.assert_close(crop, each[1], rtol=1e-5, atol=1e-4)
+
+
+def test_an_adapter_is_bound_to_its_encoder(tmp_path):
+    pipe, encoder = sd_pipeline(), random_encoder()
+    other = encoder.copied(source="another")
+    next(other.parameters()).data += 1
+    adapter = random_adapter(pipe.unet, encoder.shapes()[1])
+    bound = ImageAdapter(
+        **{k: v for k, v in adapter.config.items() if not k.startswith("_")}
+        | {"encoder": encoder.source, "fingerprint": encoder.fingerprint()}
+    )
+    bound.load_state_dict(adapter.state_dict())
+    bound.save_pretrained(tmp_path / "new")
+    adapter.save_pretrained(tmp_path / "old")
+    for name in ("new", "old"):
+        encoder.half().save_pretrained(tmp_path / name / "encoder")  # half precision is the same
+    other.save_pretrained(tmp_path / "other")
+    assert load_adapter(tmp_path / "new", pipe.unet).config.encoder == encoder.source
+
+    def run(name, **options):
+        return drawn(pipe, three(), Semantica(adapter=tmp_path / name, **options))
+
+    own = run("new")
+    assert not own.account.notes
+    with pytest.raises(ValueError) as refused:
+        run("new", encoder=str(tmp_path / "other"))
+    for text in (encoder.source, "another", encoder.fingerprint(), other.fingerprint()):
+        assert text in str(refused.value)
+    unknown = run("old")
+    assert torch.equal(unknown.images, own.images)
+    (note,) = unknown.account.notes
+    assert "old does not say which encoder it was trained with" in note
