@@ -20,15 +20,28 @@ def parse_segment(text: str) -> Segment:
 
     Raises GuidekitError for a text of another form.
     """
-    phrase, equals, place = text.rpartition("=")
+    phrase, equals, place = text.partition("=")
     if not equals or not phrase.strip() or not place.strip():
         raise GuidekitError(
             f"segment {text!r}: write PHRASE=MASK.png or PHRASE=left,top,right,bottom"
         )
-    place, at, strength = place.partition("@")
+    place, strength = _split_strength(place.strip(), text)
     numbers = _numbers(place)
-    mask = load_mask(place.strip()) if numbers is None else box_mask(numbers)
-    return Segment(phrase.strip(), mask, _strength(strength, text) if at else 1.0, box=numbers)
+    mask = load_mask(place) if numbers is None else box_mask(numbers)
+    return Segment(phrase.strip(), mask, strength, box=numbers)
+
+
+def _split_strength(place: str, where: str) -> tuple[str, float]:
+    """A place and the strength behind its last @; names of files may hold one, as circle@2x.png."""
+    before, at, after = place.rpartition("@")
+    if not at:
+        return place, 1.0
+    try:
+        return before.strip(), float(after)
+    except ValueError:
+        if Path(after).suffix:
+            return place, 1.0
+        raise GuidekitError(f"segment {where!r}: the strength after @ must be a number") from None
 
 
 def _numbers(text: str) -> Box | None:
@@ -41,13 +54,6 @@ def _numbers(text: str) -> Box | None:
         raise GuidekitError(f"box {text}: give four numbers, left,top,right,bottom")
     left, top, right, bottom = numbers
     return left, top, right, bottom
-
-
-def _strength(text: str, where: str) -> float:
-    try:
-        return float(text)
-    except ValueError:
-        raise GuidekitError(f"segment {where!r}: the strength after @ must be a number") from None
 
 
 LAYOUT_KEYS = {"prompt", "negative", "label", "segments", "map"}

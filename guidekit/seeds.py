@@ -58,7 +58,7 @@ def _numbers(value: int | Iterable[int]) -> list[int]:
     except (TypeError, ValueError, OverflowError):
         whole = False
     if not whole:
-        raise GuidekitError(f"seeds are whole numbers, or a text such as 0-7, not {value!r}")
+        raise GuidekitError(f"seeds must be whole numbers, such as 0-7 or 0,3,9, not {value!r}")
     return [int(seed) for seed in given]
 
 
