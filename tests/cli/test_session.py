@@ -118,6 +118,9 @@ def test_run_json_has_a_format(model, tmp_path):
     tables = record()
     assert tables["format"] == 1
     assert make_settings(read_config(path), {}).prompt == PROMPT
+    first = {key: value for key, value in tables.items() if key != "format"}
+    path.write_text(json.dumps(first))  # of before there were formats
+    assert make_settings(read_config(path), {}).prompt == PROMPT
     path.write_text(json.dumps(tables | {"format": 2}))
     with pytest.raises(ValueError, match="reads format 1, not 2"):
         read_config(path)
