@@ -62,13 +62,6 @@ def _numbers(text: str) -> Box | None:
     return left, top, right, bottom
 
 
-def _strength(text: str, where: str) -> float:
-    try:
-        return float(text)
-    except ValueError:
-        raise GuidekitError(f"segment {where!r}: the strength after @ must be a number") from None
-
-
 LAYOUT_KEYS = {"prompt", "negative", "label", "segments", "map"}
 
 

@@ -6,6 +6,7 @@ from torch import Tensor
 
 from guidekit.backbones.base import Text
 from guidekit.backbones.text import TextDenoiser
+from guidekit.conditions import Condition
 from guidekit.errors import GuidekitError
 
 
@@ -22,6 +23,17 @@ class StableDiffusion(TextDenoiser, families=("sd",)):
                 "this model is distilled with the guidance scale as an input (time_cond_proj_dim);"
                 " use the model that it was distilled from"
             )
+
+    def check(self, conditions: list[Condition]) -> None:
+        """Refuses models that take more than latents: inpainting, editing by instructions."""
+        own = self.vae.config.latent_channels
+        if self.channels != own:
+            raise GuidekitError(
+                f"the model takes {self.channels} channels, a latent has {own}: the others are an "
+                "image or a mask, which sample does not give; use guidekit.attach around a call "
+                "of the model's own pipeline"
+            )
+        super().check(conditions)
 
     @property
     def text_length(self) -> int:

@@ -131,13 +131,13 @@ def open_pretrained(architecture: str, tag: str) -> tuple[nn.Module, dict]:
     known = open_clip.get_pretrained_cfg(architecture, tag)
     if known.get("quick_gelu"):
         config["quick_gelu"] = True
-    if repo := known.get("hf_hub", "").rstrip("/"):
-        require_hub(repo, WEIGHTS, "open_clip_pytorch_model.bin")
     quick = config.get("quick_gelu", False)
     try:
+        if repo := known.get("hf_hub", "").rstrip("/"):
+            require_hub(repo, WEIGHTS, "open_clip_pytorch_model.bin")
         with torch.random.fork_rng(devices=[]):
             model = open_clip.create_model(architecture, pretrained=tag, force_quick_gelu=quick)
-    except RuntimeError as error:
+    except (RuntimeError, GuidekitError) as error:
         reason = str(error).splitlines()[0]
         raise GuidekitError(f"open_clip could not load {architecture}/{tag}: {reason}") from None
     return model, config

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from click.testing import CliRunner
+from diffusers import UNet2DConditionModel
 from diffusers.pipelines.stable_diffusion.safety_checker import StableDiffusionSafetyChecker
 from PIL import Image
 from transformers import (
@@ -91,6 +92,16 @@ def test_what_cannot_work_is_refused_before_anything_is_written(model, tmp_path)
     assert [path.name for path in plan.folder.iterdir()] == ["run.json.part"]  # its claim
 
 
+def test_an_inpainting_model_is_refused_before_it_is_called():
+    pipe = tiny.sd_pipeline()
+    pipe.unet = UNet2DConditionModel(**tiny.SD_UNET | {"in_channels": 9})
+    pipe.save_pretrained("inpaint")
+    result = run("sample", "--model", "inpaint", "--prompt", PROMPT, "--steps", 1, "--out", "o")
+    assert result.exit_code == 2
+    assert "takes 9 channels, a latent has 4: " in result.stderr
+    assert "use guidekit.attach" in result.stderr
+
+
 def test_a_plan_is_complete(model, tmp_path):
     plan = make_plan(Settings(model=str(model), prompt=PROMPT, scheduler="DPM++ 2M Karras"))
     settings = plan.settings
@@ -106,6 +117,9 @@ def test_run_json_has_a_format(model, tmp_path):
     path = tmp_path / "o/run.json"
     tables = record()
     assert tables["format"] == 1
+    assert make_settings(read_config(path), {}).prompt == PROMPT
+    first = {key: value for key, value in tables.items() if key != "format"}
+    path.write_text(json.dumps(first))  # of before there were formats
     assert make_settings(read_config(path), {}).prompt == PROMPT
     path.write_text(json.dumps(tables | {"format": 2}))
     with pytest.raises(ValueError, match="reads format 1, not 2"):

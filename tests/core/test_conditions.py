@@ -72,6 +72,22 @@ def test_segments_are_required_with_a_remedy():
         require_segments([Condition("a")], "zest")
 
 
+@pytest.mark.parametrize(
+    ("name", "tail", "strength"),
+    [
+        ("circle@2x.png", "", 1.0),
+        ("a@0.5.png", "@0.5", 0.5),
+        ("a=b.png", "", 1.0),
+        ("a=b@2.png", "@1e-1", 0.1),
+    ],
+)
+def test_names_of_mask_files_may_hold_the_signs(tmp_path, name, tail, strength):
+    Image.new("L", (2, 1), 255).save(tmp_path / name)
+    segment = parse_segment(f"red circle={tmp_path / name}{tail}")
+    assert segment.phrase == "red circle"
+    assert segment.strength == strength
+
+
 def test_parse_segment_reads_boxes_files_and_strengths(tmp_path):
     path = tmp_path / "left.png"
     Image.fromarray(np.array([[255, 0]], np.uint8)).save(path)

@@ -190,7 +190,10 @@ def test_the_page_links_to_what_is_there(inbox):
         "scheduler": "x",
         "model": {"hash": None},
         "tokens": [],
-        "places": {str(i): f"{name}/{i}.png" for i, name in enumerate(names)},
+        "targets": {
+            str(i): {"path": f"{name}/{i}.png", "follows": "gone.png"}
+            for i, name in enumerate(names)
+        },
     }
     sample = {"prompt": "<script>\ud800\x1b", "negative": "", "model": "m", "seeds": [0, 1, 2]}
     run = {"sample": sample, "plugin": {}, "segment": [], "record": record}

@@ -117,7 +117,7 @@ def _table() -> dict[str, File]:
     opacities = np.array([0, 128, 255], np.uint8)
     wide = CHANCE.integers(0, 65536, (SIDE, SIDE, 4), np.uint16)
     deep3 = grey3(DEEP / 257)
-    clear = np.where(DEEP == DEEP[0, 0], 0, 255)
+    clear = np.where(DEEP[0, 0] == DEEP, 0, 255)
     smooth = np.broadcast_to(np.linspace(60, 180, SIDE).round(), (SIDE, SIDE)).astype(np.uint8)
     return {
         "1": f(".png", saved(image(BITS), "PNG"), grey3(BITS * 255)),
@@ -125,7 +125,7 @@ def _table() -> dict[str, File]:
         "L, a clear grey": f(
             ".png",
             saved(image(GREY), "PNG", transparency=int(GREY[0, 0])),
-            on_white(grey3(GREY), np.where(GREY == GREY[0, 0], 0, 255)),
+            on_white(grey3(GREY), np.where(GREY[0, 0] == GREY, 0, 255)),
         ),
         "LA": f(".png", saved(image(la, "LA"), "PNG"), on_white(grey3(GREY), ALPHA), 1),
         "P": f(".png", palette(), PALETTE[INDEX]),
@@ -144,7 +144,7 @@ def _table() -> dict[str, File]:
         "RGB, a clear colour": f(
             ".png",
             saved(image(RGB), "PNG", transparency=tuple(map(int, RGB[0, 0]))),
-            on_white(RGB, np.where((RGB == RGB[0, 0]).all(-1), 0, 255)),
+            on_white(RGB, np.where((RGB[0, 0] == RGB).all(-1), 0, 255)),
         ),
         "RGBA": f(".png", saved(image(rgba), "PNG"), on_white(RGB, ALPHA), 1),
         "16 bits": f(".png", saved(image(DEEP), "PNG"), deep3),
