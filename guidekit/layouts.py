@@ -53,7 +53,9 @@ def _strength(text: str, where: str) -> float:
 LAYOUT_KEYS = {"prompt", "negative", "label", "segments", "map"}
 
 
-SEGMENT_KEYS = {"phrase", "box", "mask", "value", "strength", "prompt", "negative"}
+PLACE_KEYS = {"box", "mask", "value"}
+WORD_KEYS = {"phrase", "tokens", "occurrence", "prompt", "negative", "strength"}
+SEGMENT_KEYS = PLACE_KEYS | WORD_KEYS
 
 
 def load_layout(path: str | Path) -> Condition:
@@ -61,7 +63,8 @@ def load_layout(path: str | Path) -> Condition:
 
     `{"prompt": ..., "negative": ..., "label": 3, "map": "layout.png", "segments": [{"phrase": "red
     circle", "box": [l, t, r, b] | "mask": "left.png" | "value": 3 | "#ff0000", "strength":
-    1.0}]}`; `value` is an index or a colour of the picture `map`. Paths are relative to the file.
+    1.0, "occurrence": 2 | "tokens": [4, 5]}]}`; `value` is an index or a colour of the picture
+    `map`; `occurrence` and `tokens` as in `Segment`. Paths are relative to the file.
     Raises GuidekitError that names the key at fault.
     """
     path = Path(path)
@@ -137,8 +140,14 @@ def _parse_entry(entry: Any, picture: np.ndarray | None, folder: Path, where: st
         mask = load_mask(inside(folder, entry["mask"], f"{where}: `mask`"))
     else:
         mask = _select(picture, entry["value"], where)
-    texts = {"prompt": entry.get("prompt"), "negative": entry.get("negative", "")}
-    return Segment(entry["phrase"], mask, float(entry.get("strength", 1.0)), box=box, **texts)
+    more = {"prompt": entry.get("prompt"), "negative": entry.get("negative", "")}
+    if not isinstance(tokens := entry.get("tokens"), list | type(None)):
+        raise GuidekitError(f"{where}: `tokens` must be a list of columns")
+    more |= {"tokens": tokens, "occurrence": entry.get("occurrence")}
+    try:
+        return Segment(entry["phrase"], mask, float(entry.get("strength", 1.0)), box=box, **more)
+    except GuidekitError as error:
+        raise GuidekitError(f"{where}: {error}") from None
 
 
 def _is_number(value: object) -> bool:

@@ -198,6 +198,10 @@ class Denoiser:
             name = type(self.pipeline).__name__
             raise GuidekitError(f"{name} has no class labels; leave label out")
 
+    def asserted(self, prompts: list[str]) -> contextlib.AbstractContextManager:
+        """A context in which the text encoders must get the tokens that `tokenizers` find."""
+        return contextlib.nullcontext()
+
     def text(self, prompts: list, size: tuple[int, int], null: bool = False) -> Text:
         """What the model is told for `prompts`, one per picture of `size` (height, width).
 

@@ -6,6 +6,7 @@ from torch import Tensor
 
 from guidekit.backbones.base import Text
 from guidekit.backbones.text import TextDenoiser
+from guidekit.backbones.tokenizers import expanding
 from guidekit.errors import GuidekitError
 
 
@@ -30,7 +31,7 @@ class StableDiffusion(TextDenoiser, families=("sd",)):
 
     def key_tokenizers(self, length: int) -> list:
         """The tokenizer of CLIP."""
-        return [self.pipeline.tokenizer]
+        return [expanding(self.pipeline, self.pipeline.tokenizer)]
 
     def text(self, prompts: list[str], size: tuple[int, int], null: bool = False) -> Text:
         """The encoded prompts."""
@@ -42,10 +43,22 @@ class StableDiffusion(TextDenoiser, families=("sd",)):
 class StableDiffusionXL(StableDiffusion, families=("sdxl",)):
     """SDXL: two text encoders joined in channels, a pooled one, sizes."""
 
+    encoders = ("text_encoder", "text_encoder_2")
+
     def key_tokenizers(self, length: int) -> list:
-        """The tokenizers of both text encoders; each token has one key."""
-        second = self.pipeline.tokenizer_2
-        return [self.pipeline.tokenizer] + ([] if second is None else [second])
+        """The tokenizers of both text encoders; each token has one key. The refiner has one."""
+        both = (self.pipeline.tokenizer, self.pipeline.tokenizer_2)
+        return [expanding(self.pipeline, t) for t in both if t is not None]
+
+    @property
+    def text_length(self) -> int:
+        """Number of text tokens that pixels attend to."""
+        return self.key_tokenizers(0)[0].model_max_length
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Type of the latents: that of the text states."""
+        return self.pipeline.text_encoder_2.dtype
 
     def text(self, prompts: list[str], size: tuple[int, int], null: bool = False) -> Text:
         """The encoded prompts; a null is zeros where it is empty and the pipeline says so."""
