@@ -70,6 +70,27 @@ class TextDenoiser(LatentDenoiser):
                 ids = tokenizer(self.read_text(prompt, tokenizer))["input_ids"]
                 check_received(ids, found, tokenizer, f"{name} of {type(self.pipeline).__name__}")
 
+    def check_own_loop(self) -> None:
+        """Raises GuidekitError for pipelines that read an image, which this loop has not."""
+        name, remedy = type(self.pipeline).__name__, "call the pipeline inside guidekit.attach"
+        reads = inspect.signature(type(self.pipeline).__call__).parameters
+        latents = getattr(self.vae.config, "latent_channels", self.channels)
+        if found := [p for p in ("image", "control_image", "mask_image") if p in reads]:
+            raise GuidekitError(
+                f"{name} draws from an image ({found[0]}), which guidekit.sample does not give it: "
+                f"{remedy}, or put its parts into the pipeline that draws from a prompt alone"
+            )
+        if self.channels != latents:
+            raise GuidekitError(
+                f"the model of {name} reads {self.channels} channels, the latents have {latents}: "
+                f"the others are of an image (inpainting, editing); {remedy}"
+            )
+        if getattr(self.model, "encoder_hid_proj", None) is not None:
+            raise GuidekitError(
+                f"an IP-Adapter is loaded, and guidekit.sample gives it no image: {remedy}, or "
+                "take it off (unload_ip_adapter())"
+            )
+
     def check(self, conditions: list[Condition]) -> None:
         """Refuses what the text encoders would silently cut off, and labels."""
         super().check(conditions)

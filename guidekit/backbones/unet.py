@@ -1,7 +1,6 @@
 """Stable Diffusion 1.x and 2.x, and SDXL: UNets that cross-attend to CLIP."""
 
 import torch
-from diffusers import DiffusionPipeline
 from torch import Tensor
 
 from guidekit.backbones.base import Text
@@ -11,17 +10,16 @@ from guidekit.errors import GuidekitError
 
 
 class StableDiffusion(TextDenoiser, families=("sd",)):
-    """Stable Diffusion 1.x and 2.x.
+    """Stable Diffusion 1.x and 2.x."""
 
-    Raises GuidekitError for a model that takes the guidance scale as an input.
-    """
-
-    def __init__(self, pipeline: DiffusionPipeline):
-        super().__init__(pipeline)
+    def check_own_loop(self) -> None:
+        """Raises GuidekitError, too, for a model that takes the guidance scale as an input."""
+        super().check_own_loop()
         if getattr(self.model.config, "time_cond_proj_dim", None) is not None:
             raise GuidekitError(
-                "this model is distilled with the guidance scale as an input (time_cond_proj_dim);"
-                " use the model that it was distilled from"
+                "this model is distilled with the guidance scale as an input (time_cond_proj_dim), "
+                "which its pipeline gives it: call the pipeline inside guidekit.attach, or use the "
+                "model that it was distilled from"
             )
 
     @property
