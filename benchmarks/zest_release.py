@@ -7,8 +7,8 @@ The release (gcouairon/zestguide, Stable Diffusion 1.4) resizes the logits of co
 the softmax; the paper resizes maps. "release" here is that, written again from the paper's Eq. 4
 and the description of the resizing, with nothing of the plugin in it: logits are computed from the
 inputs of the attention modules, materialised, resized, and softmaxed. The rows are the plugin with
-`resize="maps"` and `resize="logits"`, each at the latents of its own runs: the largest difference of
-the phrases' mean maps and the cosine of the gradients, means over the seeds with 95 % intervals.
+`resize="maps"` and `resize="logits"`, each at the latents of its own runs: the largest difference
+of the phrases' mean maps and the cosine of the gradients, means over the seeds with 95 % intervals.
 """
 
 import json
