@@ -15,8 +15,9 @@ import contextlib
 import copy
 import inspect
 import weakref
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -28,17 +29,20 @@ from torch import Tensor, nn
 from guidekit.account import Account
 from guidekit.backbones.denoiser import frozen
 from guidekit.backbones.replay import Replay
-from guidekit.backbones.tokens import segment_columns
+from guidekit.backbones.tokens import looked_up, segment_columns
 from guidekit.conditions import Condition, Layouts, spread_layouts, with_prompts
 from guidekit.engine.engine import Engine
 from guidekit.errors import GuidekitError
 from guidekit.guidance import Guidance
 from guidekit.inputs import as_guidances
 from guidekit.levels import Levels
+from guidekit.references import Reference, as_reference
 from guidekit.run import Run
 from guidekit.step import Step
 from guidekit.taps import Patch
 
+STEP = ("model_output", "timestep", "sample")  # what every scheduler's step begins with
+OWN_LOOP = "{} {}, which a pipeline's own loop cannot do; draw with guidekit.sample instead"
 _ATTACHED: "weakref.WeakSet[nn.Module]" = weakref.WeakSet()  # denoisers, shared by pipelines
 
 
@@ -50,6 +54,7 @@ def attach(
     segments: Layouts = (),
     seeds: Sequence[int] | None = None,
     cfg: float | None = None,
+    image: Reference | str | Path | None = None,
     memory: str = "fast",
     nonfinite: str = "raise",
     attention: str | None = None,
@@ -60,17 +65,19 @@ def attach(
     are taken as layouts whose prompt, if they have one, must be that of the call. seeds: one per
     picture for the noise that guidances draw, default 0, 1, ...; the latents come from the call's
     own `generator`. cfg: the call's guidance_scale, only for pipelines that do not keep it
-    (PixArt), default their own. memory, nonfinite, attention: as for `Sampling`.
+    (PixArt), default their own. image: what guidances follow (`Condition.image`), where a layout
+    has none. memory, nonfinite, attention: as for `Sampling`.
 
     With a list of generators the pictures are those of `guidekit.sample` with the same seeds, bit
     for bit on Stable Diffusion. Raises GuidekitError for what cannot work in a pipeline:
-    recurrence, acceptance, an own start, phrases together with `prompt_embeds`, prompts that the
-    pipeline has not encoded, and denoiser calls in another form than [cond] or [null, cond].
+    acceptance, an own start, a step that is to be repeated, phrases without columns by hand
+    together with `prompt_embeds`, prompts that the pipeline has not encoded, and denoiser calls in
+    another form than [cond] or [null, cond].
     """
-    if cfg is not None and not 1 < cfg < float("inf"):
-        raise GuidekitError(f"cfg is the call's guidance_scale, a number above 1, not {cfg}")
+    if cfg is not None and not 0 <= cfg < float("inf"):
+        raise GuidekitError(f"cfg is the call's guidance_scale, a finite number, not {cfg}")
     options = {"memory": memory, "nonfinite": nonfinite, "attention": attention}
-    attached = Attached(pipe, guidances, segments, seeds, cfg, options)
+    attached = Attached(pipe, guidances, segments, seeds, cfg, image, options)
     if not attached.guidances:  # the pipeline itself
         yield attached
         return
@@ -88,17 +95,21 @@ class Attached:
         segments: Layouts,
         seeds: Sequence[int] | None,
         cfg: float | None,
+        image: Reference | str | Path | None,
         options: dict[str, Any],
     ):
         self.pipe = pipe
         self.guidances = [g for g in as_guidances(guidances, pipe) if g.scale != 0]
         self.segments, self.seeds, self.cfg, self.options = segments, seeds, cfg, options
+        self.image = None if image is None else as_reference(image)
         self.run: Run | None = None
         self.step: Step | None = None  # the latest guided one
         self._call: _Call | None = None
         self._stepped: list[Patch] = []  # on the scheduler, which users exchange between calls
         for guidance in self.guidances:
             _refuse_loop(guidance)
+        if self.image is not None and not any(g.reads_image for g in self.guidances):
+            raise GuidekitError("no guidance here reads an image; leave image out")
 
     @property
     def account(self):
@@ -151,7 +162,9 @@ class Attached:
         if self._call:
             given = inspect.signature(original).bind(*args, **kwargs)
             given.apply_defaults()
-            self._call.prompted(given.arguments)
+            words = self._call.prompted(given.arguments)
+            with self.denoiser.own.asserted(words):
+                return original(*args, **kwargs)
         return original(*args, **kwargs)
 
     def _around_prepare_extra_step_kwargs(self, original, args, kwargs):
@@ -183,10 +196,11 @@ class Attached:
         if not call or not call.pending:
             result = original(*args, **kwargs)
         else:
-            given = inspect.signature(original).bind(*args, **kwargs)
+            given = _step_arguments(original, args, kwargs)
             with _plainly():
-                given.arguments["model_output"] = call.inject(given.arguments)
-            result = original(*given.args, **given.kwargs)
+                given["model_output"] = call.inject(given)
+            first = [given.pop(name) for name in list(given)[: len(args)]]
+            result = original(*first, **given)
             with _plainly():
                 result = call.edited(result)
         if call and call.stepped():
@@ -207,8 +221,11 @@ class _Call:
         self.pending: Step | None = None
         self.index = 0
 
-    def prompted(self, given: dict[str, Any]) -> None:
-        """Conditions, one per picture, of the arguments of `encode_prompt`."""
+    def prompted(self, given: dict[str, Any]) -> list[str]:
+        """Conditions, one per image, of the arguments of `encode_prompt`.
+
+        Returns the prompts in which phrases are looked up.
+        """
         if self.conditions is not None:
             raise GuidekitError(
                 f"{type(self.pipe).__name__} encodes two prompts for two denoiser calls a step "
@@ -217,11 +234,13 @@ class _Call:
         prompts, negatives = self._texts(given)
         count = given.get("num_images_per_prompt") or 1
         layouts = spread_layouts(self.attached.segments, len(prompts), count)
-        if given.get("prompt_embeds") is not None and any(c.segments for c in layouts):
+        if given.get("prompt_embeds") is not None and looked_up(layouts):
             raise GuidekitError(
                 "phrases are looked up in a prompt, and the call gives prompt_embeds; give the "
-                "prompt itself"
+                "prompt itself, or the columns by hand (Segment(tokens=...))"
             )
+        image = self.attached.image
+        layouts = [replace(c, image=image) if c.image is None else c for c in layouts]
         prompts = [p for p in prompts for _ in range(count)]
         negatives = [n for n in negatives for _ in range(count)]
         self.conditions = [
@@ -230,6 +249,7 @@ class _Call:
         self.denoiser.start(prompts, negatives)
         for condition in self.conditions:
             segment_columns(self.denoiser.tokenizers, condition)
+        return looked_up(self.conditions)
 
     def _texts(self, given: dict[str, Any]) -> tuple[list[str], list[str]]:
         """The prompts that the phrases are looked up in, and the negative ones."""
@@ -290,6 +310,7 @@ class _Call:
         run = self.engine.run
         run.scheduler, run.cfg = scheduler, cfg
         step = self.engine.evaluate(z, timestep, self.index, self.n)
+        _refuse_repeats(self.engine.active(step), step)
         self.pending = self.attached.step = step
         return self._rows(step, copies)
 
@@ -315,8 +336,13 @@ class _Call:
 
     def _cfg(self) -> float:
         """The guidance scale with which the pipeline combines null and cond."""
-        if self.attached.cfg is not None:
-            return self.attached.cfg
+        if (told := self.attached.cfg) is not None:
+            if told <= 1:
+                raise GuidekitError(
+                    f"cfg is {told:g}, and {type(self.pipe).__name__} calls its denoiser for null "
+                    "and cond; give attach the guidance_scale of the call as cfg, or leave it out"
+                )
+            return told
         kept = getattr(self.pipe, "guidance_scale", None)
         own = inspect.signature(type(self.pipe).__call__).parameters["guidance_scale"].default
         return own if kept is None else kept
@@ -400,17 +426,27 @@ def _refuse_loop(guidance: Guidance) -> None:
     """Raises GuidekitError for a guidance that needs a loop of its own."""
     kind = type(guidance)
     why = {
-        "repeats steps": kind.repeats is not Guidance.repeats,
         "begins elsewhere": kind.begin is not Guidance.begin,
         "rejects finished pictures": kind.accept is not Guidance.accept,
         "needs its own loop": guidance.own_loop,
     }
     for what, true in why.items():
         if true:
-            raise GuidekitError(
-                f"{guidance.name} {what}, which a pipeline's own loop cannot do; draw with "
-                "guidekit.sample instead"
-            )
+            raise GuidekitError(OWN_LOOP.format(guidance.name, what))
+
+
+def _refuse_repeats(active: list[Guidance], step: Step) -> None:
+    """Raises GuidekitError for a guidance that wants this step to be done again."""
+    for guidance in active:
+        if guidance.repeats(step) > 1:
+            raise GuidekitError(OWN_LOOP.format(guidance.name, "repeats steps"))
+
+
+def _step_arguments(step: Callable, args: tuple, kwargs: dict) -> dict[str, Any]:
+    """Arguments of the scheduler's step by name; a user's wrapper may not name them."""
+    names = list(inspect.signature(step).parameters)
+    names = names if "model_output" in names else STEP
+    return dict(zip(names, args, strict=False)) | kwargs
 
 
 def _listed(prompt: str | list[str]) -> list[str]:

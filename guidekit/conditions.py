@@ -27,9 +27,12 @@ class Segment:
     strength: factor on what a guidance does for this segment.
     prompt, negative: texts of the region for methods that denoise it by itself (MultiDiffusion);
     the default prompt is the phrase.
+    occurrence: which place of the phrase in the prompt is meant, from 1; by default all, or the
+    n-th for the n-th segment with this phrase. tokens: the columns of the text by hand, in place of
+    looking the phrase up.
 
-    Raises GuidekitError for an empty phrase and for a mask that is empty, not finite, outside [0,
-    1] or not two-dimensional.
+    Raises GuidekitError for an empty phrase, impossible tokens or occurrence, and for a mask that
+    is empty, not finite, outside [0, 1] or not two-dimensional.
     """
 
     phrase: str
@@ -39,6 +42,8 @@ class Segment:
     negative: str = ""
     box: Box | None = None  # where the mask came from, if from a box
     size: tuple[int, int] | None = None  # width and height of the image that the mask came from
+    tokens: tuple[int, ...] | None = None
+    occurrence: int | None = None
 
     def __post_init__(self) -> None:
         if not isinstance(self.phrase, str):
@@ -59,6 +64,7 @@ class Segment:
             raise GuidekitError(f"{where}: the mask is empty; mark at least one pixel")
         if not np.isfinite(self.strength):
             raise GuidekitError(f"{where}: the strength must be finite, not {self.strength}")
+        self._check_tokens(where)
 
     def _read_mask(self, where: str) -> None:
         """Puts the mask, its box and the size of its image in place of what was given."""
@@ -71,6 +77,29 @@ class Segment:
         object.__setattr__(self, "box", box if self.box is None else self.box)
         if isinstance(given, str | Path | Image.Image):
             object.__setattr__(self, "size", tuple(mask.shape[::-1]))
+
+    def _check_tokens(self, where: str) -> None:
+        """Raises GuidekitError for tokens or an occurrence that cannot be."""
+        if self.tokens is not None:
+            object.__setattr__(self, "tokens", tuple(self.tokens))
+            if not self.tokens or not all(_whole(token, 0) for token in self.tokens):
+                raise GuidekitError(
+                    f"{where}: tokens are columns of the text, whole numbers from 0, not "
+                    f"{self.tokens}"
+                )
+        if self.occurrence is None:
+            return
+        if not _whole(self.occurrence, 1):
+            raise GuidekitError(
+                f"{where}: occurrence is a whole number from 1, not {self.occurrence!r}"
+            )
+        if self.tokens is not None:
+            raise GuidekitError(f"{where}: give occurrence or tokens, not both")
+
+
+def _whole(value: object, least: int) -> bool:
+    """Whether it is a whole number of at least so much."""
+    return isinstance(value, int) and not isinstance(value, bool) and value >= least
 
 
 @dataclass(frozen=True)

@@ -62,10 +62,19 @@ def _numbers(text: str) -> Box | None:
     return left, top, right, bottom
 
 
+def _strength(text: str, where: str) -> float:
+    try:
+        return float(text)
+    except ValueError:
+        raise GuidekitError(f"segment {where!r}: the strength after @ must be a number") from None
+
+
 LAYOUT_KEYS = {"prompt", "negative", "label", "segments", "map"}
 
 
-SEGMENT_KEYS = {"phrase", "box", "mask", "value", "strength", "prompt", "negative"}
+PLACE_KEYS = {"box", "mask", "value"}
+WORD_KEYS = {"phrase", "tokens", "occurrence", "prompt", "negative", "strength"}
+SEGMENT_KEYS = PLACE_KEYS | WORD_KEYS
 
 
 def load_layout(path: str | Path) -> Condition:
@@ -73,10 +82,10 @@ def load_layout(path: str | Path) -> Condition:
 
     `{"prompt": ..., "negative": ..., "label": 3, "map": "layout.png", "segments": [{"phrase": "red
     circle", "box": [l, t, r, b] | "mask": "left.png" | "value": 3 | "#ff0000", "strength":
-    1.0}]}`. `value` is a number of the image `map` (a palette's index, or a grey of 8 to 32 bits),
-    or a colour that it shows; of a JPEG the pixels count that are nearer to it than to any other
-    colour of the layout or the map. Paths are relative to the file. Raises GuidekitError that names
-    the key at fault.
+    1.0, "occurrence": 2 | "tokens": [4, 5]}]}`. `value` is a number of the image `map` (a palette's
+    index, or a grey of 8 to 32 bits), or a colour that it shows; of a JPEG the pixels count that are
+    nearer to it than to any other colour of the layout or the map. `occurrence` and `tokens` are as
+    in `Segment`. Paths are relative to the file. Raises GuidekitError that names the key at fault.
     """
     path = Path(path)
     try:
@@ -149,8 +158,14 @@ def _parse_entry(entry: Any, drawn: Map | None, folder: Path, where: str) -> Seg
     mask, size = _mask(entry, drawn, folder, where), None
     if places == ["value"]:
         size = drawn.size
+    if not isinstance(tokens := entry.get("tokens"), list | type(None)):
+        raise GuidekitError(f"{where}: `tokens` must be a list of columns")
+    more = {"tokens": tokens, "occurrence": entry.get("occurrence"), "size": size}
     strength = float(entry.get("strength", 1.0))
-    return Segment(entry["phrase"], mask, strength, size=size, **texts)
+    try:
+        return Segment(entry["phrase"], mask, strength, **texts, **more)
+    except GuidekitError as error:
+        raise GuidekitError(f"{where}: {error}") from None
 
 
 def _mask(entry: dict, drawn: Map | None, folder: Path, where: str) -> tuple | Path | Tensor:

@@ -20,6 +20,7 @@ class AttentionRead:
     modules to read, with the grid (h, w) of each. per_head keeps the heads apart. tokens (B, T)
     bool: the keys that take part in the softmax, all if None. extra (E, D): text states of further
     keys that take part in the softmax of the map only; the model's output does not see them.
+    resize: grid (h, w) to which logits are resized before the softmax, None for each site's own.
     """
 
     weights: Tensor
@@ -27,6 +28,16 @@ class AttentionRead:
     per_head: bool = False
     tokens: Tensor | None = None
     extra: Tensor | None = None
+    resize: tuple[int, int] | None = None
+
+    @property
+    def plain(self) -> bool:
+        """Whether its maps are those of the call itself, which come out of the same pass."""
+        return not self.per_head and self.tokens is self.extra is self.resize is None
+
+    def shape(self, site: str) -> tuple[int, int]:
+        """Grid (h, w) of its maps of a site."""
+        return self.resize or self.sites[site]
 
     @functools.cached_property
     def columns(self) -> frozenset[int]:

@@ -10,6 +10,7 @@ from guidekit.account import Account
 from guidekit.attention.choice import choose
 from guidekit.backbones.denoiser import Denoiser, Text
 from guidekit.backbones.records import layout_sites, site_grid
+from guidekit.backbones.tokens import looked_up
 from guidekit.conditions import Condition, stretched
 from guidekit.errors import GuidekitError
 from guidekit.levels import Levels
@@ -125,7 +126,9 @@ class Run:
         """The encoded prompts or classes, one per picture; the same ones are encoded once."""
         key = (tuple(prompts), null)
         if key not in self._texts:
-            self._texts[key] = self.denoiser.text(prompts, self.size, null)
+            words = [] if null else [p for p in looked_up(self.conditions) if p in prompts]
+            with self.denoiser.asserted(words):
+                self._texts[key] = self.denoiser.text(prompts, self.size, null)
         return self._texts[key]
 
     def noise(self, shape: tuple[int, ...], *tags: int | str) -> Tensor:

@@ -86,6 +86,7 @@ class Sampling:
         self.denoiser, self.seeds = denoiser, list(Seeds(seeds))
         self.conditions = [denoiser.prepared(c) for c in as_conditions(conditions, len(self.seeds))]
         _check_numbers(steps, cfg=cfg, eta=eta, embedded_cfg=embedded_cfg or 0.0)
+        denoiser.check_own_loop()
         denoiser.check_cfg(cfg)
         denoiser.check(self.conditions)
         scheduler = as_scheduler(scheduler, denoiser.pipeline)

@@ -13,15 +13,15 @@ import torch
 from torch import Tensor
 
 from guidekit import BlockCall, Branch, GuidekitError, Perturbed, Run, Step, hookimpl
-from guidekit.toolbox import layers
+from guidekit.toolbox import derived_seed, layers
 
 
 @dataclass(kw_only=True)
 class Autoguidance(Perturbed):
     """Pushes away from the output of the model with dropout in its layers.
 
-    The paper's weight is 1 + scale. What is dropped depends on the picture's seed, the step and the
-    site alone.
+    The paper's weight is 1 + scale. What is dropped depends on the image's seed, the step, the site
+    and the kind of device alone.
     """
 
     scale: float = 1.0  # w - 1, added to classifier-free guidance
@@ -57,10 +57,14 @@ class Autoguidance(Perturbed):
     def _dropped(
         self, step: Step, call: BlockCall, kept: Tensor, whole: Tensor, part: int = 0
     ) -> Tensor:
-        # Normal noise above its quantile is a mask of the wanted share for each picture's own seed.
+        # Drawn where the model runs: a hundred million numbers a step are too many to move there.
         tags = (step.index, step.repeat, self.name, call.site, part)
-        noise = step.run.noise(tuple(whole.shape[1:]), *tags)
-        mask = torch.special.ndtr(noise) >= self.dropout
+        shape, device = whole.shape[1:], whole.device
+        drawn = torch.empty(whole.shape, device=device)
+        for row, seed in zip(drawn, step.run.seeds, strict=True):
+            generator = torch.Generator(device).manual_seed(derived_seed(seed, *tags))
+            torch.rand(shape, generator=generator, out=row)
+        mask = drawn >= self.dropout
         return kept + (whole - kept) * mask / (1 - self.dropout)
 
 

@@ -66,8 +66,8 @@ class MultiDiffusion(Guidance):
         self._masks = region_masks(run.conditions, run.grid).to(run.device)
         self._shares = _shares(run.conditions, self._masks)
         self._views = windows(*run.grid, self.window, self.stride)
+        self._noise: Tensor | None = None
         if self.bootstrap and len(self._regions) > 1:
-            self._noise = run.noise(run.latent_shape, "multidiffusion")
             self._backgrounds = _backgrounds(run)
 
     def _texts(self, conditions: list[Condition]) -> list[tuple[str, list[str], list[str]]]:
@@ -94,7 +94,7 @@ class MultiDiffusion(Guidance):
     def branches(self, step: Step, branches: list[Branch]) -> list[Branch]:
         """Adds the regions; windows take the place of the main prompt's branches."""
         step.run.account.edit(self.name)
-        weight = next(b for b in branches if b.name == "cond").weight
+        weight = _conditional(branches).weight
         inputs = self._inputs(step)
         added = list(branches)
         if self._views != [None]:
@@ -126,11 +126,15 @@ class MultiDiffusion(Guidance):
         """Own input (B, C, h, w) of every region, None where it is z.
 
         While bootstrapping a region sees the noised encoding of a picture of one colour around its
-        mask, another one at every step (section 4.2, with the code's 20 of 50 steps).
+        mask, another one at every step (section 4.2, with the code's 20 of 50 steps). As in the
+        code the noise is that which the run begins with, so that at first a region's input goes on
+        across the edge of its mask.
         """
         count = len(self._regions)
         if step.frac >= self.bootstrap or count == 1:
             return [None] * count
+        if self._noise is None or (step.index, step.repeat) == (0, 0):
+            self._noise = step.z.detach().clone() / step.level.norm
         inputs: list[Tensor | None] = [None]
         for region in range(1, count):
             drawn = [
@@ -156,6 +160,17 @@ class MultiDiffusion(Guidance):
             _cut(value, view).add_(share * out)
             _cut(count, view).add_(share)
         return (value / torch.where(count > 0, count, 1.0)).to(fused[0][0].dtype)
+
+
+def _conditional(branches: list[Branch]) -> Branch:
+    """The branch of the main prompt; raises GuidekitError if another plugin has replaced it."""
+    for branch in branches:
+        if branch.name == "cond":
+            return branch
+    raise GuidekitError(
+        "multidiffusion needs the branch 'cond', which another plugin has replaced by "
+        f"{', '.join(b.name for b in branches)}; use them in two windows of steps, or one alone"
+    )
 
 
 def _group(name: str, view: View | None) -> str:

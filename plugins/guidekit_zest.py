@@ -2,7 +2,8 @@
 
 Couairon, Careil, Cord, Lathuiliere, Verbeek: Zero-shot spatial layout conditioning for
 text-to-image diffusion models, ICCV 2023, arXiv:2306.13754. The defaults follow the paper; the
-fields name what the released code does instead.
+fields name what the released code (gcouairon/zestguide, for Stable Diffusion 1.4 and for SDXL) does
+instead, and the presets put that together.
 """
 
 import math
@@ -23,17 +24,33 @@ from guidekit.toolbox import (
     segment_weights,
 )
 
-# What differs from the paper's method, by the name of the released configuration. `paper` is the
-# method of its Table 1 and needs the plugin `pww` beside this one.
+# `paper` is the method of its Table 1, which needs the plugin `pww` beside this one. The others are
+# like the released configurations, and are not called by their names because something outside of
+# this plugin belongs to them. SD 1.4: 182 class names as further keys (`negatives`), the guidance
+# scale 7.5 and Stable Diffusion's PNDM scheduler, after whose step the sample is moved. SDXL: the
+# guidance scale 7.5 and the Euler scheduler.
 PRESETS = {
     "paper": {},
-    "sd14": {"scale": 0.3, "decay": "noise", "eps": 1e-3},
-    "sdxl": {
+    "like-sd14": {
+        "scale": 0.3,
+        "without": ("middle", "fine-encoder"),
+        "resize": "logits",
+        "gain": 10.0,
+        "gate": 0.01,
+        "gate_normalised": 0.1,
+        "decay": "noise",
+        "eps": 1e-3,
+    },
+    "like-sdxl": {
         "scale": 0.1,
+        "without": ("middle",),
+        "resize": "logits",
+        "grid": "smallest",
         "loss": "power4",
         "aggregate": "top",
         "tokens": "real",
         "normaliser": "max",
+        "decay": "run",
     },
 }
 
@@ -45,20 +62,29 @@ class Zest(Guidance):
     scale: float = 1.0  # largest move of a latent number per step, in units of VP latents (eta)
     stop: float = 0.5  # fraction of the steps after which the layout is settled (tau)
     sites: tuple[str, ...] = ()  # wildcards of attention modules; none is the family's choice
+    # Parts of a UNet whose sites are not used; fine-encoder: on the way down, at the finest grid.
+    without: tuple[Literal["middle", "fine-encoder"], ...] = ()
     resolutions: tuple[int, ...] = ()  # long sides of the maps to use, 32,16; none is all
+    # What is brought to one grid: maps, or logits before the softmax, as in the released code.
+    resize: Literal["maps", "logits"] = "maps"
+    grid: Literal["largest", "smallest"] = "largest"  # that one of the sites' grids
     # Where the loss is taken; top: best maps only.
     aggregate: Literal["global", "layer", "head", "top"] = "global"
     top: int = 20  # number of maps that `aggregate = "top"` keeps per segment
     # Of maps and masks; bce has two terms, bce_plain the first, bce_normalised the second.
     loss: Literal["bce", "bce_plain", "bce_normalised", "power4", "mse"] = "bce"
+    gain: float = 1.0  # factor on the maps in the first term of bce
+    gate: float = 0.0  # the first term leaves pixels alone where map * gain and mask are below it
+    gate_normalised: float = 0.0  # and the second where map / peak and mask are below this one
     dead_zone: float = 0.2  # difference of map and mask that power4 leaves alone
-    decay: Literal["linear", "constant", "noise"] = "linear"  # 1 to 0; 1; sqrt(1 - abar)
+    # From 1 to 0 over the window; 1; sqrt(1 - abar); from 1 to 0 over all steps.
+    decay: Literal["linear", "constant", "noise", "run"] = "linear"
     # Of the gradient, per image; max is signed.
     normaliser: Literal["linf", "l2", "l1", "max", "none"] = "linf"
     tokens: Literal["all", "real"] = "all"  # keys in the softmax; real is without padding
-    negatives: tuple[str, ...] = ()  # phrases that compete in the softmax of the maps
+    negatives: tuple[str, ...] = ()  # phrases that compete in the softmax of the maps; CLIP's alone
     eps: float = 1e-4  # keeps the logarithms finite
-    preset: str = ""  # paper | sd14 | sdxl: values of the fields that are not given
+    preset: str = ""  # paper | like-sd14 | like-sdxl: values of the fields that are not given
 
     graph = "attention"
     acts_at = "steps"  # of the solver: a shift lasts at the last call of each
@@ -69,6 +95,8 @@ class Zest(Guidance):
         super().__post_init__()
         if not 0 < self.eps < 0.5 or self.top < 1:
             raise GuidekitError("zest.eps must lie between 0 and 0.5 and zest.top be at least 1")
+        if not self.gain > 0:
+            raise GuidekitError(f"zest.gain is a positive factor, not {self.gain}")
 
     def prepare(self, run: Run) -> None:
         """Finds the tokens of the phrases and the sites, and asks for their maps."""
@@ -76,26 +104,28 @@ class Zest(Guidance):
         tokenizers, length = run.denoiser.tokenizers, run.text_length
         weights = segment_weights(tokenizers, run.conditions, length)
         self._strengths = segment_strengths(run.conditions).to(run.device)
+        sites = self._sites(run)
+        pick = max if self.grid == "largest" else min
+        self._common = pick(sites.values(), key=math.prod)
         self._read: AttentionRead = run.attention_read(
             self,
             weights,
-            self._sites(run),
+            sites,
             per_head=self.aggregate in ("head", "top"),
             tokens=real_tokens(tokenizers, run.conditions, length)
             if self.tokens == "real"
             else None,
             extra=self._negatives(run),
+            resize=self._common if self.resize == "logits" else None,
         )
-        largest = max(self._read.sites.values(), key=math.prod)
         self._masks = {
             grid: segment_masks(run.conditions, *grid).to(run.device)
-            for grid in {largest, *self._read.sites.values()}
+            for grid in {self._common, *map(self._read.shape, self._read.sites)}
         }
-        self._largest = largest
 
     def _sites(self, run: Run) -> dict[str, tuple[int, int]]:
         """Sites by name and by resolution; raises GuidekitError if none is left."""
-        sites = run.sites(list(self.sites))
+        sites = self._kept(run.sites(list(self.sites)))
         if not self.resolutions:
             return sites
         wanted = set(self.resolutions)
@@ -106,10 +136,34 @@ class Zest(Guidance):
             raise GuidekitError(f"zest.resolutions {given}: the sites have {exist}")
         return chosen
 
+    def _kept(self, sites: dict[str, tuple[int, int]]) -> dict[str, tuple[int, int]]:
+        """Sites outside of the parts that are to be left out."""
+        finest = max(sites.values(), key=math.prod)
+        left_out = {
+            "middle": lambda site, grid: site.startswith("mid_block."),
+            "fine-encoder": lambda site, grid: site.startswith("down_blocks.") and grid == finest,
+        }
+        kept = {
+            site: grid
+            for site, grid in sites.items()
+            if not any(left_out[part](site, grid) for part in self.without)
+        }
+        if not kept:
+            raise GuidekitError(
+                f"zest.without {', '.join(self.without)}: no site is left of {', '.join(sites)}"
+            )
+        return kept
+
     def _negatives(self, run: Run) -> Tensor | None:
         """Mean text state of each negative phrase (E, D), as the released code has them."""
         if not self.negatives:
             return None
+        if run.denoiser.family.name not in ("sd", "sdxl"):
+            # Elsewhere text states go through more than `to_k` before they are keys.
+            raise GuidekitError(
+                "zest.negatives become keys as CLIP's states do in Stable Diffusion and SDXL; "
+                f"{type(run.denoiser.pipeline).__name__} has others: leave them out"
+            )
         tokenizer = run.denoiser.tokenizers[0]
         states = run.denoiser.text(list(self.negatives), run.size).states
         counts = [len(tokenizer(p)["input_ids"]) for p in self.negatives]
@@ -120,7 +174,7 @@ class Zest(Guidance):
         """The paper's lambda(t): from 1 at the first guided step to 0 at the end of the window."""
         if self.decay == "linear":
             return 1 - (frac - self.start) / (self.stop - self.start)
-        return 1.0
+        return 1 - frac if self.decay == "run" else 1.0
 
     def energy(self, step: Step) -> Tensor:
         """Cross-entropy of maps and masks, summed over segments (B,)."""
@@ -132,13 +186,13 @@ class Zest(Guidance):
     def _aggregated(self, maps: dict[str, Tensor]) -> list[tuple[Tensor, tuple[int, int]]]:
         """Maps (B, S, h, w) whose losses are averaged, each with its grid."""
         if self.aggregate == "global":
-            return [(average_maps(maps, self._largest), self._largest)]
+            return [(average_maps(maps, self._common), self._common)]
         if self.aggregate == "layer":
-            return [(m, self._read.sites[site]) for site, m in maps.items()]
+            return [(m, self._read.shape(site)) for site, m in maps.items()]
         if self.aggregate == "head":
-            return [(h, self._read.sites[s]) for s, m in maps.items() for h in m.unbind(1)]
+            return [(h, self._read.shape(s)) for s, m in maps.items() for h in m.unbind(1)]
         heads = {(site, i): head for site, m in maps.items() for i, head in enumerate(m.unbind(1))}
-        return [(average_maps(heads, self._largest, self._best), self._largest)]
+        return [(average_maps(heads, self._common, self._best), self._common)]
 
     def _best(self, maps: list[Tensor]) -> Tensor:
         """Mean of each segment's `top` maps by the released SDXL code's score q99 (1 - q01)."""
@@ -154,19 +208,23 @@ class Zest(Guidance):
         masks = masks.to(maps.dtype)
         peak = maps.amax((2, 3), keepdim=True).clamp(min=self.eps)
         if self.loss == "bce_plain":
-            return self._cross_entropy(maps, masks)
+            return self._cross_entropy(self.gain * maps, masks, self.gate)
         if self.loss == "bce_normalised":
-            return self._cross_entropy(maps / peak, masks)
+            return self._cross_entropy(maps / peak, masks, self.gate_normalised)
         if self.loss == "bce":  # both terms: the maximum of the second one has no gradient
-            plain = self._cross_entropy(maps, masks)
-            return plain + self._cross_entropy(maps / peak, masks)
+            plain = self._cross_entropy(self.gain * maps, masks, self.gate)
+            return plain + self._cross_entropy(maps / peak, masks, self.gate_normalised)
         if self.loss == "mse":
             return F.mse_loss(maps / peak, masks, reduction="none").mean((2, 3))
         error = (maps - masks).abs()
         return torch.where(error > self.dead_zone, error**4, 0.0).mean((2, 3))
 
-    def _cross_entropy(self, maps: Tensor, masks: Tensor) -> Tensor:
-        """Binary cross-entropy (B, S), mean over the pixels."""
+    def _cross_entropy(self, maps: Tensor, masks: Tensor, gate: float) -> Tensor:
+        """Binary cross-entropy (B, S), mean over the pixels.
+
+        gate: pixels where neither map nor mask is above it do not pull; 0 is none.
+        """
+        maps = torch.where((maps <= gate) & (masks <= gate), maps.detach(), maps) if gate else maps
         maps = maps.clamp(self.eps, 1 - self.eps)
         return F.binary_cross_entropy(maps, masks, reduction="none").mean((2, 3))
 
@@ -174,7 +232,7 @@ class Zest(Guidance):
         """Leaves the first and the latest average map for the report."""
         with torch.no_grad():
             flat = {s: m.mean(1) if self._read.per_head else m for s, m in maps.items()}
-            shown = average_maps(flat, self._largest).cpu()
+            shown = average_maps(flat, self._common).cpu()
         pictures = step.run.account.pictures
         pictures.setdefault("attention before", shown)
         pictures["attention after"] = shown

@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from guidekit.errors import GuidekitError
@@ -46,6 +47,34 @@ def token_maps(
     if mask is not None:
         mask = mask.expand(*query.shape[:3], key.shape[2])[:, :, rows]
     return _TokenMaps.apply(query[:, :, rows], key, weights, mask, float(scale), reduce == "mean")
+
+
+def resized_logits(
+    query: Tensor, mask: Tensor | None, grid: tuple[int, int], size: tuple[int, int]
+) -> tuple[Tensor, Tensor | None]:
+    """Query and mask of a call whose logits are those of `grid`, resized to `size`.
+
+    query (B, H, h * w, d); mask (B or 1, H or 1, h * w or 1, T), boolean or additive, or None.
+    Resizing is linear in the pixels, so the logits of resized queries are the resized logits.
+    Bilinear where it enlarges, the mean over each target pixel where it makes smaller.
+    """
+    query = _resized_rows(query, grid, size)
+    if mask is not None and mask.shape[2] > 1:
+        if mask.dtype == torch.bool:
+            mask = masked(torch.zeros(mask.shape, device=mask.device), mask)
+        shut = torch.finfo(mask.dtype).min / 4  # an infinity times a weight of 0 is no number
+        mask = _resized_rows(mask.clamp(min=shut), grid, size)
+    return query, mask
+
+
+def _resized_rows(x: Tensor, grid: tuple[int, int], size: tuple[int, int]) -> Tensor:
+    """Rows (B, H, h * w, C) of a grid as those of another size."""
+    if grid == size:
+        return x
+    images = x.flatten(0, 1).mT.unflatten(2, grid)
+    mode = "area" if size[0] < grid[0] else "bilinear"
+    images = F.interpolate(images.to(torch.promote_types(x.dtype, torch.float32)), size, mode=mode)
+    return images.flatten(2).mT.unflatten(0, x.shape[:2])
 
 
 class _TokenMaps(torch.autograd.Function):

@@ -1,7 +1,7 @@
 """Latents and pictures by the pipeline's autoencoder."""
 
 import contextlib
-from functools import cached_property
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -10,7 +10,7 @@ from guidekit.backbones.base import Denoiser, in_float32, wide
 
 
 class LatentDenoiser(Denoiser):
-    """A denoiser of the latents of an AutoencoderKL."""
+    """A denoiser of the latents of an AutoencoderKL, or of an AutoencoderTiny in its place."""
 
     @property
     def factor(self) -> int:
@@ -32,7 +32,7 @@ class LatentDenoiser(Denoiser):
         """Decoded pixels (B, 3, H, W) in [-1, 1] as pictures in [0, 1]."""
         return self.pipeline.image_processor.postprocess(pixels, output_type="pt")
 
-    @cached_property
+    @property
     def _wide_vae(self) -> nn.Module:
         return wide(self.vae)
 
@@ -44,8 +44,8 @@ class LatentDenoiser(Denoiser):
     def latents(self, pixels: Tensor) -> Tensor:
         """Clean latents x0 of pictures (B, 3, H, W) in [-1, 1], in float32 and with gradient."""
         vae = self._wide_vae
-        x0 = vae.encode(pixels.to(vae.dtype)).latent_dist.mode()
-        return scaled(x0, vae.config)
+        found = vae.encode(pixels.to(vae.dtype))
+        return scaled(_coded(found, None), vae.config)
 
     def drawn_latents(self, pixels: Tensor, generators: list[torch.Generator]) -> Tensor:
         """Clean latents (B, C, h, w) to begin with, of images (B, 3, H, W) in [-1, 1].
@@ -55,7 +55,7 @@ class LatentDenoiser(Denoiser):
         upcast = self.vae.dtype == torch.float16 and self.vae.config.get("force_upcast")
         with torch.no_grad(), in_float32(self.vae) if upcast else contextlib.nullcontext():
             coded = [self.vae.encode(row[None].to(self.vae.dtype)) for row in pixels]
-        drawn = [one.latent_dist.sample(g) for one, g in zip(coded, generators, strict=True)]
+        drawn = [_coded(one, g) for one, g in zip(coded, generators, strict=True)]
         return scaled(torch.cat(drawn), self.vae.config)
 
     def _unscale(self, z: Tensor) -> Tensor:
@@ -66,6 +66,17 @@ class LatentDenoiser(Denoiser):
             return z / self.vae.config.scaling_factor
         mean, std = statistics(z, self.vae.config)
         return z * std / self.vae.config.scaling_factor + mean
+
+
+def _coded(found: Any, generator: torch.Generator | None) -> Tensor:
+    """Latents that an encoder gave: drawn from their distribution, its mode without a generator.
+
+    AutoencoderTiny gives latents, and no distribution of them.
+    """
+    if hasattr(found, "latents"):
+        return found.latents
+    dist = found.latent_dist
+    return dist.mode() if generator is None else dist.sample(generator)
 
 
 def scaled(x0: Tensor, config) -> Tensor:

@@ -7,6 +7,7 @@ do in diffusers.
 
 import contextlib
 import copy
+import weakref
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
@@ -192,11 +193,18 @@ class Denoiser:
     def check_cfg(self, cfg: float) -> None:
         """Raises GuidekitError for a guidance scale that the model cannot have."""
 
+    def check_own_loop(self) -> None:
+        """Raises GuidekitError for a pipeline whose model reads more than `text` tells it."""
+
     def check(self, conditions: list[Condition]) -> None:
         """Raises GuidekitError for what the model does not read."""
         if any(c.label is not None for c in conditions):
             name = type(self.pipeline).__name__
             raise GuidekitError(f"{name} has no class labels; leave label out")
+
+    def asserted(self, prompts: list[str]) -> contextlib.AbstractContextManager:
+        """A context in which the text encoders must get the tokens that `tokenizers` find."""
+        return contextlib.nullcontext()
 
     def text(self, prompts: list, size: tuple[int, int], null: bool = False) -> Text:
         """What the model is told for `prompts`, one per picture of `size` (height, width).
@@ -261,11 +269,21 @@ def in_float32(model: nn.Module) -> Iterator[None]:
         model.to(before)
 
 
+_WIDE: "weakref.WeakKeyDictionary[nn.Module, tuple]" = weakref.WeakKeyDictionary()
+
+
 def wide(model: nn.Module) -> nn.Module:
-    """The model in float32 or better: itself, or a copy of a half one, whose backward needs it."""
+    """The model in float32 or better: itself, or a copy of a half one, whose backward needs it.
+
+    The copy is made once for a model, and again only after its weights were changed or moved.
+    """
     if model.dtype in (torch.float32, torch.float64):
         return model
-    return copy.deepcopy(model).float().eval().requires_grad_(False)
+    marks = [(p.data_ptr(), p._version) for p in model.parameters()]
+    if model not in _WIDE or _WIDE[model][0] != marks:
+        copied = copy.deepcopy(model).float().eval().requires_grad_(False)
+        _WIDE[model] = (marks, copied)
+    return _WIDE[model][1]
 
 
 @contextlib.contextmanager

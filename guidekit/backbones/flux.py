@@ -8,13 +8,14 @@ from torch import Tensor
 from guidekit.backbones.base import Text
 from guidekit.backbones.packed import PackedLatents, set_flow_timesteps
 from guidekit.backbones.text import TextDenoiser
-from guidekit.backbones.tokens import KeyTokenizer
+from guidekit.backbones.tokenizers import KeyTokenizer, expanding
 
 
 class Flux(PackedLatents, TextDenoiser, families=("flux",)):
     """Flux.1: distilled, so that cfg is 1 and `embedded_cfg` an input of the model."""
 
     cfg = 1.0
+    encoders = ("text_encoder_2",)
     embedded_cfg: float | None = None  # the pipeline's default if None
 
     @property
@@ -24,7 +25,7 @@ class Flux(PackedLatents, TextDenoiser, families=("flux",)):
 
     def key_tokenizers(self, length: int) -> list:
         """The tokenizer of T5; CLIP's states are pooled."""
-        return [KeyTokenizer([(self.pipeline.tokenizer_2, length)])]
+        return [KeyTokenizer([(expanding(self.pipeline, self.pipeline.tokenizer_2), length)])]
 
     def with_embedded_cfg(self, scale: float) -> "Flux":
         """A view of this denoiser with another guidance scale as an input of the model."""

@@ -6,7 +6,7 @@ from torch import Tensor
 from guidekit.backbones.base import Text
 from guidekit.backbones.packed import rescaled, set_flow_timesteps
 from guidekit.backbones.text import TextDenoiser
-from guidekit.backbones.tokens import TemplateTokenizer
+from guidekit.backbones.tokenizers import TemplateTokenizer
 
 
 class Lumina2(TextDenoiser, families=("lumina2",)):
@@ -26,6 +26,10 @@ class Lumina2(TextDenoiser, families=("lumina2",)):
         """Gemma's tokenizer, the system prompt before the prompt."""
         before = f"{self.pipeline.system_prompt} <Prompt Start> "
         return [TemplateTokenizer(self.pipeline.tokenizer, length, before)]
+
+    def read_text(self, prompt: str, tokenizer) -> str:
+        """The prompt after the system prompt."""
+        return f"{self.pipeline.system_prompt} <Prompt Start> {prompt}"
 
     @property
     def negative_tokenizer(self) -> TemplateTokenizer:

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from guidekit.backbones.base import Text
 from guidekit.backbones.text import TextDenoiser
-from guidekit.backbones.tokens import KeyTokenizer
+from guidekit.backbones.tokenizers import KeyTokenizer
 from guidekit.conditions import Condition
 
 

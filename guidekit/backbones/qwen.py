@@ -8,7 +8,7 @@ from guidekit.backbones.autoencoder import statistics
 from guidekit.backbones.base import Text
 from guidekit.backbones.packed import PackedLatents, rescaled, set_flow_timesteps
 from guidekit.backbones.text import TextDenoiser
-from guidekit.backbones.tokens import TemplateTokenizer
+from guidekit.backbones.tokenizers import TemplateTokenizer
 
 
 class PaddedText(Text):
@@ -49,6 +49,10 @@ class QwenImage(PackedLatents, TextDenoiser, families=("qwen",)):
         before, _, after = self.pipeline.prompt_template_encode.partition("{}")
         start = self.pipeline.prompt_template_encode_start_idx
         return [TemplateTokenizer(self.pipeline.tokenizer, length, before, after, start=start)]
+
+    def read_text(self, prompt: str, tokenizer) -> str:
+        """The prompt in the chat template."""
+        return self.pipeline.prompt_template_encode.format(prompt)
 
     def text_lengths(self, prompts: list[str]) -> list[int]:
         """Number of tokens of the longest prompt, to which the pipeline pads the others."""

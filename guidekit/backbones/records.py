@@ -7,7 +7,7 @@ a backbone is generic. Grids follow from the latents' height and width; no squar
 
 import re
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from torch import Tensor, nn
 
@@ -53,7 +53,8 @@ class Family:
     "text first" or "image first" (joint attention). encoders: text encoder to its columns among
     the text keys. layout: names of the default layout sites, from the model. self_sites: wildcards
     of the modules where pixels attend to pixels; empty where that is not SDPA. blocks: wildcards of
-    the blocks that can be skipped.
+    the blocks that can be skipped. further: tokens of other images after the pixels, which a call
+    has and the model does not say (`beside`).
     """
 
     name: str
@@ -67,13 +68,18 @@ class Family:
     layout: Callable[[nn.Module, "Family"], list[str]] = (
         lambda model, family: _cross(model, family)  # noqa: PLW0108  (defined below)
     )
+    further: int = 0
 
     def rows(self, n_queries: int, n_text: int) -> slice:
         """Query rows that are pixels, in a call with n_queries rows and n_text text tokens."""
         if self.order == "cross":
             return _WHOLE
-        first = self.order == "text first"
-        return slice(n_text, n_queries) if first else slice(0, n_queries - n_text)
+        own = n_queries - n_text - self.further
+        return slice(n_text, n_text + own) if self.order == "text first" else slice(0, own)
+
+    def beside(self, further: int) -> "Family":
+        """The record for calls with so many tokens of other images after the pixels."""
+        return replace(self, further=further) if further else self
 
     def text_keys(self, n_keys: int, n_text: int) -> slice:
         """Key columns that are text, in a call with n_keys keys and n_text text tokens."""
@@ -270,7 +276,8 @@ def site_features(model: nn.Module, site: str, output: object, grid: tuple[int, 
     if in_pixels(model, output):
         return block_features(output)
     own = site_grid(model, site, *grid)
-    tokens = output if isinstance(output, Tensor) else output[-1]
+    apart = not isinstance(output, Tensor)  # text and pixels, after which may be other images
+    tokens = output[-1][:, : own[0] * own[1]] if apart else output
     count, pixels = tokens.shape[1], own[0] * own[1]
     if count < pixels:
         raise GuidekitError(

@@ -4,7 +4,9 @@ Texts, image embeddings, ControlNet residuals, sizes and whatever else goes into
 rows of the pipeline's own call, [null, cond] or [cond]; a branch gets the rows of its kind.
 """
 
+import contextlib
 import inspect
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -14,6 +16,7 @@ from diffusers import DiffusionPipeline
 from torch import Tensor
 
 from guidekit.backbones.denoiser import Denoiser
+from guidekit.backbones.records import Family
 from guidekit.errors import GuidekitError
 
 # Not one row per picture, though their first side may be as long as the batch.
@@ -49,7 +52,7 @@ class Replay:
                 f"families {', '.join(self.families)}"
             )
         self.own, self.pipeline, self.models = own, pipeline, own.models
-        self.model, self.family, self.factor = own.model, own.family, own.factor
+        self.model, self.factor = own.model, own.factor
         self.reads_text = own.reads_text
         self.pixels, self.latents, self.check = own.pixels, own.latents, own.check
         self.rescaled, self.vae = own.rescaled, own.vae
@@ -68,6 +71,29 @@ class Replay:
     def start(self, prompts: list[str], negatives: list[str]) -> None:
         """A new call of the pipeline, with these prompts."""
         self.prompts, self.negatives, self._given = prompts, negatives, {}
+
+    def asserted(self, prompts: list[str]) -> contextlib.AbstractContextManager:
+        """Nothing is encoded here; the pipeline's own encoding has been compared."""
+        return contextlib.nullcontext()
+
+    @property
+    def family(self) -> Family:
+        """The record of the model, with what the pipeline's call has beside the image's pixels."""
+        return self.own.family.beside(self._further)
+
+    @property
+    def _further(self) -> int:
+        """Tokens of other images in the call, which stand after those of the image."""
+        if not self._given or self.input.ndim == 4:
+            return 0
+        return self.input.shape[1] - math.prod(self._side) // 4
+
+    @property
+    def _side(self) -> tuple[int, int]:
+        """Height and width of the latents of a call with packed ones."""
+        ids = self._given["img_ids"].reshape(-1, 3)
+        h, w = ids[ids[:, 0] == 0].amax(0)[1:]  # those of other images (Kontext) have another first
+        return 2 * int(h) + 2, 2 * int(w) + 2
 
     def record(self, forward: Callable, args: tuple, kwargs: dict) -> None:
         """Keeps the arguments of the pipeline's call of `forward` for the calls of one step."""
@@ -162,22 +188,30 @@ class Replay:
         """The model's output (B, C, h, w) for scaled latents z (B, C, h, w)."""
         index, count = self._index(text), len(self.input)
         given = {k: _rows(v, index, count, k) for k, v in self._given.items()}
-        x = self.pack(z)
-        if x.ndim == 4:  # inpainting's mask and picture are further channels
-            x = torch.cat([x, given[self.input_name][:, self._channels :]], 1)
-        given[self.input_name] = x
+        given[self.input_name] = self._completed(self.pack(z), given[self.input_name])
         if timestep is not self._timestep and not torch.equal(timestep, self._timestep):
             own = given["timestep"]
             given["timestep"] = (timestep * self._time_scale).to(own).expand(own.shape)
         out = self._forward(**given, return_dict=False)[0]
         return self.unpack(out)[:, : z.shape[1]]
 
+    def _completed(self, x: Tensor, given: Tensor) -> Tensor:
+        """The latents with what the pipeline gives beside them.
+
+        An inpainting model's mask and image are further channels, Kontext's image is further
+        tokens.
+        """
+        if x.ndim == 4:
+            return torch.cat([x, given[:, self._channels :]], 1)
+        own = torch.cat([x, given[:, : x.shape[1], x.shape[2] :]], 2)
+        return torch.cat([own, given[:, x.shape[1] :]], 1)
+
     def unpack(self, x: Tensor) -> Tensor:
-        """Latents (B, C, h, w) out of what the pipeline carries, which may be packed."""
+        """Latents (B, C, h, w) out of what the pipeline carries or gives, which may be packed."""
         if x.ndim == 4:
             return x
-        h, w = (2 * int(side) + 2 for side in self._given["img_ids"].reshape(-1, 3).amax(0)[1:])
-        return self.own.unpack(x, (h, w))
+        side = self._side
+        return self.own.unpack(x[:, : math.prod(side) // 4, : 4 * self.channels], side)
 
     def pack(self, z: Tensor) -> Tensor:
         """What the pipeline carries out of latents (B, C, h, w)."""

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from guidekit.backbones.base import Text
 from guidekit.backbones.text import TextDenoiser
-from guidekit.backbones.tokens import TemplateTokenizer
+from guidekit.backbones.tokenizers import TemplateTokenizer
 from guidekit.conditions import Condition
 
 
@@ -41,6 +41,10 @@ class Sana(TextDenoiser, families=("sana",)):
         # As in the pipeline: counted without the prompt, whose first token may take its last space.
         start = len(gemma(before)["input_ids"]) - 1
         return [TemplateTokenizer(gemma, length, before, lead=1, start=start)]
+
+    def read_text(self, prompt: str, tokenizer) -> str:
+        """The prompt after the instruction."""
+        return self._instruction + prompt
 
     @property
     def negative_tokenizer(self) -> TemplateTokenizer:

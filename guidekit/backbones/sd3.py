@@ -6,13 +6,14 @@ from torch import Tensor
 from guidekit.backbones.base import Text
 from guidekit.backbones.packed import dynamic_shift
 from guidekit.backbones.text import TextDenoiser
-from guidekit.backbones.tokens import KeyTokenizer
+from guidekit.backbones.tokenizers import KeyTokenizer
 
 
 class StableDiffusion3(TextDenoiser, families=("sd3",)):
     """Stable Diffusion 3 and 3.5."""
 
     cfg = 7.0
+    encoders = ("text_encoder", "text_encoder_2", "text_encoder_3")
 
     @property
     def multiple(self) -> int:

@@ -1,26 +1,28 @@
 """From phrases to key columns: which tokens of the encoded prompt belong to which words."""
 
-import re
+from collections.abc import Iterable
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
-from guidekit.conditions import Condition
+from guidekit.backbones.phrases import key, occurrences, places
+from guidekit.conditions import Condition, Segment
 from guidekit.errors import GuidekitError
 
 
-def token_columns(tokenizer, prompt: str, phrase: str) -> list[int]:
-    """Columns of the padded token sequence that overlap the phrase, at every occurrence.
+def token_columns(tokenizer, prompt: str, phrase: str, occurrence: int | None = None) -> list[int]:
+    """Columns of the padded token sequence that overlap the phrase.
 
-    Raises GuidekitError that shows the tokenisation if the phrase does not occur or is cut off.
+    occurrence: which one in the prompt, from 1; default every one. Raises GuidekitError that shows
+    the tokenisation if the phrase does not occur, is cut off, or is unknown to the tokenizer.
     """
-    spans = [m.span() for m in re.finditer(_whole_words(phrase), prompt, flags=re.IGNORECASE)]
+    spans = _chosen(places(prompt, phrase), phrase, occurrence)
     encoded = tokenizer(prompt, return_offsets_mapping=True)
     length = tokenizer.model_max_length
-    offsets = encoded["offset_mapping"]
     columns = [
         i
-        for i, (start, end) in enumerate(offsets)
+        for i, (start, end) in enumerate(encoded["offset_mapping"])
         if any(start < last and first < end for first, last in spans)
     ]
     if not columns:
@@ -33,38 +35,77 @@ def token_columns(tokenizer, prompt: str, phrase: str) -> list[int]:
             f"phrase {phrase!r} lies beyond the {length} tokens that the text encoder reads; "
             f"shorten the prompt ({show_tokens(tokenizer, prompt)})"
         )
+    _check_known(tokenizer, [encoded["input_ids"][i] for i in columns], phrase)
     return columns
 
 
-def _whole_words(phrase: str) -> str:
-    """Pattern of the phrase with any white space between its words and none of its words cut."""
-    words = r"\s+".join(re.escape(word) for word in phrase.split())
-    return rf"(?<!\w){words}(?!\w)"
+def _chosen(spans: list[tuple[int, int]], phrase: str, occurrence: int | None) -> list:
+    """All places of the phrase, or one of them."""
+    if occurrence is None or not spans:
+        return spans
+    if occurrence > len(spans):
+        raise GuidekitError(
+            f"occurrence {occurrence} of {phrase!r}: it occurs {len(spans)} times in the prompt"
+        )
+    return [spans[occurrence - 1]]
+
+
+def _check_known(tokenizer, ids: list[int], phrase: str) -> None:
+    """Raises GuidekitError if the tokenizer has no token of its own for the phrase."""
+    tokens = tokenizer.convert_ids_to_tokens(ids)
+    if all(token in UNKNOWN for token in tokens):
+        raise GuidekitError(
+            f"the tokenizer does not know {phrase!r}, so the text encoder cannot tell it from "
+            "other words; write it in a language that the model reads"
+        )
+
+
+UNKNOWN = ("<unk>", "[UNK]", "\u2581")  # with the mark of a word's begin, which T5 splits off
 
 
 def show_tokens(tokenizer, prompt: str) -> str:
     """The prompt's tokens with their columns, for error messages."""
-    ids = tokenizer(prompt)["input_ids"]
-    tokens = tokenizer.convert_ids_to_tokens(ids)
-    return "its tokens are " + " ".join(f"{i}:{t}" for i, t in enumerate(tokens) if t)
+    encoded = tokenizer(prompt, return_offsets_mapping=True)
+    tokens = tokenizer.convert_ids_to_tokens(encoded["input_ids"])
+    shown = []
+    for i, (token, (start, end)) in enumerate(zip(tokens, encoded["offset_mapping"], strict=True)):
+        # Tokens of bytes are shown as the letters that they stand for.
+        own = token if token is None or token.isascii() else prompt[max(start, 0) : max(end, 0)]
+        if token:
+            shown.append(f"{i}:{own or token}")
+    return "its tokens are " + " ".join(shown)
 
 
 def append_phrases(condition: Condition, tokenizer) -> Condition:
-    """The condition with every phrase that its prompt lacks added at the end of the prompt."""
-    from dataclasses import replace
+    """The condition with the phrases that its prompt lacks added at the end of the prompt.
 
+    A phrase of several segments is added until it occurs once for each of them.
+    """
     prompt = condition.prompt
+    wanted: dict[str, list[Segment]] = {}
     for segment in condition.segments:
-        if not re.search(_whole_words(segment.phrase), prompt, flags=re.IGNORECASE):
-            prompt = f"{prompt} {segment.phrase}".strip()
+        if segment.tokens is None:
+            wanted.setdefault(key(segment.phrase), []).append(segment)
+    for segments in wanted.values():
+        phrase = segments[0].phrase
+        least = max([len(segments), *(s.occurrence or 0 for s in segments)])
+        for _ in range(least - len(places(prompt, phrase))):
+            prompt = f"{prompt} {phrase}".strip()
     return replace(condition, prompt=prompt)
 
 
 def segment_columns(tokenizers: list, condition: Condition) -> list[list[int]]:
-    """Columns of each segment of one picture; all tokenizers must agree, as SDXL's two do."""
+    """Columns of each segment of one image; all tokenizers must agree, as SDXL's two do.
+
+    Columns given by hand (`Segment.tokens`) are taken as they are. Several segments with one
+    phrase have one occurrence each (`backbones.phrases.occurrences`).
+    """
     columns = []
-    for segment in condition.segments:
-        found = [token_columns(t, condition.prompt, segment.phrase) for t in tokenizers]
+    for segment, nth in zip(condition.segments, occurrences(condition), strict=True):
+        if segment.tokens is not None:
+            columns.append(_by_hand(tokenizers, segment))
+            continue
+        found = [token_columns(t, condition.prompt, segment.phrase, nth) for t in tokenizers]
         if any(other != found[0] for other in found[1:]):
             raise GuidekitError(
                 f"the text encoders cut {segment.phrase!r} into different tokens: "
@@ -72,6 +113,22 @@ def segment_columns(tokenizers: list, condition: Condition) -> list[list[int]]:
             )
         columns.append(found[0])
     return columns
+
+
+def _by_hand(tokenizers: list, segment: Segment) -> list[int]:
+    """The columns that the user gave; raises GuidekitError for one that there is not."""
+    length = min(tokenizer.model_max_length for tokenizer in tokenizers)
+    if max(segment.tokens) >= length:
+        raise GuidekitError(
+            f"segment {segment.phrase!r}: token {max(segment.tokens)}, and the text has columns 0 "
+            f"to {length - 1}"
+        )
+    return sorted(segment.tokens)
+
+
+def looked_up(conditions: Iterable[Condition]) -> list[str]:
+    """The prompts in which some segment's tokens are looked up, not given by hand."""
+    return [c.prompt for c in conditions if any(s.tokens is None for s in c.segments)]
 
 
 def segment_weights(tokenizers: list, conditions: list[Condition], length: int) -> Tensor:
@@ -94,75 +151,3 @@ def real_tokens(tokenizers: list, conditions: list[Condition], length: int) -> T
         own = torch.tensor(tokenizers[0](condition.prompt)["attention_mask"][:length])
         row[: len(own)] = own.bool()
     return mask
-
-
-class KeyTokenizer:
-    """Tokenizers whose texts stand one after the other among a denoiser's keys.
-
-    parts: (tokenizer, length) in the order of the keys, None where a text encoder is absent. It
-    answers like one tokenizer whose parts but the last are padded and cut to their lengths.
-    """
-
-    def __init__(self, parts: list[tuple]):
-        self.parts = parts
-        self.model_max_length = sum(length for _, length in parts)
-
-    def __call__(self, text: str, **_) -> dict[str, list]:
-        """`input_ids`, `attention_mask` and `offset_mapping` of a prompt, column by column."""
-        found = {"input_ids": [], "attention_mask": [], "offset_mapping": []}
-        padding = {"input_ids": None, "attention_mask": 0, "offset_mapping": (0, 0)}
-        end = 0
-        for i, (tokenizer, length) in enumerate(self.parts):
-            end += length
-            last = i == len(self.parts) - 1
-            cut = {} if last else {"truncation": True, "max_length": length}
-            part = tokenizer(text, return_offsets_mapping=True, **cut) if tokenizer else {}
-            for name, values in found.items():
-                values += part.get(name, [])
-                values += [] if last else [padding[name]] * (end - len(values))
-        return found
-
-    def convert_ids_to_tokens(self, ids: list[int | None]) -> list[str]:
-        """The tokens of `input_ids`; padding is empty."""
-        tokens, start = [], 0
-        for tokenizer, length in self.parts:
-            part, start = ids[start : start + length], start + length
-            tokens += ["" if i is None else tokenizer.convert_ids_to_tokens(i) for i in part]
-        return tokens
-
-
-class TemplateTokenizer:
-    """The tokenizer of a text encoder that reads each prompt inside a text of the pipeline's own.
-
-    before, after: what stands around the prompt. lead, start: the model sees the first `lead`
-    tokens and those from `start` on. length: the most tokens that it sees. It answers for these
-    tokens, with places in the prompt alone; those of the text around lie outside of it.
-    """
-
-    def __init__(
-        self,
-        tokenizer,
-        length: int,
-        before: str = "",
-        after: str = "",
-        lead: int = 0,
-        start: int = 0,
-    ):
-        self.tokenizer, self.model_max_length = tokenizer, length
-        self.before, self.after, self.lead, self.start = before, after, lead, start
-
-    def __call__(self, text: str, **_) -> dict[str, list]:
-        """`input_ids`, `attention_mask` and `offset_mapping` of a prompt, column by column."""
-        around = f"{self.before}{text}{self.after}"
-        found = self.tokenizer(around, return_offsets_mapping=True)
-        seen = {name: self._seen(found[name]) for name in ("input_ids", "attention_mask")}
-        places = self._seen(found["offset_mapping"])
-        own = [(first - len(self.before), last - len(self.before)) for first, last in places]
-        return seen | {"offset_mapping": own}
-
-    def _seen(self, values: list) -> list:
-        return [*values[: self.lead], *values[self.start :]]
-
-    def convert_ids_to_tokens(self, ids: list[int]) -> list[str]:
-        """The tokens of `input_ids`."""
-        return self.tokenizer.convert_ids_to_tokens(ids)

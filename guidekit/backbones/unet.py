@@ -1,39 +1,26 @@
 """Stable Diffusion 1.x and 2.x, and SDXL: UNets that cross-attend to CLIP."""
 
 import torch
-from diffusers import DiffusionPipeline
 from torch import Tensor
 
 from guidekit.backbones.base import Text
 from guidekit.backbones.text import TextDenoiser
-from guidekit.conditions import Condition
+from guidekit.backbones.tokenizers import expanding
 from guidekit.errors import GuidekitError
 
 
 class StableDiffusion(TextDenoiser, families=("sd",)):
-    """Stable Diffusion 1.x and 2.x.
+    """Stable Diffusion 1.x and 2.x."""
 
-    Raises GuidekitError for a model that takes the guidance scale as an input.
-    """
-
-    def __init__(self, pipeline: DiffusionPipeline):
-        super().__init__(pipeline)
+    def check_own_loop(self) -> None:
+        """Raises GuidekitError, too, for a model that takes the guidance scale as an input."""
+        super().check_own_loop()
         if getattr(self.model.config, "time_cond_proj_dim", None) is not None:
             raise GuidekitError(
-                "this model is distilled with the guidance scale as an input (time_cond_proj_dim);"
-                " use the model that it was distilled from"
+                "this model is distilled with the guidance scale as an input (time_cond_proj_dim), "
+                "which its pipeline gives it: call the pipeline inside guidekit.attach, or use the "
+                "model that it was distilled from"
             )
-
-    def check(self, conditions: list[Condition]) -> None:
-        """Refuses models that take more than latents: inpainting, editing by instructions."""
-        own = self.vae.config.latent_channels
-        if self.channels != own:
-            raise GuidekitError(
-                f"the model takes {self.channels} channels, a latent has {own}: the others are an "
-                "image or a mask, which sample does not give; use guidekit.attach around a call "
-                "of the model's own pipeline"
-            )
-        super().check(conditions)
 
     @property
     def text_length(self) -> int:
@@ -42,7 +29,7 @@ class StableDiffusion(TextDenoiser, families=("sd",)):
 
     def key_tokenizers(self, length: int) -> list:
         """The tokenizer of CLIP."""
-        return [self.pipeline.tokenizer]
+        return [expanding(self.pipeline, self.pipeline.tokenizer)]
 
     def text(self, prompts: list[str], size: tuple[int, int], null: bool = False) -> Text:
         """The encoded prompts."""
@@ -54,10 +41,22 @@ class StableDiffusion(TextDenoiser, families=("sd",)):
 class StableDiffusionXL(StableDiffusion, families=("sdxl",)):
     """SDXL: two text encoders joined in channels, a pooled one, sizes."""
 
+    encoders = ("text_encoder", "text_encoder_2")
+
     def key_tokenizers(self, length: int) -> list:
-        """The tokenizers of both text encoders; each token has one key."""
-        second = self.pipeline.tokenizer_2
-        return [self.pipeline.tokenizer] + ([] if second is None else [second])
+        """The tokenizers of both text encoders; each token has one key. The refiner has one."""
+        both = (self.pipeline.tokenizer, self.pipeline.tokenizer_2)
+        return [expanding(self.pipeline, t) for t in both if t is not None]
+
+    @property
+    def text_length(self) -> int:
+        """Number of text tokens that pixels attend to."""
+        return self.key_tokenizers(0)[0].model_max_length
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Type of the latents: that of the text states."""
+        return self.pipeline.text_encoder_2.dtype
 
     def text(self, prompts: list[str], size: tuple[int, int], null: bool = False) -> Text:
         """The encoded prompts; a null is zeros where it is empty and the pipeline says so."""

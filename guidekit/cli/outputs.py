@@ -94,7 +94,9 @@ def _segment_table(index: int, segment: Segment) -> dict[str, Any]:
         place = {"box": list(segment.box)}
     table = {"phrase": segment.phrase, **place}
     table |= {"strength": segment.strength, "negative": segment.negative}
-    return table if segment.prompt is None else table | {"prompt": segment.prompt}
+    tokens = None if segment.tokens is None else list(segment.tokens)
+    more = {"prompt": segment.prompt, "occurrence": segment.occurrence, "tokens": tokens}
+    return table | {name: value for name, value in more.items() if value is not None}
 
 
 def save_masks(segments: tuple[Segment, ...], folder: Path) -> None:

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from guidekit.attention.call import AttentionCall, attend
-from guidekit.attention.maps import token_maps
+from guidekit.attention.maps import resized_logits, token_maps
 from guidekit.backbones.padding import aligned, reorder, taken
 from guidekit.backbones.records import in_pixels, site_features, site_grid
 from guidekit.branches import Branch
@@ -120,9 +120,7 @@ class Capture:
         family = self.step.run.denoiser.family
         n_text = reads[0].weights.shape[1]
         rows = family.rows(call.query.shape[2], n_text)
-        plain = [
-            r for r in reads if not (r.per_head or r.tokens is not None or r.extra is not None)
-        ]
+        plain = [r for r in reads if r.plain]
         if plain:
             weights = torch.cat([_placed(r.weights, family, call) for r in plain], -1)
             out, maps = attend(call, weights, rows=rows, columns=_columns(plain, family, call))
@@ -139,7 +137,7 @@ class Capture:
 
     def _keep(self, read: AttentionRead, site: str, maps: Tensor) -> None:
         """Maps (..., N) as pictures (..., h, w), the first time only."""
-        self.found.setdefault((id(read), site), maps.unflatten(-1, read.sites[site]))
+        self.found.setdefault((id(read), site), maps.unflatten(-1, read.shape(site)))
 
 
 def _placed(weights: Tensor, family, call: AttentionCall) -> Tensor:
@@ -172,8 +170,17 @@ def _variant(call: AttentionCall, read: AttentionRead, family, rows: slice) -> T
         key = torch.cat([key, extra], 2)
         weights = torch.nn.functional.pad(weights, (0, 0, 0, extra.shape[2]))
         mask = None if mask is None else _open(mask, extra.shape[2])
+    query = call.query[:, :, rows]
+    mask = _cut_rows(mask, rows)
+    if read.resize:
+        query, mask = resized_logits(query, mask, read.sites[call.site], read.resize)
     reduce = "none" if read.per_head else "mean"
-    return token_maps(call.query, key, weights, mask, call.scale, rows, reduce)
+    return token_maps(query, key, weights, mask, call.scale, reduce=reduce)
+
+
+def _cut_rows(mask: Tensor | None, rows: slice) -> Tensor | None:
+    """The rows of a mask (B or 1, H or 1, N or 1, T), which may be one for all queries."""
+    return mask if mask is None or mask.shape[2] == 1 else mask[:, :, rows]
 
 
 def _both(mask: Tensor | None, allowed: Tensor, call: AttentionCall) -> Tensor:

@@ -363,11 +363,6 @@ def test_controlnet_residuals_are_replayed(pipe, guess):
     assert attached.account.acted("zest")
 
 
-class Twice(Guidance):
-    def repeats(self, step):
-        return 2
-
-
 class Picky(Guidance):
     def accept(self, images):
         return images.mean((1, 2, 3)) > 0
@@ -377,7 +372,7 @@ class Own(Guidance):
     own_loop: ClassVar[bool] = True
 
 
-@pytest.mark.parametrize("cls, why", [(Twice, "repeats"), (Picky, "rejects"), (Own, "own loop")])
+@pytest.mark.parametrize("cls, why", [(Picky, "rejects"), (Own, "own loop")])
 def test_what_needs_its_own_loop_is_refused_at_once(pipe, cls, why):
     with pytest.raises(ValueError, match=f"{why}.*guidekit.sample"):
         with attach(pipe, [cls()]):

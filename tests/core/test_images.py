@@ -173,4 +173,4 @@ def test_numbers_in_names_are_numbers(tmp_path):
 
 @given(st.lists(st.text(max_size=6), unique=True))
 def test_every_list_of_names_has_one_order(names):
-    assert sorted(names, key=numbered) == sorted(names[::-1], key=numbered)
+    assert sorted(names, key=numbered) == sorted(reversed(names), key=numbered)

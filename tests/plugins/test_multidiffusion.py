@@ -1,12 +1,14 @@
 """MultiDiffusion: against the paper's fusing of next samples, and its bootstrapping and windows."""
 
 import copy
+from dataclasses import replace
 
 import pytest
 import torch
+from diffusers import DDIMScheduler, EulerDiscreteScheduler
 
 import tiny
-from guidekit import Condition, Sampling, Segment, box_mask
+from guidekit import Condition, Guidance, Sampling, Segment, box_mask
 from guidekit_multidiffusion import MultiDiffusion, region_masks, windows
 
 LEFT, RIGHT = box_mask((0, 0, 0.5, 1)), box_mask((0.5, 0, 1, 1))
@@ -77,6 +79,32 @@ def test_bootstrapping_keeps_z_in_the_mask_and_shows_one_colour_around_it(pipe):
             away = ~mask[b, 0]
             distances = (guidance._backgrounds - clean[b]).abs()[..., away].amax((1, 2))
             assert distances.min() < 1e-3
+
+
+@pytest.mark.parametrize("scheduler", [DDIMScheduler, EulerDiscreteScheduler])
+def test_bootstrapping_noises_with_what_the_run_begins_with(pipe, scheduler):
+    """As in the released code: a region's first input is z, but for the trace of the colour."""
+    own = scheduler.from_config(pipe.scheduler.config)
+    sampling = Sampling(pipe, TWO, [MultiDiffusion(bootstrap=1.0)], steps=10, scheduler=own)
+    steps = iter(sampling)
+    step = next(steps)
+    away = ~region_masks([TWO], (16, 16))[0, 0].bool().expand(4, 16, 16)
+    x, z = step.evals["region0"].branch.x[0][away], step.z[0][away]
+    assert torch.corrcoef(torch.stack([x, z]))[0, 1] > 0.98
+    kept = sampling.guidances[0]._noise
+    torch.testing.assert_close(kept, step.z / step.level.norm)
+    next(steps)
+    assert sampling.guidances[0]._noise is kept
+
+
+def test_without_the_main_prompts_branch_it_says_why(pipe):
+    class Renames(Guidance):
+        def branches(self, step, branches):
+            return [replace(b, name="other") if b.name == "cond" else b for b in branches]
+
+    sampling = Sampling(pipe, TWO, [Renames(), MultiDiffusion()], steps=2)
+    with pytest.raises(ValueError, match="needs the branch 'cond'.*null, other"):
+        sampling.finish()
 
 
 def test_colours_change_with_step_and_region_but_not_with_the_batch(pipe):

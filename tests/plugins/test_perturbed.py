@@ -124,6 +124,18 @@ def test_dropout_of_1_skips_the_blocks(pipe):
     assert torch.equal(skipped.evals["skiplayer"].out, dropped.evals["autoguidance"].out)
 
 
+def test_masks_are_of_the_image_and_not_of_the_batch(pipe):
+    """Drawn on the model's device from the seed, the step and the site."""
+
+    def out(seeds):
+        steps = run(pipe, Autoguidance(dropout=0.5), seeds=seeds, steps=2)
+        return next(iter(steps)).evals["autoguidance"].out
+
+    both, alone, other = out([3, 4]), out([4]), out([5])
+    torch.testing.assert_close(both[1:], alone, rtol=1e-3, atol=1e-4)
+    assert (alone - other).abs().max() > 1e-2
+
+
 def test_dropout_keeps_the_mean_of_what_a_block_adds(pipe):
     shares = []
 

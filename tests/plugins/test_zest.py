@@ -7,6 +7,7 @@ from typing import get_args
 
 import pytest
 import torch
+import torch.nn.functional as F
 from diffusers import (
     DDIMScheduler,
     EulerDiscreteScheduler,
@@ -14,8 +15,9 @@ from diffusers import (
 )
 
 import tiny
-from guidekit import Condition, Sampling, Segment, box_mask
+from guidekit import Condition, Sampling, Segment, average_maps, box_mask
 from guidekit.options import option_kinds
+from guidekit.testing import miniatures
 from guidekit_zest import PRESETS, Zest
 
 
@@ -83,6 +85,12 @@ def predictions(pipe, name, choices, **options):
         ("negatives", ("", "green", "green, white square"), {}),
         ("resolutions", ("", "16", "8"), {}),
         ("sites", ("", "*up_blocks.1*attn2"), {}),
+        ("without", ("", "fine-encoder"), {}),
+        ("resize", choices("resize"), {}),
+        ("grid", choices("grid"), {}),
+        ("gain", (1.0, 10.0), {}),
+        ("gate", (0.0, 0.2), {}),
+        ("gate_normalised", (0.0, 0.9), {}),
         ("preset", ("", *PRESETS), {}),
     ],
 )
@@ -98,7 +106,7 @@ def test_every_choice_runs_and_differs(pipe, name, choices, options):
 def test_decays_differ_after_the_first_step(pipe):
     rows = {}
     for decay in choices("decay"):
-        sampling = Sampling(pipe, BOTH, [Zest(decay=decay, stop=1.0)], steps=4).finish()
+        sampling = Sampling(pipe, BOTH, [Zest(decay=decay, stop=0.9)], steps=4).finish()
         rows[decay] = sampling.latents
     for one, other in itertools.combinations(rows.values(), 2):
         assert (one - other).abs().max() > 1e-4
@@ -108,10 +116,13 @@ def test_decays_differ_after_the_first_step(pipe):
 
 def test_presets_fill_fields_that_were_left_alone():
     assert Zest(preset="paper") == Zest(preset="paper", scale=1.0, loss="bce")
-    released = Zest(preset="sd14")
+    released = Zest(preset="like-sd14")
     assert (released.scale, released.decay, released.eps) == (0.3, "noise", 1e-3)
-    assert Zest(preset="sdxl", scale=0.7).scale == 0.7
-    assert Zest(preset="sdxl").aggregate == "top"
+    assert (released.resize, released.gain, released.gate) == ("logits", 10.0, 0.01)
+    assert Zest(preset="like-sdxl", scale=0.7).scale == 0.7
+    assert Zest(preset="like-sd14", scale=1.0).scale == 1.0
+    assert Zest(preset="like-sdxl").aggregate == "top"
+    assert [Zest(preset="like-sdxl").schedule(f) for f in (0.0, 0.25, 0.5)] == [1.0, 0.75, 0.5]
 
 
 class Measured(Zest):
@@ -196,6 +207,69 @@ def test_the_output_does_not_see_negatives(pipe):
     torch.testing.assert_close(plain.out, other.out, rtol=1e-4, atol=1e-5)
 
 
+def released_maps(pipe, guidance, condition):
+    """Attention (S, h, w) and loss as the release has them, from the inputs of its modules.
+
+    Logits are resized, softmaxed over all tokens, averaged over modules and heads, and summed over
+    the tokens of each phrase; the loss is Eq. 4 on the masks' means over each pixel.
+    """
+    kept = {}
+
+    def keep(site):
+        def hook(module, args, kwargs):
+            kept.setdefault(site, (module, args[0], kwargs["encoder_hidden_states"]))
+
+        return hook
+
+    run = Sampling(pipe, condition, [guidance], seeds=[0], steps=4, cfg=1.0)
+    handles = [
+        pipe.unet.get_submodule(site).register_forward_pre_hook(keep(site), with_kwargs=True)
+        for site in guidance._read.sites
+    ]
+    step = next(iter(run))
+    for handle in handles:
+        handle.remove()
+    maps = []
+    for site, (module, pixels, text) in kept.items():
+        q, k = (
+            p.unflatten(-1, (module.heads, -1)).transpose(1, 2)
+            for p in (module.to_q(pixels), module.to_k(text))
+        )
+        logits = (q @ k.mT * module.scale)[0].mT.unflatten(-1, guidance._read.sites[site])
+        maps.append(F.interpolate(logits, (16, 16), mode="bilinear").softmax(1).mean(0))
+    mean = torch.stack(maps).mean(0)
+    return step, torch.stack([mean[[2, 3]].sum(0), mean[6]]).detach()
+
+
+def test_logits_are_resized_before_the_softmax_as_in_the_release(pipe):
+    guidance = Zest(resize="logits")
+    step, expected = released_maps(pipe, guidance, BOTH)
+    maps = step.cond.attention(guidance._read)
+    assert {m.shape[-2:] for m in maps.values()} == {(16, 16)}
+    found = torch.stack(list(maps.values())).mean(0)[0]
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-6)
+    other = first_step(pipe, plain := Zest(), cfg=1.0).cond.attention(plain._read)
+    assert (average_maps(other, (16, 16))[0] - expected).abs().max() > 1e-4
+
+
+def test_negatives_are_refused_where_keys_are_not_of_clips_states(monkeypatch):
+    asked = Condition("a red circle", segments=(Segment("red circle", LEFT),))
+    for build in (miniatures.pixart_pipeline, miniatures.sana_pipeline, miniatures.qwen_pipeline):
+        with pytest.raises(ValueError, match="zest.negatives .* leave them out"):
+            Sampling(build(), asked, [Zest(negatives=("green",))], steps=2)
+
+
+def test_gates_leave_low_pixels_alone_and_gain_moves_the_target():
+    maps = torch.tensor([[[[0.004, 0.2, 0.05]]]], requires_grad=True)
+    masks = torch.tensor([[[[0.0, 0.0, 1.0]]]])
+    guide = Zest(loss="bce_plain", gain=10.0, gate=0.05, eps=1e-3)
+    (grad,) = torch.autograd.grad(guide._loss(maps, masks).sum(), maps)
+    # 10 * 0.004 is below the gate, 10 * 0.2 is clipped at 1 - eps, 10 * 0.05 pulls up.
+    assert grad.flatten().sign().tolist() == [0.0, 0.0, -1.0]
+    (grad,) = torch.autograd.grad(Zest(loss="bce_plain")._loss(maps, masks).sum(), maps)
+    assert grad.flatten().sign().tolist() == [1.0, 1.0, -1.0]
+
+
 def test_the_report_has_maps_before_and_after(pipe):
     sampling = Sampling(pipe, BOTH, [Zest(stop=1.0)], steps=3).finish()
     pictures = sampling.account.pictures
@@ -214,6 +288,9 @@ def test_the_report_has_maps_before_and_after(pipe):
         ({"preset": "sd3"}, "no preset"),
         ({"eps": 0.5}, "eps"),
         ({"top": 0}, "top"),
+        ({"gain": 0.0}, "gain is a positive factor"),
+        ({"without": ("decoder",)}, "without must be"),
+        ({"resize": "queries"}, "resize must be one of"),
         ({"scale": float("inf")}, "finite"),
         ({"start": 0.6, "stop": 0.5}, "start <= stop"),
     ],
@@ -229,6 +306,7 @@ def test_wrong_values_raise(options, message):
         ({}, Condition("a red circle"), "needs segments"),
         ({"sites": "nowhere"}, BOTH, "matches no attention site"),
         ({"resolutions": "64"}, BOTH, "the sites have 8, 16"),
+        ({"sites": "mid_block*attn2", "without": "middle"}, BOTH, "no site is left of mid_block"),
         ({}, Condition("a circle", segments=(Segment("red", LEFT),)), "does not occur"),
     ],
 )
