@@ -37,13 +37,16 @@ from guidekit.train.precision import (
 from guidekit.train.processes import processes
 from guidekit.train.shards import dealt_like, is_shard, own, whole
 
-MOST_SKIPPED = 50  # steps in a row without a finite gradient; then the training gives up
+# Steps in a row without a finite gradient after which a training gives up: on the way, at its end.
+MOST_SKIPPED, DIVERGED = 50, 3
 
 
 class Task(Source, Protocol):
     """What the loop needs of a task."""
 
     net: nn.Module  # all trained weights; called as net(**batch) and returns named losses
+    # `ready(end)`, which may be left out, is called by all processes before the batches are used
+    # whose numbers lie below `end`.
 
     def whole_net(self) -> nn.Module:
         """A second net of the same form, needed by FSDP2 alone, whose nets are in shards."""
@@ -121,23 +124,32 @@ class Loop:
                     self._leave(reason)
                 if done or reason:
                     break
+                self._make_ready()
                 losses = self._train_step()
                 self.step += 1
                 bar.update()
                 if self.step % self.options.log_every == 0 or self.step == self.options.steps:
                     values = self.metrics.write(self.step, losses, self.skipped)
                     bar.set_postfix({k: f"{v:.4f}" for k, v in values.items()})
-                if self.step % self.options.save_every == 0:
+                if self.step % self.options.save_every == 0 and not self._skipped_in_a_row:
                     self.save()
                 if self.step % self.options.preview_every == 0:
                     self.preview()
+        self._check_converging(DIVERGED)
         self.save()
         self.preview()
         self.metrics.end()
 
+    def _make_ready(self) -> None:
+        """Lets a task that makes its data on the way make what the next step reads."""
+        if ready := getattr(self.task, "ready", None):
+            turns = (self.step + 1) * self.options.accumulate * self.accelerator.num_processes
+            ready(turns * self.options.batch)
+
     def _leave(self, reason: Stop) -> None:
         """Saves and ends the process, as all of them do after the same step."""
-        self.save()
+        if not self._skipped_in_a_row:  # else what was saved before is better
+            self.save()
         self.accelerator.wait_for_everyone()
         if reason == Stop.INT:
             raise KeyboardInterrupt
@@ -181,17 +193,21 @@ class Loop:
             return
         self.skipped += 1
         self._skipped_in_a_row += 1
-        if self._skipped_in_a_row >= MOST_SKIPPED:
-            raise GuidekitError(
-                f"{self.folder}: the gradient was not finite in {MOST_SKIPPED} steps one after "
-                f"another, up to step {self.step}; lower lr or clip, and start again: it continues "
-                "from the last checkpoint"
-            )
+        self._check_converging(MOST_SKIPPED)
         if scaler is None and self.accelerator.is_main_process:
             warnings.warn(
                 f"{self.folder.name}: the gradient of step {self.step} is not finite; the step is "
                 f"skipped, {self.skipped} so far",
                 stacklevel=2,
+            )
+
+    def _check_converging(self, most: int) -> None:
+        """Raises GuidekitError where the last `most` steps had no finite gradient."""
+        if self._skipped_in_a_row >= most:
+            raise GuidekitError(
+                f"{self.folder}: the gradient was not finite in {self._skipped_in_a_row} steps one "
+                f"after another, at step {self.step}; lower lr or clip, and start again: it "
+                "continues from the last checkpoint"
             )
 
     @contextlib.contextmanager
