@@ -29,7 +29,7 @@ from guidekit.semantica.pairs import (
 )
 
 ROWS = 2**16  # of a partition, about
-BUFFER = 2**26  # bytes of rows that are dealt at a time
+BUFFER = 2**24  # bytes of rows that are dealt at a time
 MOST = 64  # rows that are paired with each other; a larger page is dealt into groups
 BLOCK = 2**22  # numbers of the groups whose cosines are taken at a time
 POWERS = np.uint64(1) << np.arange(MOST, dtype=np.uint64)
