@@ -45,9 +45,14 @@ def same_backbone(one: dict, two: dict, levels: bool = False) -> bool:
     """
     if any(one.get(k) != two.get(k) for k in ("class", "shapes")):
         return False
-    if levels and one["levels"] != two["levels"]:
+    if levels and one.get("levels") != two.get("levels"):
         return False
-    norms, sums = (torch.tensor([x[k] for x in (one, two)]).double() for k in ("norms", "sums"))
+    try:  # one of them is from a file
+        norms, sums = (
+            torch.tensor([x[k] for x in (one, two)], dtype=torch.float64) for k in ("norms", "sums")
+        )
+    except (KeyError, TypeError, ValueError, RuntimeError):
+        return False
     away = (sums[0] - sums[1]).abs()
     close = torch.isclose(norms[0], norms[1], rtol=MOST / 2, atol=1e-5)
     return bool(close.all() and away.max() <= MOST and away.square().mean().sqrt() <= TYPICAL)

@@ -179,7 +179,7 @@ def _samples(path: Path, place: int) -> Iterator[tuple[str, dict[str, bytes] | N
     (name, None, ...) where the tar is damaged.
     """
     key, parts, end = "", {}, path.stat().st_size
-    if place >= end:
+    if place and place >= end:
         return
     try:
         with open(path, "rb") as file, tarfile.open(fileobj=_seek(file, place), mode="r|") as tar:

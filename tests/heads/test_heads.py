@@ -415,6 +415,8 @@ def test_a_fingerprint_sees_all_weights_and_no_rounding(dtype):
     pipe.scheduler = DDPMScheduler(beta_schedule="squaredcos_cap_v2")
     other = fingerprint(Denoiser(pipe))
     assert same_backbone(own, other) and not same_backbone(own, other, levels=True)
+    for numbers in (None, [], "x", [[0.0]], own["sums"][1:], ["a"] * len(own["sums"])):
+        assert not same_backbone(own, own | {"sums": numbers})
 
 
 def test_the_fingerprint_of_a_model_that_reads_text_has_its_encoder():
