@@ -91,9 +91,10 @@ class Digits:
             part = wanted[first : first + self.batch]
             seeds = [derived_seed(self.seed, tag, first + i) for i in range(len(part))]
             guidance = make(part)
+            own = isinstance(guidance, Fewshot)
             run = Sampling(
                 self.denoiser,
-                Condition(),
+                [Condition(targets={"fewshot": int(w)} if own else {}) for w in part],
                 [] if guidance is None else [guidance],
                 seeds=seeds,
                 steps=self.steps,
@@ -187,9 +188,7 @@ class Digits:
 
     def _fewshot(self, head: Head, form: str, scale: float, start: float | None = None) -> Make:
         start, folder = self.start if start is None else start, self._saved(head)
-        return lambda wanted: Fewshot(head=folder, form=form, scale=scale, start=start).towards(
-            wanted
-        )
+        return lambda wanted: Fewshot(head=folder, form=form, scale=scale, start=start)
 
     def _saved(self, head: Head) -> Path:
         return head.save(self.store.folder / "heads" / f"{id(head)}")

@@ -45,6 +45,9 @@ def shape_iou(found: np.ndarray, wanted: np.ndarray) -> float:
     return float(np.mean(scores)) if scores else 0.0
 
 
+NOTHING = Condition()
+
+
 @dataclass
 class Scenes:
     """Model, judge and settings of the tables of scenes."""
@@ -83,15 +86,10 @@ class Scenes:
             self.heads[key] = fit(self.denoiser, examples, options)[0]
         return self.heads[key]
 
-    def sample(self, guidances: list[Guidance], seeds: list[int]) -> Tensor:
+    def sample(self, guidances: list[Guidance], seeds: list[int], conditions=NOTHING) -> Tensor:
         """Pictures in [0, 1]."""
-        return (
-            Sampling(
-                self.denoiser, Condition(), guidances, seeds=seeds, steps=self.steps, cfg=self.cfg
-            )
-            .finish()
-            .images
-        )
+        options = {"seeds": seeds, "steps": self.steps, "cfg": self.cfg}
+        return Sampling(self.denoiser, conditions, guidances, **options).finish().images
 
     def _key(self, method: str, draw: int) -> dict:
         return {
@@ -116,15 +114,19 @@ class Scenes:
         for i in range(0, self.per_draw, self.batch):
             masks = wanted[i : i + self.batch]
             seeds = [derived_seed(self.seed, "masks", first + i + j) for j in range(len(masks))]
-            guidances = [] if method == "unguided" else [self._guidance(method, draw, masks)]
-            found.append(self.see(self.sample(guidances, seeds)))
+            if method == "unguided":
+                images = self.sample([], seeds)
+            else:
+                conditions = [Condition(targets={"fewshot": mask}) for mask in masks]
+                images = self.sample([self._guidance(method, draw)], seeds, conditions)
+            found.append(self.see(images))
         return {"found": np.concatenate(found), "wanted": wanted.numpy()}
 
-    def _guidance(self, method: str, draw: int, masks: Tensor) -> Fewshot:
+    def _guidance(self, method: str, draw: int) -> Fewshot:
         head = self.head(method, draw)
         folder = self.store.folder / "heads" / f"{id(head)}"
         head.save(folder)
-        return Fewshot(head=folder, **self._fields(method)).towards(masks)
+        return Fewshot(head=folder, **self._fields(method))
 
     def _fields(self, method: str) -> dict:
         """Form and scale of a method: the paper's, or the model's tuned ones."""

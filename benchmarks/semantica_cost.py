@@ -114,6 +114,10 @@ class NoisePages:
 
     side: int
     width: int
+    has_tokens: bool = True
+
+    def ready(self, end: int) -> None:
+        """All of it is there."""
 
     def shapes(self) -> tuple[int, int, int]:
         """Those of DINOv2's features."""

@@ -1,6 +1,6 @@
 """What the user wants in one image: a prompt, and phrases of it with masks."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -111,6 +111,9 @@ class Condition:
     segments: tuple[Segment, ...] = field(default=())
     label: int | None = None  # of models that are conditioned on classes
     image: Reference | None = None  # an image to follow; also given as one of PIL, or a path
+    # What guidances are to reach in this image, by their names: for fewshot a class's number or
+    # name, or a mask of class numbers. It goes with the image through batches and retries.
+    targets: Mapping[str, Any] = field(default_factory=dict, compare=False)
 
     def __post_init__(self) -> None:
         for name in ("prompt", "negative"):

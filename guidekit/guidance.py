@@ -120,6 +120,11 @@ class Guidance:
         """The plugin's name in messages and in run.json; the registry sets it."""
         return getattr(self, "_name", "") or self.plugin or type(self).__name__.lower()
 
+    @property
+    def rejects(self) -> bool:
+        """Whether it may reject finished images."""
+        return type(self).accept is not Guidance.accept
+
     def active(self, frac: float) -> bool:
         """Whether it acts at the step that begins after the fraction `frac` of all steps."""
         return self.scale != 0 and self.start <= frac < self.stop

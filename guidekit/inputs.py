@@ -39,6 +39,7 @@ def load(name: str, device: str | None = None, dtype: Any = None) -> DiffusionPi
     device: default CUDA if there is one. dtype: default float32 on a CPU and for built-ins. Raises
     GuidekitError that says what exists.
     """
+    name = str(name)
     if ":" not in name or Path(name).exists():
         return loading.load(name, device, dtype)
     import torch

@@ -83,9 +83,10 @@ def load_layout(path: str | Path) -> Condition:
     `{"prompt": ..., "negative": ..., "label": 3, "map": "layout.png", "segments": [{"phrase": "red
     circle", "box": [l, t, r, b] | "mask": "left.png" | "value": 3 | "#ff0000", "strength":
     1.0, "occurrence": 2 | "tokens": [4, 5]}]}`. `value` is a number of the image `map` (a palette's
-    index, or a grey of 8 to 32 bits), or a colour that it shows; of a JPEG the pixels count that are
-    nearer to it than to any other colour of the layout or the map. `occurrence` and `tokens` are as
-    in `Segment`. Paths are relative to the file. Raises GuidekitError that names the key at fault.
+    index, or a grey of 8 to 32 bits), or a colour that it shows; of a JPEG the pixels count that
+    are nearer to it than to any other colour of the layout or the map. `occurrence` and `tokens`
+    are as in `Segment`. Paths are relative to the file. Raises GuidekitError that names the key at
+    fault.
     """
     path = Path(path)
     try:

@@ -105,6 +105,20 @@ class Run:
         self.reads.tap(guidance, "block", names)
         return names
 
+    def targets(self, guidance: object) -> list | None:
+        """What the conditions ask of the guidance, one for each image; None if none does.
+
+        Raises GuidekitError where some do and others do not.
+        """
+        found = [c.targets.get(guidance.name) for c in self.conditions]
+        given = sum(target is not None for target in found)
+        if given not in (0, len(found)):
+            raise GuidekitError(
+                f"{given} of {len(found)} conditions have a target for {guidance.name}; give it to "
+                "all of them or to none"
+            )
+        return found if given else None
+
     def sites(self, patterns: list[str] | None = None) -> dict[str, tuple[int, int]]:
         """Cross-attention sites with their grids: the family's layout sites, or those matching."""
         model = self.denoiser.model

@@ -111,8 +111,10 @@ class Sampling:
             step_kwargs=step_kwargs,
             levels=Levels(scheduler, step_kwargs, first),
         )
-        self.guidances = [g for g in guidances if g.scale != 0]
+        # One of scale 0 may still reject finished images; it acts at no step.
+        self.guidances = [g for g in guidances if g.scale != 0 or g.rejects]
         _check_images(denoiser, self.conditions, guidances)
+        _check_targets(self.conditions, guidances)
         with frozen(*denoiser.models):
             self.engine = Engine(self.run, self.guidances)
         self.images: Tensor | None = None  # (B, 3, H, W) in [0, 1]
@@ -291,6 +293,14 @@ def _check_images(
             f"{type(denoiser.pipeline).__name__} reads no image; leave it out, or name a plugin "
             "that does, such as semantica with an adapter"
         )
+
+
+def _check_targets(conditions: list[Condition], guidances: Sequence[Guidance]) -> None:
+    """Raises GuidekitError for a target of a guidance that is not there."""
+    names = {g.name for g in guidances}
+    for name in sorted({name for c in conditions for name in c.targets} - names):
+        exist = ", ".join(sorted(names)) or "none"
+        raise GuidekitError(f"a condition has a target for {name!r}; the guidances are {exist}")
 
 
 def _check_scheduler(scheduler: Any, own: Any, steps: int) -> None:

@@ -1,13 +1,15 @@
-"""Seeds: as people write them, and derived from a seed and a name."""
+"""Seeds: as people write them, derived from a seed and a name; orders that a number chooses."""
 
 import hashlib
 import re
+import struct
 from collections.abc import Iterable
 from typing import Self
 
 from guidekit.errors import GuidekitError
 
 MAX_SEEDS = 100_000
+ROUNDS = 4  # of the shuffle
 
 
 class Seeds(tuple[int, ...]):
@@ -66,3 +68,26 @@ def derived_seed(*parts: int | str) -> int:
     """A seed from numbers and names, the same in every process."""
     digest = hashlib.sha256(repr(parts).encode()).digest()
     return int.from_bytes(digest[:7], "big")
+
+
+def shuffled(place: int, count: int, key: int) -> int:
+    """Where `place` goes in a permutation of range(count) that `key` chooses, without a table.
+
+    A Feistel network of four rounds permutes the numbers of an even number of bits; those beyond
+    count are sent on until they fall below (Black, Rogaway 2002, "Ciphers with arbitrary finite
+    domains", cycle walking).
+    """
+    half = max((count - 1).bit_length() + 1, 2) // 2
+    while True:
+        left, right = divmod(place, 1 << half)
+        for turn in range(ROUNDS):
+            left, right = right, left ^ (mixed(key, turn, right) % (1 << half))
+        place = (left << half) | right
+        if place < count:
+            return place
+
+
+def mixed(*numbers: int) -> int:
+    """64 bits that look random, a function of the numbers."""
+    packed = struct.pack(f"<{len(numbers)}Q", *numbers)
+    return int.from_bytes(hashlib.blake2b(packed, digest_size=8).digest(), "big")

@@ -79,6 +79,8 @@ class Clip(Guidance):
         """Itself, with texts and references of each picture of the run, for runs from Python.
 
         texts: a list per picture. images: (B, R, 3, H, W) in [-1, 1]. In place of `text`, `image`.
+        For one batch; `Condition(targets={"clip": {"texts": [...], "images": (R, 3, H, W)}})` gives
+        each image its own, whatever the batch.
         """
         self.own_texts, self.own_images = texts, images
         return self
@@ -86,6 +88,12 @@ class Clip(Guidance):
     def prepare(self, run: Run) -> None:
         """Loads the encoder, reads texts and references; raises GuidekitError for nothing to do."""
         dtype = torch.promote_types(run.denoiser.dtype, torch.float32)
+        if own := run.targets(self):
+            texts, images = ([row.get(k) for row in own] for k in ("texts", "images"))
+            self.towards(
+                texts if all(t is not None for t in texts) else None,
+                torch.stack(images) if all(i is not None for i in images) else None,
+            )
         self._encoder = self._open(run).to(run.device, dtype)
         self._references = self._read_references(run, dtype)
         self._texts, self._weights = self._read_texts(run)

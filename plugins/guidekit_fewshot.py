@@ -5,7 +5,7 @@ denoiser representations, BMVC 2023, arXiv:2306.01900. The head is fitted on a h
 pictures by `guidekit fit`; the backbone stays as it is.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
@@ -22,6 +22,9 @@ from guidekit.heads.head import RANDOM, Head, load_head, random_head
 class Fewshot(Guidance):
     """Pulls pictures towards a class, labels or a mask, as a fitted head sees them.
 
+    An image's own target is `Condition(targets={"fewshot": ...})`: a label as of `label`, a class's
+    number, or a mask `(H, W)` of class numbers in which -1 is free.
+
     form: "paper" calls the denoiser a second time on the clean estimate, at the head's fixed
     timestep, and takes the gradient through both calls. "stopped" is the same but ends the second
     call at its last site. "detached" takes no gradient through the first call. "first" reads the
@@ -35,7 +38,6 @@ class Fewshot(Guidance):
     # Where the gradient goes: both calls, up to the last site, the second one, the first one.
     form: Literal["paper", "stopped", "detached", "first"] = "stopped"
     threshold: float = 0.2  # least probability of the class in a finished picture, to be accepted
-    targets: Tensor | None = field(default=None, init=False, repr=False, compare=False)
 
     def __post_init__(self):
         super().__post_init__()
@@ -46,14 +48,6 @@ class Fewshot(Guidance):
     def graph(self) -> str:
         """What the energy reads: the first call's features, z by itself, or the clean estimate."""
         return {"first": "features", "detached": "input"}.get(self.form, "x0")
-
-    def towards(self, targets: Tensor) -> "Fewshot":
-        """Itself, with a class index (B,), or a mask of them (B, H, W), for each picture.
-
-        In masks -1 is free. In place of the fields `label` and `mask`, for runs from Python.
-        """
-        self.targets = targets
-        return self
 
     def prepare(self, run: Run) -> None:
         """Loads the head, checks it against the backbone and asks for its features."""
@@ -82,34 +76,36 @@ class Fewshot(Guidance):
 
     def _wanted(self, run: Run) -> Tensor:
         """The target of every picture: (B, classes), or (B, classes, h, w) of masks."""
-        config, count = self._head.config, len(run.seeds)
-        if self.targets is not None and len(self.targets) != count:
-            raise GuidekitError(
-                f"{len(self.targets)} targets for {count} pictures; give one for each"
-            )
+        config, own = self._head.config, run.targets(self)
         if config.kind == "masks":
-            masks = self.targets
-            if masks is None:
-                masks = self._from_file(run.size).expand(count, -1, -1)
-            return soft_masks(masks, len(config.classes), config.grid)
-        if self.targets is not None:
-            return torch.nn.functional.one_hot(self.targets, len(config.classes)).float()
-        if not self.label:
+            masks = [self._from_file(run.size)] * len(run.seeds) if own is None else own
+            return soft_masks(torch.stack(list(masks)), len(config.classes), config.grid)
+        labels = [self.label] * len(run.seeds) if own is None else own
+        if any(label in ("", ()) for label in labels):
             raise GuidekitError(
                 f"fewshot needs a label: --set fewshot.label=NAME, of {', '.join(config.classes)}"
             )
-        if config.kind == "labels":
-            return self._labels().expand(count, -1)
-        row = torch.zeros(1, len(config.classes))
-        row[0, self._head.index(",".join(self.label))] = 1
-        return row.expand(count, -1)
+        row = self._labels if config.kind == "labels" else self._class
+        return torch.stack([row(label) for label in labels])
 
-    def _labels(self) -> Tensor:
-        """Zeros and ones (1, labels), NaN for labels that nobody asked for."""
-        row = torch.full((1, len(self._head.classes)), torch.nan)
-        for name in self.label:
+    def _class(self, label: tuple[str, ...] | str | int) -> Tensor:
+        """One at the class of that name or number (classes,)."""
+        names = self._head.classes
+        label = ",".join(label) if isinstance(label, tuple) else label
+        if not isinstance(label, str):
+            if not 0 <= int(label) < len(names):
+                raise GuidekitError(f"the head has {len(names)} classes, none of number {label}")
+            label = names[int(label)]
+        row = torch.zeros(len(names))
+        row[self._head.index(label)] = 1
+        return row
+
+    def _labels(self, label: tuple[str, ...] | str) -> Tensor:
+        """Zeros and ones (labels,), NaN for labels that nobody asked for."""
+        row = torch.full((len(self._head.classes),), torch.nan)
+        for name in label.split(",") if isinstance(label, str) else label:
             absent = name.startswith("-") and name not in self._head.classes
-            row[0, self._head.index(name[1:] if absent else name)] = 0.0 if absent else 1.0
+            row[self._head.index(name[1:] if absent else name)] = 0.0 if absent else 1.0
         return row
 
     def _from_file(self, size: tuple[int, int]) -> Tensor:
@@ -120,7 +116,7 @@ class Fewshot(Guidance):
         if (found < 0).all():
             exist = ", ".join(f"{v} ({c})" for v, c in zip(values, self._head.classes, strict=True))
             raise GuidekitError(f"no pixel of {self.mask} has a value of the head: {exist}")
-        return found[None]
+        return found
 
     def energy(self, step: Step) -> Tensor:
         """Cross-entropy of the head's prediction and the target (B,)."""

@@ -47,7 +47,10 @@ class Ilvr(Guidance):
             raise GuidekitError(f"{self.name}.down is at least 2, not {self.down}")
 
     def towards(self, images: Tensor) -> "Ilvr":
-        """Itself, with references (B, 3, H, W) in [-1, 1], one per picture, in place of `image`."""
+        """Itself, with references (B, 3, H, W) in [-1, 1] of the images of one batch.
+
+        In place of `image`. `Condition(targets={"ilvr": reference})` gives each image its own.
+        """
         self.own_images = images
         return self
 
@@ -62,7 +65,8 @@ class Ilvr(Guidance):
             )
         if min(run.grid) < self.down:
             raise GuidekitError(f"{self.name}.down={self.down} is more than the {run.grid} of z")
-        images = self.own_images
+        own = run.targets(self)
+        images = self.own_images if own is None else torch.stack(own)
         if images is None:
             if self.image == Path(""):
                 raise GuidekitError(f"{self.name} needs a reference: --set {self.name}.image=FILE")

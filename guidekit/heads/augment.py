@@ -54,8 +54,8 @@ def accepted_pictures(
     while sum(map(len, kept)) < count and drawn < limit:
         size = min(batch, limit - drawn, count)
         seeds = [derived_seed(seed, guidance.name, drawn + i) for i in range(size)]
-        images = Sampling(denoiser, Condition(), [guidance], seeds=seeds, **options).finish().images
-        kept.append(images[accepted([guidance], images)])
+        drawn_now = Sampling(denoiser, Condition(), [guidance], seeds=seeds, **options).finish()
+        kept.append(drawn_now.images[accepted(drawn_now.guidances, drawn_now.images)])
         drawn += size
     total = sum(map(len, kept))
     return (None if total == 0 else torch.cat(kept)[:count]), drawn, total

@@ -119,4 +119,9 @@ def _pixel_score(arrays: dict, examples: Examples, reading: Reading) -> Candidat
     head = Head(HeadConfig("masks", examples.classes, reading, channels, grid=grid))
     x, y, groups = sampled_pixels(MaskRows(arrays, head, examples, 1), 0, PIXELS, 0)
     scores = fit_linear(x, y, len(examples.classes), groups=groups).scores
+    if not scores:
+        raise GuidekitError(
+            "--auto needs every class in two masks or more, so that one can be held out; name "
+            "--site and --timestep"
+        )
     return Candidate(reading, scores["log_loss"], scores["accuracy"])

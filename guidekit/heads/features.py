@@ -23,6 +23,7 @@ from guidekit.backbones.records import site_features
 from guidekit.conditions import Condition
 from guidekit.engine.capture import StopForward
 from guidekit.errors import GuidekitError
+from guidekit.heads.fingerprint import fingerprint
 from guidekit.taps import BlockCall, find_sites, tap_blocks
 
 Maps = dict[str, Tensor]  # features (B, C, h, w) by site
@@ -141,30 +142,6 @@ def pooled(maps: Maps, sites: Sequence[str], side: int) -> Tensor:
 def joined(maps: Maps, sites: Sequence[str], grid: tuple[int, int]) -> Tensor:
     """Features at one grid, nearest as in the paper, joined over sites: (B, sum of C, h, w)."""
     return torch.cat([F.interpolate(maps[s], grid, mode="nearest") for s in sites], 1)
-
-
-def fingerprint(denoiser: Denoiser) -> dict:
-    """What tells a backbone from others: its class, a hash of its shapes, some of its weights.
-
-    The weights are compared with a tolerance, so that one backbone in float32, float16 and
-    bfloat16 is the same.
-    """
-    weights = dict(denoiser.model.state_dict())
-    shapes = json.dumps([(name, list(w.shape)) for name, w in sorted(weights.items())])
-    chosen = sorted(name for name, w in weights.items() if w.ndim > 1)
-    chosen = chosen[:: max(1, len(chosen) // 16)]
-    return {
-        "class": type(denoiser.model).__name__,
-        "shapes": hashlib.sha256(shapes.encode()).hexdigest(),
-        "weights": [round(float(v), 6) for n in chosen for v in weights[n].flatten()[:4].float()],
-    }
-
-
-def same_backbone(one: dict, two: dict) -> bool:
-    """Whether two fingerprints are of one backbone."""
-    if (one["class"], one["shapes"]) != (two["class"], two["shapes"]):
-        return False
-    return np.allclose(one["weights"], two["weights"], rtol=0.01, atol=2e-3)
 
 
 class FeatureCache:

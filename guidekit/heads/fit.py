@@ -17,9 +17,9 @@ from guidekit.heads.features import (
     Reading,
     cache_folder,
     collect,
-    fingerprint,
     resolve_sites,
 )
+from guidekit.heads.fingerprint import fingerprint
 from guidekit.heads.head import Head, HeadConfig
 from guidekit.heads.linear import ESTIMATORS, fit_linear
 from guidekit.heads.pixels import (

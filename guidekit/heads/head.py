@@ -22,17 +22,16 @@ from guidekit.heads.data import KINDS
 from guidekit.heads.features import (
     Maps,
     Reading,
-    fingerprint,
     fixed_noise,
     joined,
     observe,
     pooled,
-    same_backbone,
 )
+from guidekit.heads.fingerprint import fingerprint, same_backbone
 from guidekit.taps import find_sites
 from guidekit.untrusted import MOST_LAYERS, read_fields, read_object, read_weights
 
-FORMAT = 1
+FORMAT = 2
 WEIGHTS, CONFIG = "head.safetensors", "head.json"
 RANDOM = "random"  # the name of a head that nobody fitted
 
@@ -161,11 +160,12 @@ class Head(nn.Module):
     def check(self, denoiser: Denoiser) -> None:
         """Raises GuidekitError for another backbone than the head was fitted on."""
         found = fingerprint(denoiser)
-        if not same_backbone(found, self.config.backbone):
+        if not same_backbone(found, self.config.backbone, self.config.reading.noised):
             raise GuidekitError(
                 f"the head was fitted on another backbone ({self.config.backbone['class']}, hash "
                 f"{self.config.backbone['shapes'][:8]}; this is {found['class']}, hash "
-                f"{found['shapes'][:8]}, or has other weights); fit it again with guidekit fit"
+                f"{found['shapes'][:8]}, or has other weights or noise levels); fit it again with "
+                "guidekit fit"
             )
 
     def save(self, folder: str | Path) -> Path:

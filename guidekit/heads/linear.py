@@ -67,15 +67,18 @@ def fit_linear(
     folds = _folds(x, y, groups, seed)
     strength, temperature, scores = FIXED[estimator], 1.0, {}
     if folds:
+        rows = np.concatenate([test for _, test in folds])  # of a fold left out there are none
+        known = y[rows]
         held = {s: _held_out(x, y, classes, estimator, s, folds) for s in STRENGTHS[estimator]}
-        tuned = {s: _temperature(logits, y) for s, logits in held.items()}
-        losses = {s: log_loss(held[s] / tuned[s], y) for s in held}
+        tuned = {s: _temperature(logits, known) for s, logits in held.items()}
+        losses = {s: log_loss(held[s] / tuned[s], known) for s in held}
         strength = min(losses, key=losses.get)
         temperature = tuned[strength]
         scores = {
-            "accuracy": float((held[strength].argmax(1) == y).mean()),
+            "accuracy": float((held[strength].argmax(1) == known).mean()),
             "log_loss": losses[strength],
             "folds": len(folds),
+            "rows": len(rows),
         }
     weight, bias = _solve(x, y, classes, estimator, strength)
     return Linear(mean, std, weight, bias, temperature, strength, scores)
@@ -98,12 +101,12 @@ def _folds(
 
 
 def _held_out(x, y, classes, estimator, strength, folds) -> np.ndarray:
-    """Logits (n, classes) of every row by the head that was fitted without it."""
-    out = np.zeros((len(x), classes))
+    """Logits (m, classes) of the folds' held-out rows, by heads fitted without them."""
+    out = []
     for train, test in folds:
         weight, bias = _solve(x[train], y[train], classes, estimator, strength)
-        out[test] = x[test] @ weight.T + bias
-    return out
+        out.append(x[test] @ weight.T + bias)
+    return np.concatenate(out)
 
 
 def _solve(

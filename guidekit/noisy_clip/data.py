@@ -8,6 +8,7 @@ from torch import Tensor
 
 from guidekit.errors import GuidekitError
 from guidekit.images import read_image
+from guidekit.seeds import shuffled
 from guidekit.worlds import scenes
 
 ALIKE = 4  # neighbours in a batch of scenes
@@ -62,14 +63,8 @@ class Folder:
 
     def keys(self, numbers: range) -> Tensor:
         """What tells the pictures apart (B,): their places among the files."""
-        count, first = len(self.files), numbers.start // len(self.files)
-        rounds = {r: self._order(r) for r in range(first, (numbers.stop - 1) // count + 1)}
-        return torch.tensor([rounds[i // count][i % count] for i in numbers])
-
-    def _order(self, turn: int) -> list[int]:
-        """The order of the files in the turn-th passage."""
-        generator = torch.Generator().manual_seed(turn)
-        return torch.randperm(len(self.files), generator=generator).tolist()
+        count = len(self.files)
+        return torch.tensor([shuffled(i % count, count, i // count) for i in numbers])
 
 
 def open_data(name: str) -> Scenes | Folder:

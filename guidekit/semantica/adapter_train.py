@@ -16,8 +16,8 @@ from guidekit.images import sheet
 from guidekit.references import to_pixels
 from guidekit.semantica.adapter import ImageAdapter, new_adapter
 from guidekit.semantica.encode import ImageEncoder
-from guidekit.semantica.pairs import Episodes
-from guidekit.semantica.train import PagesOptions, make_episodes
+from guidekit.semantica.episodes import Episodes
+from guidekit.semantica.pages import PagesOptions, data_facts, make_episodes
 
 
 @dataclass(kw_only=True)
@@ -61,6 +61,7 @@ class AdapterTask:
         size: int,
     ):
         self.options, self.episodes, self.encoder = options, episodes, encoder
+        self.asked, self.ready = "tokens" if episodes.has_tokens else "seen", episodes.ready
         self.pipeline, self.size = pipeline, size
         for part in (pipeline.unet, pipeline.vae, pipeline.text_encoder):
             part.eval().requires_grad_(False)
@@ -76,10 +77,11 @@ class AdapterTask:
     def batch(self, numbers: range, generator: torch.Generator) -> dict[str, Tensor]:
         """Noisy latents of the pictures to draw, their captions, and the conditions' tokens."""
         pipeline, rows = self.pipeline, [self.episodes.pair(n)[1] for n in numbers]
-        tokens, x0 = self.episodes.batch(numbers)
+        tokens, x0 = self.episodes.batch(numbers, self.asked)
+        tokens = self._tokens(tokens)
         tokens = tokens * (torch.rand(len(x0), 1, 1, generator=generator) >= self.options.drop)
         words = torch.rand(len(x0), generator=generator) >= self.options.wordless
-        captions = self.episodes.pages.captions(rows)
+        captions = self.episodes.store.captions(rows)
         texts = [c if keep else "" for c, keep in zip(captions, words.tolist(), strict=True)]
         with torch.no_grad():
             latents = pipeline.vae.encode(x0.to(pipeline.device)).latent_dist.mode().cpu()
@@ -96,12 +98,20 @@ class AdapterTask:
         }[self.scheduler.config.prediction_type]()
         return {"z": z, "timestep": timestep, "states": states, "tokens": tokens, "target": target}
 
+    def _tokens(self, given: Tensor) -> Tensor:
+        """Tokens (B, T, D) on the CPU: those that are kept, or of what the encoder sees."""
+        if self.asked == "tokens":
+            return given
+        with torch.no_grad():
+            return self.encoder.to(self.pipeline.device)(given)[0].float().cpu()
+
     def preview(self) -> Image.Image:
         """Eight references above a picture that is drawn from each without words."""
         rows = [self.episodes.pair(n)[0] for n in range(8)]
-        pictures, tokens = self.episodes.pages.rows(rows, "pictures", "tokens")
+        (pictures,) = self.episodes.store.rows(rows, "pictures")
         adapter, pipeline = self.net.adapter, self.pipeline
-        image = adapter(tokens.float().to(adapter.device))
+        tokens = self._tokens(self.episodes.conditions(rows, self.asked))
+        image = adapter(tokens.to(adapter.device))
         pipeline.set_progress_bar_config(disable=True)
         with adapter.attached(pipeline.unet, image):
             drawn = pipeline(
@@ -137,3 +147,4 @@ def make(options: AdapterOptions, folder: Path, size: int, quiet: bool = True) -
 
 
 OPTIONS = AdapterOptions  # of a recipe's stage
+facts = data_facts  # what decides the weights beside the options

@@ -1,34 +1,38 @@
-"""Encoded pages on disk: pictures, tokens and global features in sharded safetensors.
+"""Encoded pages on disk: images, global features, texts and, if asked for, tokens, in chunks.
 
-Every picture is decoded and encoded once. A run that is killed goes on after the last whole shard.
-One shard of pictures is all that is ever in memory; of the others a page's number is kept, 8 bytes.
+A source is cut into parts, of which every process encodes its own: decoding by threads, encoding on
+its device. A part's chunks are written one after another; each says at which place of the part the
+next one begins, so that a run that is killed goes on there and reads nothing twice. One chunk is
+all that is ever in memory.
 """
 
 import functools
 import hashlib
-import itertools
 import json
 import os
-from bisect import bisect_right
-from collections.abc import Iterator
+from collections import deque
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
-from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 from tqdm.auto import tqdm
 
 from guidekit.errors import GuidekitError
 from guidekit.images import IMAGE_ERRORS
 from guidekit.references import square, to_pixels
+from guidekit.semantica.columns import Columns, packed, write_columns
 from guidekit.semantica.encode import ImageEncoder
-from guidekit.semantica.sources import Item
-from guidekit.untrusted import check_weights, parse_json, read_object
+from guidekit.semantica.sources import Item, Part
+from guidekit.train.durable import put_text
+from guidekit.untrusted import read_object
 
-OPEN_SHARDS = 256  # memory-mapped at a time
-LONGEST = 2000  # characters of a text of a shard, whose header safetensors reads up to 100 MB
+OPEN_CHUNKS = 256  # files at a time
+LONGEST = 2000  # characters of a text
+ROW_BITS, CHUNK_BITS = 20, 16  # of a row's number; the rest is the part's
 
 
 def _decode(item: Item | None, sizes: tuple[int, int]) -> list[Tensor] | None:
@@ -43,149 +47,198 @@ def _decode(item: Item | None, sizes: tuple[int, int]) -> list[Tensor] | None:
         return None
 
 
-def write_pages(
-    items: Iterator[Item | None],
-    encoder: ImageEncoder,
-    folder: Path,
-    size: int,
-    shard: int = 1024,
-    batch: int = 64,
-    quiet: bool = True,
-    facts: dict | None = None,
-) -> "Pages":
-    """Decodes and encodes all items into `folder`, or what is left of them, and opens it.
+@dataclass(frozen=True)
+class Encoding:
+    """How pages are encoded and kept.
 
-    Pictures are kept at `size`; the encoder sees them at its own, as it sees a reference later.
-    What cannot be read is skipped and counted (`Pages.unreadable`). facts: what else tells these
-    items from others. Raises GuidekitError for a folder that was begun with an encoder of other
-    weights, another size or other facts, and when no picture can be read.
+    size: side of the kept images; the encoder sees them at its own. chunk: rows of a file. batch:
+    images of a call of the encoder. tokens: whether they are kept. threads: that decode. process,
+    processes: whose parts are encoded here.
+    """
+
+    encoder: ImageEncoder
+    size: int
+    chunk: int = 1024
+    batch: int = 64
+    tokens: bool = True
+    threads: int = 0
+    process: int = 0
+    processes: int = 1
+
+    @property
+    def sizes(self) -> tuple[int, int]:
+        """Sides of the kept image and of what the encoder sees."""
+        return self.size, self.encoder.config.image_size
+
+    @property
+    def keeps_seen(self) -> bool:
+        """Whether what the encoder sees is kept beside the image."""
+        return not self.tokens and self.sizes[0] != self.sizes[1]
+
+    def facts(self) -> dict:
+        """What tells what it writes from others."""
+        encoder = self.encoder
+        found = {"encoder": encoder.source, "weights": encoder.fingerprint(), "size": self.size}
+        return found | {"tokens": self.tokens, "seen": self.keeps_seen}
+
+    def row_bytes(self) -> dict[str, int]:
+        """Bytes of a row by column."""
+        tokens, channels, pooled = self.encoder.shapes()
+        found = {"pictures": 3 * self.size**2, "pooled": 2 * pooled, "page": 8}
+        if self.keeps_seen:
+            found["seen"] = 3 * self.sizes[1] ** 2
+        return found | ({"tokens": 2 * tokens * channels} if self.tokens else {})
+
+
+def write_pages(
+    parts: Sequence[Part],
+    how: Encoding,
+    folder: Path,
+    facts: dict | None = None,
+    quiet: bool = True,
+    first: bool = True,
+) -> "Store":
+    """Encodes this process's share of the parts into `folder`, or what is left of it.
+
+    What cannot be read is skipped and counted. facts: what else tells these parts from others.
+    first: whether this process may begin the folder. Raises GuidekitError for a folder that was
+    begun with an encoder of other weights, another size or other facts.
     """
     folder = Path(folder)
+    if first:
+        begin(folder, how.facts() | (facts or {}))
+    store = Store(folder)
+    own = range(how.process, len(parts), how.processes)
+    bar = tqdm(desc="encoding", disable=quiet, unit=" images")
+    with bar:
+        for number in own:
+            _encode_part(parts[number], number, how, store, bar)
+    return Store(folder)
+
+
+def begin(folder: Path, facts: dict) -> None:
+    """Makes the folder, or checks that it was begun with the same facts."""
     folder.mkdir(parents=True, exist_ok=True)
-    facts = {"encoder": encoder.source, "weights": encoder.fingerprint(), "size": size} | (
-        facts or {}
-    )
-    _check_same(folder / "pages.json", facts)
-    done = [_meta(path) for path in _shards(folder)]
-    if not (done and done[-1]["last"]):
-        writer = _Writer(encoder, folder, len(done), size, batch, facts)
-        seen = sum(meta["seen"] for meta in done)
-        bar = tqdm(initial=seen, desc="encoding", disable=quiet, unit=" pictures")
-        for item in itertools.islice(items, seen, None):
-            writer.add(item)
-            bar.update()
-            if writer.rows == shard:
-                writer.flush(last=False)
-        bar.close()
-        writer.flush(last=True)
-    pages = Pages(folder)
-    if not len(pages):
-        raise GuidekitError(f"none of {pages.unreadable} pictures could be read")
-    return pages
-
-
-def _check_same(path: Path, facts: dict) -> None:
-    """Compares the facts with those that the first shard was written under, if there is one."""
-    before = read_object(path) if _shards(path.parent) else facts
+    path = folder / "pages.json"
+    before = facts
+    if path.exists() and Store(folder).chunks:
+        before = read_object(path)
     if other := sorted(k for k in before.keys() | facts.keys() if before.get(k) != facts.get(k)):
         raise GuidekitError(
-            f"{path.parent} was begun with "
+            f"{folder} was begun with "
             + ", ".join(f"{k} {before.get(k)!r}, not {facts.get(k)!r}" for k in other)
             + "; give another folder or remove it"
         )
+    put_text(path, json.dumps(facts))
 
 
-def _shards(folder: Path) -> list[Path]:
-    """The shards up to the first that is missing, from which on they are made anew."""
-    paths = (folder / f"{number:05d}.safetensors" for number in itertools.count())
-    return list(itertools.takewhile(Path.exists, paths))
+def _encode_part(part: Part, number: int, how: Encoding, store: "Store", bar: tqdm) -> None:
+    """Writes the chunks that the part lacks."""
+    state = store.state(number)
+    if state["last"]:
+        return
+    writer = _Writer(how, store.folder, number, state)
+    for decoded, item, place in _decoded(part.items(state["next"]), how):
+        writer.add(decoded, item, place)
+        bar.update()
+        if writer.count == how.chunk:
+            writer.flush(last=False)
+    writer.flush(last=True)
 
 
-def _meta(path: Path) -> dict:
-    """What a shard says of itself: lists `page`, `key`, `caption`; `seen`, `unreadable`, `last`."""
-    try:
-        meta = {k: parse_json(v) for k, v in check_weights(path).items()}
-    except ValueError as error:
-        raise GuidekitError(
-            f"{path} is damaged ({error}); remove it, and it is encoded anew"
-        ) from None
-    if lost := {"page", "key", "caption", "seen", "unreadable", "last"} - meta.keys():
-        raise ValueError(f"{path} lacks {min(lost)!r}; remove it, and it is encoded anew")
-    return meta
+def _decoded(
+    items: Iterator[tuple[Item | None, int]], how: Encoding
+) -> Iterator[tuple[list[Tensor] | None, Item | None, int]]:
+    """Decoded pictures with their items and the places after them, in order."""
+    if not how.threads:
+        for item, place in items:
+            yield _decode(item, how.sizes), item, place
+        return
+    with ThreadPoolExecutor(how.threads) as pool:
+        waiting: deque = deque()
+        for item, place in items:
+            waiting.append((pool.submit(_decode, item, how.sizes), item, place))
+            if len(waiting) > 2 * how.threads:
+                future, *rest = waiting.popleft()
+                yield future.result(), *rest
+        for future, *rest in waiting:
+            yield future.result(), *rest
 
 
 class _Writer:
-    """Collects the pictures of one shard, encodes them in batches and writes it whole."""
+    """Collects the rows of one chunk, encodes them in batches and writes it whole."""
 
-    def __init__(
-        self, encoder: ImageEncoder, folder: Path, number: int, size: int, batch: int, facts: dict
-    ):
-        self.encoder, self.folder, self.number, self.batch = encoder, folder, number, batch
-        self.sizes, self.facts = (size, encoder.config.image_size), facts
+    def __init__(self, how: Encoding, folder: Path, part: int, state: dict):
+        self.how, self.folder, self.part, self.state = how, folder, part, dict(state)
         self._clear()
 
     def _clear(self) -> None:
         self.pictures: list[Tensor] = []
+        self.seen: list[Tensor] = []
         self.waiting: list[Tensor] = []  # for the encoder
-        self.encoded: list[list[Tensor]] = []
+        self.encoded: list[list[np.ndarray]] = []
         # Not the items themselves, which hold the files that they were decoded from.
         self.lists: dict[str, list[str]] = {"page": [], "key": [], "caption": []}
-        self.seen = self.unreadable = 0
 
     @property
-    def rows(self) -> int:
-        """Number of pictures of the shard so far."""
+    def count(self) -> int:
+        """Number of rows of the chunk so far."""
         return len(self.pictures)
 
-    def add(self, item: Item | None) -> None:
+    def add(self, decoded: list[Tensor] | None, item: Item | None, place: int) -> None:
         """Takes one item of the source, readable or not."""
-        self.seen += 1
-        decoded = _decode(item, self.sizes)
-        if decoded is None:
-            self.unreadable += 1
+        self.state["seen"] += 1
+        self.state["next"] = place
+        if decoded is None or item is None:
+            self.state["unreadable"] += 1
             return
-        self.lists["page"].append(_bounded(item.page))
+        self.lists["page"].append(item.page)
         self.lists["key"].append(_bounded(item.key))
         self.lists["caption"].append(item.caption[:LONGEST])
         self.pictures.append(decoded[0])
+        if self.how.keeps_seen:
+            self.seen.append(decoded[1])
         self.waiting.append(decoded[1])
-        if len(self.waiting) == self.batch:
+        if len(self.waiting) == self.how.batch:
             self._encode()
 
     def _encode(self) -> None:
         with torch.no_grad():
-            encoded = self.encoder(to_pixels(torch.stack(self.waiting)))
-        self.encoded.append([x.half().cpu() for x in encoded])
+            tokens, pooled = self.how.encoder(to_pixels(torch.stack(self.waiting)))
+        kept = [tokens, pooled] if self.how.tokens else [pooled]
+        self.encoded.append([x.half().cpu().numpy() for x in kept])
         self.waiting = []
 
     def flush(self, last: bool) -> None:
         """Writes what was collected; the file appears only when it is complete."""
-        tensors = self._tensors() if self.pictures else {}
-        counts = {"seen": self.seen, "unreadable": self.unreadable, "last": last}
-        metadata = {k: json.dumps(v) for k, v in (self.lists | counts).items()}
-        if not self.number:
-            save_text(self.folder / "pages.json", json.dumps(self.facts))
-        path = self.folder / f"{self.number:05d}.safetensors"
-        save_file(tensors, f"{path}.part", metadata=metadata)
-        os.replace(f"{path}.part", path)
-        self.number += 1
+        state = self.state
+        state["rows"] += self.count
+        state["last"] = last
+        path = self.folder / chunk_name(self.part, state["chunks"])
+        facts = {k: state[k] for k in ("rows", "seen", "unreadable", "next", "last")}
+        write_columns(path, self._columns(), facts)
+        state["chunks"] += 1
         self._clear()
 
-    def _tensors(self) -> dict[str, Tensor]:
+    def _columns(self) -> dict[str, np.ndarray]:
+        pages = np.array([page_number(name) for name in self.lists["page"]], np.int64)
+        columns = {"page": pages}
+        for name in ("key", "caption"):
+            columns |= packed(name, self.lists[name])
+        if not self.pictures:
+            return columns
         if self.waiting:
             self._encode()
-        tokens, pooled = (torch.cat(x).contiguous() for x in zip(*self.encoded, strict=True))
-        return {"pictures": torch.stack(self.pictures), "tokens": tokens, "pooled": pooled}
+        names = ("tokens", "pooled") if self.how.tokens else ("pooled",)
+        for name, arrays in zip(names, zip(*self.encoded, strict=True), strict=True):
+            columns[name] = np.concatenate(arrays)
+        columns["pictures"] = torch.stack(self.pictures).numpy()
+        if self.seen:
+            columns["seen"] = torch.stack(self.seen).numpy()
+        return columns
 
 
-def save_text(path: Path, text: str) -> None:
-    """Writes a file that appears only when it is complete."""
-    part = path.with_name(f"{path.name}.part")
-    part.write_text(text)
-    os.replace(part, path)
-
-
-def _number(name: str) -> int:
+def page_number(name: str) -> int:
     """64 bits of a page's name: of 10^8 pages two agree with a chance of 3 in 10^4."""
     return int.from_bytes(
         hashlib.blake2b(name.encode(errors="surrogatepass"), digest_size=8).digest(),
@@ -196,60 +249,101 @@ def _number(name: str) -> int:
 
 def _bounded(name: str) -> str:
     """A name; of a long one, such as a URL that holds data, its beginning and its number."""
-    return name if len(name) <= LONGEST else f"{name[:LONGEST]} {_number(name)}"
+    return name if len(name) <= LONGEST else f"{name[:LONGEST]} {page_number(name)}"
 
 
-class Pages:
-    """An encoded folder: rows of pictures (uint8), tokens and pooled (float16), read on demand.
+def chunk_name(part: int, chunk: int) -> str:
+    """The file of a chunk."""
+    return f"{part:06d}-{chunk:05d}.safetensors"
 
-    page: number of every row's page, (n,) int64, the same for pages of the same name. facts: what
-    the folder was made of. Raises GuidekitError for a folder without shards.
+
+def row_numbers(part: int, chunk: int, count: int) -> np.ndarray:
+    """Numbers of a chunk's rows (count,): part, chunk and place in one."""
+    first = (part << (ROW_BITS + CHUNK_BITS)) | (chunk << ROW_BITS)
+    return first + np.arange(count, dtype=np.int64)
+
+
+def _place(row: int) -> tuple[int, int, int]:
+    """Part, chunk and place of a row."""
+    chunk = (row >> ROW_BITS) & (2**CHUNK_BITS - 1)
+    return row >> (ROW_BITS + CHUNK_BITS), chunk, row & (2**ROW_BITS - 1)
+
+
+class Store:
+    """An encoded folder, read on demand: rows by their numbers. What it holds is kept nowhere.
+
+    chunks: how many chunks each part has, up to the first that is missing, from which on they are
+    made anew. facts: what the folder was made of. Raises GuidekitError for a folder that is none.
     """
 
     def __init__(self, folder: Path):
-        self.folder, self.shards = Path(folder), _shards(Path(folder))
-        if not self.shards:
+        self.folder = Path(folder)
+        if not (self.folder / "pages.json").exists():
             raise GuidekitError(f"{folder} holds no encoded pages; write_pages makes them")
-        page: list[np.ndarray] = []
-        self.starts, self.unreadable, rows = [], 0, 0
-        for path in self.shards:
-            meta = _meta(path)
-            self.starts.append(rows)
-            self.unreadable += meta["unreadable"]
-            page.append(np.array([_number(name) for name in meta["page"]], np.int64))
-            rows += len(meta["page"])
-        self.page = np.concatenate(page)
-        self.facts = read_object(self.folder / "pages.json")
-        self._open = functools.lru_cache(OPEN_SHARDS)(lambda i: safe_open(self.shards[i], "pt"))
+        self.chunks = self._found()
+        self._open = functools.lru_cache(OPEN_CHUNKS)(
+            lambda part, chunk: Columns(self.folder / chunk_name(part, chunk))
+        )
 
-    def __len__(self) -> int:
-        return len(self.page)
-
-    def rows(self, indices: list[int], *names: str) -> list[Tensor]:
-        """The named tensors of the rows, in the order of `indices`."""
-        found: dict[int, list[Tensor]] = {}
-        for index in sorted(indices):  # rows of a shard together: it is opened once
-            place = bisect_right(self.starts, index) - 1
-            row, file = index - self.starts[place], self._open(place)
-            found[index] = [file.get_slice(name)[row : row + 1] for name in names]
-        return [torch.cat(rows) for rows in zip(*(found[i] for i in indices), strict=True)]
-
-    def captions(self, indices: list[int]) -> list[str]:
-        """The texts beside the rows' pictures, empty where there was none."""
-        found = []
-        for index in indices:
-            place = bisect_right(self.starts, index) - 1
-            found.append(self._captions(place)[index - self.starts[place]])
+    def _found(self) -> dict[int, int]:
+        """Number of chunks by part: of one name, files without a gap."""
+        found: dict[int, int] = {}
+        with os.scandir(self.folder) as entries:
+            names = sorted(e.name for e in entries if e.name.endswith(".safetensors"))
+        for name in names:
+            part, _, rest = name.partition("-")
+            number, chunk = int(part), int(rest.partition(".")[0])
+            if chunk == found.get(number, 0):
+                found[number] = chunk + 1
         return found
 
-    @functools.lru_cache(OPEN_SHARDS)  # noqa: B019  (lives as long as the process)
-    def _captions(self, place: int) -> list[str]:
-        return _meta(self.shards[place])["caption"]
+    @property
+    def facts(self) -> dict:
+        """What the folder was made of."""
+        return read_object(self.folder / "pages.json")
 
-    def members(self) -> Iterator[np.ndarray]:
-        """The rows of every page with at least two pictures, page after page."""
-        order = np.argsort(self.page, kind="stable")
-        cuts = np.flatnonzero(np.diff(self.page[order])) + 1
-        for rows in np.split(order, cuts):
-            if len(rows) > 1:
-                yield rows
+    def state(self, part: int) -> dict:
+        """Where the encoding of a part stands, by its last chunk."""
+        chunks = self.chunks.get(part, 0)
+        if not chunks:
+            return {"chunks": 0, "rows": 0, "seen": 0, "unreadable": 0, "next": 0, "last": False}
+        file = Columns(self.folder / chunk_name(part, chunks - 1))
+        try:
+            return file.facts | {"chunks": chunks}
+        finally:
+            file.close()
+
+    def totals(self, parts: int | None = None) -> dict[str, int]:
+        """Rows, items seen and unreadable ones of the first `parts` parts, all by default."""
+        states = [self.state(p) for p in self.chunks if parts is None or p < parts]
+        return {k: sum(s[k] for s in states) for k in ("rows", "seen", "unreadable")}
+
+    def __len__(self) -> int:
+        return self.totals()["rows"]
+
+    def files(self, part: int) -> Iterator[tuple[np.ndarray, Columns]]:
+        """A part's chunks, one after another: the numbers of their rows, and the open file."""
+        for chunk in range(self.chunks.get(part, 0)):
+            file = Columns(self.folder / chunk_name(part, chunk))
+            try:
+                yield row_numbers(part, chunk, file.length("page")), file
+            finally:
+                file.close()
+
+    def rows(self, numbers: Sequence[int], *names: str) -> list[Tensor]:
+        """The named columns of the rows, in the order of `numbers`."""
+        found: dict[int, list[np.ndarray]] = {}
+        for number in sorted(set(map(int, numbers))):  # rows of a chunk together: opened once
+            part, chunk, place = _place(number)
+            file = self._open(part, chunk)
+            found[number] = [file.read(name, place, place + 1) for name in names]
+        columns = zip(*(found[int(n)] for n in numbers), strict=True)
+        return [torch.from_numpy(np.concatenate(rows)) for rows in columns]
+
+    def captions(self, numbers: Sequence[int]) -> list[str]:
+        """The texts beside the rows' images, empty where there was none."""
+        found = []
+        for number in numbers:
+            part, chunk, place = _place(int(number))
+            found += self._open(part, chunk).texts("caption", place, place + 1)
+        return found

@@ -1,16 +1,19 @@
 """Pages of pictures: WebDataset shards as img2dataset writes them, folders, labels, scenes.
 
 A source is an iterator of `Item`, or None for what cannot be read, in the same order at every run.
-Pictures that share `page` are those of one page, class or scene.
+Pictures that share `page` are those of one page, class or scene. To be encoded by several processes
+it is cut into parts, each of which can be begun in the middle.
 """
 
 import functools
 import io
+import itertools
 import os
 import tarfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 from PIL import Image
@@ -31,6 +34,36 @@ class Item:
     key: str
     open: Callable[[], Image.Image]
     caption: str = ""
+
+
+@dataclass(frozen=True)
+class Part:
+    """A piece of a source. items: from a place on, each item with the place after it.
+
+    Places are the part's own: bytes of a tar, numbers elsewhere.
+    """
+
+    name: str
+    items: Callable[[int], Iterator[tuple[Item | None, int]]]
+
+
+def numbered(name: str, make: Callable[[], Iterator[Item | None]]) -> Part:
+    """A part whose places are how many items were taken."""
+
+    def items(place: int) -> Iterator[tuple[Item | None, int]]:
+        for number, item in enumerate(itertools.islice(make(), place, None), place + 1):
+            yield item, number
+
+    return Part(name, items)
+
+
+def limited(parts: list[Part], count: int) -> list[Part]:
+    """One part: the first `count` items of all."""
+
+    def items() -> Iterator[Item | None]:
+        return (item for part in parts for item, _ in part.items(0))
+
+    return [numbered("limited", lambda: itertools.islice(items(), count))]
 
 
 def files_below(root: Path, leave_out: tuple[Path, ...] = ()) -> Iterator[Path]:
@@ -66,13 +99,55 @@ def folder_items(root: Path, leave_out: tuple[Path, ...] = ()) -> Iterator[Item 
     """
     empty = True
     for path in files_below(root, leave_out):
-        if path.suffix.lower() in PICTURES:
-            empty, place = False, path.relative_to(root)
-            yield Item(str(place.parent), str(place), functools.partial(open_picture, path))
+        for item in _pictured(path, root):
+            empty = False
+            yield item
     if empty:
         raise GuidekitError(
             f"no pictures below {root}; a folder of {', '.join(PICTURES)} is a page"
         )
+
+
+def folder_parts(root: Path, leave_out: tuple[Path, ...] = (), most: int = 256) -> list[Part]:
+    """The pictures below `root` in at most `most` parts, each of neighbouring folders.
+
+    Names of the folders directly in `root` are held in memory: millions of pages belong in shards.
+    Raises GuidekitError where there is no picture.
+    """
+    next(folder_items(root, leave_out), None)
+    away = {os.path.realpath(folder) for folder in leave_out}
+    with os.scandir(root) as found:
+        folders = [e for e in found if e.is_dir(follow_symlinks=False)]
+    names = sorted(e.name for e in folders if os.path.realpath(e.path) not in away)
+    size = -(-max(len(names), 1) // most)
+    blocks = [names[i : i + size] for i in range(0, len(names), size)]
+
+    def below(block: list[str]) -> Iterator[Item | None]:
+        for name in block:
+            for path in files_below(root / name, leave_out):
+                yield from _pictured(path, root)
+
+    def loose() -> Iterator[Item | None]:
+        for path in sorted(p for p in root.iterdir() if p.is_file()):
+            yield from _pictured(path, root)
+
+    parts = [numbered(block[0], functools.partial(below, block)) for block in blocks]
+    return [numbered(".", loose), *parts]
+
+
+def _pictured(path: Path, root: Path) -> Iterator[Item]:
+    """The item of a file, if it is a picture: its folder is its page."""
+    if path.suffix.lower() in PICTURES:
+        place = path.relative_to(root)
+        yield Item(str(place.parent), str(place), functools.partial(open_picture, path))
+
+
+def shard_parts(paths: list[Path], page: str = "page_url") -> list[Part]:
+    """One part for each tar, whose places are bytes; as `shard_items` otherwise."""
+    return [
+        Part(path.name, functools.partial(_shard, path, page, number == 0))
+        for number, path in enumerate(paths)
+    ]
 
 
 def shard_items(paths: list[Path], page: str = "page_url") -> Iterator[Item | None]:
@@ -82,22 +157,32 @@ def shard_items(paths: list[Path], page: str = "page_url") -> Iterator[Item | No
     `--save_additional_columns '["page_url"]'`. A label works too: its pictures are then a page.
     Members are streamed, never extracted. Raises GuidekitError if the first json lacks the column.
     """
-    checked = False
-    for path in paths:
-        for key, parts in _samples(path):
-            table = _table(parts or {})
-            if table and not checked and page not in table:
-                columns = ", ".join(sorted(table))
-                raise GuidekitError(f"{path}: {key}.json lacks {page!r}; it has {columns}")
-            checked = checked or bool(table)
-            yield None if parts is None else _item(path, key, parts, table.get(page))
+    for part in shard_parts(paths, page):
+        for item, _ in part.items(0):
+            yield item
 
 
-def _samples(path: Path) -> Iterator[tuple[str, dict[str, bytes] | None]]:
-    """Keys and members of one shard; (name, None) where the tar is damaged."""
-    key, parts = "", {}
+def _shard(path: Path, page: str, check: bool, place: int) -> Iterator[tuple[Item | None, int]]:
+    """The samples of a tar from a byte on. check: the first json must have the page's column."""
+    for key, parts, after in _samples(path, place):
+        table = _table(parts or {})
+        if table and check and page not in table:
+            columns = ", ".join(sorted(table))
+            raise GuidekitError(f"{path}: {key}.json lacks {page!r}; it has {columns}")
+        check = check and not table
+        yield None if parts is None else _item(path, key, parts, table.get(page)), after
+
+
+def _samples(path: Path, place: int) -> Iterator[tuple[str, dict[str, bytes] | None, int]]:
+    """Keys and members of one shard from a byte on, and the byte after each.
+
+    (name, None, ...) where the tar is damaged.
+    """
+    key, parts, end = "", {}, path.stat().st_size
+    if place and place >= end:
+        return
     try:
-        with tarfile.open(path, "r|") as tar:
+        with open(path, "rb") as file, tarfile.open(fileobj=_seek(file, place), mode="r|") as tar:
             for member in tar:
                 folder, _, name = member.name.rpartition("/")
                 stem, _, extension = name.partition(".")
@@ -105,19 +190,26 @@ def _samples(path: Path) -> Iterator[tuple[str, dict[str, bytes] | None]]:
                 if not member.isfile() or member.size > MOST_MEMBER:
                     continue
                 if stem != key and parts:
-                    yield key, parts
+                    yield key, parts, place + member.offset
                     parts = {}
                 key = stem
                 kind = extension.lower()
                 wanted = kind in READ
                 parts[kind if wanted else ""] = tar.extractfile(member).read() if wanted else b""
-            whole = _ended(path, tar.offset)
+            whole = _ended(path, place + tar.offset)
+            end = place + tar.offset if whole else end
     except Exception:  # tarfile passes on what a header makes it meet: ValueError, RecursionError
         whole = False
     if parts:
-        yield key, parts
+        yield key, parts, end
     if not whole:
-        yield str(path), None
+        yield str(path), None, end
+
+
+def _seek(file: BinaryIO, place: int) -> BinaryIO:
+    """The file at a place."""
+    file.seek(place)
+    return file
 
 
 def _ended(path: Path, offset: int) -> bool:
@@ -152,13 +244,14 @@ def scene_items(
     split: str = "train",
     polluted: float = 0.0,
     without: tuple[str, ...] = (),
+    first: int = 0,
 ) -> Iterator[Item]:
     """Pages of scenes: one background and set of objects, places and sizes that vary.
 
     polluted: share of the pictures that are of some other page, as web pages have them. without:
-    objects such as `red circle` whose pages are left out.
+    objects such as `red circle` whose pages are left out. first: number of the first page.
     """
-    for number in _without(range(pages), split, without):
+    for number in _without(range(first, first + pages), split, without):
         rng = np.random.Generator(np.random.Philox(key=[number, 7]))
         own = scenes.episode(number, per_page, split)
         for place, plan in enumerate(own):
@@ -173,10 +266,16 @@ def scene_items(
 
 
 def labelled_scene_items(
-    pages: int, per_page: int, size: int, split: str = "train", without: tuple[str, ...] = ()
+    pages: int,
+    per_page: int,
+    size: int,
+    split: str = "train",
+    without: tuple[str, ...] = (),
+    first: int = 0,
 ) -> Iterator[Item]:
     """The same scenes grouped by a label instead: the first object's shape and colour."""
-    for number in _without(range(pages * per_page), split, without):
+    numbers = range(first * per_page, (first + pages) * per_page)
+    for number in _without(numbers, split, without):
         plan = scenes.scene(number, split)
         yield Item(
             plan.things[0].phrase,
@@ -184,6 +283,22 @@ def labelled_scene_items(
             functools.partial(_drawn, plan, size),
             plan.caption,
         )
+
+
+def scene_parts(
+    pages: int, per_page: int, size: int, each: int = 1000, labelled: bool = False, **options
+) -> list[Part]:
+    """Scenes in parts of `each` pages; options as of `scene_items` or `labelled_scene_items`."""
+    make = labelled_scene_items if labelled else scene_items
+    return [
+        numbered(
+            f"pages {first}",
+            functools.partial(
+                make, min(each, pages - first), per_page, size, first=first, **options
+            ),
+        )
+        for first in range(0, pages, each)
+    ]
 
 
 def _without(numbers: range, split: str, phrases: tuple[str, ...]) -> Iterator[int]:

@@ -53,11 +53,12 @@ def batches(
         num_workers=workers,
         pin_memory=workers > 0 and accelerator.device.type == "cuda",
         multiprocessing_context="fork" if workers else None,  # the task is not pickled
-        worker_init_fn=_leave_ctrl_c_to_the_loop,
+        worker_init_fn=_leave_signals_to_the_loop,
         generator=torch.Generator(),  # not the global one, which first weights are drawn from
     )
 
 
-def _leave_ctrl_c_to_the_loop(worker: int) -> None:
-    """A terminal sends it to every process, and the loop still finishes its step."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+def _leave_signals_to_the_loop(worker: int) -> None:
+    """A terminal and Slurm send them to every process, and the loop still finishes its step."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)

@@ -1,17 +1,13 @@
 """One training loop for every task: device and processes by accelerate, EMA, exact resume.
 
-A step's data and noise are functions of (seed, step, process), and the learning rate is a function
-of the step, so a run that is killed and started again continues exactly as if it had not been: on a
-CPU to the bit, on a GPU but for the order of sums in algorithms that are chosen anew.
+A step's data, noise and dropout are functions of (seed, step, process), and the learning rate is a
+function of the step, so a run that is killed and started again continues exactly as if it had not
+been: on a CPU to the bit, on a GPU but for the order of sums in algorithms that are chosen anew.
 Several processes and machines: `accelerate launch`, data parallel or FSDP2 by its configuration.
 """
 
 import contextlib
-import dataclasses
-import json
-import math
-import os
-import time
+import sys
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -20,18 +16,17 @@ from typing import Protocol
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
-from accelerate.utils import broadcast_object_list
 from diffusers.training_utils import EMAModel
 from PIL import Image
-from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor, distribute_tensor
 from tqdm.auto import tqdm
 
 from guidekit.errors import GuidekitError
+from guidekit.seeds import derived_seed
 from guidekit.train.batches import Source, batches
-from guidekit.train.interrupt import Interrupt
+from guidekit.train.checkpoint import Checkpoint, last_checkpoint, write_checkpoint
+from guidekit.train.interrupt import Agreement, Interrupt, Stop
+from guidekit.train.metrics import Metrics
 from guidekit.train.options import Options, lr_at
 from guidekit.train.precision import (
     fast_attention,
@@ -40,12 +35,18 @@ from guidekit.train.precision import (
     warn_of_slow_bf16,
 )
 from guidekit.train.processes import processes
+from guidekit.train.shards import dealt_like, is_shard, own, whole
+
+# Steps in a row without a finite gradient after which a training gives up: on the way, at its end.
+MOST_SKIPPED, DIVERGED = 50, 3
 
 
 class Task(Source, Protocol):
     """What the loop needs of a task."""
 
     net: nn.Module  # all trained weights; called as net(**batch) and returns named losses
+    # `ready(end)`, which may be left out, is called by all processes before the batches are used
+    # whose numbers lie below `end`.
 
     def whole_net(self) -> nn.Module:
         """A second net of the same form, needed by FSDP2 alone, whose nets are in shards."""
@@ -58,7 +59,7 @@ class Task(Source, Protocol):
 
 
 class Loop:
-    """Trains `task.net`; the state lies in `folder/checkpoint.safetensors`, replaced atomically."""
+    """Trains `task.net`; the state of the last two saves lies in `folder`."""
 
     def __init__(self, task: Task, options: Options, folder: Path, quiet: bool = False):
         self.task, self.options, self.folder, self.quiet = task, options, Path(folder), quiet
@@ -87,25 +88,20 @@ class Loop:
         self.net, self.optimizer = self.accelerator.prepare(task.net, optimizer)
         # After prepare: FSDP2 puts shards in the place of the weights.
         self.weights = [p for p in task.net.parameters() if p.requires_grad]
-        if options.tracker:
-            self._start_tracker()
-        self.sharded = any(isinstance(p, DTensor) for p in self.weights)
+        self.metrics = Metrics(self.folder, options, self.accelerator)
+        self.sharded = any(map(is_shard, self.weights))
         # foreach copies no shards.
         self.ema = EMAModel(self.weights, decay=options.ema, foreach=on_gpu and not self.sharded)
         self.ema.to(self.accelerator.device)
+        self.skipped = self._skipped_in_a_row = 0
+        self._saved = -1  # the step of the last checkpoint
         self.step = self._load()
-
-    def _start_tracker(self) -> None:
-        """accelerate's tracker of the options' name; ValueError where it is not installed."""
-        name = self.options.tracker
-        self.accelerator.init_trackers("guidekit", _plain(self.options))
-        if self.accelerator.is_main_process and not self.accelerator.trackers:
-            raise GuidekitError(f"the tracker {name!r} is not installed: pip install {name}")
 
     def run(self) -> None:
         """Trains from the last checkpoint to the end.
 
-        A kill loses at most `save_every` steps; Ctrl-C loses none and takes effect after the step.
+        A kill loses at most `save_every` steps. Ctrl-C and SIGTERM lose none: all processes agree
+        on the step after which they save, and end with KeyboardInterrupt or with exit code 0.
         """
         bar = tqdm(
             total=self.options.steps,
@@ -113,26 +109,57 @@ class Loop:
             desc=self.folder.name,
             disable=self.quiet or not self.accelerator.is_main_process,
         )
-        self.started, self.first = time.monotonic(), self.step
-        with bar, self._taking_batches(), searched_convolutions(), Interrupt() as stop:
-            while self.step < self.options.steps and not self._out_of_time():
+        agreement = Agreement(self.accelerator, self.options.agree_every, self.options.minutes)
+        self.metrics.begin(self.step)
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(bar)
+            stack.enter_context(self._taking_batches())
+            stack.enter_context(self._own_draws())
+            stack.enter_context(searched_convolutions())
+            signals = stack.enter_context(Interrupt())
+            while True:
+                done = self.step >= self.options.steps
+                reason = agreement.reached(0 if done else self.step, signals.asked)
+                if reason > Stop.TIME:
+                    self._leave(reason)
+                if done or reason:
+                    break
+                self._make_ready()
                 losses = self._train_step()
                 self.step += 1
                 bar.update()
                 if self.step % self.options.log_every == 0 or self.step == self.options.steps:
-                    bar.set_postfix({k: f"{v:.4f}" for k, v in self._log(losses).items()})
-                asked = self._agreed(stop.asked)
-                if self.step % self.options.save_every == 0 or asked:
-                    self._finite_means(losses)
+                    values = self.metrics.write(self.step, losses, self.skipped)
+                    bar.set_postfix({k: f"{v:.4f}" for k, v in values.items()})
+                if self.step % self.options.save_every == 0 and not self._skipped_in_a_row:
                     self.save()
-                if asked:
-                    raise KeyboardInterrupt
                 if self.step % self.options.preview_every == 0:
                     self.preview()
+        self._check_converging(DIVERGED)
         self.save()
         self.preview()
-        for tracker in self.accelerator.trackers:  # end_training would end the processes' group
-            tracker.finish()
+        self.metrics.end()
+
+    def _make_ready(self) -> None:
+        """Lets a task that makes its data on the way make what the next step reads."""
+        if ready := getattr(self.task, "ready", None):
+            turns = (self.step + 1) * self.options.accumulate * self.accelerator.num_processes
+            ready(turns * self.options.batch)
+
+    def _leave(self, reason: Stop) -> None:
+        """Saves and ends the process, as all of them do after the same step."""
+        if not self._skipped_in_a_row:  # else what was saved before is better
+            self.save()
+        self.accelerator.wait_for_everyone()
+        if reason == Stop.INT:
+            raise KeyboardInterrupt
+        if self.accelerator.is_main_process:
+            print(
+                f"stopped  {self.folder} at step {self.step} of {self.options.steps} by SIGTERM; "
+                "the same command goes on from there",
+                file=sys.stderr,
+            )
+        raise SystemExit(0)
 
     def _train_step(self) -> dict[str, Tensor]:
         """One move of the weights over `accumulate` batches; returns their mean losses."""
@@ -140,20 +167,60 @@ class Loop:
         for group in self.optimizer.param_groups:
             group["lr"] = lr_at(self.step, options)
         means: dict[str, Tensor] = {}
-        for _ in range(options.accumulate):
+        for turn in range(options.accumulate):
             batch = self._on_device(next(self._batches))
+            self._seed_draws(self.step * options.accumulate + turn)
             with self.accelerator.accumulate(self.net), fast_attention(self.accelerator.device):
                 with self._autocast():
                     losses = self.net(**batch)
                 self.accelerator.backward(sum(losses.values()))
                 if self.accelerator.sync_gradients:
-                    self.accelerator.clip_grad_norm_(self.weights, options.clip)
-                self.optimizer.step()
-                self.optimizer.zero_grad()
+                    self._move()
             for name, loss in losses.items():
                 means[name] = means.get(name, 0) + loss.detach() / options.accumulate
-        self.ema.step(self.weights)
         return means
+
+    def _move(self) -> None:
+        """Moves weights and averages by the gradient; not by one that is nan or infinite."""
+        norm = whole(self.accelerator.clip_grad_norm_(self.weights, self.options.clip))
+        finite, scaler = bool(torch.isfinite(norm)), self.accelerator.scaler
+        if finite or scaler is not None:  # which skips the step too, and lowers its scale
+            self.optimizer.step()
+        self.optimizer.zero_grad()
+        if finite:
+            self.ema.step(self.weights)
+            self._skipped_in_a_row = 0
+            return
+        self.skipped += 1
+        self._skipped_in_a_row += 1
+        self._check_converging(MOST_SKIPPED)
+        if scaler is None and self.accelerator.is_main_process:
+            warnings.warn(
+                f"{self.folder.name}: the gradient of step {self.step} is not finite; the step is "
+                f"skipped, {self.skipped} so far",
+                stacklevel=2,
+            )
+
+    def _check_converging(self, most: int) -> None:
+        """Raises GuidekitError where the last `most` steps had no finite gradient."""
+        if self._skipped_in_a_row >= most:
+            raise GuidekitError(
+                f"{self.folder}: the gradient was not finite in {self._skipped_in_a_row} steps one "
+                f"after another, at step {self.step}; lower lr or clip, and start again: it "
+                "continues from the last checkpoint"
+            )
+
+    @contextlib.contextmanager
+    def _own_draws(self):
+        """The global generators, which dropout draws from, are the loop's while it trains."""
+        device = self.accelerator.device
+        with torch.random.fork_rng([device] if device.type == "cuda" else []):
+            yield
+
+    def _seed_draws(self, turn: int) -> None:
+        """What the net draws in a turn is a function of seed, turn and process alone."""
+        own = (self.options.seed, turn, self.accelerator.process_index)
+        torch.manual_seed(derived_seed("net", *own))
 
     def _autocast(self):
         """FSDP2 casts the weights and needs the inputs cast too; elsewhere prepare saw to both."""
@@ -177,125 +244,105 @@ class Loop:
     def _on_device(self, batch: dict) -> dict:
         return {k: v.to(self.accelerator.device, non_blocking=True) for k, v in batch.items()}
 
-    def _out_of_time(self) -> bool:
-        """True on every process as soon as the first one says that the time is spent."""
-        if math.isinf(self.options.minutes):
-            return False
-        spent = [time.monotonic() - self.started > self.options.minutes * 60]
-        return broadcast_object_list(spent)[0]
-
-    def _log(self, losses: dict[str, Tensor]) -> dict[str, float]:
-        """Appends the losses, averaged over processes, and the speed to metrics.jsonl."""
-        values = self._finite_means(losses)
-        if self.accelerator.is_main_process:
-            done = self.step - self.first
-            images = done * self.options.batch * self.options.accumulate
-            images *= self.accelerator.num_processes
-            row = {"step": self.step, **values, "lr": lr_at(self.step - 1, self.options)}
-            row["images_per_second"] = images / (time.monotonic() - self.started)
-            left = (self.options.steps - self.step) / done
-            row["eta_seconds"] = round(left * (time.monotonic() - self.started), 1)
-            if self.options.tracker:
-                self.accelerator.log({k: v for k, v in row.items() if k != "step"}, self.step)
-            with open(self.folder / "metrics.jsonl", "a") as file:
-                file.write(json.dumps(row) + "\n")
-        return values
-
-    def _finite_means(self, losses: dict[str, Tensor]) -> dict[str, float]:
-        """The losses averaged over processes; ValueError before a save if one is nan or inf."""
-        values = {k: float(self.accelerator.reduce(v.detach(), "mean")) for k, v in losses.items()}
-        for name, value in values.items():
-            if not math.isfinite(value):
-                raise GuidekitError(
-                    f"{self.folder}: the loss {name} is {value} at step {self.step}; lower lr or "
-                    "clip, and start again: it continues from the last checkpoint"
-                )
-        return values
-
-    def _agreed(self, asked: bool) -> bool:
-        """Whether any process was asked to stop, where all of them take part in saving."""
-        if not self.sharded:
-            return asked
-        flag = torch.tensor(float(asked), device=self.accelerator.device)
-        return float(self.accelerator.reduce(flag, "sum")) > 0
-
     def save(self) -> None:
-        """Writes weights, averages and optimizer state as one safetensors file."""
+        """Writes weights, buffers, averages and optimizer state as one safetensors file.
+
+        Raises GuidekitError, and leaves what was saved before, if one of them is not finite.
+        """
+        if self._saved == self.step:
+            return
         tensors = {f"weight.{i}": p.detach() for i, p in enumerate(self.weights)}
         tensors |= {f"ema.{i}": p for i, p in enumerate(self.ema.shadow_params)}
         for i, state in self.optimizer.state_dict()["state"].items():
             tensors |= {f"adam.{i}.{key}": value for key, value in state.items()}
+        self._check_finite(tensors)
+        tensors |= {f"buffer.{k}": v for k, v in self._buffers().items()}
         # Every process takes part in gathering shards; the first one keeps and writes them.
         main = self.accelerator.is_main_process
-        wholes = ((k, _whole(v)) for k, v in tensors.items())
+        wholes = ((k, whole(v)) for k, v in tensors.items())
         tensors = {k: v.cpu().contiguous() for k, v in wholes if main}
-        if not main:
-            return
-        path = self.folder / "checkpoint.safetensors"
-        scaler = self.accelerator.scaler  # of gradients in fp16
-        facts = {"step": self.step, "scaler": scaler.state_dict() if scaler else {}}
-        facts["options"] = self._deciding()
-        facts = {k: json.dumps(v) for k, v in facts.items()}
-        save_file(tensors, str(path) + ".part", metadata=facts)
-        os.replace(str(path) + ".part", path)
+        self._saved = self.step
+        if main:
+            scaler = self.accelerator.scaler  # of gradients in fp16
+            write_checkpoint(
+                self.folder,
+                tensors,
+                {
+                    "step": self.step,
+                    "scaler": scaler.state_dict() if scaler else {},
+                    "averaged": self.ema.optimization_step,
+                    "skipped": self.skipped,
+                },
+            )
+
+    def _buffers(self) -> dict[str, Tensor]:
+        """What the net keeps beside its weights, such as running means."""
+        weights = {name for name, _ in self.task.net.named_parameters(remove_duplicate=False)}
+        return {k: v for k, v in self.task.net.state_dict().items() if k not in weights}
+
+    def _check_finite(self, tensors: dict[str, Tensor]) -> None:
+        """Raises GuidekitError, in all processes, if a number of one of them is not finite."""
+        bad = [k for k, v in tensors.items() if not torch.isfinite(own(v)).all()]
+        count = torch.tensor(float(len(bad)), device=self.accelerator.device)
+        if float(self.accelerator.reduce(count, "sum")) > 0:
+            raise GuidekitError(
+                f"{self.folder}: {', '.join(bad[:3]) or 'a shard'} is not finite at step "
+                f"{self.step}, so nothing is saved; lower lr or raise eps, and start again: it "
+                "continues from the last checkpoint"
+            )
 
     def _load(self) -> int:
-        """Reads the checkpoint if there is one and returns the number of finished steps."""
-        path = self.folder / "checkpoint.safetensors"
-        if not path.exists():
-            if self.accelerator.is_main_process:
-                _cut_log(self.folder / "metrics.jsonl", 0)
-            return 0
+        """Reads the last checkpoint if there is one and returns the number of finished steps."""
+        found = last_checkpoint(self.folder, quiet=not self.accelerator.is_main_process)
+        step = 0 if found is None else found.step
+        self._check_one_step(step)
+        if found is not None:
+            self._restore(found)
+            self._saved = step
+        self.accelerator.wait_for_everyone()  # before the first one's next save
+        self.metrics.cut(step)
+        return step
+
+    def _check_one_step(self, step: int) -> None:
+        """Raises GuidekitError where the processes found checkpoints of different steps."""
+        mine = torch.tensor([step], device=self.accelerator.device)
+        found = sorted(set(self.accelerator.gather(mine).tolist()))
+        if len(found) > 1:
+            raise GuidekitError(
+                f"the processes found checkpoints of steps {found} in {self.folder}; it must lie "
+                "where all of them read the same files"
+            )
+
+    def _restore(self, found: Checkpoint) -> None:
+        """Takes over weights, buffers, averages and optimizer state."""
+        if found.shapes("weight.") != {
+            f"weight.{i}": tuple(p.shape) for i, p in enumerate(self.weights)
+        }:
+            raise GuidekitError(
+                f"{found.path} is of another model; train into another folder (--out), or remove it"
+            )
         adam: dict[int, dict[str, Tensor]] = {}
-        with safe_open(path, "pt") as file, torch.no_grad():
-            facts = {k: json.loads(v) for k, v in file.metadata().items()}
-            step = facts["step"]
-            self._check_same_net(file)
-            self._warn_of_other_options(facts.get("options", {}))
-            for key in file.keys():  # noqa: SIM118  (safe_open is no mapping)
-                kind, i, *rest = key.split(".")
-                value = _like(self.weights[int(i)], file.get_tensor(key))
+        buffers = self._buffers()
+        with torch.no_grad():
+            for name in found.names():
+                kind, place = name.split(".", 1)
+                if kind == "buffer":
+                    buffers[place].copy_(found.tensor(name))
+                    continue
+                i, _, key = place.partition(".")
+                value = dealt_like(self.weights[int(i)], found.tensor(name))
                 if kind == "weight":
                     self.weights[int(i)].copy_(value)
                 elif kind == "ema":
                     self.ema.shadow_params[int(i)].copy_(value)
                 else:
-                    adam.setdefault(int(i), {})[rest[0]] = value
-        if scaling := facts.get("scaler"):
+                    adam.setdefault(int(i), {})[key] = value
+        if scaling := found.facts.get("scaler"):
             self.accelerator.scaler.load_state_dict(scaling)
         groups = self.optimizer.state_dict()["param_groups"]
         self.optimizer.load_state_dict({"state": adam, "param_groups": groups})
-        self.ema.optimization_step = step
-        self.accelerator.wait_for_everyone()  # before the first one's next save
-        if self.accelerator.is_main_process:
-            _cut_log(self.folder / "metrics.jsonl", step)
-        return step
-
-    def _check_same_net(self, file) -> None:
-        """ValueError if the checkpoint's weights are not of this net's shapes."""
-        kept = [k for k in file.keys() if k.startswith("weight.")]  # noqa: SIM118
-        shapes = {k: tuple(file.get_slice(k).get_shape()) for k in kept}
-        if shapes != {f"weight.{i}": tuple(p.shape) for i, p in enumerate(self.weights)}:
-            raise GuidekitError(
-                f"{self.folder}/checkpoint.safetensors is of another model; train into another "
-                "folder (--out), or remove it"
-            )
-
-    def _deciding(self) -> dict[str, str]:
-        """Options that decide the batches and their losses, as text."""
-        own = getattr(self.task, "options", None)
-        names = {n: getattr(self.options, n) for n in ("batch", "accumulate", "seed")}
-        names |= {"processes": self.accelerator.num_processes}
-        names |= dataclasses.asdict(own) if dataclasses.is_dataclass(own) else {}
-        return {name: str(value) for name, value in names.items()}
-
-    def _warn_of_other_options(self, before: dict[str, str]) -> None:
-        now = self._deciding()
-        other = [f"{k} was {v}, is {now.get(k)}" for k, v in before.items() if now.get(k) != v]
-        if other:
-            warnings.warn(
-                f"{self.folder} goes on with other options: {'; '.join(other)}", stacklevel=3
-            )
+        self.ema.optimization_step = found.facts.get("averaged", found.step)
+        self.skipped = found.facts.get("skipped", 0)
 
     @contextlib.contextmanager
     def averaged(self):
@@ -334,41 +381,12 @@ class Loop:
 
     def _on_a_copy(self, action: Callable[[], None]) -> None:
         """Runs `action` on the first process with a task whose net is whole."""
-        state = {k: _whole(v).cpu() for k, v in self.task.net.state_dict().items()}
+        state = {k: whole(v).cpu() for k, v in self.task.net.state_dict().items()}
         if self.accelerator.is_main_process:
-            whole = self.task.whole_net().to(self.accelerator.device)
-            sharded, self.task.net = self.task.net, whole
+            copy = self.task.whole_net().to(self.accelerator.device)
+            sharded, self.task.net = self.task.net, copy
             try:
                 self.task.net.load_state_dict(state)
                 action()
             finally:
                 self.task.net = sharded
-
-
-def _whole(tensor: Tensor) -> Tensor:
-    """The tensor, gathered from all processes where each holds a shard."""
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
-
-
-def _like(weight: Tensor, value: Tensor) -> Tensor:
-    """The value cut into shards as the weight is; a step counter stays whole."""
-    if not isinstance(weight, DTensor) or value.shape != weight.shape:
-        return value
-    value = value.to(weight.device)
-    return distribute_tensor(value, weight.device_mesh, weight.placements)
-
-
-def _plain(options: Options) -> dict:
-    """The options as trackers take them."""
-    return {k: v for k, v in dataclasses.asdict(options).items() if v != math.inf}
-
-
-def _cut_log(path: Path, step: int) -> None:
-    """Drops the rows of steps that the checkpoint does not hold; they will be written again."""
-    if path.exists():
-        # A kill may have torn the last row.
-        rows = [row for row in path.read_text().splitlines() if row.endswith("}")]
-        rows = [row for row in rows if json.loads(row)["step"] <= step]
-        part = path.with_name(path.name + ".part")
-        part.write_text("".join(row + "\n" for row in rows))
-        part.replace(path)

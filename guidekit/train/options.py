@@ -28,10 +28,13 @@ class Options:
     workers: int = 0  # processes that make batches ahead; 0: the training's own makes them
     tracker: str = ""  # tensorboard, wandb, ...: what accelerate reports to, beside metrics.jsonl
     minutes: float = math.inf  # wall time after which the cosine is cut short and the stage ends
+    agree_every: int = 10  # steps between two questions of all processes whether to stop
+    changed: str = "refuse"  # refuse | allow: a stage that was begun with other options or data
 
     def __post_init__(self):
         _one_of("decay", self.decay, ("cosine", "constant"))
         _one_of("precision", self.precision, ("no", "bf16", "fp16"))
+        _one_of("changed", self.changed, ("refuse", "allow"))
         for name in COUNTS:
             if getattr(self, name) < 1:
                 raise GuidekitError(f"{name} must be 1 or more, not {getattr(self, name)}")
@@ -45,7 +48,7 @@ class Options:
             raise GuidekitError(f"ema must be 0 or more and below 1, not {self.ema:g}")
 
 
-COUNTS = ("steps", "batch", "accumulate", "save_every", "preview_every", "log_every")
+COUNTS = ("steps", "batch", "accumulate", "save_every", "preview_every", "log_every", "agree_every")
 
 
 def _one_of(name: str, value: str, values: tuple[str, ...]) -> None:

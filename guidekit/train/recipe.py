@@ -6,6 +6,7 @@ ones exported; a run that is started again continues where it was.
 
 import dataclasses
 import importlib
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,8 @@ from guidekit.errors import GuidekitError
 from guidekit.options import convert, option_kinds
 from guidekit.train.denoiser import DenoiserOptions, DenoiserTask
 from guidekit.train.digits import DigitsOptions, DigitsTask
+from guidekit.train.durable import put
+from guidekit.train.identity import check_same, digest_of, identity, keep
 from guidekit.train.judge import JudgeOptions, JudgeTask
 from guidekit.train.loop import Loop, Options, Task
 from guidekit.train.pixels import PixelsOptions, PixelsTask
@@ -54,6 +57,17 @@ TASKS: dict[str, tuple[type, Make] | str] = {
 }
 
 
+# Options that name folders: of earlier stages, built-in, or anywhere; `data` is anywhere.
+READS = {
+    "vae": ("start",),
+    "denoiser": ("vae", "text"),
+    "noisy-clip": ("data", "base", "autoencoder"),
+    "semantica": ("encoder",),
+    "adapter": ("encoder", "backbone"),
+    "tags": ("encoder",),
+}
+
+
 def task_kind(name: str) -> tuple[type, Make]:
     """The options of a task and what makes it from them, the run's folder and the size."""
     kind = TASKS[name]
@@ -61,6 +75,23 @@ def task_kind(name: str) -> tuple[type, Make]:
         module = importlib.import_module(kind)
         return module.OPTIONS, module.make
     return kind
+
+
+def data_facts(stage: "Stage", folder: Path) -> dict[str, str]:
+    """What decides a stage's weights beside its options: the files that it reads.
+
+    Those that options of READS name, and what a task's module says by `facts(options, folder)`.
+    """
+    found = {}
+    for option in READS.get(stage.task, ()):
+        name = getattr(stage.options, option)
+        places = [Path(name)] if option == "data" else [folder / name, ZOO / name, Path(name)]
+        if name and (there := next(filter(Path.is_dir, places), None)):
+            found[f"files of {option}"] = digest_of(there)
+    if isinstance(kind := TASKS[stage.task], str):
+        facts = getattr(importlib.import_module(kind), "facts", None)
+        found |= facts(stage.options, folder) if facts else {}
+    return found
 
 
 def loop_defaults(name: str) -> dict[str, Any]:
@@ -159,21 +190,34 @@ def train(
     plan = read_recipe(recipe)
     processes()
     folder = Path(out) / plan.model
-    model = folder
     for stage in plan.stages:
-        model = folder / stage.name / "model"
-        if model.exists():
-            if not quiet:
-                print(f"finished {stage.name}: {model} (remove it to train it again)")
-            continue
         options = dataclasses.replace(stage.loop, **(overrides or {}))  # refused before the work
-        torch.manual_seed(stage.loop.seed)  # of the first weights
-        task = task_kind(stage.task)[1](stage.options, folder, plan.size, quiet)
-        loop = Loop(task, options, folder / stage.name, quiet)
-        loop.run()
-        part = model.with_name("model.part")  # a kill while it is written leaves no model
-        loop.export(part)
-        if loop.accelerator.is_main_process:
-            part.replace(model)
-        loop.accelerator.wait_for_everyone()
-    return model
+        _train_stage(dataclasses.replace(stage, loop=options), folder, plan.size, quiet)
+    return folder / plan.stages[-1].name / "model"
+
+
+def _train_stage(stage: Stage, folder: Path, size: int, quiet: bool) -> None:
+    """Trains a stage and writes its model, or passes over one that is finished and the same."""
+    home = folder / stage.name
+    model, state = home / "model", processes()
+    facts = data_facts(stage, folder) | {"processes": str(state.num_processes)}
+    now = identity(stage.task, size, stage.loop, stage.options, facts)
+    same = check_same(home, now, stage.loop.changed)
+    if model.exists() and same:
+        if not quiet and state.is_main_process:
+            print(f"finished {stage.name}: {model} (remove {home} to train it again)")
+        return
+    state.wait_for_everyone()  # all have read what the first one writes
+    if state.is_main_process:
+        keep(home, now)
+    torch.manual_seed(stage.loop.seed)  # of the first weights
+    task = task_kind(stage.task)[1](stage.options, folder, size, quiet)
+    loop = Loop(task, stage.loop, home, quiet)
+    loop.run()
+    part = home / "model.part"  # a kill while it is written leaves no model
+    loop.export(part)
+    if state.is_main_process:
+        if model.exists():  # of other options, which the user wants to go on from
+            shutil.rmtree(model)
+        put(part, model)
+    state.wait_for_everyone()

@@ -6,6 +6,7 @@ import json
 import numpy as np
 import pytest
 import torch
+from diffusers import DDPMScheduler
 from PIL import Image, ImageOps
 from safetensors.torch import load_file
 
@@ -21,6 +22,7 @@ from guidekit.heads.features import (
     read_features,
     resolve_sites,
 )
+from guidekit.heads.fingerprint import fingerprint, same_backbone
 from guidekit.heads.head import Head, HeadConfig
 from guidekit.heads.linear import fit_linear, log_loss
 from guidekit.heads.pixels import varied
@@ -355,6 +357,20 @@ def test_strength_and_temperature_are_cross_validated():
     assert found.scores["folds"] == 5
 
 
+def test_rows_of_a_fold_that_is_left_out_are_not_scored():
+    """Class 2 is in one picture alone, so that picture cannot be held out."""
+    rng = np.random.default_rng(0)
+    groups, y = np.repeat(np.arange(5), 100), np.zeros(500, int)
+    y[::2] = 1
+    y[groups == 0] = 2
+    x = rng.normal(size=(500, 4))
+    x[:, 0] += 6 * (y == 1)
+    x[:, 1] += 6 * (y == 2)
+    found = fit_linear(x, y, 3, groups=groups)
+    assert found.scores["folds"] == 4 and found.scores["rows"] == 400
+    assert found.scores["accuracy"] > 0.99 and found.scores["log_loss"] < 0.05
+
+
 def test_one_example_of_a_class_has_the_defaults():
     x = np.random.default_rng(0).normal(size=(3, 8))
     found = fit_linear(x, np.arange(3), 3)
@@ -466,6 +482,37 @@ def test_a_head_refuses_another_backbone_but_not_another_precision(denoiser, tmp
         weight.data += 0.05
     with pytest.raises(ValueError, match="other weights"):
         load_head(folder, Denoiser(other))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_a_fingerprint_sees_all_weights_and_no_rounding(dtype):
+    pipe = ddpm_pipeline()
+    own, model = fingerprint(Denoiser(pipe)), pipe.unet
+    whole = {k: v.clone() for k, v in model.state_dict().items()}
+    halved = fingerprint(Denoiser(ddpm_pipeline().to(dtype)))
+    assert same_backbone(own, halved) and own["dtype"] != halved["dtype"]
+    torch.manual_seed(0)
+    for weight in model.parameters():
+        weight.data += torch.randn_like(weight) * 1e-3
+    assert not same_backbone(fingerprint(Denoiser(pipe)), halved)
+    for name in whole:  # each of them alone
+        model.load_state_dict(whole)
+        dict(model.named_parameters())[name].data.mul_(1.05).add_(0.01)
+        assert not same_backbone(fingerprint(Denoiser(pipe)), halved), name
+    model.load_state_dict(whole)
+    pipe.scheduler = DDPMScheduler(beta_schedule="squaredcos_cap_v2")
+    other = fingerprint(Denoiser(pipe))
+    assert same_backbone(own, other) and not same_backbone(own, other, levels=True)
+    for numbers in (None, [], "x", [[0.0]], own["sums"][1:], ["a"] * len(own["sums"])):
+        assert not same_backbone(own, own | {"sums": numbers})
+
+
+def test_the_fingerprint_of_a_model_that_reads_text_has_its_encoder():
+    pipe = sd_pipeline()
+    own = fingerprint(Denoiser(pipe))
+    for weight in pipe.text_encoder.parameters():
+        weight.data += 0.05
+    assert not same_backbone(own, fingerprint(Denoiser(pipe)))
 
 
 def test_a_head_refuses_other_sites_and_damage(denoiser, tmp_path):

@@ -55,7 +55,7 @@ WEIGHTS["a folder"] = _folder
 def head(folder: Path, change: Callable[[dict], object] = lambda table: None) -> Path:
     """A head of two channels whose table is changed; `change` may give another table."""
     table = {
-        "format": 1,
+        "format": 2,
         "kind": "classes",
         "classes": ["a", "b"],
         "channels": 2,
@@ -95,7 +95,7 @@ VALUES = {
     "backbone": ({}, [], {"class": 1, "shapes": None}),
     "more": (1,),
     "__class__": ("x",),
-    "format": (2, None),
+    "format": (1, 3, None),
     "values": ([1.5],),
 }
 HEADS: dict[str, Make] = {

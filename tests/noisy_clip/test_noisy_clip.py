@@ -205,18 +205,22 @@ import sys, torch, torch.distributed as dist
 from guidekit.noisy_clip.loss import info_nce
 rank, folder = int(sys.argv[1]), sys.argv[2]
 torch.manual_seed(0)
-layer, x, y = torch.nn.Linear(6, 5), torch.randn(8, 6), torch.randn(8, 5)
+layer, x, y = torch.nn.Linear(6, 5), torch.randn(8, 6), torch.randn(8, 5, requires_grad=True)
+scale = torch.tensor(20.0, requires_grad=True)
 keys = torch.tensor([0, 1, 2, 3, 0, 5, 6, 7])
 dist.init_process_group("gloo", f"file://{folder}/meet", rank=rank, world_size=2)
 part = slice(4 * rank, 4 * rank + 4)
-loss = info_nce(layer(x[part]), y[part], 20.0, keys[part])
-(grad,) = torch.autograd.grad(loss, layer.weight)
-dist.all_reduce(grad)
+asked = (layer.weight, y, scale)
+loss = info_nce(layer(x[part]), y[part], scale, keys[part])
+grads = torch.autograd.grad(loss, asked)
+for found in (loss.detach(), *grads):
+    dist.all_reduce(found)
 dist.destroy_process_group()
-alone = info_nce(layer(x), y, 20.0, keys)
-(whole,) = torch.autograd.grad(alone, layer.weight)
-torch.testing.assert_close(loss, alone)
-torch.testing.assert_close(grad / 2, whole)
+alone = info_nce(layer(x), y, scale, keys)
+whole = torch.autograd.grad(alone, asked)
+torch.testing.assert_close(loss.detach() / 2, alone.detach())
+for grad, expected in zip(grads, whole, strict=True):
+    torch.testing.assert_close(grad / 2, expected)
 """
 
 

@@ -127,6 +127,12 @@ def test_texts_and_images_may_differ_from_picture_to_picture(pipe):
         guidance = Clip(encoder="random").towards(texts[i : i + 1], images[i : i + 1])
         alone = first_step(pipe, guidance, seeds=(i,))
         torch.testing.assert_close(energies(alone)[0], energies(both)[i], rtol=1e-4, atol=1e-4)
+    own = [
+        Condition(targets={"clip": {"texts": t, "images": i}})
+        for t, i in zip(texts, images, strict=True)
+    ]
+    given = first_step(pipe, Clip(encoder="random"), condition=own)
+    assert torch.equal(energies(given), energies(both))
     with pytest.raises(ValueError, match="texts of 2 pictures for 1"):
         first_step(pipe, Clip(encoder="random").towards(texts), seeds=(0,))
 

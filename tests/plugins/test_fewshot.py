@@ -12,10 +12,12 @@ from diffusers import DDIMScheduler
 from guidekit import Condition, Denoiser, Sampling, Segment, box_mask, draw, load
 from guidekit.cli.main import main
 from guidekit.heads import Examples, FitOptions, Reading, fit
-from guidekit.heads.features import fingerprint
+from guidekit.heads.augment import accepted_pictures
+from guidekit.heads.fingerprint import fingerprint
 from guidekit.heads.head import Head, HeadConfig
 from guidekit.heads.linear import fit_linear
 from guidekit.options import option_kinds
+from guidekit.sampler import accepted
 from guidekit.testing.miniatures import ddpm_pipeline, sd_pipeline
 from guidekit.train.digits import DigitJudge
 from guidekit.worlds import digits
@@ -25,6 +27,7 @@ from guidekit_zest import Zest
 
 SITES = ("mid_block", "up_blocks.0")
 NAMES = ("a", "b", "c")
+NOTHING = Condition()
 
 
 def make_head(denoiser, kind="classes", noised=False, timesteps=(500,), seed=3):
@@ -116,8 +119,9 @@ def test_a_masks_energy_is_the_mean_over_pixels(wide, tmp_path):
     denoiser = Denoiser(wide)
     head = make_head(denoiser, "masks").double()
     masks = torch.randint(3, (2, 16, 16), generator=torch.Generator().manual_seed(0))
-    guidance = Fewshot(head=saved(head, tmp_path), form="paper").towards(masks)
-    sampling = Sampling(denoiser, Condition(), [guidance], seeds=[0, 1], steps=4)
+    guidance = Fewshot(head=saved(head, tmp_path), form="paper")
+    conditions = [Condition(targets={"fewshot": mask}) for mask in masks]
+    sampling = Sampling(denoiser, conditions, [guidance], seeds=[0, 1], steps=4)
     z = sampling.run.noise(sampling.run.latent_shape, "z").double()
     timestep = sampling.run.scheduler.timesteps[1]
     step = sampling.engine.predict(z, timestep, 1, 4)
@@ -131,21 +135,56 @@ def test_a_masks_energy_is_the_mean_over_pixels(wide, tmp_path):
     torch.testing.assert_close(step.prediction, expected, rtol=1e-9, atol=1e-9)
 
 
-def first_step(pipe, guidance, index=2, **options):
-    sampling = Sampling(pipe, Condition(), [guidance], seeds=[0, 1], steps=4, **options)
+def first_step(pipe, guidance, index=2, conditions=NOTHING, **options):
+    sampling = Sampling(pipe, conditions, [guidance], seeds=[0, 1], steps=4, **options)
     z = sampling.run.noise(sampling.run.latent_shape, "z").to(sampling.denoiser.dtype)
     return sampling.engine.predict(z, sampling.run.scheduler.timesteps[index], index, 4)
 
 
 def test_every_picture_can_have_a_class_of_its_own(pipe, tmp_path):
     folder = saved(make_head(Denoiser(pipe)), tmp_path)
-    both = Fewshot(head=folder, form="detached").towards(torch.tensor([1, 2]))
-    together = first_step(pipe, both).prediction
+    both = Fewshot(head=folder, form="detached")
+    own = [Condition(targets={"fewshot": target}) for target in (1, "c")]
+    together = first_step(pipe, both, conditions=own).prediction
     for i, label in enumerate("bc"):
         alone = first_step(pipe, Fewshot(head=folder, form="detached", label=label)).prediction
         torch.testing.assert_close(together[i], alone[i], rtol=1e-5, atol=1e-6)
-    with pytest.raises(ValueError, match="3 targets for 2 pictures"):
-        first_step(pipe, Fewshot(head=folder).towards(torch.tensor([0, 1, 2])))
+    with pytest.raises(ValueError, match="1 of 2 conditions have a target for fewshot"):
+        first_step(pipe, both, conditions=[own[0], Condition()])
+    with pytest.raises(ValueError, match="the head has 3 classes, none of number 3"):
+        first_step(pipe, both, conditions=Condition(targets={"fewshot": 3}))
+    with pytest.raises(ValueError, match="a target for 'fewshto'; the guidances are fewshot"):
+        first_step(pipe, both, conditions=Condition(targets={"fewshto": 0}))
+
+
+def test_targets_survive_retries_and_batches(pipe, tmp_path):
+    """Each image is judged by its own target, also where it is drawn again in another batch."""
+    folder = saved(make_head(Denoiser(pipe)), tmp_path)
+    judged = []
+
+    class Watched(Fewshot):
+        def accept(self, images):
+            judged.append(self._target.argmax(1).tolist())
+            return torch.tensor([row != 1 for row in judged[-1]]) | (len(judged) > 2)
+
+    guidance = Watched(head=folder, form="detached")
+    guidance._name = "fewshot"
+    own = [Condition(targets={"fewshot": target}) for target in (0, 1, 2, 1)]
+    images = draw(pipe, own, [guidance], seeds=range(4), steps=2, tries=2, batch=2)
+    assert judged == [[0, 1], [2, 1], [1, 1]] and images.shape[0] == 4
+
+
+def test_a_scale_of_zero_rejects_and_changes_nothing(pipe, tmp_path):
+    folder = saved(make_head(Denoiser(pipe)), tmp_path)
+    alone = Fewshot(head=folder, label="b", scale=0.0, threshold=1.0)
+    options = dict(seeds=[0, 1], steps=2)
+    judged = Sampling(pipe, Condition(), [alone], **options).finish()
+    assert torch.equal(judged.images, Sampling(pipe, Condition(), **options).finish().images)
+    assert accepted(judged.guidances, judged.images).tolist() == [False, False]
+    again = draw(pipe, Condition(), [alone], tries=2, **options)
+    assert not torch.equal(again, judged.images)  # rejected, so drawn from other seeds
+    found = accepted_pictures(Denoiser(pipe), alone, 2, tries=2, steps=2)
+    assert found == (None, 4, 0)
 
 
 def test_stopping_the_second_call_changes_nothing(wide, tmp_path):

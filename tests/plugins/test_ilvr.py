@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from guidekit import Condition, Guidance, Sampling
+from guidekit import Condition, Guidance, Sampling, draw
 from guidekit.backbones.loading import make_scheduler, schedulers_for
 from guidekit.references import read_references
 from guidekit.testing.miniatures import ddpm_pipeline, sd3_pipeline
@@ -48,6 +48,18 @@ def test_low_frequencies_are_those_of_the_reference_at_the_next_level(pipe):
     plain = run(pipe).finish().latents
     found, plain = (low_pass(x - reference, 4).norm() for x in (drawn.latents, plain))
     assert found < 0.3 * plain
+
+
+def test_each_image_may_have_a_reference_of_its_own(pipe):
+    """As one batch with both, and as each alone."""
+    images = torch.rand(2, 3, 16, 16, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    own = [Condition(targets={"ilvr": image}) for image in images]
+    options = {"steps": 3, "scheduler": make_scheduler(pipe, "ddpm")}
+    both = Sampling(pipe, own, [Ilvr()], seeds=(0, 1), **options).finish().images
+    told = Sampling(pipe, Condition(), [Ilvr().towards(images)], seeds=(0, 1), **options).finish()
+    assert torch.equal(both, told.images)
+    alone = draw(pipe, own, [Ilvr()], seeds=(0, 1), batch=1, **options)
+    torch.testing.assert_close(alone, both, atol=1e-5, rtol=1e-4)
 
 
 def test_low_pass_keeps_what_is_flat_and_drops_what_is_fine():

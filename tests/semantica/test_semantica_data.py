@@ -12,11 +12,11 @@ import open_clip
 import pytest
 import torch
 from PIL import Image
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 
 from guidekit.references import load_reference, square
 from guidekit.semantica import data
-from guidekit.semantica.data import Pages, write_pages
+from guidekit.semantica.data import Store
 from guidekit.semantica.encode import (
     CLIP_CONFIG,
     CLIP_WEIGHTS,
@@ -24,15 +24,19 @@ from guidekit.semantica.encode import (
     from_timm,
     load_encoder,
 )
-from guidekit.semantica.pairs import Episodes, bounds_at, find_pairs, shuffled
+from guidekit.semantica.episodes import Episodes
+from guidekit.semantica.groups import find_pairs
 from guidekit.semantica.sources import (
     Item,
+    Part,
     folder_items,
+    folder_parts,
     labelled_scene_items,
     scene_items,
     shard_items,
+    shard_parts,
 )
-from semantica_tiny import SIZE, encoder
+from semantica_tiny import SIZE, coloured, encoded, encoder, numbers_of, pages_of
 from semantica_tiny import pipeline as semantica_pipeline
 
 
@@ -64,11 +68,8 @@ def sample(colour, page, caption="a picture", **columns) -> dict[str, bytes]:
 
 def firsts(pages) -> list[int]:
     """For every row the first row of its page."""
-    return [pages.page.tolist().index(page) for page in pages.page]
-
-
-def all_pairs(episodes) -> list[tuple[int, int]]:
-    return [episodes.pair(number) for number in range(len(episodes))]
+    found = pages_of(pages)
+    return [found.index(page) for page in found]
 
 
 @pytest.fixture
@@ -94,11 +95,10 @@ def shards(tmp_path):
 
 
 def test_shards_are_grouped_by_page_and_what_is_damaged_is_counted(shards, tiny, tmp_path):
-    pages = write_pages(shard_items(shards), tiny, tmp_path / "pages", SIZE)
-    assert len(pages) == 4 and pages.unreadable == 3
+    pages = encoded(shard_items(shards), tiny, tmp_path / "pages")
+    assert pages.totals() == {"rows": 4, "seen": 7, "unreadable": 3}
     assert firsts(pages) == [0, 1, 0, 1]
     assert pages.captions([0, 2]) == ["a picture", "é"]
-    assert sorted(rows.tolist() for rows in pages.members()) == [[0, 2], [1, 3]]
     pictures, tokens, pooled = pages.rows([2, 0], "pictures", "tokens", "pooled")
     assert pictures.shape == (2, 3, SIZE, SIZE) and pictures.dtype == torch.uint8
     assert tokens.shape == (2, 5, 16) and pooled.shape == (2, 16)
@@ -111,8 +111,8 @@ def test_shards_are_grouped_by_page_and_what_is_damaged_is_counted(shards, tiny,
 def test_a_cut_shard_is_skipped_from_where_it_is_cut(shards, tiny, tmp_path):
     whole = shards[1].read_bytes()
     shards[1].write_bytes(whole[: len(whole) // 2])
-    pages = write_pages(shard_items(shards), tiny, tmp_path / "pages", SIZE)
-    assert 1 <= len(pages) < 4 and pages.unreadable >= 3
+    pages = encoded(shard_items(shards), tiny, tmp_path / "pages")
+    assert 1 <= len(pages) < 4 and pages.totals()["unreadable"] >= 3
 
 
 @pytest.mark.parametrize("damage", ["header", "boundary"])
@@ -161,7 +161,7 @@ def test_files_are_not_kept_with_what_was_decoded(tiny, tmp_path):
             alive.append(weakref.ref(item))
             yield item
 
-    write_pages(items(), tiny, tmp_path / "pages", SIZE, shard=6)
+    encoded(items(), tiny, tmp_path / "pages", chunk=6)
     assert len(count) == 6 and max(count) <= 1
 
 
@@ -178,11 +178,17 @@ def test_folders_are_pages(tiny, tmp_path):
         (root / name).parent.mkdir(parents=True, exist_ok=True)
         Image.new("LA" if name.endswith("png") else "L", (9, 30), 128).save(root / name)
     (root / "dogs/d.jpg").write_bytes(b"no picture")
-    pages = write_pages(folder_items(root), tiny, tmp_path / "pages", SIZE)
+    pages = encoded(folder_items(root), tiny, tmp_path / "pages")
     assert firsts(pages) == [0, 0, 2]
-    assert pages.unreadable == 1
+    assert pages.totals()["unreadable"] == 1
     with pytest.raises(ValueError, match="no pictures below"):
         next(folder_items(tmp_path / "pages"))
+    Image.new("L", (9, 9)).save(root / "loose.png")
+    for most in (1, 256):  # of parts
+        found = [item for part in folder_parts(root, most=most) for item, _ in part.items(0)]
+        assert {i.key for i in found} == {i.key for i in folder_items(root)}
+    with pytest.raises(ValueError, match="no pictures below"):
+        folder_parts(tmp_path / "pages")
 
 
 def test_encoding_goes_on_where_it_was_killed(tiny, tmp_path):
@@ -195,10 +201,10 @@ def test_encoding_goes_on_where_it_was_killed(tiny, tmp_path):
                 raise Killed
             yield item
 
-    whole = write_pages(until(None), tiny, tmp_path / "whole", SIZE, shard=5)
+    whole = encoded(until(None), tiny, tmp_path / "whole", chunk=5)
     with pytest.raises(Killed):
-        write_pages(until(8), tiny, tmp_path / "cut", SIZE, shard=5)
-    assert len(Pages(tmp_path / "cut")) == 5  # one whole shard
+        encoded(until(8), tiny, tmp_path / "cut", chunk=5)
+    assert len(Store(tmp_path / "cut")) == 5  # one whole chunk
     opened = []
 
     def watched():
@@ -206,34 +212,34 @@ def test_encoding_goes_on_where_it_was_killed(tiny, tmp_path):
             opened.append(item.key)
             yield item
 
-    again = write_pages(watched(), tiny, tmp_path / "cut", SIZE, shard=5)
-    assert len(again) == len(whole) == 12 and len(again.shards) == 3
+    again = encoded(watched(), tiny, tmp_path / "cut", chunk=5)
+    assert len(again) == len(whole) == 12 and again.chunks == {0: 3}
     assert all(
         torch.equal(a, b)
         for a, b in zip(
-            again.rows(range(12), "pictures", "tokens"),
-            whole.rows(range(12), "pictures", "tokens"),
+            again.rows(numbers_of(again), "pictures", "tokens"),
+            whole.rows(numbers_of(whole), "pictures", "tokens"),
             strict=True,
         )
     )
     opened.clear()
-    write_pages(watched(), tiny, tmp_path / "cut", SIZE, shard=5)
+    encoded(watched(), tiny, tmp_path / "cut", chunk=5)
     assert not opened  # finished
     with pytest.raises(ValueError, match="was begun with"):
-        write_pages(watched(), tiny, tmp_path / "cut", 8)
+        encoded(watched(), tiny, tmp_path / "cut", 8)
 
 
 def test_a_kill_while_a_shard_is_written_loses_that_shard_alone(tiny, tmp_path, monkeypatch):
     def dying(source, target):
-        if target.name == "00001.safetensors":
+        if target.name == "000000-00001.safetensors":
             raise InterruptedError
         os.rename(source, target)
 
     with monkeypatch.context() as patch, pytest.raises(InterruptedError):
-        patch.setattr(data.os, "replace", dying)
-        write_pages(scene_items(6, 2, SIZE), tiny, tmp_path, SIZE, shard=5)
-    assert len(Pages(tmp_path)) == 5
-    again = write_pages(scene_items(6, 2, SIZE), tiny, tmp_path, SIZE, shard=5)
+        patch.setattr("guidekit.train.durable.os.replace", dying)
+        encoded(scene_items(6, 2, SIZE), tiny, tmp_path, chunk=5)
+    assert len(Store(tmp_path)) == 5
+    again = encoded(scene_items(6, 2, SIZE), tiny, tmp_path, chunk=5)
     assert firsts(again) == [0, 0, 2, 2, 4, 4, 6, 6, 8, 8, 10, 10]
 
 
@@ -243,7 +249,7 @@ def test_the_encoder_sees_pictures_at_its_own_size(tmp_path):
     pixels = np.random.default_rng(0).integers(0, 256, (40, 50, 3), np.uint8)
     shown = Image.fromarray(pixels)
     items = iter([Item("a", "0", shown.copy)])
-    tokens, pictures = write_pages(items, pipe.encoder, tmp_path, 8).rows([0], "tokens", "pictures")
+    tokens, pictures = encoded(items, pipe.encoder, tmp_path, 8).rows([0], "tokens", "pictures")
     assert pictures.shape == (1, 3, 8, 8)
     expected = pipe.states(pipe._references(shown))
     torch.testing.assert_close(tokens.float(), expected, atol=2e-3, rtol=2e-3)
@@ -271,10 +277,10 @@ def test_nothing_is_begun_by_what_cannot_work(tiny, tmp_path):
 
     for _ in range(2):
         with pytest.raises(ValueError, match="none of 2 pictures could be read"):
-            write_pages(broken(), tiny, tmp_path / "none", SIZE)
+            find_pairs(encoded(broken(), tiny, tmp_path / "none"))
     with pytest.raises(ValueError, match="no pictures below"):
-        write_pages(folder_items(tmp_path / "typo"), tiny, tmp_path / "p", SIZE, facts={"data": 1})
-    pages = write_pages(scene_items(2, 2, SIZE), tiny, tmp_path / "p", SIZE, facts={"data": 2})
+        encoded(folder_items(tmp_path / "typo"), tiny, tmp_path / "p", facts={"data": 1})
+    pages = encoded(scene_items(2, 2, SIZE), tiny, tmp_path / "p", facts={"data": 2})
     assert len(pages) == 4
 
 
@@ -282,9 +288,9 @@ def test_an_encoder_of_other_weights_is_another(tiny, tmp_path):
     other = tiny.copied()
     next(other.parameters()).data += 1
     assert other.source == tiny.source and tiny.copied().fingerprint() == tiny.fingerprint()
-    write_pages(scene_items(2, 2, SIZE), tiny, tmp_path, SIZE)
+    encoded(scene_items(2, 2, SIZE), tiny, tmp_path)
     with pytest.raises(ValueError, match="begun with weights '.*', not '.*'; give another folder"):
-        write_pages(scene_items(2, 2, SIZE), other, tmp_path, SIZE)
+        encoded(scene_items(2, 2, SIZE), other, tmp_path)
 
 
 def test_one_shard_of_pictures_is_all_that_is_in_memory(tiny, tmp_path, monkeypatch):
@@ -295,7 +301,7 @@ def test_one_shard_of_pictures_is_all_that_is_in_memory(tiny, tmp_path, monkeypa
         flush(self, last)
 
     monkeypatch.setattr(data._Writer, "flush", watched)
-    write_pages(scene_items(5, 2, SIZE), tiny, tmp_path, SIZE, shard=4)
+    encoded(scene_items(5, 2, SIZE), tiny, tmp_path, chunk=4)
     assert held == [4, 4, 2]
 
 
@@ -312,89 +318,71 @@ def test_scenes_share_what_a_page_shares():
     assert all(len(label.split()) == 2 for label in labels) and len(labels) > 5
 
 
-@pytest.fixture(scope="module")
-def pages(tiny, tmp_path_factory):
-    return write_pages(scene_items(12, 3, SIZE), tiny, tmp_path_factory.mktemp("p"), SIZE, shard=10)
+def test_a_killed_tar_goes_on_at_its_byte_and_reads_nothing_twice(tiny, tmp_path, monkeypatch):
+    path = tmp_path / "0.tar"
+    shard(path, {f"{i:03}": sample("red", f"{i // 2}") for i in range(40)})
+    (part,) = shard_parts([path])
 
+    class Killed(Exception):
+        pass
 
-def test_filter_keeps_pairs_by_cosine(pages):
-    everything = find_pairs(pages, None, None)
-    assert everything.total == everything.kept == 12 * 3 and everything.share == 1
-    unit = torch.nn.functional.normalize(pages.rows(range(36), "pooled")[0].float(), dim=1)
-    cosine = unit @ unit.T
-    middle = float(cosine[torch.triu_indices(36, 36, 1).unbind()].median())
-    some = find_pairs(pages, middle, 2.0)
-    pairs = all_pairs(Episodes(pages))
-    assert len(pairs) == 2 * some.kept
-    assert all(pages.page[a] == pages.page[b] and a != b for a, b in pairs)
-    assert all(cosine[a, b] >= middle - 1e-6 for a, b in pairs)
-    said = json.loads((pages.folder / "filter/filter.json").read_text())
-    assert said["share"] == some.share and sum(said["histogram"]) == 36
-    assert Image.open(pages.folder / "filter/histogram.png").size == (800, 288)
-    with pytest.raises(ValueError, match="give other bounds or quantiles"):
-        find_pairs(pages, 1.5, 2.0)
+    def until(place):
+        for number, found in enumerate(part.items(place)):
+            if number == 30:
+                raise Killed
+            yield found
 
-
-def test_every_picture_of_a_large_page_is_paired(tiny, tmp_path):
-    """Within groups, as pairs grow with the square."""
-    colours = [(i, 255 - i, 90) for i in range(150)]
-    items = (
-        Item("class", str(c), functools.partial(Image.new, "RGB", (16, 16), c)) for c in colours
+    with pytest.raises(Killed):
+        encoded([Part("0.tar", until)], tiny, tmp_path / "p", chunk=8)
+    assert Store(tmp_path / "p").state(0)["rows"] == 24
+    read, extract = [], tarfile.TarFile.extractfile
+    monkeypatch.setattr(
+        tarfile.TarFile, "extractfile", lambda tar, m: read.append(m.name) or extract(tar, m)
     )
-    pages = write_pages(items, tiny, tmp_path, SIZE)
-    result = find_pairs(pages, None, None, out=tmp_path / "filter")
-    pairs = all_pairs(Episodes(pages, tmp_path / "filter"))
-    assert sorted({row for pair in pairs for row in pair}) == list(range(150))
-    assert result.kept == result.total == 3 * 50 * 49 / 2
+    again = encoded([part], tiny, tmp_path / "p", chunk=8)
+    assert read[0] == "024.jpg" and len(read) == 16 * 3
+    assert again.totals() == {"rows": 40, "seen": 40, "unreadable": 0}
+    whole = encoded([part], tiny, tmp_path / "whole", chunk=8)
+    assert pages_of(again) == pages_of(whole) and numbers_of(again) == numbers_of(whole)
+    read.clear()
+    encoded([part], tiny, tmp_path / "p", chunk=8)
+    assert not read  # finished
 
 
-def test_filter_by_quantiles(pages):
-    found = find_pairs(pages, quantiles=(0.25, 0.75))
-    assert 0.3 < found.share < 0.75 and found.low < found.high
-    counts = np.zeros(200, int)
-    counts[[20, 100, 180]] = 10
-    low, high = bounds_at(counts, (0.4, 0.6))
-    assert low <= 0.01 <= high and low > -0.7 and high < 0.7
-    assert bounds_at(counts, (0.0, 1.0))[0] == -1
+def test_threads_that_decode_keep_the_order(tiny, tmp_path):
+    one = encoded(iter(coloured(30, "a")), tiny, tmp_path / "1")
+    many = encoded(iter(coloured(30, "a")), tiny, tmp_path / "4", threads=4)
+    pictures = [store.rows(numbers_of(store), "pictures", "tokens") for store in (one, many)]
+    assert all(torch.equal(a, b) for a, b in zip(*pictures, strict=True))
 
 
-def test_quantiles_keep_no_copies(tiny, tmp_path):
-    """However many there are."""
-    items = [
-        Item(str(page), str(place), functools.partial(Image.new, "RGB", (16, 16), colour))
-        for page in range(5)
-        for place, colour in enumerate([(50 * page, 9, 90), (50 * page, 9, 90), (0, 99, 200)])
-    ]
-    pages = write_pages(iter(items), tiny, tmp_path, SIZE)
-    assert find_pairs(pages, None, None).kept == 15
-    found = find_pairs(pages, quantiles=(0.0, 1.0))
-    assert found.kept == 10 and (0, 1) not in all_pairs(Episodes(pages))
+def test_tokens_that_are_not_kept_are_made_of_what_the_encoder_sees(tiny, tmp_path):
+    """The same in half precision, also where images are kept at another size."""
+    for size in (SIZE, 8):
+        items = [Item("a", str(i), shown.copy) for i, shown in enumerate(noise())]
+        kept = encoded(iter(items), tiny, tmp_path / f"kept{size}", size)
+        made = encoded(iter(items), tiny, tmp_path / f"made{size}", size, tokens=False)
+        for store in (kept, made):
+            find_pairs(store, None, None)
+        states, x0 = Episodes(kept).batch(range(4))
+        seen, same = Episodes(made).batch(range(4), "seen")
+        assert torch.equal(x0, same) and x0.shape[-1] == size and seen.shape[-1] == SIZE
+        torch.testing.assert_close(tiny(seen)[0], states, atol=2e-3, rtol=2e-3)
+        assert not Episodes(made).has_tokens and Episodes(kept).has_tokens
 
 
-@pytest.mark.parametrize("count", [1, 2, 3, 16, 17, 1000])
-def test_the_shuffle_is_a_permutation(count):
-    orders = [[shuffled(i, count, key) for i in range(count)] for key in range(3)]
-    assert all(sorted(order) == list(range(count)) for order in orders)
-    if count == 1000:
-        places = np.array(orders)
-        assert abs(np.corrcoef(places)[np.triu_indices(3, 1)]).max() < 0.1
-        assert abs(np.corrcoef(places[0], np.arange(count))[0, 1]) < 0.1
+def noise() -> list[Image.Image]:
+    rng = np.random.default_rng(0)
+    return [Image.fromarray(rng.integers(0, 256, (40, 50, 3), np.uint8)) for _ in range(5)]
 
 
-def test_episodes_visit_every_pair_once_an_epoch(pages):
-    find_pairs(pages, None, None)
-    episodes = Episodes(pages)
-    n = len(episodes)
-    first = all_pairs(episodes)
-    kept = load_file(pages.folder / "filter/pairs.safetensors")["pairs"]
-    assert sorted(first) == sorted(map(tuple, kept.tolist()))
-    second = [episodes.pair(i) for i in range(n, 2 * n)]
-    assert first != second and first[3] == episodes.pair(3)
-    states, pixels = episodes.batch(range(4))
-    assert states.shape == (4, 5, 16) and pixels.shape == (4, 3, SIZE, SIZE)
-    assert episodes.batch(range(4), "pooled")[0].shape == (4, 1, 16)
-    with pytest.raises(ValueError, match="find_pairs makes them"):
-        Episodes(pages, pages.folder / "nothing")
+def test_texts_are_no_part_of_a_header(tiny, tmp_path):
+    items = [Item("x" * 500, "k" * 500, i.open, "c" * 2000) for i in coloured(50, "a")]
+    store = encoded(iter(items), tiny, tmp_path)
+    path = tmp_path / data.chunk_name(0, 0)
+    with open(path, "rb") as file:
+        assert int.from_bytes(file.read(8), "little") < 1000
+    assert store.captions(numbers_of(store)[17:19]) == ["c" * 2000] * 2
 
 
 def test_open_clip_folders_and_saving(tmp_path):

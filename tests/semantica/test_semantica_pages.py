@@ -3,6 +3,7 @@
 import functools
 import io
 import json
+import shutil
 import struct
 
 import pytest
@@ -15,11 +16,12 @@ from guidekit.images import read_image, upright
 from guidekit.masks import load_mask
 from guidekit.references import load_reference, load_references, square
 from guidekit.semantica import data, pairs
-from guidekit.semantica.data import Pages, write_pages
+from guidekit.semantica.data import Store
 from guidekit.semantica.encode import from_timm, load_encoder
-from guidekit.semantica.pairs import answered, find_pairs, request
+from guidekit.semantica.groups import find_pairs
+from guidekit.semantica.pairs import answered, request
 from guidekit.semantica.sources import Item, files_below, folder_items, scene_items
-from semantica_tiny import SIZE, encoder
+from semantica_tiny import SIZE, encoded, encoder, numbers_of, pages_of
 
 
 @pytest.fixture(scope="module")
@@ -29,7 +31,7 @@ def tiny():
 
 @pytest.fixture
 def pages(tiny, tmp_path):
-    return write_pages(scene_items(6, 2, SIZE), tiny, tmp_path / "pages", SIZE, shard=5)
+    return encoded(scene_items(6, 2, SIZE), tiny, tmp_path / "pages", chunk=5)
 
 
 def with_exif(exif: bytes) -> bytes:
@@ -68,8 +70,8 @@ def test_pictures_are_turned_though_their_exif_is_damaged(tag, kind, tiny, tmp_p
     """Pillow cannot write these tables anew: struct.error and TypeError."""
     content = with_exif(table(entry(0x0112, 3, 3), entry(tag, kind, 0x41)))
     (tmp_path / "a.jpg").write_bytes(content)
-    found = write_pages(iter(page_of([content, content])), tiny, tmp_path / "p", SIZE)
-    assert len(found) == 2 and found.unreadable == 0
+    found = encoded(iter(page_of([content, content])), tiny, tmp_path / "p")
+    assert len(found) == 2 and found.totals()["unreadable"] == 0
     for seen in (
         found.rows([0], "pictures")[0][0],
         square(load_reference(tmp_path / "a.jpg").picture, 20),  # turned once
@@ -80,7 +82,7 @@ def test_pictures_are_turned_though_their_exif_is_damaged(tag, kind, tiny, tmp_p
 
 @pytest.mark.parametrize("exif", [table(entry(0x0112, 3, 3))[:18], b"", b"\xff" * 40])
 def test_pictures_whose_exif_cannot_be_read_are_kept_as_they_are(exif, tiny, tmp_path):
-    found = write_pages(iter(page_of([with_exif(exif)])), tiny, tmp_path, SIZE)
+    found = encoded(iter(page_of([with_exif(exif)])), tiny, tmp_path)
     assert red_rows(found.rows([0], "pictures")[0][0]) == [True, False]
 
 
@@ -114,8 +116,8 @@ def test_whatever_a_decoder_raises_the_picture_is_counted(error, tiny, tmp_path,
     out = io.BytesIO()
     Image.new("RGB", (9, 9)).save(out, "png")
     (tmp_path / "a.png").write_bytes(out.getvalue())
-    found = write_pages(iter(page_of([out.getvalue()]) + readable), tiny, tmp_path / "p", SIZE)
-    assert len(found) == 1 and found.unreadable == 1
+    found = encoded(iter(page_of([out.getvalue()]) + readable), tiny, tmp_path / "p")
+    assert len(found) == 1 and found.totals()["unreadable"] == 1
     with pytest.raises(ValueError, match="image .*a.png: not a readable image"):
         load_reference(tmp_path / "a.png")
     with pytest.raises(ValueError, match="mask .*a.png: not a readable image"):
@@ -128,8 +130,8 @@ def test_a_damaged_avif_is_counted(tiny, tmp_path):
     Image.effect_noise((24, 20), 60).convert("RGB").save(out, "avif")
     content = bytearray(out.getvalue())
     content[content.index(b"pitm") + 8] = 0xFF  # the number of the picture's own item
-    found = write_pages(iter(page_of([bytes(content), with_exif(b"")])), tiny, tmp_path / "p", SIZE)
-    assert len(found) == 1 and found.unreadable == 1
+    found = encoded(iter(page_of([bytes(content), with_exif(b"")])), tiny, tmp_path / "p")
+    assert len(found) == 1 and found.totals()["unreadable"] == 1
 
 
 def test_references_are_kept_no_larger_than_encoders_see(tmp_path):
@@ -171,13 +173,13 @@ def test_bounds_beside_quantiles_are_refused(pages):
 
 
 def test_a_filter_is_whole_or_not_there(pages, monkeypatch):
-    out, asked = pages.folder / "filter", request(pages, None, None, None)
+    out, asked = pages.folder / "filter", request(pages, pages.totals(), None, None, None)
     find_pairs(pages)
     assert answered(out, asked)
     assert sorted(path.name for path in out.iterdir()) == [
+        "000000.safetensors",
         "filter.json",
         "histogram.png",
-        "pairs.safetensors",
     ]
     whole = (out / "filter.json").read_text()
     for cut in (whole[:40], "", "[]"):
@@ -188,8 +190,7 @@ def test_a_filter_is_whole_or_not_there(pages, monkeypatch):
         self.write_bytes(text[:40].encode())
         raise OSError("no space left")
 
-    for path in out.iterdir():
-        path.unlink()
+    shutil.rmtree(out)
     with monkeypatch.context() as patch, pytest.raises(OSError, match="no space left"):
         patch.setattr("pathlib.Path.write_text", full)
         find_pairs(pages)
@@ -213,7 +214,7 @@ def test_a_histogram_is_not_cut_by_a_kill(pages, monkeypatch):
 
 def test_the_filter_says_how_many_pictures_could_not_be_read(tiny, tmp_path):
     items = [None, *scene_items(3, 2, SIZE), None]
-    find_pairs(write_pages(iter(items), tiny, tmp_path, SIZE))
+    find_pairs(encoded(iter(items), tiny, tmp_path))
     assert json.loads((tmp_path / "filter/filter.json").read_text())["unreadable"] == 2
 
 
@@ -248,25 +249,23 @@ def test_long_texts_do_not_outgrow_a_shard(tiny, tmp_path):
     long, drawn = "x" * 10**6, functools.partial(Image.new, "RGB", (16, 16))
     names = [long + "1", long + "2", long + "1", "\ud800"]
     items = [Item(page, long, drawn, "é" * 10**6) for page in names]
-    found = write_pages(iter(items), tiny, tmp_path, SIZE)
-    assert found.shards[0].stat().st_size < 200_000
+    found = encoded(iter(items), tiny, tmp_path)
+    assert (tmp_path / data.chunk_name(0, 0)).stat().st_size < 200_000
     assert [len(caption) for caption in found.captions([0, 3])] == [data.LONGEST] * 2
-    assert [rows.tolist() for rows in found.members()] == [[0, 2]]
+    page = pages_of(found)
+    assert page[0] == page[2] and len(set(page)) == 3
 
 
 def test_a_cut_shard_says_what_to_do_and_is_made_anew(tiny, pages):
-    whole, expected = pages.shards[1].read_bytes(), pages.rows(range(12), "pictures", "tokens")
-    for name, content in (("00001", whole[:-9]), ("00002", b""), ("00000", b"\xff" * 99)):
-        path = pages.folder / f"{name}.safetensors"
+    whole = (pages.folder / data.chunk_name(0, 1)).read_bytes()
+    expected = pages.rows(numbers_of(pages), "pictures", "tokens")
+    for number, content in ((1, whole[:-9]), (2, b""), (0, b"\xff" * 99)):
+        path = pages.folder / data.chunk_name(0, number)
         path.write_bytes(content)
-        for again in (
-            lambda: Pages(pages.folder),
-            lambda: write_pages(scene_items(6, 2, SIZE), tiny, pages.folder, SIZE, shard=5),
-        ):
-            with pytest.raises(ValueError, match=f"{path} is damaged .*; remove it"):
-                again()
+        with pytest.raises(ValueError, match=f"{path} is damaged .*; remove it"):
+            find_pairs(Store(pages.folder))
         path.unlink()
-        again = write_pages(scene_items(6, 2, SIZE), tiny, pages.folder, SIZE, shard=5)
-        assert len(again.shards) == 3
-        for a, b in zip(again.rows(range(12), "pictures", "tokens"), expected, strict=True):
+        again = encoded(scene_items(6, 2, SIZE), tiny, pages.folder, chunk=5)
+        assert again.chunks == {0: 3}
+        for a, b in zip(again.rows(numbers_of(again), "pictures", "tokens"), expected, strict=True):
             assert torch.equal(a, b)

@@ -1,5 +1,6 @@
 """Semantica's trainer: the loss falls, a kill at random changes nothing, two processes are one."""
 
+import io
 import json
 import multiprocessing
 import os
@@ -10,12 +11,16 @@ import signal
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file
 
 import semantica_tiny
 from guidekit import load
-from guidekit.semantica.train import SemanticaOptions, bounds, items, make, make_episodes
+from guidekit.semantica.data import Store
+from guidekit.semantica.pages import bounds, image_count, make_episodes, source_parts
+from guidekit.semantica.train import SemanticaOptions, make
 from guidekit.train.loop import Loop, Options, lr_at
 from guidekit.train.recipe import read_recipe, task_kind, train
+from semantica_tiny import all_pairs as pairs_of
 from semantica_tiny import losses, write
 
 pytestmark = pytest.mark.usefixtures("small_uvit")
@@ -98,10 +103,10 @@ def test_a_model_that_was_half_written_is_written_again(encoder, tmp_path, monke
 
 def test_other_bounds_make_other_pairs_and_other_data_are_refused(encoder, tmp_path):
     first = dict(encoder=str(encoder), pages=12, per_page=3, low=-2.0, high=2.0)
-    all_pairs, _ = make_episodes(SemanticaOptions(**first), tmp_path, 16, quiet=True)
+    every = pairs_of(make_episodes(SemanticaOptions(**first), tmp_path, 16, quiet=True)[0])
     fewer = SemanticaOptions(**first | {"quantiles": (0.4, 0.6), "low": None, "high": None})
-    some, _ = make_episodes(fewer, tmp_path, 16, quiet=True)
-    assert 0 < len(some) < len(all_pairs)
+    some = pairs_of(make_episodes(fewer, tmp_path, 16, quiet=True)[0])
+    assert 0 < len(some) < len(every)
     for changes in ({"pages": 13}, {"source": "labelled-scenes"}):
         with pytest.raises(ValueError, match="give another folder or remove it"):
             make_episodes(SemanticaOptions(**first | changes), tmp_path, 16, quiet=True)
@@ -145,6 +150,7 @@ def test_pictures_that_were_added_are_not_overlooked(encoder, tmp_path):
 def test_a_checkpoint_of_another_model_is_refused(encoder, tmp_path):
     train(write(tmp_path / "r.toml", encoder, steps=2), tmp_path, quiet=True)
     shutil.rmtree(tmp_path / "small/semantica/model")
+    (tmp_path / "small/semantica/stage.json").unlink()  # of a run before stages had one
     with pytest.raises(ValueError, match="is of another model; train into another folder"):
         train(write(tmp_path / "r.toml", encoder, 2, "film"), tmp_path, quiet=True)
 
@@ -211,7 +217,7 @@ def test_batches_are_functions_of_their_numbers_and_drop_conditions(encoder, tmp
     task = make(options, tmp_path, 16)
     first, second = (task.batch(range(32, 64), torch.Generator().manual_seed(3)) for _ in range(2))
     assert all(torch.equal(first[k], second[k]) for k in first)
-    dropped = (first["states"] == 0).flatten(1).all(1)
+    dropped = first["keep"].flatten() == 0
     assert 5 < int(dropped.sum()) < 27
     t = (first["timestep"] + 1) / 1000
     assert sorted((t * 32).long().tolist()) == list(range(32))  # spread evenly
@@ -230,7 +236,91 @@ def test_wrong_options(options, message, encoder, tmp_path):
     options = SemanticaOptions(encoder=str(encoder), **options)
     with pytest.raises(ValueError, match=message):
         make_episodes(options, tmp_path, 16, quiet=True)
-        items(options, 16)
+        source_parts(options, 16)
+
+
+@pytest.mark.parametrize(
+    "options, says",
+    [
+        ({"tokens": "disk"}, "tokens must be auto or store or train, not 'disk'"),
+        ({"first": 0.0}, "first must be above 0 and at most 1, not 0"),
+        ({"limit": -1}, "grow must be 1 or more, limit and threads 0 or more"),
+    ],
+)
+def test_numbers_that_make_no_sense(options, says, encoder, tmp_path):
+    with pytest.raises(ValueError, match=says):
+        make_episodes(SemanticaOptions(encoder=str(encoder), **options), tmp_path, 16)
+
+
+def test_the_size_of_the_pages_is_said_before_and_tokens_are_kept_where_they_fit(
+    encoder, tmp_path, capsys
+):
+    options = dict(encoder=str(encoder), pages=1000, per_page=4, limit=6, low=-2.0)
+    task = make(SemanticaOptions(**options), tmp_path / "fit", 16, quiet=False)
+    said = capsys.readouterr().out
+    assert "about 6 images" in said and "tokens 0.00 GB" in said and "GB are free" in said
+    assert task.net.frozen == [None] and len(task.episodes.store) == 6
+    small = SemanticaOptions(**options, tokens_most=1e-9)
+    task = make(small, tmp_path / "not", 16, quiet=False)
+    assert "tokens are encoded at every step" in capsys.readouterr().out
+    assert task.net.frozen == [task.encoder]
+
+
+def test_images_of_shards_are_estimated_by_the_first(tmp_path):
+    import tarfile
+
+    for name, count in (("0.tar", 3), ("1.tar", 6)):
+        with tarfile.open(tmp_path / name, "w") as tar:
+            for i in range(count):
+                for suffix in ("jpg", "json"):
+                    info = tarfile.TarInfo(f"{i}.{suffix}")
+                    info.size = 4096
+                    tar.addfile(info, io.BytesIO(bytes(4096)))
+    options = SemanticaOptions(source="shards", data=str(tmp_path))
+    assert image_count(options) == pytest.approx(9, abs=2)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_training_begins_before_everything_is_encoded(encoder, tmp_path, workers):
+    """And goes on, whoever makes the batches, as one that was stopped in between."""
+    for i, place in enumerate(["0", "1", "a/0", "a/1", "b/0", "b/1", "c/0", "c/1"]):  # four parts
+        path = tmp_path / f"in/{place}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (16, 16), (30 * i, 90, 200 - 20 * i)).save(path)
+    growing = dict(encoder=str(encoder), source="folder", data=str(tmp_path / "in"), low=-2.0)
+    growing |= dict(first=0.25, grow=8)
+    options = Options(steps=6, batch=4, save_every=100, log_every=1, preview_every=100)
+    options.workers = workers
+    seen = []
+
+    def loop_of(name):
+        torch.manual_seed(0)
+        task = make(SemanticaOptions(**growing), tmp_path / name, 16)
+        ready = task.ready
+
+        def watched(end):
+            ready(end)
+            seen.append((end, len(Store(tmp_path / name / "pages"))))
+
+        task.ready = watched
+        return Loop(task, options, tmp_path / name / "run", quiet=True)
+
+    loop_of("whole").run()
+    assert seen == [(4, 2), (8, 2), (12, 4), (16, 4), (20, 8), (24, 8)]
+    cut = loop_of("cut")
+    step = cut._train_step
+
+    def interrupted():
+        if cut.step == 3:
+            os.kill(os.getpid(), signal.SIGINT)
+        return step()
+
+    cut._train_step = interrupted
+    with pytest.raises(KeyboardInterrupt):
+        cut.run()
+    loop_of("cut").run()
+    one, two = (load_file(tmp_path / n / "run/checkpoint.safetensors") for n in ("whole", "cut"))
+    assert all(torch.equal(one[k], two[k]) for k in one)
 
 
 def test_the_papers_optimizer(tmp_path):

@@ -1,13 +1,17 @@
 """Tiny random Semantica: an encoder of 8x8 patches, a UViT of 16x16 pictures, their pipeline."""
 
+import functools
 import json
 
 import torch
+from PIL import Image
 
+from guidekit.semantica.data import Encoding, write_pages
 from guidekit.semantica.encode import ImageEncoder, from_timm
 from guidekit.semantica.model import UViT
 from guidekit.semantica.pipeline import SemanticaPipeline
 from guidekit.semantica.schedule import SemanticaScheduler
+from guidekit.semantica.sources import Item, numbered
 from guidekit.testing.miniatures import frozen_model, randomised
 
 SIZE = 16
@@ -83,3 +87,38 @@ def losses(folder):
     """Step and loss of every row that the recipe logged below `folder`."""
     rows = (folder / "small/semantica/metrics.jsonl").read_text().splitlines()
     return [(json.loads(row)["step"], json.loads(row)["epsilon"]) for row in rows]
+
+
+def encoded(items, encoder, folder, size=SIZE, facts=None, **how):
+    """The store of items, or of parts; how: of `Encoding`."""
+    parts = items if isinstance(items, list) else [numbered("items", lambda: items)]
+    return write_pages(parts, Encoding(encoder, size, **how), folder, facts)
+
+
+def numbers_of(store):
+    """Numbers of all rows, in order."""
+    return [int(n) for part in sorted(store.chunks) for rows, _ in store.files(part) for n in rows]
+
+
+def pages_of(store):
+    """The page of every row, in order."""
+    return [
+        int(n)
+        for p in sorted(store.chunks)
+        for _, file in store.files(p)
+        for n in file.read("page")
+    ]
+
+
+def all_pairs(episodes, which=0):
+    """Every pair that the episodes may give, by the numbers of their rows."""
+    index = episodes._index(which)
+    return [pair for page in range(len(index)) for pair in index.pairs(page)]
+
+
+def coloured(count, page):
+    """Items of a page in colours of their own."""
+    return [
+        Item(page, f"{page}/{i}", functools.partial(Image.new, "RGB", (16, 16), (i, 90, 255 - i)))
+        for i in range(count)
+    ]
