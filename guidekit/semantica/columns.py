@@ -3,6 +3,7 @@
 Memory maps count as resident what they ever touched, which grows with the data; these reads do not.
 """
 
+import itertools
 import json
 import os
 from pathlib import Path
@@ -78,10 +79,7 @@ class Columns:
         start = int(ends[0])
         content = self.read(name, start, int(ends[-1])).tobytes()
         cuts = [int(e) - start for e in ends]
-        return [
-            content[a:b].decode("utf-8", "surrogatepass")
-            for a, b in zip(cuts[:-1], cuts[1:], strict=True)
-        ]
+        return [content[a:b].decode("utf-8", "surrogatepass") for a, b in itertools.pairwise(cuts)]
 
     def close(self) -> None:
         """Gives the file back."""
