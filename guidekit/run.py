@@ -105,17 +105,17 @@ class Run:
         self.reads.tap(guidance, "block", names)
         return names
 
-    def targets(self, guidance: object) -> list | None:
-        """What the conditions ask of the guidance, one for each image; None if none does.
+    def targets(self, name: str) -> list[Any] | None:
+        """What the conditions ask of the guidance of that name, one each; None if none does.
 
         Raises GuidekitError where some do and others do not.
         """
-        found = [c.targets.get(guidance.name) for c in self.conditions]
+        found = [c.targets.get(name) for c in self.conditions]
         given = sum(target is not None for target in found)
         if given not in (0, len(found)):
             raise GuidekitError(
-                f"{given} of {len(found)} conditions have a target for {guidance.name}; give it to "
-                "all of them or to none"
+                f"{given} of {len(found)} conditions have a target for {name}; give it to all of "
+                "them or to none"
             )
         return found if given else None
 

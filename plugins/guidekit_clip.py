@@ -88,7 +88,7 @@ class Clip(Guidance):
     def prepare(self, run: Run) -> None:
         """Loads the encoder, reads texts and references; raises GuidekitError for nothing to do."""
         dtype = torch.promote_types(run.denoiser.dtype, torch.float32)
-        if own := run.targets(self):
+        if own := run.targets(self.name):
             texts, images = ([row.get(k) for row in own] for k in ("texts", "images"))
             self.towards(
                 texts if all(t is not None for t in texts) else None,

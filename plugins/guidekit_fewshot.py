@@ -76,7 +76,7 @@ class Fewshot(Guidance):
 
     def _wanted(self, run: Run) -> Tensor:
         """The target of every picture: (B, classes), or (B, classes, h, w) of masks."""
-        config, own = self._head.config, run.targets(self)
+        config, own = self._head.config, run.targets(self.name)
         if config.kind == "masks":
             masks = [self._from_file(run.size)] * len(run.seeds) if own is None else own
             return soft_masks(torch.stack(list(masks)), len(config.classes), config.grid)

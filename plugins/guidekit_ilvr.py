@@ -65,7 +65,7 @@ class Ilvr(Guidance):
             )
         if min(run.grid) < self.down:
             raise GuidekitError(f"{self.name}.down={self.down} is more than the {run.grid} of z")
-        own = run.targets(self)
+        own = run.targets(self.name)
         images = self.own_images if own is None else torch.stack(own)
         if images is None:
             if self.image == Path(""):

@@ -14,10 +14,18 @@ from guidekit.errors import GuidekitError
 @click.argument("recipe")
 @click.option("--out", type=click.Path(path_type=Path), default=Path("runs"), show_default=True)
 @click.option("--set", "settings", multiple=True, help="Option of every stage: steps=100.")
+@click.option(
+    "--fast-dev-run",
+    "fast",
+    is_flag=True,
+    help="Every stage for two steps on little data, in OUT/fast-dev-run: does it run at all?",
+)
 @click.option("--quiet", is_flag=True, help="Print nothing but errors.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 @traceback_option
-def train(recipe: str, out: Path, settings: tuple[str, ...], quiet: bool, as_json: bool) -> None:
+def train(
+    recipe: str, out: Path, settings: tuple[str, ...], fast: bool, quiet: bool, as_json: bool
+) -> None:
     """Train a model from a built-in recipe or a TOML file; a stopped training continues."""
     if not (quiet or as_json):
         say(f"loading  {recipe}")
@@ -33,7 +41,7 @@ def train(recipe: str, out: Path, settings: tuple[str, ...], quiet: bool, as_jso
         if option not in kinds:
             raise GuidekitError(f"--set {text}: no option {option!r}; there are {', '.join(kinds)}")
         overrides[option] = convert(parse_value(value), kinds[option], option)
-    model = run(recipe, out, quiet=quiet or as_json, overrides=overrides)
+    model = run(recipe, out, quiet=quiet or as_json, overrides=overrides, fast_dev_run=fast)
     if as_json:
         click.echo(json.dumps({"model": str(model)}))
     elif not quiet:

@@ -68,6 +68,20 @@ READS = {
 }
 
 
+# What --fast-dev-run changes of every loop, and of the tasks that have such options.
+FAST_LOOP = {
+    "steps": 2,
+    "batch": 4,
+    "accumulate": 1,
+    "warmup": 1,
+    "log_every": 1,
+    "save_every": 1,
+    "workers": 0,
+    "precision": "no",
+}
+FAST_OWN = {"compile": False, "pool": 16, "pages": 16, "limit": 64}
+
+
 def task_kind(name: str) -> tuple[type, Make]:
     """The options of a task and what makes it from them, the run's folder and the size."""
     kind = TASKS[name]
@@ -181,19 +195,38 @@ def train(
     out: str | Path = "runs",
     quiet: bool = False,
     overrides: dict[str, Any] | None = None,
+    fast_dev_run: bool = False,
 ) -> Path:
     """Trains all stages of a recipe under `out/<model>/` and returns the finished model's folder.
 
     overrides: options of the loop for every stage, such as steps or batch. A stage that was
-    finished before is passed over.
+    finished before is passed over. fast_dev_run: every stage for two steps on little data, nothing
+    compiled, in `out/fast-dev-run/<model>/`, which is emptied first.
     """
     plan = read_recipe(recipe)
-    processes()
+    state = processes()
     folder = Path(out) / plan.model
+    if fast_dev_run:
+        folder = Path(out) / "fast-dev-run" / plan.model
+        if state.is_main_process:
+            shutil.rmtree(folder, ignore_errors=True)
+        state.wait_for_everyone()
+        plan = dataclasses.replace(plan, stages=tuple(map(_shortened, plan.stages)))
     for stage in plan.stages:
         options = dataclasses.replace(stage.loop, **(overrides or {}))  # refused before the work
         _train_stage(dataclasses.replace(stage, loop=options), folder, plan.size, quiet)
     return folder / plan.stages[-1].name / "model"
+
+
+def _shortened(stage: Stage) -> Stage:
+    """The stage as --fast-dev-run runs it."""
+    known = option_kinds(type(stage.options))
+    own = {k: v for k, v in FAST_OWN.items() if k in known}
+    return dataclasses.replace(
+        stage,
+        loop=dataclasses.replace(stage.loop, **FAST_LOOP),
+        options=dataclasses.replace(stage.options, **own),
+    )
 
 
 def _train_stage(stage: Stage, folder: Path, size: int, quiet: bool) -> None:

@@ -1,0 +1,33 @@
+"""`guidekit train RECIPE --fast-dev-run`: every stage of every built-in recipe, in a minute."""
+
+import json
+import time
+
+import pytest
+from click.testing import CliRunner
+
+from guidekit.cli.main import main
+from guidekit.train.recipe import read_recipe, recipes
+
+pytestmark = pytest.mark.full
+
+
+@pytest.mark.parametrize("name", recipes())
+def test_every_built_in_recipe_runs_in_a_minute(name, tmp_path):
+    plan, start = read_recipe(name), time.process_time()
+    done = CliRunner().invoke(
+        main, ["train", name, "--fast-dev-run", "--out", str(tmp_path), "--json"]
+    )
+    assert done.exit_code == 0, done.output
+    model = json.loads(done.stdout.strip().splitlines()[-1])["model"]
+    folder = tmp_path / "fast-dev-run" / plan.model
+    assert model == str(folder / plan.stages[-1].name / "model")
+    for stage in plan.stages:
+        home = folder / stage.name
+        assert (home / "model").is_dir() and (home / "preview-000002.png").is_file()
+        rows = (home / "metrics.jsonl").read_text().splitlines()
+        assert [json.loads(row)["step"] for row in rows] == [1, 2]
+        kept = json.loads((home / "stage.json").read_text())
+        assert kept.get("compile", "False") == "False"
+    assert time.process_time() - start < 60
+    assert not (tmp_path / plan.model).exists()
