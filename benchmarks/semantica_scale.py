@@ -19,6 +19,7 @@ import click
 import numpy as np
 import torch
 from PIL import Image
+from torch.utils.flop_counter import FlopCounterMode
 
 from fewshot_store import table
 from guidekit.semantica.columns import packed, write_columns
@@ -165,10 +166,13 @@ def encode_rates(model: str, images: int, seed: int) -> dict:
         for _ in range(calls):
             encoder(pixels)[1].cpu()
         rate = calls * how.batch / (time.perf_counter() - start)
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        encoder(pixels[:1])
     name = torch.cuda.get_device_name() if device.type == "cuda" else f"CPU {platform.machine()}"
     return {
         "decode ms": 1e3 * decode,
         "encode images/s": rate,
+        "GFLOP an image": counter.get_total_flops() / 1e9,
         "device": name,
         "all images/s": images / whole,
     }
@@ -188,13 +192,23 @@ class Need:
 
     row: dict
     rates: dict
+    tflops: float  # that a GPU makes of an encoder, where none was at hand to be measured
     images: int = PAGES * PER_PAGE
+
+    @property
+    def encode(self) -> tuple[float, str]:
+        """Images a second of a GPU's encoder, and how that is known."""
+        if self.rates["device"].startswith("CPU"):
+            rate = self.tflops * 1e12 / (self.rates["GFLOP an image"] * 1e9)
+            return rate, f"assumed {self.tflops:g} TFLOP/s a GPU"
+        return self.rates["encode images/s"], f"measured on {self.rates['device']}"
 
     def table(self) -> list[dict]:
         """Rows of name, amount and unit."""
         images, row, rates = self.images, self.row, self.rates
         decode = images * rates["decode ms"] / 1e3 / (GPUS * THREADS)
-        encode = images / rates["encode images/s"] / GPUS
+        rate, known = self.encode
+        encode = images / rate / GPUS
         wider = (2 * CHANNELS + 16) / (2 * WIDTH + 16)  # bytes dealt and read of a row
         group = images * row["group s"] / row["rows"] * wider / GPUS
         texts = row["bytes a row"] - 2 * WIDTH - 3
@@ -207,8 +221,8 @@ class Need:
         }
         found = [
             ("decode and resize", max(decode, 0.0) / 86400, "days"),
-            ("encode", encode / 86400, "days"),
-            ("encode, the slower of both", max(decode, encode) / 86400, "days"),
+            (f"encode ({known})", encode / 86400, "days"),
+            ("decoding and encoding, the slower of both", max(decode, encode) / 86400, "days"),
             ("first batch, of 1% of the parts", 0.01 * max(decode, encode) / 3600, "hours"),
             ("group and filter", group / 3600, "hours"),
             ("start and resume", row["start s"] * images / row["rows"] / 60, "minutes"),
@@ -246,11 +260,12 @@ def flat(rows: list[dict]) -> list[str]:
 @click.option(
     "--keep", type=click.Path(path_type=Path), help="Where the rows are written; temporary."
 )
+@click.option("--tflops", default=100.0, show_default=True, help="Of an encoder, without a GPU.")
 @click.option("--only-rates", is_flag=True, help="Decoding and encoding alone, as on a GPU.")
 @click.option("--json", "json_file", type=click.Path(path_type=Path), help="Also write them here.")
 @click.option("--action", type=click.Choice(["grouped", "drawn"]), hidden=True)
 @click.option("--folder", type=click.Path(path_type=Path), hidden=True)
-def main(model, quick, seed, rates, keep, only_rates, json_file, action, folder):
+def main(model, quick, seed, rates, tflops, keep, only_rates, json_file, action, folder):
     """Prints measured rows, then what 10^8 pages on 64 GPUs need by them."""
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
     if action:
@@ -267,7 +282,7 @@ def main(model, quick, seed, rates, keep, only_rates, json_file, action, folder)
     if not only_rates:
         counts = (10**4, 10**5) if quick else (10**5, 10**6, 10**7)
         rows = [scale_row(count, seed, keep) for count in counts]
-        need = Need(rows[-1], found).table()
+        need = Need(rows[-1], found, tflops).table()
         print(table(rows) + "\n\n" + "\n".join(flat(rows)))
     print("\n" + table([{"encoder": model} | found]))
     if need:
