@@ -8,9 +8,9 @@ from accelerate.utils import parse_flag_from_env
 
 from guidekit.errors import GuidekitError
 
-# Others wait while the first one encodes pictures, which the default half hour cuts short. What
-# started the processes ends all of them when one dies.
-PATIENCE = timedelta(days=7)
+# Processes whose share of the pages is encoded wait for the others, which the default half hour cuts
+# short. What started the processes ends all of them when one dies.
+PATIENCE = timedelta(days=1)
 
 
 def processes() -> PartialState:
