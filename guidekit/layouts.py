@@ -174,7 +174,7 @@ def _parse_entry(entry: Any, drawn: Map | None, folder: Path, where: str) -> Seg
             prompt=entry.get("prompt"),
             negative=entry.get("negative", ""),
             box=box,
-            tokens=tokens,
+            tokens=None if tokens is None else tuple(tokens),
             occurrence=entry.get("occurrence"),
             size=size_of(mask) if box is None else None,
         )
