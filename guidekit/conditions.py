@@ -11,7 +11,7 @@ from PIL import Image
 from torch import Tensor
 
 from guidekit.errors import GuidekitError
-from guidekit.masks import Box, as_mask, resize_mask
+from guidekit.masks import Box, as_mask, resize_mask, size_of
 from guidekit.references import Reference, as_reference
 
 ALIKE = 0.05  # most that two shapes differ by where nobody sees it
@@ -76,7 +76,7 @@ class Segment:
         object.__setattr__(self, "mask", mask)
         object.__setattr__(self, "box", box if self.box is None else self.box)
         if isinstance(given, str | Path | Image.Image):
-            object.__setattr__(self, "size", tuple(mask.shape[::-1]))
+            object.__setattr__(self, "size", size_of(mask))
 
     def _check_tokens(self, where: str) -> None:
         """Raises GuidekitError for tokens or an occurrence that cannot be."""

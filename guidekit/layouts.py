@@ -10,7 +10,7 @@ from torch import Tensor
 from guidekit.conditions import Condition, Segment
 from guidekit.errors import GuidekitError
 from guidekit.maps import Map, load_map
-from guidekit.masks import Box, box_mask
+from guidekit.masks import Box, box_mask, load_mask, size_of
 from guidekit.untrusted import inside, read_json
 
 
@@ -34,10 +34,11 @@ def parse_segment(text: str) -> Segment:
             f"segment {text!r} could mean {' or '.join(place for _, place in known)}; rename one"
         )
     phrase, place = (known or pairs)[-1]
-    strength = 1.0
-    if not _is_place(place) and "@" in place:
-        place, strength = _without_strength(place), _strength(place.rpartition("@")[2], text)
-    return Segment(phrase, _numbers(place) or Path(place), strength)
+    place, strength = _cut_strength(place, text)
+    if (box := _numbers(place)) is not None:
+        return Segment(phrase, box_mask(box), strength, box=box)
+    mask = load_mask(place)
+    return Segment(phrase, mask, strength, size=size_of(mask))
 
 
 def _is_place(text: str) -> bool:
@@ -50,6 +51,19 @@ def _without_strength(text: str) -> str:
     return text.rpartition("@")[0].strip() or text
 
 
+def _cut_strength(place: str, where: str) -> tuple[str, float]:
+    """The place, and the strength after its last @ where it is not of a file's name."""
+    head = _without_strength(place)
+    if _is_place(place) or head == place:
+        return place, 1.0
+    try:
+        return head, float(place.rpartition("@")[2])
+    except ValueError:
+        if not _is_place(head):
+            return place, 1.0
+        raise GuidekitError(f"segment {where!r}: the strength after @ must be a number") from None
+
+
 def _numbers(text: str) -> Box | None:
     """Four numbers, or None if the text is not a list of numbers."""
     try:
@@ -60,13 +74,6 @@ def _numbers(text: str) -> Box | None:
         raise GuidekitError(f"box {text}: give four numbers, left,top,right,bottom")
     left, top, right, bottom = numbers
     return left, top, right, bottom
-
-
-def _strength(text: str, where: str) -> float:
-    try:
-        return float(text)
-    except ValueError:
-        raise GuidekitError(f"segment {where!r}: the strength after @ must be a number") from None
 
 
 LAYOUT_KEYS = {"prompt", "negative", "label", "segments", "map"}
@@ -130,7 +137,7 @@ def _check_keys(entry: Any, known: set[str], where: str) -> None:
             raise GuidekitError(f"{where}: no key {key!r}; it has {', '.join(sorted(known))}")
 
 
-def _named_colours(segments: list) -> list[tuple[int, ...]]:
+def _named_colours(segments: list[Any]) -> list[tuple[int, ...]]:
     """The colours that a layout's segments name."""
     values = [entry.get("value") for entry in segments if isinstance(entry, dict)]
     colours = (_colour(value) for value in values if isinstance(value, str))
@@ -155,37 +162,35 @@ def _parse_entry(entry: Any, drawn: Map | None, folder: Path, where: str) -> Seg
     places = [key for key in ("box", "mask", "value") if key in entry]
     if len(places) != 1 or "phrase" not in entry:
         raise GuidekitError(f"{where}: give `phrase` and one of `box`, `mask`, `value`")
-    texts = {"prompt": entry.get("prompt"), "negative": entry.get("negative", "")}
-    mask, size = _mask(entry, drawn, folder, where), None
-    if places == ["value"]:
-        size = drawn.size
     if not isinstance(tokens := entry.get("tokens"), list | type(None)):
         raise GuidekitError(f"{where}: `tokens` must be a list of columns")
-    more = {"tokens": tokens, "occurrence": entry.get("occurrence"), "size": size}
-    strength = float(entry.get("strength", 1.0))
+    box = _box(entry["box"], where) if "box" in entry else None
     try:
-        return Segment(entry["phrase"], mask, strength, **texts, **more)
-    except GuidekitError as error:
-        raise GuidekitError(f"{where}: {error}") from None
-
-
-def _mask(entry: dict, drawn: Map | None, folder: Path, where: str) -> tuple | Path | Tensor:
-    """What an entry's segment takes for a mask."""
-    if "box" in entry:
-        box = _box(entry["box"], where)
-        try:
-            box_mask(box)
-        except ValueError as error:
-            raise GuidekitError(f"{where}: {error}") from None
-        return box
-    if "mask" in entry:
-        return inside(folder, entry["mask"], f"{where}: `mask`")
-    if drawn is None:
-        raise GuidekitError(f"{where}: `value` needs the layout's `map`, an image")
-    try:
-        return drawn.mask(entry["value"])
+        mask = _mask(entry, box, drawn, folder)
+        return Segment(
+            entry["phrase"],
+            mask,
+            float(entry.get("strength", 1.0)),
+            prompt=entry.get("prompt"),
+            negative=entry.get("negative", ""),
+            box=box,
+            tokens=None if tokens is None else tuple(tokens),
+            occurrence=entry.get("occurrence"),
+            size=size_of(mask) if box is None else None,
+        )
     except ValueError as error:
         raise GuidekitError(f"{where}: {error}") from None
+
+
+def _mask(entry: dict[str, Any], box: Box | None, drawn: Map | None, folder: Path) -> Tensor:
+    """The mask of an entry, whose box was read already."""
+    if box is not None:
+        return box_mask(box)
+    if "mask" in entry:
+        return load_mask(inside(folder, entry["mask"], "`mask`"))
+    if drawn is None:
+        raise GuidekitError("`value` needs the layout's `map`, an image")
+    return drawn.mask(entry["value"])
 
 
 def _is_number(value: object) -> bool:

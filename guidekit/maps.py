@@ -28,11 +28,6 @@ class Map:
     colours: np.ndarray | None
     own: np.ndarray | None = None
 
-    @property
-    def size(self) -> tuple[int, int]:
-        """Its width and height."""
-        return (self.numbers if self.colours is None else self.colours).shape[1::-1]
-
     def mask(self, value: object) -> Tensor:
         """Mask `(H, W)` of the pixels of a number, or of a colour such as #ff0000.
 

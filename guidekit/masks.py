@@ -106,13 +106,13 @@ def image_mask(image: Image.Image) -> Tensor:
 def _is_grey(colours: np.ndarray) -> bool:
     """Whether (nearly) nothing that is seen on black is in colour."""
     spread = colours.max(-1).astype(int) - colours.min(-1)
-    return (spread > GREY).sum() <= 0.02 * (colours.max(-1) > BLACK).sum()
+    return bool((spread > GREY).sum() <= 0.02 * (colours.max(-1) > BLACK).sum())
 
 
 def _counts(opacity: np.ndarray) -> bool:
     """Whether an opacity (H, W) of 255 says anything."""
     low, high = opacity.min(), opacity.max()
-    return high == 0 or low < min(high, OPAQUE)
+    return bool(high == 0 or low < min(high, OPAQUE))
 
 
 def _check_opacity(colours: np.ndarray, opacity: np.ndarray) -> None:
@@ -162,7 +162,7 @@ def _coloured_mask(colours: np.ndarray) -> np.ndarray:
             "coloured mask is on black, which is off, without white; or use a layout's `map` and "
             "`value`"
         )
-    return (~off).astype(np.float32)
+    return np.asarray(~off, np.float32)
 
 
 def _common(values: np.ndarray) -> str:
@@ -198,6 +198,11 @@ def class_values(image: Image.Image) -> np.ndarray | None:
     if image.mode in ("LA", "PA", "RGBA", "RGB") and (bands == bands[..., :1]).all():
         return bands[..., 0].astype(np.int64)
     return None
+
+
+def size_of(mask: Tensor) -> tuple[int, int]:
+    """Width and height of a mask `(H, W)`."""
+    return mask.shape[-1], mask.shape[-2]
 
 
 def coverage(mask: Tensor) -> float:

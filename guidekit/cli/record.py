@@ -12,6 +12,7 @@ from guidekit.cli.plan import Plan, Target
 from guidekit.cli.settings import FORMAT, dump
 from guidekit.cli.words import unknown_words
 from guidekit.guidance import Guidance
+from guidekit.masks import coverage
 from guidekit.sampler import Sampling
 from guidekit.zoo.shipped import ZOO
 
@@ -151,7 +152,7 @@ def _tokens(plan: Plan) -> list[dict[str, Any]]:
             "phrase": segment.phrase,
             "columns": found,
             "tokens": [words[i] for i in found],
-            "coverage": round(float(segment.mask.mean()), 4),
+            "coverage": round(coverage(segment.mask), 4),
         }
         for segment, found in zip(condition.segments, columns, strict=True)
     ]

@@ -15,7 +15,6 @@ from guidekit.cli.report import write_report
 from guidekit.errors import NonFiniteError
 from guidekit.guidance import Guidance
 from guidekit.masks import resize_mask
-from guidekit.references import square
 from guidekit.sampler import Sampling, accepted
 from guidekit.seeds import derived_seed
 from guidekit.step import Step
@@ -143,9 +142,8 @@ class Session:
         condition, folder = self.plan.condition, self.plan.folder
         outputs.save_masks(condition.segments, folder)
         if condition.image is not None:
-            picture = condition.image.picture
-            shown = pictures.to_image(square(picture, min(picture.size)) / 255)
-            outputs.save_picture(shown, folder / "reference.png")
+            seen = condition.image.pixels(min(condition.image.image.size))
+            outputs.save_picture(pictures.to_image(seen / 2 + 0.5), folder / "reference.png")
 
     def _save(self, targets: tuple[Target, ...], images: Tensor, sampling: Sampling) -> None:
         """The images (B, 3, H, W) of a batch, with masks drawn over, and the attention maps."""

@@ -20,6 +20,7 @@ from PIL import Image
 
 from guidekit.errors import GuidekitError
 from guidekit.references import PICTURES
+from guidekit.semantica.scattered import ended, is_scattered, scattered_samples, split_name
 from guidekit.untrusted import MOST_MEMBER, open_picture, parse_json
 from guidekit.worlds import scenes
 
@@ -176,27 +177,28 @@ def _shard(path: Path, page: str, check: bool, place: int) -> Iterator[tuple[Ite
 def _samples(path: Path, place: int) -> Iterator[tuple[str, dict[str, bytes] | None, int]]:
     """Keys and members of one shard from a byte on, and the byte after each.
 
-    (name, None, ...) where the tar is damaged.
+    (name, None, ...) where the tar is damaged. Of a tar that is sorted by extension places are
+    numbers of samples.
     """
+    if is_scattered(path):
+        yield from scattered_samples(path, place, READ.__contains__)
+        return
     key, parts, end = "", {}, path.stat().st_size
     if place and place >= end:
         return
     try:
         with open(path, "rb") as file, tarfile.open(fileobj=_seek(file, place), mode="r|") as tar:
             for member in tar:
-                folder, _, name = member.name.rpartition("/")
-                stem, _, extension = name.partition(".")
-                stem = f"{folder}/{stem}" if folder else stem
+                stem, kind = split_name(member.name)
                 if not member.isfile() or member.size > MOST_MEMBER:
                     continue
                 if stem != key and parts:
                     yield key, parts, place + member.offset
                     parts = {}
                 key = stem
-                kind = extension.lower()
                 wanted = kind in READ
                 parts[kind if wanted else ""] = tar.extractfile(member).read() if wanted else b""
-            whole = _ended(path, place + tar.offset)
+            whole = ended(path, place + tar.offset)
             end = place + tar.offset if whole else end
     except Exception:  # tarfile passes on what a header makes it meet: ValueError, RecursionError
         whole = False
@@ -210,13 +212,6 @@ def _seek(file: BinaryIO, place: int) -> BinaryIO:
     """The file at a place."""
     file.seek(place)
     return file
-
-
-def _ended(path: Path, offset: int) -> bool:
-    """Whether the archive says at `offset` that it ends; tarfile takes a damaged header for it."""
-    with open(path, "rb") as file:
-        file.seek(offset)
-        return file.read(tarfile.BLOCKSIZE) == tarfile.NUL * tarfile.BLOCKSIZE
 
 
 def _table(parts: dict[str, bytes]) -> dict:

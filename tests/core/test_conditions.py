@@ -131,8 +131,9 @@ def test_a_segment_that_names_two_files_is_refused(tmp_path, monkeypatch):
         Image.new("L", (2, 2), 255).save(file)
     with pytest.raises(ValueError, match="could mean y=m.png or m.png; rename one"):
         parse_segment("x=y=m.png")
-    with pytest.raises(ValueError, match="segment 'x=y': mask none.png: no such file"):
-        parse_segment("x=y=none.png")
+    for name in ("none.png", "none@2x.png"):
+        with pytest.raises(ValueError, match=f"^mask {name}: no such file"):
+            parse_segment(f"x=y={name}")
 
 
 @pytest.mark.parametrize("text", ["red circle", "=a.png", "red=", "red=1,2,3", "red=0,0,1,1@big"])

@@ -26,6 +26,7 @@ from guidekit.semantica.encode import (
 )
 from guidekit.semantica.episodes import Episodes
 from guidekit.semantica.groups import find_pairs
+from guidekit.semantica.scattered import is_scattered
 from guidekit.semantica.sources import (
     Item,
     Part,
@@ -126,6 +127,64 @@ def test_a_shard_that_ends_too_soon_is_counted(damage, tmp_path):
     path.write_bytes(whole if damage == "header" else whole[:place])
     found = list(shard_items([path]))
     assert [item and item.key for item in found] == ["0.tar/000", "0.tar/001", "0.tar/002", None]
+
+
+def by_extension(path, samples, cut=0):
+    """A tar whose members are sorted by extension, without its last `cut` bytes."""
+    with tarfile.open(path, "w") as tar:
+        for kind in sorted({kind for parts in samples.values() for kind in parts}):
+            for key, parts in samples.items():
+                if kind in parts:
+                    member = tarfile.TarInfo(f"{key}.{kind}")
+                    member.size = len(parts[kind])
+                    tar.addfile(member, io.BytesIO(parts[kind]))
+    if cut:
+        path.write_bytes(path.read_bytes()[:-cut])
+
+
+def test_shards_sorted_by_extension_are_read(tmp_path):
+    """Members of a sample belong together wherever they stand, and places are numbers."""
+    samples = {f"{i:03d}": sample("red", f"p{i // 2}", f"text {i}") for i in range(6)}
+    samples["003"].pop("json")  # one without a page is counted, as elsewhere
+    by_extension(tmp_path / "0.tar", samples)
+    shard(tmp_path / "1.tar", samples)
+    found, expected = (list(shard_items([tmp_path / f"{i}.tar"])) for i in (0, 1))
+    facts = [
+        [
+            item and (item.page, item.key.split("/")[1], item.caption, item.open().tobytes())
+            for item in items
+        ]
+        for items in (found, expected)
+    ]
+    assert facts[0] == facts[1] and facts[0][3] is None
+    assert facts[0][2][:3] == ("p1", "002", "text 2")
+    (part,) = shard_parts([tmp_path / "0.tar"])
+    places = [place for _, place in part.items(0)]
+    for skip in (1, 4, 6):
+        rest = [item and item.key for item, _ in part.items(places[skip - 1])]
+        assert rest == [item and item.key for item in found][skip:]
+
+
+def test_a_cut_shard_sorted_by_extension_keeps_what_is_whole(tmp_path):
+    samples = {str(i): sample("red", "p") for i in range(3)}
+    by_extension(tmp_path / "0.tar", samples)
+    with tarfile.open(tmp_path / "0.tar") as tar:
+        last = next(m for m in tar if m.name == "2.json")
+    data = (tmp_path / "0.tar").read_bytes()
+    for cut in (last.offset + 100, last.offset_data + 5):  # in the header, in what it holds
+        (tmp_path / "0.tar").write_bytes(data[:cut])
+        found = list(shard_items([tmp_path / "0.tar"]))
+        assert [item and item.key for item in found] == ["0.tar/0", "0.tar/1", None, None]
+
+
+def test_pictures_alone_are_not_sorted_by_extension(tmp_path):
+    """Nor is a tar of one sample; both are streamed."""
+    for count in (1, 3):
+        samples = {str(i): {"jpg": jpeg("red")} for i in range(count)}
+        by_extension(tmp_path / "0.tar", samples)
+        assert not is_scattered(tmp_path / "0.tar")
+    by_extension(tmp_path / "0.tar", {str(i): sample("red", "p") for i in range(2)})
+    assert is_scattered(tmp_path / "0.tar")
 
 
 def test_samples_without_a_page_are_counted_wherever_they_stand(tmp_path):
