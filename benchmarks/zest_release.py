@@ -11,6 +11,7 @@ inputs of the attention modules, materialised, resized, and softmaxed. The rows 
 of the phrases' mean maps and the cosine of the gradients, means over the seeds with 95 % intervals.
 """
 
+import itertools
 import json
 import math
 import statistics
@@ -97,11 +98,11 @@ def compare(pipeline, seed: int, steps: int, resize: str) -> list[dict]:
     """Maps and gradients of the plugin and of the release at the same latents of one run."""
     guide = Measured(resize=resize, eps=EPS, stop=1.0)
     sampling = guidekit.sample(pipeline, CONDITION, [guide], seeds=[seed], steps=steps)
-    rows = []
-    for step in sampling:
-        guide = sampling.guidances[0]
-        if step.index not in [round(at * steps) for at in AT]:
+    rows, compared = [], [round(at * steps) for at in AT]
+    for step in itertools.islice(sampling, max(compared) + 1):
+        if step.index not in compared:
             continue
+        guide = sampling.guidances[0]
         read, run = guide._read, step.run
         columns = [torch.nonzero(w).flatten().tolist() for w in read.weights[0].T]
         release = Release(pipeline, read.sites, columns)

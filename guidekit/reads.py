@@ -33,7 +33,8 @@ class AttentionRead:
     @property
     def plain(self) -> bool:
         """Whether its maps are those of the call itself, which come out of the same pass."""
-        return not self.per_head and self.tokens is self.extra is self.resize is None
+        changes = (self.tokens, self.extra, self.resize)
+        return not self.per_head and all(change is None for change in changes)
 
     def shape(self, site: str) -> tuple[int, int]:
         """Grid (h, w) of its maps of a site."""

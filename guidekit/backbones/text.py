@@ -78,7 +78,8 @@ class TextDenoiser(LatentDenoiser):
         if found := [p for p in ("image", "control_image", "mask_image") if p in reads]:
             raise GuidekitError(
                 f"{name} draws from an image ({found[0]}), which guidekit.sample does not give it: "
-                f"{remedy}, or put its parts into the pipeline that draws from a prompt alone"
+                f"{remedy}, or put its parts into the pipeline that draws from a prompt alone, to "
+                "which guidekit.sample gives image and strength"
             )
         if self.channels != latents:
             raise GuidekitError(
