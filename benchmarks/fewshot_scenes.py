@@ -86,10 +86,14 @@ class Scenes:
             self.heads[key] = fit(self.denoiser, examples, options)[0]
         return self.heads[key]
 
+    def run(self, guidances: list[Guidance], seeds: list[int], conditions=NOTHING) -> Sampling:
+        """A finished run."""
+        options = {"seeds": seeds, "steps": self.steps, "cfg": self.cfg}
+        return Sampling(self.denoiser, conditions, guidances, **options).finish()
+
     def sample(self, guidances: list[Guidance], seeds: list[int], conditions=NOTHING) -> Tensor:
         """Pictures in [0, 1]."""
-        options = {"seeds": seeds, "steps": self.steps, "cfg": self.cfg}
-        return Sampling(self.denoiser, conditions, guidances, **options).finish().images
+        return self.run(guidances, seeds, conditions).images
 
     def _key(self, method: str, draw: int) -> dict:
         return {
@@ -229,10 +233,11 @@ class Scenes:
         while left > 0 and tries < 3 * self.per_draw:
             size = min(self.batch, left)
             seeds = [derived_seed(self.seed, "red", draw, tries + j) for j in range(size)]
-            images = self.sample([] if guidance is None else [guidance], seeds)
+            run = self.run([] if guidance is None else [guidance], seeds)
+            images = run.images
             tries += size
             if method.endswith("accept"):
-                images = images[guidance.accept(images)]
+                images = images[run.guidances[0].accept(images)]
             if len(images):
                 found.append(has_red(evaluate.see(self.judge, images).classes))
             left -= len(images)

@@ -1,11 +1,14 @@
-"""Cost of guidance: time and saved activations of one step, every row of one run interleaved.
+"""Cost of guidance: time, launches, host reads and saved activations of one step, interleaved.
 
-    python benchmarks/overhead.py            the built-in model, batch 1 and 4
+    python benchmarks/overhead.py            the built-in model, batch 1 and 4, 1 and all threads
+    python benchmarks/overhead.py --compile  the same with a compiled denoiser
     python benchmarks/overhead.py --full     Stable Diffusion 1.5's configuration, random weights
     python benchmarks/overhead.py --peak     one guided step of it and of SDXL's, peak memory
 
 "plain" is Zest as public code has it, written out below: eager attention processors that store
-every map, one batch of null and conditional rows with a graph through all of it.
+every map, one batch of null and conditional rows with a graph through all of it. Launches are
+the operations that compute something, in a step without its scheduler's; host reads are numbers of
+tensors that Python waits for, on a CPU also of those that live there by design.
 """
 
 import contextlib
@@ -19,13 +22,19 @@ import click
 import torch
 from diffusers import AutoencoderKL, StableDiffusionPipeline, StableDiffusionXLPipeline
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
 import guidekit
 from guidekit import Condition, Segment, average_maps, box_mask
+from guidekit_pag import PerturbedAttention
+from guidekit_pww import PaintWithWords
+from guidekit_seg import SmoothedEnergy
 from guidekit_zest import Zest
 from memory import PeakMemory
 
+CFG = 7.5
 PROMPT = "a red circle and a blue square on a white background"
 CONDITION = Condition(
     PROMPT,
@@ -60,8 +69,10 @@ class Plain:
     def __init__(self, pipeline, batch: int, seeds: list[int]):
         self.pipeline, self.batch = pipeline, batch
         # The plugin only lends its masks, tokens and loss, so that both do the same mathematics.
-        self.guide = Zest(stop=1.0)
-        self.run = guidekit.sample(pipeline, CONDITION, [self.guide], seeds=seeds, steps=50)
+        self.run = guidekit.sample(
+            pipeline, CONDITION, [Zest(stop=1.0)], seeds=seeds, steps=50, cfg=CFG
+        )
+        (self.guide,) = self.run.guidances
         self.z = self.run._start()
         self.timestep = self.run.run.scheduler.timesteps[0]
         prompts = [PROMPT] * batch
@@ -90,7 +101,7 @@ class Plain:
             (grad,) = torch.autograd.grad(self._loss(), z)
         null, cond = out.detach().chunk(2)
         grad = grad / grad.abs().amax((1, 2, 3), keepdim=True)
-        return self.z + 0.01 * (null + 7.5 * (cond - null)) - grad
+        return self.z + 0.01 * (null + CFG * (cond - null)) - grad
 
     def _loss(self) -> Tensor:
         """Zest's loss on the conditional half of the stored maps."""
@@ -105,20 +116,21 @@ class Plain:
 class Guided:
     """The first step of a fresh run of guidekit."""
 
-    def __init__(self, pipeline, seeds: list[int], guidances: list, memory: str = "fast"):
+    def __init__(self, pipeline, seeds: list[int], guidances: list, **options):
         self.sampling = guidekit.sample(
-            pipeline, CONDITION, guidances, seeds=seeds, steps=50, memory=memory
+            pipeline, CONDITION, guidances, seeds=seeds, steps=50, cfg=CFG, **options
         )
         self.timestep = self.sampling.run.scheduler.timesteps[0]
         self.z = self.sampling._start()
 
     def __enter__(self) -> None:
         """What a run does once, before its steps."""
-        self.frozen = guidekit.backbones.denoiser.frozen(*self.sampling.denoiser.models)
-        self.frozen.__enter__()
+        self.stack = contextlib.ExitStack()
+        self.stack.enter_context(guidekit.backbones.denoiser.frozen(*self.sampling.denoiser.models))
+        self.stack.enter_context(self.sampling.engine.opened())
 
     def __exit__(self, *error) -> None:
-        self.frozen.__exit__(*error)
+        self.stack.close()
 
     def __call__(self) -> Tensor:
         """The prediction."""
@@ -164,29 +176,89 @@ def saved_mebibytes(function: Callable, model: torch.nn.Module) -> float:
     return sum(seen.values()) / 2**20
 
 
-def step_rows(pipeline, batch: int, repeats: int) -> list[dict]:
-    """CFG step, guided step, guided step with low memory and the plain rival."""
+# Operations that compute nothing: views, and questions.
+VIEWS = {
+    *("alias", "as_strided", "chunk", "detach", "diagonal", "expand", "lift_fresh", "permute"),
+    *("select", "slice", "split", "split_with_sizes", "squeeze", "t", "transpose", "unbind"),
+    *("unsqueeze", "view", "_reshape_alias", "_unsafe_view", "_local_scalar_dense"),
+    *("empty", "empty_like", "empty_strided", "new_empty", "promote_types"),
+}
+READS = {"item", "cpu", "tolist", "numpy", "nonzero"}
+READS |= {"__bool__", "__int__", "__float__", "__index__"}
+
+
+class Launches(TorchDispatchMode):
+    """Counts operations that launch."""
+
+    count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.count += func.overloadpacket.__name__ not in VIEWS
+        return func(*args, **(kwargs or {}))
+
+
+class HostReads(TorchFunctionMode):
+    """Counts numbers that Python asks of tensors."""
+
+    count = 0
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        self.count += getattr(func, "__name__", "") in READS
+        return func(*args, **(kwargs or {}))
+
+
+def counted(function: Callable, mode: type) -> int:
+    """What a mode counts while a function runs."""
+    with prepared(function), mode() as found:
+        function()
+    return found.count
+
+
+def step_rows(pipeline, batch: int, repeats: int, count: bool = True) -> list[dict]:
+    """CFG step, edited steps, guided steps and the plain rival; counts where they are asked for."""
     seeds = list(range(batch))
+    step = lambda *guidances, **options: Guided(pipeline, seeds, guidances, **options)  # noqa: E731
+    zest = Zest(stop=1.0)
     functions = {
-        "CFG step": Guided(pipeline, seeds, []),
-        "Zest step": Guided(pipeline, seeds, [Zest(stop=1.0)]),
-        "Zest step, memory low": Guided(pipeline, seeds, [Zest(stop=1.0)], "low"),
-        "plain Zest step": Plain(pipeline, batch, seeds),
+        "CFG step": step(),
+        "pww": step(PaintWithWords()),
+        "pag": step(PerturbedAttention()),
+        "pww + pag + seg": step(PaintWithWords(), PerturbedAttention(), SmoothedEnergy()),
+        "Zest": step(zest),
+        "Zest, batched": step(zest, calls={"null+cond*": "batched"}),
+        "Zest, split": step(zest, calls={"null+cond*": "split"}),
+        "Zest, memory low": step(zest, memory="low"),
+        "plain Zest": Plain(pipeline, batch, seeds),
     }
+    if not count:
+        functions.pop("plain Zest")  # its processors are no part of a compiled denoiser
     seconds = fastest(functions, repeats)
-    saved = {name: saved_mebibytes(f, pipeline.unet) for name, f in functions.items()}
-    return [
-        {
+    plain = seconds.get("plain Zest", float("nan"))
+    rows = []
+    for name, function in functions.items():
+        row = {
             "method": name,
             "batch": batch,
+            "threads": torch.get_num_threads(),
             "ms": 1000 * seconds[name],
             "over CFG": seconds[name] / seconds["CFG step"],
-            "plain over it": seconds["plain Zest step"] / seconds[name],
-            "saved MiB": saved[name],
-            "of plain's": saved[name] / saved["plain Zest step"],
+            "plain over it": plain / seconds[name],
         }
-        for name in functions
-    ]
+        if count:
+            row |= {
+                "launches": counted(function, Launches),
+                "host reads": counted(function, HostReads),
+                "saved MiB": saved_mebibytes(function, pipeline.unet),
+            }
+        rows.append(row)
+    if count:
+        for name in ("CFG step", "plain Zest"):
+            own = next(row["launches"] for row in rows if row["method"] == name)
+            for row in rows:
+                row[f"launches over {name}"] = row["launches"] / own
+    chosen = functions["Zest"].sampling.account.calls
+    print(f"batch {batch}, {torch.get_num_threads()} threads: measured {chosen}")
+    return rows
 
 
 def pipeline_rows(pipeline, repeats: int, steps: int = 10) -> list[dict]:
@@ -300,7 +372,7 @@ def peak_row(xl: bool, dtype: torch.dtype) -> dict:
     """One guided step of a full-size model: seconds and peak memory, weights included."""
     with PeakMemory() as peak:
         pipeline = random_pipeline(xl, dtype)
-        step = Guided(pipeline, [0], [Zest(stop=1.0)], "low")
+        step = Guided(pipeline, [0], [Zest(stop=1.0)], memory="low")
         start = time.perf_counter()
         with step:
             finite = bool(torch.isfinite(step()).all())
@@ -330,27 +402,36 @@ def table(rows: list[dict]) -> str:
 @click.option("--peak", is_flag=True, help="Peak memory of full-size SD 1.5 and SDXL (bfloat16).")
 @click.option("--repeats", default=0, help="Turns of which the fastest counts; 20, full size 3.")
 @click.option("--quick", is_flag=True, help="5 turns.")
-@click.option("--threads", default=0, help="Of torch; by default its own choice.")
+@click.option("--threads", multiple=True, type=int, help="Of torch; by default 1 and all cores.")
+@click.option("--compile", "compiled", is_flag=True, help="Compile the denoiser; nothing counted.")
 @click.option("--seed", default=0, help="Of random weights.")
 @click.option("--json", "json_file", type=click.Path(), help="Also write the rows here.")
-def main(model, full, peak, repeats, quick, threads, seed, json_file):
+def main(model, full, peak, repeats, quick, threads, compiled, seed, json_file):
     """Prints what guidance costs."""
     torch.manual_seed(seed)
-    torch.set_num_threads(threads or torch.get_num_threads())
+    threads = threads or sorted({1, os.cpu_count()})
     repeats = 1 if peak else repeats or (5 if quick else 3 if full else 20)
     if peak:
         tables = [[peak_row(False, torch.float32), peak_row(True, torch.bfloat16)]]
     else:
         pipeline = random_pipeline(False, torch.float32) if full else guidekit.load(model)
+        if torch.cuda.is_available():
+            pipeline.to("cuda")
+        if compiled:
+            pipeline.unet.compile()
         batches = (1,) if full else (1, 4)
-        tables = [step_rows(pipeline, batch, repeats) for batch in batches]
-        if not full:
+        tables = []
+        for number in threads:
+            torch.set_num_threads(number)
+            tables += [step_rows(pipeline, batch, repeats, not compiled) for batch in batches]
+        if not (full or compiled):
             tables.insert(0, pipeline_rows(pipeline, repeats))
     for rows in tables:
         print(table(rows), end="\n\n")
     print(
-        f"minimum of {repeats}, interleaved; {torch.get_num_threads()} threads of "
-        f"{os.cpu_count()} {platform.machine()} cores, torch {torch.__version__}"
+        f"minimum of {repeats}, interleaved; {os.cpu_count()} {platform.machine()} cores, "
+        f"{torch.cuda.get_device_name() if torch.cuda.is_available() else 'no GPU'}, "
+        f"torch {torch.__version__}"
     )
     if json_file:
         with open(json_file, "w") as file:

@@ -18,7 +18,7 @@ __version__ = "0.1.0"
 _HOME = {
     "AttentionCall": "attention.call",
     "AttentionRead": "reads",
-    "BlockCall": "taps",
+    "BlockCall": "blocks",
     "Branch": "branches",
     "Condition": "conditions",
     "Denoiser": "backbones.denoiser",
@@ -58,6 +58,7 @@ if TYPE_CHECKING:
     from guidekit.attention.call import AttentionCall
     from guidekit.attention.maps import token_maps
     from guidekit.backbones.denoiser import Denoiser
+    from guidekit.blocks import BlockCall
     from guidekit.branches import Branch
     from guidekit.conditions import Condition, Segment
     from guidekit.errors import GuidekitError
@@ -73,7 +74,7 @@ if TYPE_CHECKING:
     from guidekit.run import Run
     from guidekit.sampler import Sampling, draw, sample
     from guidekit.step import Step
-    from guidekit.taps import BlockCall, tap_attention, tap_blocks
+    from guidekit.taps import tap_attention, tap_blocks
 
 
 def __getattr__(name: str) -> Any:

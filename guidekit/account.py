@@ -4,25 +4,63 @@ import math
 import time
 import warnings
 from dataclasses import dataclass, field
+from typing import Any
 
 from torch import Tensor
 
 
 @dataclass
 class Account:
-    """Rows of run.json, one per guidance and step, and counts of gradient-free edits."""
+    """Rows of run.json, one per guidance and step, and counts of steps at which hooks acted."""
 
-    rows: list[dict] = field(default_factory=list)
+    #: Guidance to the number of steps at which it changed something without a gradient.
     edits: dict[str, int] = field(default_factory=dict)
+    #: Remarks.
     notes: list[str] = field(default_factory=list)
-    attention: dict[str, str] = field(default_factory=dict)  # site read: implementation
-    pictures: dict[str, Tensor] = field(default_factory=dict)  # maps kept for the report
+    #: Site that was read to the implementation of attention that ran there.
+    attention: dict[str, str] = field(default_factory=dict)
+    #: Kind of mixed denoiser call to how its branches rode, "batched" or "split"; a replay is given
+    #: it, as that moves roundings.
+    calls: dict[str, str] = field(default_factory=dict)
+    #: Clock when it began.
     started: float = field(default_factory=time.monotonic)
+    _rows: list[dict] = field(default_factory=list, repr=False)
+    _changed: set[tuple] = field(default_factory=set, repr=False)
+    _kept: dict[str, Tensor] = field(default_factory=dict, repr=False)
+
+    @property
+    def rows(self) -> list[dict]:
+        """A row per guidance and step: energy, gradient norm and update ratio per image, seconds.
+
+        Numbers stay on the device until they are asked for, so that no step waits for them.
+        """
+        for row in self._rows:
+            row.update({k: _numbers(v) for k, v in row.items() if isinstance(v, Tensor)})
+        return self._rows
+
+    @property
+    def pictures(self) -> dict[str, Tensor]:
+        """Maps kept for the report, on the CPU."""
+        return {name: maps.cpu() for name, maps in self._kept.items()}
+
+    def keep(self, name: str, maps: Tensor) -> None:
+        """Keeps maps (B, S, h, w) for the report, the first and the latest of a name."""
+        self._kept.setdefault(f"{name} before", maps.detach())
+        self._kept[f"{name} after"] = maps.detach()
 
     def energy(self, plugin: str, step: int, repeat: int, energy: Tensor, **values) -> None:
         """One guidance's energy, gradient norm and update-to-output ratio per picture."""
-        row = {"plugin": plugin, "step": step, "repeat": repeat, "energy": _numbers(energy)}
-        self.rows.append(row | {k: _numbers(v) for k, v in values.items()})
+        row = {"plugin": plugin, "step": step, "repeat": repeat, "energy": energy, **values}
+        self._rows.append(
+            {k: v.detach() if isinstance(v, Tensor) else _number(v) for k, v in row.items()}
+        )
+
+    def changed(self, plugin: str, step: int, repeat: int) -> None:
+        """Counts a step at which a guidance changed something, once; the engine sees it itself."""
+        key = (plugin, step, repeat)
+        if key not in self._changed:
+            self._changed.add(key)
+            self.edit(plugin)
 
     def edit(self, plugin: str) -> None:
         """Counts one change that a gradient-free guidance made."""
@@ -57,7 +95,8 @@ class Account:
     def warn_idle(self, guidances: list) -> None:
         """Warns of every guidance with a scale that never acted inside its window."""
         for guidance in guidances:
-            if guidance.scale != 0 and not self.acted(guidance.name):
+            judges = guidance.overrides("accept") and not guidance.overrides("energy")
+            if guidance.scale != 0 and not judges and not self.acted(guidance.name):
                 text = (
                     f"{guidance.name} never acted: no gradient and no edit between "
                     f"{guidance.start:g} and {guidance.stop:g} of the run; check sites and window"
@@ -66,8 +105,13 @@ class Account:
                 warnings.warn(text, stacklevel=3)
 
 
-def _numbers(values: Tensor | float) -> list[float | None] | float | None:
+def _numbers(values: Tensor) -> list[float | None]:
     """Numbers that JSON has: a value that is not finite becomes None."""
-    if isinstance(values, Tensor):
-        return [_numbers(v) for v in values.detach().flatten().tolist()]
-    return float(f"{values:.6g}") if math.isfinite(values) else None
+    return [_number(v) for v in values.flatten().tolist()]
+
+
+def _number(value: Any) -> Any:
+    """A number of six digits, None for one that is not finite; anything else as it is."""
+    if not isinstance(value, float):
+        return value
+    return float(f"{value:.6g}") if math.isfinite(value) else None

@@ -39,7 +39,7 @@ from guidekit.levels import Levels
 from guidekit.references import Reference, as_reference
 from guidekit.run import Run
 from guidekit.step import Step
-from guidekit.taps import Patch
+from guidekit.taps import Patch, called
 
 STEP = ("model_output", "timestep", "sample")  # what every scheduler's step begins with
 OWN_LOOP = "{} {}, which a pipeline's own loop cannot do; draw with guidekit.sample instead"
@@ -105,6 +105,7 @@ class Attached:
         self.run: Run | None = None
         self.step: Step | None = None  # the latest guided one
         self._call: _Call | None = None
+        self._taps = contextlib.ExitStack()  # those of the call's run
         self._stepped: list[Patch] = []  # on the scheduler, which users exchange between calls
         for guidance in self.guidances:
             _refuse_loop(guidance)
@@ -133,7 +134,8 @@ class Attached:
         with frozen(*self.denoiser.models):
             try:
                 _ATTACHED.add(model)
-                patches.append(Patch(model, self._around_forward))
+                network = self.denoiser.network
+                patches.append(Patch(network, self._around_forward, called(network)))
                 for name in ("check_inputs", "encode_prompt", "prepare_extra_step_kwargs"):
                     if hasattr(self.pipe, name):
                         # One by one: those that are in place come off if the next one fails.
@@ -145,9 +147,11 @@ class Attached:
                 for patch in reversed([*patches, *self._stepped]):
                     patch.remove()
                 self._stepped, self._call = [], None
+                self._taps.close()
 
     def _around_check_inputs(self, original, args, kwargs):
         """A call of the pipeline begins."""
+        self._taps.close()
         self._call, self.run, self.step = _Call(self), None, None
         for patch in self._stepped:
             patch.remove()
@@ -205,6 +209,7 @@ class Attached:
                 result = call.edited(result)
         if call and call.stepped():
             self._call = None
+            self._taps.close()
         return result
 
 
@@ -333,6 +338,7 @@ class _Call:
         )
         self.attached.run = run
         self.engine = Engine(run, self.attached.guidances)
+        self.attached._taps.enter_context(self.engine.opened())
 
     def _cfg(self) -> float:
         """The guidance scale with which the pipeline combines null and cond."""
@@ -361,8 +367,7 @@ class _Call:
         null + scale * (cond - null) unchanged.
         """
         own = any(
-            type(g).combine is not Guidance.combine or type(g).branches is not Guidance.branches
-            for g in self.engine.active(step)
+            g.overrides("combine") or g.overrides("branches") for g in self.engine.active(step)
         )
         if own and getattr(self.pipe, "guidance_rescale", 0.0):
             names = ", ".join(g.name for g in self.engine.active(step))
@@ -394,7 +399,7 @@ class _Call:
         Energies of attention and features do not read it; of guidance_rescale they see the x0
         before it.
         """
-        reads = any(g.has_energy and g.graph == "x0" for g in self.engine.active(step))
+        reads = any(g.overrides("energy") and g.graph == "x0" for g in self.engine.active(step))
         if not reads or getattr(self.pipe, "guidance_rescale", 0.0):
             return
         own = step.out.detach()
@@ -418,16 +423,18 @@ class _Call:
         self.index, self.pending, self.carried = self.index + 1, None, None
         if self.index < self.n:
             return False
-        self.attached.account.warn_idle(self.attached.guidances)
+        if self.engine:
+            self.engine.close()
+        else:  # no step was in any window
+            self.attached.account.warn_idle(self.attached.guidances)
         return True
 
 
 def _refuse_loop(guidance: Guidance) -> None:
     """Raises GuidekitError for a guidance that needs a loop of its own."""
-    kind = type(guidance)
     why = {
-        "begins elsewhere": kind.begin is not Guidance.begin,
-        "rejects finished pictures": kind.accept is not Guidance.accept,
+        "begins elsewhere": guidance.overrides("begin"),
+        "rejects finished pictures": guidance.overrides("accept"),
         "needs its own loop": guidance.own_loop,
     }
     for what, true in why.items():

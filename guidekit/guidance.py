@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from guidekit.attention.call import AttentionCall
+from guidekit.blocks import BlockCall
 from guidekit.branches import Branch
 from guidekit.conditions import Condition, Segment
 from guidekit.errors import GuidekitError
@@ -21,7 +22,6 @@ from guidekit.masks import box_mask
 from guidekit.options import convert, option_kinds
 from guidekit.run import Run
 from guidekit.step import Step
-from guidekit.taps import BlockCall
 
 Graph = Literal["x0", "attention", "features", "input"]
 Need = Literal["text", "cross-attention"]
@@ -110,11 +110,6 @@ class Guidance:
                     f"{self.name}.needs names {need!r}; there are {', '.join(get_args(Need))}"
                 )
 
-    @classmethod
-    def overrides(cls, hook: str) -> bool:
-        """Whether the class has a hook of its own."""
-        return getattr(cls, hook) is not getattr(Guidance, hook)
-
     @property
     def name(self) -> str:
         """The plugin's name in messages and in run.json; the registry sets it."""
@@ -128,6 +123,11 @@ class Guidance:
     def active(self, frac: float) -> bool:
         """Whether it acts at the step that begins after the fraction `frac` of all steps."""
         return self.scale != 0 and self.start <= frac < self.stop
+
+    @classmethod
+    def overrides(cls, hook: str) -> bool:
+        """Whether the class has a hook of its own."""
+        return getattr(cls, hook) is not getattr(Guidance, hook)
 
     @property
     def has_energy(self) -> bool:
@@ -181,8 +181,11 @@ class Guidance:
         """Changes the scaled model input x (B, C, h, w) of a branch."""
         return x
 
-    def edit_attention(self, step: Step, branch: Branch, call: AttentionCall) -> None:
-        """Changes an attention call of a branch that it touches."""
+    def edit_attention(self, step: Step, branch: Branch, call: AttentionCall) -> Tensor | None:
+        """Changes an attention call of a branch that it touches, or returns its output.
+
+        The call is of the branch's own rows. (B, H, N, d)
+        """
 
     def edit_block(self, step: Step, branch: Branch, call: BlockCall) -> object | None:
         """Changes a block call of a branch that it touches; returns its output or None."""

@@ -46,7 +46,6 @@ class Perturbed(Guidance):
 
     def combine(self, step: Step, outs: dict[str, Tensor], combined: Tensor) -> Tensor:
         """Adds the difference of the conditional and the perturbed output."""
-        step.run.account.edit(self.name)
         amount = self.scale * self.schedule(step.frac)
         return combined + amount * (outs["cond"] - outs[self.name])
 

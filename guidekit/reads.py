@@ -10,25 +10,28 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from guidekit.branches import Branch
+from guidekit.errors import GuidekitError
 
 
 @dataclass(eq=False, frozen=True)
 class AttentionRead:
-    """A wish for attention maps of the conditional branch.
+    """A wish for attention maps of a branch."""
 
-    weights (B, T, S): a map per column, one-hot tokens or sums over a segment's tokens. sites: the
-    modules to read, with the grid (h, w) of each. per_head keeps the heads apart. tokens (B, T)
-    bool: the keys that take part in the softmax, all if None. extra (E, D): text states of further
-    keys that take part in the softmax of the map only; the model's output does not see them.
-    resize: grid (h, w) to which logits are resized before the softmax, None for each site's own.
-    """
-
+    #: (B, T, S), a map per column: one-hot tokens, or sums over a segment's tokens.
     weights: Tensor
+    #: The modules to read, with the grid (h, w) of each.
     sites: dict[str, tuple[int, int]]
+    #: Keep the heads apart.
     per_head: bool = False
+    #: (B, T) bool, the keys that take part in the softmax; None for all.
     tokens: Tensor | None = None
+    #: (E, D), text states of further keys that take part in the softmax of the map only; the
+    #: model's output does not see them.
     extra: Tensor | None = None
+    #: Grid (h, w) to which logits are resized before the softmax; None for each site's own.
     resize: tuple[int, int] | None = None
+    #: Name of the branch that is read.
+    branch: str = "cond"
 
     @property
     def plain(self) -> bool:
@@ -42,33 +45,82 @@ class AttentionRead:
 
     @functools.cached_property
     def columns(self) -> frozenset[int]:
-        """Tokens that have weight in some picture; looked up once, as that waits for the GPU."""
+        """Tokens that have weight in some image; looked up once, as that waits for the GPU."""
         return frozenset(self.weights.ne(0).any(0).any(-1).nonzero().flatten().tolist())
 
 
 @dataclass(eq=False, frozen=True)
 class FeatureRead:
-    """A wish for features of the conditional branch at the blocks that the wildcards name."""
+    """A wish for features of a branch."""
 
+    #: Blocks, by name or wildcard.
     sites: tuple[str, ...]
+    #: Name of the branch that is read.
+    branch: str = "cond"
 
 
 @dataclass(eq=False)
 class Eval:
     """What one denoiser call gave for one branch: its output and what was read on the way."""
 
+    #: The branch that was evaluated.
     branch: Branch
-    out: Tensor
+    #: The model's output (B, C, h, w); None after a call that ended at its last site.
+    out: Tensor | None
     _read: dict[tuple[int, str], Tensor] = field(default_factory=dict, repr=False)
-    variance: Tensor | None = None  # further channels of the output: a learned variance
+    #: Further channels of the output, a learned variance (B, C, h, w).
+    variance: Tensor | None = None
+    #: Which implementation of attention ran at the sites that were read.
+    implementations: dict[str, str] = field(default_factory=dict, repr=False)
+    #: The model's type, where the output is in float32 while it has a graph.
+    narrow: torch.dtype | None = None
 
     def attention(self, read: AttentionRead) -> dict[str, Tensor]:
-        """Maps per site: (B, S, h, w), or (B, heads, S, h, w) where the read is per head."""
-        return {site: self._read[id(read), site] for site in read.sites}
+        """Maps per site: (B, S, h, w), or (B, heads, S, h, w) where the read is per head.
+
+        Raises GuidekitError for a read that this call was not asked for.
+        """
+        return self._found(read)
 
     def features(self, read: FeatureRead) -> dict[str, Tensor]:
-        """Features per site (B, C, h, w)."""
+        """Features per site (B, C, h, w); raises GuidekitError as `attention` does."""
+        return self._found(read)
+
+    def _found(self, read: AttentionRead | FeatureRead) -> dict[str, Tensor]:
+        if any((id(read), site) not in self._read for site in read.sites):
+            raise GuidekitError(
+                f"the branch {self.branch.name!r} was evaluated without this read, which is of "
+                f"{read.branch!r}; reads of `step.denoise` are asked for with main=False, others "
+                "come with the step's own evaluations"
+            )
         return {site: self._read[id(read), site] for site in read.sites}
+
+    def keys(self) -> list:
+        """What `get` and `put` take: each tensor that the call gave."""
+        own = [name for name in ("out", "variance") if getattr(self, name) is not None]
+        return [*own, *self._read]
+
+    def get(self, key: object) -> Tensor:
+        """One of the tensors that the call gave."""
+        return getattr(self, key) if isinstance(key, str) else self._read[key]
+
+    def put(self, key: object, value: Tensor) -> None:
+        """Exchanges one of them."""
+        if isinstance(key, str):
+            setattr(self, key, value)
+        else:
+            self._read[key] = value
+
+    def tensors(self) -> list[Tensor]:
+        """All of them."""
+        return [self.get(key) for key in self.keys()]
+
+    def release(self) -> None:
+        """Lets the graph go, and gives the output the model's own type."""
+        for key in self.keys():
+            self.put(key, self.get(key).detach())
+        if self.narrow and self.out is not None:
+            self.out = self.out.to(self.narrow)
 
 
 @dataclass(frozen=True)
@@ -96,10 +148,16 @@ class Reads:
         kept = [e for e in self._edits if e[0] is not owner or e[1] != kind]
         self._edits = [*kept, (owner, kind, frozenset(sites))]
 
-    def of(self, owners: Iterable[object], main: bool = True) -> list[AttentionRead | FeatureRead]:
-        """The reads of some guidances, in the order in which they were asked for."""
+    def of(
+        self, owners: Iterable[object], main: bool = True, branch: str | None = None
+    ) -> list[AttentionRead | FeatureRead]:
+        """The reads of some guidances, of one branch or of all, in the order of asking."""
         known = list(owners)
-        return [a.read for a in self.asked if a.main == main and _among(a.owner, known)]
+        return [
+            a.read
+            for a in self.asked
+            if a.main == main and _among(a.owner, known) and branch in (None, a.read.branch)
+        ]
 
     def readers(self, owners: Iterable[object]) -> list[object]:
         """Those of some guidances that read in the step's own calls."""

@@ -1,5 +1,6 @@
 """What stays the same over all steps of a run; guidances say in `prepare` what they need."""
 
+from dataclasses import replace
 from functools import cached_property
 from typing import Any, TypeVar
 
@@ -41,6 +42,7 @@ class Run:
         attention: str | None = None,
         step_kwargs: dict[str, Any] | None = None,
         levels: Levels | None = None,
+        calls: dict[str, str] | None = None,
     ):
         _one_of("memory", memory, MEMORY)
         _one_of("nonfinite", nonfinite, POLICIES)
@@ -50,11 +52,14 @@ class Run:
         self.attention = choose(attention)
         self.step_kwargs = step_kwargs or {}
         self.levels = Levels(scheduler, step_kwargs) if levels is None else levels
-        self.account = Account()
+        self.account = Account(calls={} if calls is None else dict(calls))
         for text in stretched(conditions, self.size):
             self.account.note(text)
         self.reads = Reads()
+        #: The run's own copies of the user's guidances; the engine puts them here.
+        self.guidances: list[Any] = []
         self._texts: dict[tuple[tuple[str | int, ...], bool], Text] = {}
+        self._lengths: dict[tuple[str | int, ...], list[int]] = {}
 
     @property
     def device(self) -> torch.device:
@@ -82,7 +87,7 @@ class Run:
         kind = "block" if isinstance(read, FeatureRead) else "attention"
         names = find_sites(self.denoiser.model, list(read.sites), kind)
         if isinstance(read, FeatureRead):
-            read = FeatureRead(tuple(names))
+            read = replace(read, sites=tuple(names))
         self.reads.add(guidance, read, main)
         return read
 
@@ -135,6 +140,13 @@ class Run:
     def text_length(self) -> int:
         """Number of text tokens in a call of the denoiser, with the padding of shorter ones."""
         return max(self.text_lengths)
+
+    def lengths(self, prompts: list[str | int]) -> list[int]:
+        """`text_lengths` for the prompts of a branch; the same ones are counted once."""
+        key = tuple(prompts)
+        if key not in self._lengths:
+            self._lengths[key] = self.denoiser.text_lengths(prompts)
+        return self._lengths[key]
 
     def text(self, prompts: list[str | int], null: bool = False) -> Text:
         """The encoded prompts or classes, one per picture; the same ones are encoded once."""

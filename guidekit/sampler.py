@@ -43,7 +43,9 @@ class Sampling:
     timesteps or sigmas: the levels to go through, in place of steps. latents: in place of the first
     noise; image and strength: an image to begin with, see `guidekit.start.Start`. memory: "fast",
     or "low" for gradient checkpointing. nonfinite: "raise" or "zero" for gradients that are not
-    finite. attention: eager | sdpa | triton | xformers.
+    finite. attention: eager | sdpa | triton | xformers. calls: how branches with and without a
+    graph ride, "batched" or "split" by kind of call, for a replay bit for bit (`account.calls`); by
+    default what is faster.
 
     Raises GuidekitError for settings that cannot work, before anything is computed.
     """
@@ -70,6 +72,7 @@ class Sampling:
         memory: str = "fast",
         nonfinite: str = "raise",
         attention: str | None = None,
+        calls: dict[str, str] | None = None,
     ):
         denoiser = as_denoiser(denoiser)
         own, guidances = (
@@ -110,13 +113,16 @@ class Sampling:
             attention=attention,
             step_kwargs=step_kwargs,
             levels=Levels(scheduler, step_kwargs, first),
+            calls=calls,
         )
         # One of scale 0 may still reject finished images; it acts at no step.
-        self.guidances = [g for g in guidances if g.scale != 0 or g.rejects]
+        used = [g for g in guidances if g.scale != 0 or g.rejects]
         _check_images(denoiser, self.conditions, guidances)
         _check_targets(self.conditions, guidances)
         with frozen(*denoiser.models):
-            self.engine = Engine(self.run, self.guidances)
+            self.engine = Engine(self.run, used)
+        self.guidances = self.engine.guidances  # the run's own copies
+        self._drawn = False
         self.images: Tensor | None = None  # (B, 3, H, W) in [0, 1]
         self.latents: Tensor | None = None  # (B, C, h, w), the last z
 
@@ -126,24 +132,37 @@ class Sampling:
         return self.run.account
 
     def finish(self, progress: Callable[[Step], None] | None = None) -> "Sampling":
-        """Draws to the end and returns itself; `progress` is called after every step."""
+        """Draws to the end and returns itself; `progress` is called after every step.
+
+        A run is drawn once: raises GuidekitError for one that was begun before.
+        """
         for step in self:
             if progress:
                 progress(step)
         return self
 
     def __iter__(self) -> Iterator[Step]:
-        """Yields every step after its prediction was made; the last one holds the pictures."""
+        """Yields every step after its prediction was made; the last one holds the pictures.
+
+        Several runs may share a model, also in threads: each denoiser call is shown to the run
+        that made it. Raises GuidekitError for a run that was begun before.
+        """
         run = self.run
         timesteps = list(run.scheduler.timesteps[run.levels.start :])
-        with frozen(*self.denoiser.models):
+        if self._drawn:
+            raise GuidekitError(
+                "this run was begun already, and its generators and scheduler have moved on; call "
+                "guidekit.sample again for another"
+            )
+        self._drawn = True
+        with frozen(*self.denoiser.models), self.engine.opened():
             z = self._start()
             for calls in run.levels.steps:
                 for step, z in self._advance(z, calls, timesteps):  # noqa: B020
                     if step.index == len(timesteps) - 1:
                         self.latents = z
                         self.images = step.images = self.denoiser.decode(z)
-                        run.account.warn_idle(self.guidances)
+                        self.engine.close()
                     yield step
 
     def _start(self) -> Tensor:
@@ -192,11 +211,11 @@ class Sampling:
 
     def _times(self, step: Step) -> int:
         """How often the solver's step is done that begins with `step`."""
-        return max([1, *(g.repeats(step) for g in self.guidances if g.active(step.frac))])
+        return self.engine.repeats(step)
 
     @property
     def _may_repeat(self) -> bool:
-        return any(type(g).repeats is not Guidance.repeats for g in self.guidances)
+        return any(g.overrides("repeats") for g in self.guidances)
 
     def _scheduler_step(self, step: Step, z: Tensor) -> Tensor:
         """The scheduler's own step on the guided prediction."""

@@ -60,6 +60,10 @@ class Step:
         """Clean estimate of the combined output, with its graph, in float32 or better."""
         return self.level.x0(cast(Tensor, self.out), self.z)
 
+    def forget_x0(self) -> None:
+        """Lets the graph of `x0` go; read again, it is that of the output as it is then."""
+        vars(self).pop("x0", None)
+
     @property
     def cond(self) -> Eval:
         """The evaluation of the conditional branch."""
@@ -81,8 +85,10 @@ class Step:
     ) -> Eval:
         """A second denoiser call on model input x, with the guidance's own reads (main=False).
 
-        branch: one of this step by name, or another one, for what the model is told. stop=True
-        ends the call after the last site; the output is then None.
+        Any hook of a step may call it. branch: one of this step by name, or another one, for what
+        the model is told. graph: whether the evaluation has a gradient to x. stop=True ends the
+        call after the last site; the output is then None (a compiled denoiser runs to its end).
+        Raises GuidekitError for a branch that the step has not.
         """
         return self._call(self, x, timestep, guidance, branch, graph, stop)
 

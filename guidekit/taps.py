@@ -6,14 +6,19 @@ active when gradient checkpointing runs the module a second time; one mode round
 model would not be. Processors, projections and the process-wide attention backend stay as they
 are, so that LoRA, fused projections, IP-Adapter, qk-norm and rotary embeddings are all in what is
 seen. Hooks are not used: they go silent under torch.compile, a wrapped forward does not.
+
+The wrappers of runs (`installed`) stay while a run lasts and ask a ContextVar whose call it is;
+`tap_attention` and `tap_blocks` show every call of the model, for tools outside of a run.
 """
 
 import contextlib
 import fnmatch
 import functools
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
-from typing import Any
+import threading
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextvars import ContextVar
+from typing import Any, Protocol
+from weakref import WeakKeyDictionary
 
 import torch.nn.functional as F
 from diffusers.models.attention_dispatch import AttentionBackendName, _AttentionBackendRegistry
@@ -22,6 +27,7 @@ from torch.overrides import TorchFunctionMode
 
 from guidekit.attention.call import AttentionCall
 from guidekit.attention.choice import choose
+from guidekit.blocks import BlockCall, learn
 from guidekit.errors import GuidekitError
 
 SDPA = F.scaled_dot_product_attention
@@ -82,6 +88,126 @@ class Patch:
             delattr(self.owner, self.name)
         else:
             setattr(self.owner, self.name, previous)
+
+
+def called(network: nn.Module) -> str:
+    """The method of a network that a call of it runs first, also where it is compiled.
+
+    `module.compile()` compiles the whole call, so that a wrapper of `forward` would be compiled
+    with it; what `torch.compile(module)` returns has a `forward` of its own.
+    """
+    compiled = getattr(network, "_compiled_call_impl", None) is not None
+    return "_compiled_call_impl" if compiled else "forward"
+
+
+class Shown(Protocol):
+    """What a denoiser call shows its tapped calls to."""
+
+    #: The implementation of attention that runs the calls.
+    implementation: str
+
+    def wants(self, kind: str, site: str) -> bool:
+        """Whether calls of a kind, "attention" or "block", at a site are shown to it."""
+
+    def attention(self, call: "AttentionCall") -> Tensor | None:
+        """The output of an attention call, None to run it."""
+
+    def block(self, call: "BlockCall") -> Any | None:
+        """The output of a block, None to run it."""
+
+
+#: What the denoiser call that runs in this thread shows its tapped calls to. A wrapper that finds
+#: nothing here, or a call that does not want its site, runs the module as if it were not there.
+RUNNING: ContextVar[Shown | None] = ContextVar("guidekit_running", default=None)
+
+
+class Showing:
+    """Calls at tapped sites are shown to `shown`, in this thread and inside the context.
+
+    It can be entered again and again: each backward through a checkpoint enters it, in autograd's
+    own thread.
+    """
+
+    def __init__(self, shown: Shown | None):
+        self.shown = shown
+        self._tokens: list = []
+
+    def __enter__(self) -> None:
+        self._tokens.append(RUNNING.set(self.shown))
+
+    def __exit__(self, *_) -> None:
+        RUNNING.reset(self._tokens.pop())
+
+
+_INSTALLED: "WeakKeyDictionary[nn.Module, dict]" = WeakKeyDictionary()
+_LOCK = threading.Lock()
+
+
+@contextlib.contextmanager
+def installed(model: nn.Module, sites: dict[str, Iterable[str]]) -> Iterator[None]:
+    """Wrappers at the sites of each kind, "attention" and "block", for the length of the context.
+
+    They are shared by all runs on the model, in all threads, and go with the last. They ask
+    `RUNNING` whose call it is, so a tapped call belongs to the run and the thread that opened it,
+    and the guards of torch.compile hold from step to step and from run to run.
+    """
+    keys = [(kind, site) for kind in ("attention", "block") for site in sites.get(kind, ())]
+    with _LOCK:
+        there = _INSTALLED.setdefault(model, {})
+        for kind, site in keys:
+            if (kind, site) not in there:
+                module = model.get_submodule(site)
+                if kind == "block":
+                    learn(module)
+                around = functools.partial(_AROUND[kind], site, module)
+                there[kind, site] = [Patch(module, around), 0]
+            there[kind, site][1] += 1
+    try:
+        yield
+    finally:
+        with _LOCK:
+            for key in reversed(keys):
+                there[key][1] -= 1
+                if not there[key][1]:
+                    there.pop(key)[0].remove()
+
+
+def _around_attention(site, module, original, args, kwargs):
+    """An attention module's forward, its calls shown to the denoiser call that is running."""
+    shown = RUNNING.get()
+    if shown is None or not shown.wants("attention", site):
+        return original(*args, **kwargs)
+    return _bounded(site, module, original, args, kwargs, shown.attention, shown.implementation)
+
+
+def _bounded(site, module, original, args, kwargs, edit, implementation):
+    """An attention module's forward with its SDPA calls handed to `edit`."""
+    boundary = _Boundary(site, module, edit, implementation)
+    with _native_backend(module.processor), boundary:
+        out = original(*args, **kwargs)
+    if boundary.count == 0:
+        raise RuntimeError(_no_call(site, module))
+    return out
+
+
+def _around_block(site, module, original, args, kwargs):
+    """A block's forward, shown to the denoiser call that is running."""
+    shown = RUNNING.get()
+    if shown is None or not shown.wants("block", site):
+        return original(*args, **kwargs)
+    return _blocked(site, module, original, args, kwargs, shown.block)
+
+
+def _blocked(site, module, original, args, kwargs, edit):
+    """A block's forward handed to `edit`; run afterwards if it did not."""
+    call = BlockCall(site, module, args, kwargs, original)
+    out = edit(call)
+    if out is None:
+        out = call.run() if call.output is None else call.output
+    return out
+
+
+_AROUND = {"attention": _around_attention, "block": _around_block}
 
 
 @contextlib.contextmanager
@@ -176,24 +302,13 @@ def tap_attention(
     without any SDPA call.
     """
     names = find_sites(model, sites)
-    with open_attention(model, edit, names, choose(implementation)):
-        yield names
-
-
-def open_attention(
-    model: nn.Module, edit: Callable, names: Sequence[str], implementation: str
-) -> contextlib.AbstractContextManager[None]:
-    """`tap_attention` for names that `find_sites` gave before: nothing is searched or checked."""
+    implementation = choose(implementation)
 
     def around(site, module, original, args, kwargs):
-        boundary = _Boundary(site, module, edit, implementation)
-        with _native_backend(module.processor), boundary:
-            out = original(*args, **kwargs)
-        if boundary.count == 0:
-            raise RuntimeError(_no_call(site, module))
-        return out
+        return _bounded(site, module, original, args, kwargs, edit, implementation)
 
-    return _patched(model, names, around)
+    with _patched(model, names, around):
+        yield names
 
 
 def _no_call(site: str, module: nn.Module) -> str:
@@ -236,35 +351,6 @@ def _active_backend(own: Any) -> str:
     return AttentionBackendName(own).value
 
 
-@dataclass(eq=False)
-class BlockCall:
-    """One call of a block: its arguments, and its output once `run` was called."""
-
-    site: str
-    module: nn.Module
-    args: tuple
-    kwargs: dict
-    _original: Callable = field(repr=False)
-    output: Any = None
-
-    def run(self) -> Any:
-        """The block's output for the (possibly changed) `args` and `kwargs`, kept in `output`.
-
-        Where another editor has made an output already, it is that one.
-        """
-        if self.output is None:
-            self.output = self._original(*self.args, **self.kwargs)
-        return self.output
-
-    def skip(self) -> Any:
-        """The output of a block that does nothing: its hidden states, in its output's format.
-
-        Only for blocks whose input and output have one shape; raises GuidekitError for others.
-        """
-        self.output = _skipped(self)
-        return self.output
-
-
 @contextlib.contextmanager
 def tap_blocks(
     model: nn.Module,
@@ -278,73 +364,11 @@ def tap_blocks(
     `sites` matched. As for `tap_attention`, the context stays open until backward is done.
     """
     names = find_sites(model, sites, kind="block")
-    with open_blocks(model, edit, names):
-        yield names
-
-
-def open_blocks(
-    model: nn.Module, edit: Callable, names: Sequence[str]
-) -> contextlib.AbstractContextManager[None]:
-    """`tap_blocks` for names that `find_sites` gave before: nothing is searched or checked."""
+    for name in names:
+        learn(model.get_submodule(name))
 
     def around(site, module, original, args, kwargs):
-        call = BlockCall(site, module, args, kwargs, original)
-        out = edit(call)
-        if out is None:
-            out = call.run() if call.output is None else call.output
-        return out
+        return _blocked(site, module, original, args, kwargs, edit)
 
-    return _patched(model, names, around)
-
-
-def block_features(
-    output: Any, grid: tuple[int, int] | None = None, rows: slice = slice(None)
-) -> Tensor:
-    """Features (B, C, h, w) out of the output of a block.
-
-    UNet blocks return (B, C, h, w), alone or first in a tuple; transformer blocks return tokens
-    (B, N, C), alone or last in a tuple. Tokens need `grid` (h, w), and `rows` to drop the text
-    of a packed sequence; ValueError without.
-    """
-    tensor = output if isinstance(output, Tensor) else output[_features_index(output)]
-    if tensor.ndim == 4:
-        return tensor
-    if grid is None:
-        raise GuidekitError(f"tokens {tuple(tensor.shape)} need grid=(h, w) to become features")
-    tokens = tensor[:, rows]
-    return tokens.transpose(1, 2).unflatten(2, grid)  # (B, N, C) -> (B, C, h, w)
-
-
-def _features_index(output: Sequence) -> int:
-    return 0 if isinstance(output[0], Tensor) and output[0].ndim == 4 else -1
-
-
-def _skipped(call: BlockCall) -> Any:
-    """Input hidden states in the format that diffusers' own table gives for the block.
-
-    Blocks that the table lacks (Sana's, attentions, resnets) are run, to see that they keep shape.
-    """
-    from diffusers.hooks._helpers import TransformerBlockRegistry
-    from diffusers.models.transformers.transformer_2d import Transformer2DModel
-
-    args, kwargs = call.args, call.kwargs
-    hidden = args[0] if args else kwargs.get("hidden_states", kwargs.get("input_tensor"))
-    if isinstance(call.module, Transformer2DModel):
-        return (hidden,)
-    try:
-        meta = TransformerBlockRegistry.get(type(call.module))
-    except ValueError:
-        out = call.run()
-        if isinstance(out, Tensor) and out.shape == hidden.shape:
-            return hidden
-        raise GuidekitError(
-            f"a {type(call.module).__name__} cannot be skipped; a transformer block, or one whose "
-            "output has the shape of its input, can"
-        ) from None
-    hidden = meta._get_parameter_from_args_kwargs(meta.hidden_states_argument_name, args, kwargs)
-    if meta.return_encoder_hidden_states_index is None:
-        return hidden
-    text = meta._get_parameter_from_args_kwargs(
-        meta.encoder_hidden_states_argument_name, args, kwargs
-    )
-    return (text, hidden) if meta.return_hidden_states_index == 1 else (hidden, text)
+    with _patched(model, names, around):
+        yield names

@@ -54,7 +54,6 @@ class AdaptiveProjected(Guidance):
         weight = next((b.weight for b in step.branches if b.name == "cond"), None)
         if weight is None or "null" not in outs:  # cfg has ended its interval
             return combined
-        step.run.account.edit(self.name)
         cond, null = step.branch_x0("cond"), step.branch_x0("null")
         # cond + (w - 1) d in place of cond + (w - 1) (cond - null), d being the adapted difference.
         change = (weight - 1) * (self._adapted(step, cond, cond - null) - (cond - null))

@@ -65,7 +65,6 @@ class ClassifierFree(Guidance):
         weight = scale if scale > 1 else None
         if weight == before:
             return branches
-        step.run.account.edit(self.name)
         # Regions of other plugins have the conditional branch's weight, and get the new one; a
         # group without a null (pag) has its one branch for a base.
         for branch in branches:
@@ -84,7 +83,6 @@ class ClassifierFree(Guidance):
         for branch in step.branches if self.rescale else ():
             if branch.null or branch.weight is None:
                 continue
-            step.run.account.edit(self.name)
             if branch.name == "cond":
                 combined = rescaled(combined, outs["cond"], self.rescale)
             elif branch.group in step.groups:

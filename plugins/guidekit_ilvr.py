@@ -78,7 +78,6 @@ class Ilvr(Guidance):
 
     def edit_sample(self, step: Step, z: Tensor) -> Tensor:
         """z + scale * (low(y) - low(z)), y being the reference at z's level."""
-        step.run.account.edit(self.name)
         y = step.next_level.a * self._reference
         y = y + step.next_level.s * step.noise(self.name).to(y)
         wide = z.to(y.dtype)

@@ -93,7 +93,6 @@ class MultiDiffusion(Guidance):
 
     def branches(self, step: Step, branches: list[Branch]) -> list[Branch]:
         """Adds the regions; windows take the place of the main prompt's branches."""
-        step.run.account.edit(self.name)
         weight = _conditional(branches).weight
         inputs = self._inputs(step)
         added = list(branches)

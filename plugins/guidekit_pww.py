@@ -16,6 +16,8 @@ from torch import Tensor
 from guidekit import AttentionCall, Branch, Guidance, GuidekitError, Level, Run, Step, hookimpl
 from guidekit.toolbox import require_segments, segment_masks, segment_strengths, segment_weights
 
+LOGITS = 2**25  # numbers that may be in memory at once
+
 
 @dataclass(kw_only=True)
 class PaintWithWords(Guidance):
@@ -56,6 +58,16 @@ class PaintWithWords(Guidance):
             )
         return chosen
 
+    def branches(self, step: Step, branches: list[Branch]) -> list[Branch]:
+        """Leaves them; notes how strongly this level is painted, before the denoiser is called.
+
+        A tensor, as numbers of a step would be constants of a compiled denoiser.
+        """
+        wide = torch.promote_types(step.z.dtype, torch.float32)
+        amount = self.scale * self._level_factor(step)
+        self._amount = torch.full((1, 1, 1), amount, dtype=wide, device=step.run.device)
+        return branches
+
     def edit_attention(self, step: Step, branch: Branch, call: AttentionCall) -> None:
         """Biases the logits (B, H, N, T) of pixels and text by masks (B, S, N) times words."""
         if call.index > 0:  # an IP-Adapter's image tokens
@@ -64,9 +76,8 @@ class PaintWithWords(Guidance):
         n, t, n_text = call.query.shape[2], call.key.shape[2], words.shape[1]
         family = step.run.denoiser.family
         rows, keys = family.rows(n, n_text), family.text_keys(t, n_text)
-        strength = self.scale * self._level_factor(step) * self._statistic(call, rows, keys)
+        strength = self._amount * self._statistic(call, rows, keys)
         call.paint(_placed(strength * segments, -1, n, rows), _placed(words, -2, t, keys))
-        step.run.account.edit(self.name)
 
     def _level_factor(self, step: Step) -> float:
         """How strongly this noise level is painted; the paper's log(1 + sigma) by default."""
@@ -82,26 +93,30 @@ class PaintWithWords(Guidance):
     def _statistic(self, call: AttentionCall, rows: slice, keys: slice) -> Tensor:
         """Maximum or deviation of each picture's scaled logits, (B, 1, 1), without gradient.
 
-        Of pixels and text; head by head, so that the logits are never all in memory.
+        Of pixels and text; as many heads at a time as `LOGITS` allows, on a GPU mostly all.
         """
         query, key = call.query[:, :, rows], call.key[:, :, keys]
         scale = call.query.shape[-1] ** -0.5 if call.scale is None else call.scale
+        if (group := query.shape[1] // key.shape[1]) > 1:  # grouped-query attention
+            key = key.repeat_interleave(group, dim=1)
         wide = torch.promote_types(call.query.dtype, torch.float32)
+        at_once = max(LOGITS // (query.shape[2] * key.shape[2] * len(query)), 1)
         with torch.no_grad():
-            heads = [
-                self._reduced((q.to(wide) @ k.to(wide).mT).flatten(1) * scale)
-                for q, k in zip(query.unbind(1), key.unbind(1), strict=True)
+            parts = [
+                self._reduced(q.to(wide) @ k.to(wide).mT)
+                for q, k in zip(query.split(at_once, 1), key.split(at_once, 1), strict=True)
             ]
             if self.statistic == "max":
-                return torch.stack(heads).amax(0)[:, None, None]
-            mean, square = torch.stack(heads).mean(0).unbind(-1)
-            return (square - mean**2).clamp(min=0).sqrt()[:, None, None]
+                most = parts[0] if len(parts) == 1 else torch.stack(parts).amax(0)
+                return most[:, None, None] * scale
+            mean, square = torch.cat(parts, 1).mean(1).unbind(-1)
+            return (square - mean**2).clamp(min=0).sqrt()[:, None, None] * scale
 
     def _reduced(self, logits: Tensor) -> Tensor:
-        """What is kept of one head's logits (B, N * T)."""
+        """What is kept of the logits (B, heads, N, T): their maximum, or means of each head."""
         if self.statistic == "max":
-            return logits.amax(1)
-        return torch.stack([logits.mean(1), logits.square().mean(1)], -1)
+            return logits.amax((1, 2, 3))
+        return torch.stack([logits.mean((2, 3)), logits.square().mean((2, 3))], -1)
 
 
 def _placed(x: Tensor, dim: int, size: int, part: slice) -> Tensor:

@@ -211,7 +211,6 @@ class Semantica(Guidance):
             return
         tokens = self._null if branch.null else self._tokens
         self._adapter.extend(call, tokens, self.scale)
-        step.run.account.edit(self.name)
 
     def branches(self, step: Step, branches: list[Branch]) -> list[Branch]:
         """A null branch, and the weight 1 + w of the conditional one."""
@@ -219,7 +218,6 @@ class Semantica(Guidance):
             return branches
         cond = next(b for b in branches if b.name == "cond")
         cond.weight = 1 + self.scale * self.w
-        step.run.account.edit(self.name)
         prompts = [c.negative for c in step.run.conditions]
         return [Branch("null", prompts, null=True), *branches]
 

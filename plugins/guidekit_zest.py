@@ -179,8 +179,9 @@ class Zest(Guidance):
     def energy(self, step: Step) -> Tensor:
         """Cross-entropy of maps and masks, summed over segments (B,)."""
         maps = step.cond.attention(self._read)
-        losses = [self._loss(m, self._masks[grid]) for m, grid in self._aggregated(maps)]
-        self._keep(step, maps)
+        aggregated = self._aggregated(maps)
+        losses = [self._loss(m, self._masks[grid]) for m, grid in aggregated]
+        step.run.account.keep("attention", self._shown(maps, aggregated))
         return (torch.stack(losses).mean(0) * self._strengths).sum(1)
 
     def _aggregated(self, maps: dict[str, Tensor]) -> list[tuple[Tensor, tuple[int, int]]]:
@@ -228,14 +229,13 @@ class Zest(Guidance):
         maps = maps.clamp(self.eps, 1 - self.eps)
         return F.binary_cross_entropy(maps, masks, reduction="none").mean((2, 3))
 
-    def _keep(self, step: Step, maps: dict[str, Tensor]) -> None:
-        """Leaves the first and the latest average map for the report."""
+    def _shown(self, maps: dict[str, Tensor], aggregated: list) -> Tensor:
+        """The average map (B, S, h, w) for the report."""
+        if self.aggregate == "global":
+            return aggregated[0][0]
         with torch.no_grad():
             flat = {s: m.mean(1) if self._read.per_head else m for s, m in maps.items()}
-            shown = average_maps(flat, self._common).cpu()
-        pictures = step.run.account.pictures
-        pictures.setdefault("attention before", shown)
-        pictures["attention after"] = shown
+            return average_maps(flat, self._common)
 
     def push(self, step: Step, grad: Tensor) -> Tensor:
         """z' moves by scale * weight against the normalised gradient (Section 3.3).

@@ -45,6 +45,7 @@ class AttentionCall:
     enable_gqa: bool = False
     implementation: str = "sdpa"
     factors: tuple[Tensor, Tensor] | None = None  # see `paint`
+    made: Tensor | None = field(default=None, repr=False)  # what `run` gave
     _extensions: list[tuple] = field(default_factory=list, repr=False)
     _identity: bool = field(default=False, repr=False)
 
@@ -68,7 +69,9 @@ class AttentionCall:
         if self.factors is None:
             return self.mask
         segments, words = self.factors
-        return _biased(self.mask, (segments.mT @ words.mT)[:, None].to(self.query.dtype))
+        return _biased(
+            self.mask, (segments.mT @ words.mT.to(segments.dtype))[:, None].to(self.query.dtype)
+        )
 
     def extend(self, key: Tensor, value: Tensor, scale: float | Tensor = 1.0) -> None:
         """Add `scale` * attention(query, key, value) to the output, without the call's mask.
@@ -96,6 +99,47 @@ class AttentionCall:
             shut.diagonal(dim1=-2, dim2=-1).zero_()
             self.bias(shut)
 
+    def split(self, sizes: Sequence[int]) -> list["AttentionCall"]:
+        """The call's rows as calls of their own, `sizes` after one another along the batch.
+
+        For a call that nothing has changed yet. Rows never attend to each other, so the outputs,
+        concatenated, are the whole call's.
+        """
+        # One backward of `split` joins the gradients; that of slices would add padded ones.
+        parts = [tensor.split(list(sizes)) for tensor in (self.query, self.key, self.value)]
+        own = self.mask is not None and self.mask.ndim == 4 and len(self.mask) == len(self.query)
+        masks = self.mask.split(list(sizes)) if own else [self.mask] * len(sizes)
+        return [
+            AttentionCall(
+                self.site,
+                self.module,
+                self.index,
+                query,
+                key,
+                value,
+                mask,
+                self.scale,
+                self.is_causal,
+                self.dropout_p,
+                self.enable_gqa,
+                self.implementation,
+            )
+            for query, key, value, mask in zip(*parts, masks, strict=True)
+        ]
+
+    def state(self) -> tuple:
+        """All that an edit can change, to be compared by identity."""
+        return (
+            self.query,
+            self.key,
+            self.value,
+            self.mask,
+            self.factors,
+            self.scale,
+            self._identity,
+            len(self._extensions),
+        )
+
     def read(self, weights: Tensor, rows: slice | None = None, reduce: str = "mean") -> Tensor:
         """Maps (B, S, rows) of this call with its mask and bias; for the rest see `token_maps`."""
         rows = slice(None) if rows is None else rows
@@ -108,7 +152,8 @@ class AttentionCall:
             out = self.value.repeat_interleave(group, dim=1) if group > 1 else self.value
         else:
             out = _RUN[self.implementation](self)
-        return self._extended(out)
+        self.made = self._extended(out)
+        return self.made
 
     def _extended(self, out: Tensor) -> Tensor:
         for key, value, scale in self._extensions:
@@ -215,8 +260,9 @@ def attend(
     saved), for SDPA alone, eager, appended, SDPA with token_maps. H8 N4096 T77 d40: 28 (10),
     23 (10), 32 (12), 51 (11); H4 N = T = 1100 d64, all gradients: 55 (4), 68 (26), 64 (5), 109 (9).
     """
-    name = choose(implementation or call.implementation)
-    name = automatic(call.query, call.key) if name == "auto" else name
+    name = choose(implementation) if implementation else call.implementation
+    if name == "auto":  # the table of times is not for compiled denoisers
+        name = "sdpa" if torch.compiler.is_compiling() else automatic(call.query, call.key)
     call.implementation = name
     rows = slice(None) if rows is None else rows
     if name == "xformers":

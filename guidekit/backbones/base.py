@@ -7,10 +7,12 @@ do in diffusers.
 
 import contextlib
 import copy
+import threading
 import weakref
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
+from weakref import WeakKeyDictionary
 
 import torch
 from diffusers import DiffusionPipeline
@@ -75,7 +77,7 @@ class Denoiser:
     def _kind(pipeline: DiffusionPipeline) -> type["Denoiser"]:
         """The subclass for the pipeline's family; ValueError, naming the families, for none."""
         model = denoiser_of(pipeline)
-        family = None if model is None else family_of(model).name
+        family = None if model is None else family_of(uncompiled(model)).name
         if family not in Denoiser._kinds:
             raise GuidekitError(
                 f"{type(pipeline).__name__} cannot be used; this takes pipelines of the families "
@@ -86,7 +88,9 @@ class Denoiser:
     def __init__(self, pipeline: DiffusionPipeline):
         # diffusers' base classes declare neither parts of pipelines nor attributes of models.
         self.pipeline: Any = pipeline
-        self.model: Any = denoiser_of(pipeline)
+        # The network is what is called; it may be compiled, and then `model` is the module in it.
+        self.network: Any = denoiser_of(pipeline)
+        self.model: Any = uncompiled(self.network)
         self.family: Family = family_of(self.model)
         self.vae: nn.Module | None = getattr(pipeline, "vae", None)
 
@@ -218,7 +222,7 @@ class Denoiser:
 
         (B, C, h, w), or (B, 2C, h, w) where the model learned the variance.
         """
-        return self.model(z, timestep=timestep, return_dict=False, **text.kwargs())[0]
+        return self.network(z, timestep=timestep, return_dict=False, **text.kwargs())[0]
 
     def rescaled(self, combined: Tensor, cond: Tensor) -> Tensor:
         """What the pipeline makes of classifier-free guidance's combination (B, C, h, w)."""
@@ -252,7 +256,14 @@ class Denoiser:
 
 def denoiser_of(pipeline: DiffusionPipeline) -> nn.Module | None:
     """The pipeline's denoising network, None if it has none under the usual names."""
-    return getattr(pipeline, "unet", None) or getattr(pipeline, "transformer", None)
+    # A compiled module's truth is asked of its length.
+    found = getattr(pipeline, "unet", None)
+    return getattr(pipeline, "transformer", None) if found is None else found
+
+
+def uncompiled(model: nn.Module | None) -> nn.Module | None:
+    """The module inside what `torch.compile(model)` gave; any other module as it is."""
+    return getattr(model, "_orig_mod", model)
 
 
 @contextlib.contextmanager
@@ -286,19 +297,56 @@ def wide(model: nn.Module) -> nn.Module:
     return _WIDE[model][1]
 
 
+@dataclass
+class _Thaw:
+    """What was on before a model was frozen, and how many runs hold it."""
+
+    weights: list[nn.Parameter]
+    training: list[nn.Module]
+    holders: int = 0
+
+
+_FROZEN: "WeakKeyDictionary[nn.Module, _Thaw]" = WeakKeyDictionary()
+_FREEZING = threading.Lock()
+
+
 @contextlib.contextmanager
 def frozen(*models: nn.Module) -> Iterator[None]:
-    """No weight asks for a gradient and no layer drops out for a while."""
-    weights = [p for m in models for p in m.parameters() if p.requires_grad]
-    training = [m for model in models for m in model.modules() if m.training]
-    for p in weights:
-        p.requires_grad_(False)
-    for m in training:
-        m.training = False
+    """No weight asks for a gradient and no layer drops out for a while.
+
+    It is counted: several runs may hold a model, one after the other or in threads, and the last
+    that ends gives its flags back.
+    """
+    for model in models:
+        _freeze(model)
     try:
         yield
     finally:
-        for p in weights:
+        for model in models:
+            _thaw(model)
+
+
+def _freeze(model: nn.Module) -> None:
+    with _FREEZING:
+        if model not in _FROZEN:
+            weights = [p for p in model.parameters() if p.requires_grad]
+            _FROZEN[model] = _Thaw(weights, [m for m in model.modules() if m.training])
+        held = _FROZEN[model]
+        held.holders += 1
+        for p in held.weights:
+            p.requires_grad_(False)
+        for m in held.training:
+            m.training = False
+
+
+def _thaw(model: nn.Module) -> None:
+    with _FREEZING:
+        held = _FROZEN[model]
+        held.holders -= 1
+        if held.holders:
+            return
+        del _FROZEN[model]
+        for p in held.weights:
             p.requires_grad_(True)
-        for m in training:
+        for m in held.training:
             m.training = True

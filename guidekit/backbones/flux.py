@@ -59,7 +59,7 @@ class Flux(PackedLatents, TextDenoiser, families=("flux",)):
         """The model's velocity (B, C, h, w)."""
         h, w = z.shape[2] // 2, z.shape[3] // 2
         kind = {"device": z.device, "dtype": z.dtype}
-        out = self.model(
+        out = self.network(
             self.pack(z),
             timestep=timestep.expand(len(z)).to(z.dtype) / 1000,
             img_ids=self.pipeline._prepare_latent_image_ids(len(z), h, w, **kind),

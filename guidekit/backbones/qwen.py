@@ -80,7 +80,7 @@ class QwenImage(PackedLatents, TextDenoiser, families=("qwen",)):
     def __call__(self, z: Tensor, timestep: Tensor, text: Text) -> Tensor:
         """The model's velocity (B, C, h, w)."""
         h, w = z.shape[2] // 2, z.shape[3] // 2
-        out = self.model(
+        out = self.network(
             self.pack(z),
             timestep=timestep.expand(len(z)).to(z.dtype) / 1000,
             img_shapes=[[(1, h, w)]] * len(z),

@@ -11,8 +11,9 @@ from dataclasses import dataclass, field, replace
 
 from torch import Tensor, nn
 
+from guidekit.blocks import block_features
 from guidekit.errors import GuidekitError
-from guidekit.taps import block_features, find_sites
+from guidekit.taps import find_sites
 
 _WHOLE = slice(None)
 

@@ -52,7 +52,7 @@ class Replay:
                 f"families {', '.join(self.families)}"
             )
         self.own, self.pipeline, self.models = own, pipeline, own.models
-        self.model, self.factor = own.model, own.factor
+        self.network, self.model, self.factor = own.network, own.model, own.factor
         self.reads_text = own.reads_text
         self.pixels, self.latents, self.check = own.pixels, own.latents, own.check
         self.rescaled, self.vae = own.rescaled, own.vae

@@ -1,5 +1,7 @@
-"""What one denoiser call passes to guidances and what is read from it."""
+"""Reads and edits of one denoiser call: each branch is shown its own rows at the tapped sites."""
 
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 
 import torch
@@ -7,140 +9,294 @@ from torch import Tensor
 
 from guidekit.attention.call import AttentionCall, attend
 from guidekit.attention.maps import resized_logits, token_maps
+from guidekit.backbones.denoiser import Denoiser, Text
 from guidekit.backbones.padding import aligned, reorder, taken
-from guidekit.backbones.records import in_pixels, site_features, site_grid
+from guidekit.backbones.records import Family, in_pixels, site_features, site_grid
+from guidekit.blocks import BlockCall, BlockRows
 from guidekit.branches import Branch
-from guidekit.guidance import Guidance
+from guidekit.errors import GuidekitError
 from guidekit.reads import AttentionRead, FeatureRead
-from guidekit.step import Step
-from guidekit.taps import BlockCall
+from guidekit.taps import Showing
 
 
 class StopForward(Exception):
     """Ends a denoiser call after its last site."""
 
 
-class Capture:
-    """Edits and reads of one call; `found` maps (id of the read, site) to what was read.
+class Edit:
+    """A hook that changes calls at some sites; it keeps at which of them it did."""
 
-    cut: no graph is built after the last site has been read. stop: the call ends there.
+    def __init__(self, name: str, hook: Callable, kind: str, sites: frozenset[str]):
+        self.name, self.hook, self.kind, self.sites = name, hook, kind, sites
+        self.changed: set[str] = set()
+
+    def again(self) -> "Edit":
+        """The same hook with nothing kept."""
+        return Edit(self.name, self.hook, self.kind, self.sites)
+
+    def __call__(self, call: AttentionCall | BlockCall) -> object | None:
+        """The hook's answer: an output, or None if it changed the call itself, or nothing."""
+        before = call.state()
+        answer = self.hook(call)
+        if (answer is not None and answer is not call.made) or differ(before, call.state()):
+            self.changed.add(call.site)
+        return answer
+
+
+def differ(before: Sequence, after: Sequence) -> bool:
+    """Whether any of the things has become another object."""
+    return len(before) != len(after) or any(
+        one is not other for one, other in zip(before, after, strict=True)
+    )
+
+
+@dataclass(eq=False)
+class Call:
+    """What one branch asks of the denoiser.
+
+    x: carried input (B, C, h, w); `ready` makes of it the model's scaled input. reads: what to keep
+    on the way. edits: hooks at tapped sites, in order. lengths: text tokens of each image. graph:
+    the output, or the reads, need a gradient to x. cut: no graph is needed after the last read.
+    stop: the call may end there; its output is then None.
     """
 
-    def __init__(
-        self,
-        step: Step,
-        branch: Branch,
-        reads: list[AttentionRead | FeatureRead],
-        editors: list[Guidance],
-        cut: bool,
-        stop: bool = False,
-    ):
-        self.step, self.branch, self.editors = step, branch, editors
-        self.maps = [r for r in reads if isinstance(r, AttentionRead)]
-        self.blocks = [r for r in reads if isinstance(r, FeatureRead)]
-        self.cut, self.stop = cut, stop
+    branch: Branch
+    x: Tensor
+    timestep: Tensor | int
+    text: Text
+    ready: Callable[[Tensor], Tensor] = lambda x: x
+    reads: Sequence[AttentionRead | FeatureRead] = ()
+    edits: Sequence[Edit] = ()
+    lengths: Sequence[int] = ()
+    graph: bool = False
+    cut: bool = False
+    stop: bool = False
+    wanted: dict[str, frozenset[str]] = field(init=False, repr=False)
+
+    def __post_init__(self):
+        kinds = {"attention": AttentionRead, "block": FeatureRead}
+        self.wanted = {
+            kind: frozenset().union(
+                *(read.sites for read in self.reads if isinstance(read, cls)),
+                *(edit.sites for edit in self.edits if edit.kind == kind),
+            )
+            for kind, cls in kinds.items()
+        }
+
+    @property
+    def tapped(self) -> bool:
+        """Whether it reads or edits anything."""
+        return any(self.wanted.values())
+
+
+class Part:
+    """One branch's rows of a denoiser call; `found` maps (number of the read, site) to a tensor."""
+
+    def __init__(self, call: Call, denoiser: Denoiser):
+        self.call, self.denoiser, self.family = call, denoiser, denoiser.family
+        self.size, self.grid = len(call.x), tuple(call.x.shape[-2:])
         self.found: dict[tuple[int, str], Tensor] = {}
-        self.pending = {site for r in reads for site in r.sites}
+        self.implementations: dict[str, str] = {}
+        self.seen: set[str] = set()
+        self.pending = {site for read in call.reads for site in read.sites}
 
     def attention(self, call: AttentionCall) -> Tensor | None:
         """Shows the call to the editors, then reads it; None leaves running it to the tap."""
-        ledger = self.step.run.reads
-        editors = [g for g in self.editors if call.site in ledger.edited(g, "attention")]
-        reads = [r for r in self.maps if call.site in r.sites]
-        order = self._order(call.site, call.query.shape[2]) if editors or reads else None
+        edits = [e for e in self.call.edits if e.kind == "attention" and call.site in e.sites]
+        reads = self._reads(AttentionRead, call.site)
+        self.seen.add(call.site)
+        order = self._order(call.site, call.query.shape[2])
         if order is None:
-            return self._shown(call, editors, reads)
+            return self._shown(call, edits, reads)
         reorder(call, order)
-        out = self._shown(call, editors, reads)
+        out = self._shown(call, edits, reads)
         return taken(call.run() if out is None else out, order.argsort(1))
 
-    def _shown(
-        self, call: AttentionCall, editors: list[Guidance], reads: list[AttentionRead]
-    ) -> Tensor | None:
-        """Edits and reads of a call in which every picture's text has the same columns."""
-        for guidance in editors:
-            guidance.edit_attention(self.step, self.branch, call)
+    def _reads(self, cls: type, site: str) -> list[tuple[int, AttentionRead | FeatureRead]]:
+        """The numbered reads of a kind at a site."""
+        return [
+            (n, read)
+            for n, read in enumerate(self.call.reads)
+            if isinstance(read, cls) and site in read.sites
+        ]
+
+    def _shown(self, call: AttentionCall, edits: list[Edit], reads: list) -> Tensor | None:
+        """Edits and reads of a call in which every image's text has the same columns."""
+        out = None
+        for edit in edits:
+            if out is not None:
+                raise GuidekitError(
+                    f"{edit.name} edits an attention call whose output another plugin has made "
+                    f"already, at {call.site}; name {edit.name} before that plugin"
+                )
+            out = edit(call)
         if not reads or call.index > 0:  # further calls are an IP-Adapter's image tokens
-            return None
-        out = self._read(call, reads)
-        self.step.run.account.attended(call.site, call.implementation)
-        self._done(call.site)
-        return out
+            return out
+        own = self._read(call, reads)
+        self.implementations[call.site] = call.implementation
+        self.pending.discard(call.site)
+        return own if out is None else out
 
     def _order(self, site: str, count: int) -> Tensor | None:
-        """Order (B, count) that gives all pictures the same columns; None if they have them."""
-        run = self.step.run
-        joint = any(fnmatchcase(site, pattern) for pattern in run.denoiser.family.cross_sites)
-        if len(set(run.text_lengths)) == 1 or not joint:
+        """Order (B, count) that gives all images the same columns; None if they have them."""
+        if len(set(self.call.lengths)) <= 1:
             return None
-        return aligned(run.text_lengths, count)
+        if not any(fnmatchcase(site, pattern) for pattern in self.family.cross_sites):
+            return None
+        return aligned(list(self.call.lengths), count)
 
     def block(self, call: BlockCall) -> object | None:
         """Shows the block to the editors, each after what the one before made, and reads it."""
-        ledger = self.step.run.reads
-        for guidance in self.editors:
-            if call.site in ledger.edited(guidance, "block"):
-                output = guidance.edit_block(self.step, self.branch, call)
+        for edit in self.call.edits:
+            if edit.kind == "block" and call.site in edit.sites:
+                output = edit(call)
                 call.output = call.output if output is None else output
-        reads = [r for r in self.blocks if call.site in r.sites]
+        self.seen.add(call.site)
+        reads = self._reads(FeatureRead, call.site)
         if not reads:
-            return None
+            return call.output
         output = call.run()
         features = self._features(output, call.site)
-        for read in reads:
-            self.found.setdefault((id(read), call.site), features)
-        self._done(call.site)
+        for n, _ in reads:
+            self.found.setdefault((n, call.site), features)
+        self.pending.discard(call.site)
         return output
 
     def _features(self, output: object, site: str) -> Tensor:
         """Features (B, C, h, w) of the pixels out of a block's output."""
-        run, model = self.step.run, self.step.run.denoiser.model
+        model = self.denoiser.model
         if not in_pixels(model, output):
             tokens = output if isinstance(output, Tensor) else output[-1]
-            h, w = site_grid(model, site, *run.grid)
+            h, w = site_grid(model, site, *self.grid)
             packed = tokens.shape[1] != h * w  # text and pixels in one sequence
             order = self._order(f"{site}.attn", tokens.shape[1]) if packed else None
             output = tokens if order is None else taken(tokens, order)
-        return site_features(model, site, output, run.grid)
+        return site_features(model, site, output, self.grid)
 
-    def _done(self, site: str) -> None:
-        """After the last site nothing needs a graph, or the call is over."""
-        if site not in self.pending:  # a block computed again in backward
+    def _read(self, call: AttentionCall, reads: list[tuple[int, AttentionRead]]) -> Tensor:
+        """Runs the call and keeps its maps; plain reads share one pass."""
+        rows = self.family.rows(call.query.shape[2], reads[0][1].weights.shape[1])
+        plain = [(n, r) for n, r in reads if r.plain]
+        out = self._read_plain(call, plain, rows) if plain else call.run()
+        for n, read in reads:
+            if (n, read) not in plain:
+                self._keep(n, read, call.site, _variant(call, read, self.family, rows))
+        return out
+
+    def _read_plain(
+        self, call: AttentionCall, reads: list[tuple[int, AttentionRead]], rows: slice
+    ) -> Tensor:
+        """The call's output; its maps come out of the same pass."""
+        weights = [_placed(r.weights, self.family, call) for _, r in reads]
+        kernels = call.implementation in ("triton", "auto")  # the others read every column
+        columns = _columns([r for _, r in reads], self.family, call) if kernels else None
+        joined = weights[0] if len(weights) == 1 else torch.cat(weights, -1)
+        out, maps = attend(call, joined, rows=rows, columns=columns)
+        parts = maps.split([w.shape[-1] for w in weights], 1)
+        for (n, read), part in zip(reads, parts, strict=True):
+            self._keep(n, read, call.site, part)
+        return out
+
+    def _keep(self, number: int, read: AttentionRead, site: str, maps: Tensor) -> None:
+        """Maps (..., N) as images (..., h, w), the first time only."""
+        self.found.setdefault((number, site), maps.unflatten(-1, read.shape(site)))
+
+
+class Capture:
+    """One denoiser call of several branches: its rows, part by part, behind the taps.
+
+    It is what the taps find while the call runs. At a tapped site the call is split into the rows
+    of the branches that want it and of those that do not, and the outputs are joined again; all
+    else of the model runs on the whole batch.
+    """
+
+    def __init__(
+        self,
+        parts: list[Part],
+        implementation: str,
+        cut: bool = False,
+        stop: bool = False,
+        among: list[Part] | None = None,
+    ):
+        self.parts, self.implementation = parts, implementation
+        self.cut, self.stop = cut, stop
+        self.among = parts if among is None else among  # all parts of the denoiser call
+
+    def wants(self, kind: str, site: str) -> bool:
+        """Whether some branch reads or edits the site."""
+        return any(site in part.call.wanted[kind] for part in self.parts)
+
+    def _pieces(self, kind: str, site: str) -> list[list[Part]]:
+        """Parts one after another: each that wants the site by itself, the others together."""
+        pieces: list[list[Part]] = []
+        idle = False  # whether the last piece wants nothing
+        for part in self.parts:
+            wants = site in part.call.wanted[kind]
+            if wants or not idle:
+                pieces.append([part])
+            else:
+                pieces[-1].append(part)
+            idle = not wants
+        return pieces
+
+    def _only(self, parts: list[Part]) -> Showing:
+        """The context in which a block inside of which other sites are runs for some rows."""
+        return Showing(Capture(parts, self.implementation, self.cut, self.stop, self.among))
+
+    def attention(self, call: AttentionCall) -> Tensor | None:
+        """The output of an attention call (B, H, N, d); None leaves running it to the tap."""
+        pieces, left = self._pieces("attention", call.site), self._left()
+        if len(pieces) == 1:
+            out = pieces[0][0].attention(call)
+        else:
+            outs = []
+            for own, parts in zip(call.split(_sizes(pieces)), pieces, strict=True):
+                wants = call.site in parts[0].call.wanted["attention"]
+                answer = parts[0].attention(own) if wants else None
+                outs.append(own.run() if answer is None else answer)
+            out = torch.cat(outs)
+        self._after(left)
+        return out
+
+    def block(self, call: BlockCall) -> object | None:
+        """The output of a block; None leaves running it to the tap."""
+        pieces, left = self._pieces("block", call.site), self._left()
+        if len(pieces) == 1:
+            out = pieces[0][0].block(call)
+        else:
+            shares = BlockRows(call, _sizes(pieces), [self._only(parts) for parts in pieces])
+            for own, parts in zip(shares.parts, pieces, strict=True):
+                if call.site in parts[0].call.wanted["block"]:
+                    own.output = parts[0].block(own)
+            out = shares.joined()
+        self._after(left)
+        return out
+
+    def _left(self) -> bool:
+        """Whether some read is still to come."""
+        return any(part.pending for part in self.among)
+
+    def _after(self, left: bool) -> None:
+        """After the last site nothing needs a graph, or the call is over.
+
+        left: before this site some read was still to come; it is not when a checkpoint computes a
+        block again.
+        """
+        if not left or self._left():
             return
-        self.pending.discard(site)
-        if self.pending:
-            return
-        if self.stop:
+        # An exception cannot leave a compiled graph; there the call runs on to its end.
+        if self.stop and not torch.compiler.is_compiling():
             raise StopForward
         if self.cut:
             torch.set_grad_enabled(False)
 
-    def _read(self, call: AttentionCall, reads: list[AttentionRead]) -> Tensor:
-        """Runs the call and keeps its maps; plain reads share one pass."""
-        family = self.step.run.denoiser.family
-        n_text = reads[0].weights.shape[1]
-        rows = family.rows(call.query.shape[2], n_text)
-        plain = [r for r in reads if r.plain]
-        if plain:
-            weights = torch.cat([_placed(r.weights, family, call) for r in plain], -1)
-            out, maps = attend(call, weights, rows=rows, columns=_columns(plain, family, call))
-            for read, part in zip(
-                plain, maps.split([r.weights.shape[-1] for r in plain], 1), strict=True
-            ):
-                self._keep(read, call.site, part)
-        else:
-            out = call.run()
-        for read in reads:
-            if read not in plain:
-                self._keep(read, call.site, _variant(call, read, family, rows))
-        return out
 
-    def _keep(self, read: AttentionRead, site: str, maps: Tensor) -> None:
-        """Maps (..., N) as pictures (..., h, w), the first time only."""
-        self.found.setdefault((id(read), site), maps.unflatten(-1, read.shape(site)))
+def _sizes(pieces: list[list[Part]]) -> list[int]:
+    """Rows of each piece."""
+    return [sum(part.size for part in parts) for parts in pieces]
 
 
-def _placed(weights: Tensor, family, call: AttentionCall) -> Tensor:
+def _placed(weights: Tensor, family: Family, call: AttentionCall) -> Tensor:
     """Weights (B, T, S) of text tokens at the columns that text has among the call's keys."""
     keys, n_text = call.key.shape[2], weights.shape[1]
     if keys == n_text:
@@ -150,14 +306,14 @@ def _placed(weights: Tensor, family, call: AttentionCall) -> Tensor:
     return full
 
 
-def _columns(reads: list[AttentionRead], family, call: AttentionCall) -> list[int]:
+def _columns(reads: list[AttentionRead], family: Family, call: AttentionCall) -> list[int]:
     """The call's keys that have weight in some read."""
     keys, n_text = call.key.shape[2], reads[0].weights.shape[1]
     text = range(keys) if keys == n_text else range(keys)[family.text_keys(keys, n_text)]
     return [text[i] for i in sorted(frozenset().union(*(read.columns for read in reads)))]
 
 
-def _variant(call: AttentionCall, read: AttentionRead, family, rows: slice) -> Tensor:
+def _variant(call: AttentionCall, read: AttentionRead, family: Family, rows: slice) -> Tensor:
     """Maps per head, over some of the tokens, or with further keys in the softmax."""
     key, weights, mask = call.key, _placed(read.weights, family, call), call.whole_mask()
     if read.tokens is not None:

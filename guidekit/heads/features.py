@@ -20,11 +20,12 @@ from torch import Tensor
 
 from guidekit.backbones.denoiser import Denoiser, frozen
 from guidekit.backbones.records import site_features
+from guidekit.blocks import BlockCall
 from guidekit.conditions import Condition
 from guidekit.engine.capture import StopForward
 from guidekit.errors import GuidekitError
 from guidekit.heads.fingerprint import fingerprint
-from guidekit.taps import BlockCall, find_sites, tap_blocks
+from guidekit.taps import find_sites, tap_blocks
 
 Maps = dict[str, Tensor]  # features (B, C, h, w) by site
 

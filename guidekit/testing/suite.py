@@ -21,12 +21,13 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from guidekit.backbones.denoiser import Denoiser
+from guidekit.blocks import BlockCall
 from guidekit.branches import Branch
 from guidekit.errors import GuidekitError
 from guidekit.guidance import Guidance
 from guidekit.registry import Registry
 from guidekit.step import Step
-from guidekit.taps import BlockCall, find_sites
+from guidekit.taps import find_sites
 from guidekit.testing.miniatures import sd_pipeline, sdxl_pipeline
 from guidekit.testing.subject import SEEDS, Subject, same, state
 
@@ -60,8 +61,8 @@ def energy(subject: Subject) -> str | None:
     if not subject.cls().has_energy:
         return "it has no energy"
     guidance = subject.example(start=0.0, stop=1.0)
-    found = _recorded(guidance)
     sampling = subject.sampling(guidance, pipe=subject.build().to(torch.float64))
+    found = _recorded(sampling.guidances[0])
     run, timesteps = sampling.run, sampling.run.scheduler.timesteps
     z = run.noise(run.latent_shape, "z").double()
     direction = run.noise(run.latent_shape, "direction").double()

@@ -137,6 +137,7 @@ def test_maps_are_the_softmax_in_the_columns_of_the_phrase(family):
         logits = (
             torch.where(mask, logits, -torch.inf) if mask.dtype == torch.bool else logits + mask
         )
+    (zest,) = step.run.guidances
     maps = step.cond.attention(zest._read)[SITES[family]]
     h, w = maps.shape[2:]
     lengths = {
@@ -224,11 +225,11 @@ class Features(Guidance):
 def test_features_are_those_of_the_pixels(family):
     """Also behind texts of two lengths."""
     guidance = Features(sites=SITES[family].rpartition(".")[0])
-    next(iter(drawing(family, guidance, cfg=1.0)))
-    both = guidance.found
-    next(iter(drawing(family, guidance, cfg=1.0, conditions=[BLUE], seeds=[6])))
+    step = next(iter(drawing(family, guidance, cfg=1.0)))
+    both = step.run.guidances[0].found
+    step = next(iter(drawing(family, guidance, cfg=1.0, conditions=[BLUE], seeds=[6])))
     assert both.shape[2:] == (8, 16)
-    torch.testing.assert_close(both[1:], guidance.found, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(both[1:], step.run.guidances[0].found, rtol=1e-4, atol=1e-5)
 
 
 def test_padding_moves_between_text_and_pixels():

@@ -1,7 +1,7 @@
 """One guided step: gradients against finite differences, graphs, backwards, chains and refusals."""
 
 import functools
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import pytest
 import torch
@@ -122,8 +122,8 @@ def predict(pipe, guidances, **options):
     ],
 )
 def test_gradients_agree_with_finite_differences(make):
-    guidance = make()
-    engine, z, timestep = engine_at(double_pipe(), [guidance])
+    engine, z, timestep = engine_at(double_pipe(), [make()])
+    (guidance,) = engine.guidances
     engine.predict(z, timestep, 0, 4)
     assert guidance.value.dtype == guidance.grad.dtype == torch.float64
     grad, h = guidance.grad, 1e-5
@@ -140,15 +140,6 @@ def test_gradients_agree_with_finite_differences(make):
 
 
 def test_one_backward_for_each_push_rule(pipe, monkeypatch):
-    calls = []
-    real = torch.autograd.grad
-
-    def counted(*args, **kwargs):
-        calls.append(kwargs["retain_graph"])
-        return real(*args, **kwargs)
-
-    monkeypatch.setattr(torch.autograd, "grad", counted)
-
     class Score(Bright):
         def energy(self, step):
             return step.x0.flatten(1).mean(1)
@@ -159,11 +150,33 @@ def test_one_backward_for_each_push_rule(pipe, monkeypatch):
         pass
 
     guidances = [Score(), Second(scale=2.0), Zest(), Zest(), Zest(eps=1e-3)]
-    engine, _ = predict(pipe, guidances)
-    assert engine.backwards == 3 and calls == [True, True, False]
+    engine, z, timestep = engine_at(pipe, guidances)
+    calls = []
+    real = torch.autograd.grad
+
+    def counted(*args, **kwargs):
+        calls.append(kwargs["retain_graph"])
+        return real(*args, **kwargs)
+
+    monkeypatch.setattr(torch.autograd, "grad", counted)
+    engine.predict(z, timestep, 0, 4)
+    assert engine.injector.backwards == 3
+    assert calls == [True, True, False]
     assert len(engine.run.account.rows) == 5
     engine, _ = predict(pipe, [])
-    assert engine.backwards == 0
+    assert engine.injector.backwards == 0
+
+
+def test_rules_of_lists_are_compared(pipe):
+    @dataclass(kw_only=True)
+    class Listed(Bright):
+        names: list = field(default_factory=lambda: ["a"])
+
+        def push(self, step, grad):
+            return step.move.shift(-grad)
+
+    engine, _ = predict(pipe, [Listed(), Listed(), Listed(names=["b"])])
+    assert engine.injector.backwards == 2
 
 
 def test_energies_of_one_rule_add_up_with_their_scales(pipe):
@@ -202,19 +215,32 @@ def saved(run):
 
 
 def test_only_branches_that_are_read_carry_a_graph(pipe):
-    def evals(*guidances):
-        (_, step), total = saved(lambda: predict(pipe, list(guidances), seeds=(0,)))
-        return {name: e.out.requires_grad for name, e in step.evals.items()}, total
+    def evals(*guidances, calls="split"):
+        graphs = {}
+
+        class Look(Guidance):
+            def combine(self, step, outs, combined):
+                graphs.update({name: out.requires_grad for name, out in outs.items()})
+                return combined
+
+        given = {"seeds": (0,), "calls": {"null+cond*": calls}}
+        _, total = saved(lambda: predict(pipe, [*guidances, Look()], **given))
+        return graphs, total
 
     none, zero = evals()
     attention, less = evals(Zest())
     features, early = evals(Features())
     x0, most = evals(Bright())
-    assert none == attention == features == {"null": False, "cond": False} and zero == 0
+    assert none == attention == features == {"null": False, "cond": False}
+    assert zero == 0
     assert x0 == {"null": True, "cond": True}
     assert 0 < early < less < most / 1.5
     own, tiny_graph = evals(Input())
-    assert own == none and tiny_graph < early / 100
+    assert own == none
+    assert tiny_graph < early / 100
+    both, more = evals(Zest(), calls="batched")
+    assert both == none
+    assert less < more < 2.5 * less
 
 
 def test_energies_on_x0_work_where_the_caller_has_gradients_off(pipe):
@@ -227,12 +253,12 @@ def test_energies_on_x0_work_where_the_caller_has_gradients_off(pipe):
     "guidances", [lambda: [PaintWithWords(), KeepZest(), Bright()], lambda: [KeepZest()]]
 )
 def test_low_memory_has_the_gradients_of_fast(pipe, guidances):
-    fast, low = guidances(), guidances()
-    (_, a), plenty = saved(lambda: predict(pipe, fast))
-    (_, b), little = saved(lambda: predict(pipe, low, memory="low"))
+    split = {"null+cond*": "split"}
+    (fast, a), plenty = saved(lambda: predict(pipe, guidances(), calls=split))
+    (low, b), little = saved(lambda: predict(pipe, guidances(), memory="low"))
     assert little < plenty / 2  # what a checkpoint computes again is not counted
     torch.testing.assert_close(a.prediction, b.prediction, rtol=1e-5, atol=1e-6)
-    for one, other in zip(fast, low, strict=True):
+    for one, other in zip(fast.guidances, low.guidances, strict=True):
         if hasattr(one, "grad"):
             torch.testing.assert_close(one.grad, other.grad, rtol=1e-4, atol=1e-7)
     assert not pipe.unet.is_gradient_checkpointing
@@ -255,8 +281,9 @@ class Second(Guidance):
 
 @pytest.mark.parametrize("memory", ["fast", "low"])
 def test_a_second_call_reads_its_own_sites_and_stops_there(pipe, memory):
-    guidance, calls = Second(), []
-    engine, z, timestep = engine_at(pipe, [guidance], memory=memory)
+    calls = []
+    engine, z, timestep = engine_at(pipe, [Second()], memory=memory)
+    (guidance,) = engine.guidances
     handle = pipe.unet.mid_block.register_forward_hook(lambda *a: calls.append("mid"))
     try:
         step = engine.predict(z, timestep, 0, 4)
@@ -316,8 +343,9 @@ def test_energies_of_a_wrong_kind_raise(pipe):
 
 def test_half_precision_has_energies_and_gradients_in_float32():
     pipe = tiny.sd_pipeline().to(torch.bfloat16)
-    own = [KeepZest(), Bright(), Pixels()]
-    sampling = Sampling(pipe, RED, [*own, PaintWithWords()], steps=2).finish()
+    guidances = [KeepZest(), Bright(), Pixels(), PaintWithWords()]
+    sampling = Sampling(pipe, RED, guidances, steps=2).finish()
+    own = sampling.guidances[:3]
     assert {g.value.dtype for g in own} == {g.grad.dtype for g in own} == {torch.float32}
     assert all((g.grad != 0).any() for g in own)
     assert sampling.latents.dtype == torch.bfloat16
@@ -381,7 +409,6 @@ class Add(Guidance):
         return 2 * out + self.amount
 
     def edit_sample(self, step, z):
-        step.run.account.edit(self.name)
         return 2 * z + self.amount
 
     def edit_input(self, step, branch, x):
@@ -406,8 +433,9 @@ def test_edits_chain_in_the_order_of_the_user(pipe):
     def chained(x):
         return 2 * (2 * x + 1) + 10
 
-    watch, blocks = Watch(), []
-    sampling = Sampling(pipe, RED, [Add(amount=1), Add(amount=10), watch], steps=1, cfg=1.0)
+    blocks = []
+    sampling = Sampling(pipe, RED, [Add(amount=1), Add(amount=10), Watch()], steps=1, cfg=1.0)
+    watch = sampling.guidances[-1]
     handle = pipe.unet.mid_block.register_forward_hook(lambda m, a, out: blocks.append(out))
     original = pipe.unet.mid_block.forward
     (step,) = list(sampling)
@@ -489,7 +517,7 @@ def test_many_branches_are_one_result_in_several_calls(pipe, monkeypatch):
             return [*branches, *more]
 
     expected = predict(pipe, [Many()])[1].out
-    monkeypatch.setattr("guidekit.engine.engine.CALL_BRANCHES", 2)
+    monkeypatch.setattr("guidekit.engine.evaluator.ROWS", 4)
     torch.testing.assert_close(predict(pipe, [Many()])[1].out, expected, rtol=1e-4, atol=1e-5)
 
 

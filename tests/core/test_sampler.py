@@ -2,6 +2,7 @@
 
 import copy
 from dataclasses import dataclass
+from typing import ClassVar
 
 import pytest
 import torch
@@ -156,9 +157,9 @@ class Other(Noisy):
 
 
 def test_noise_of_a_plugin_depends_on_seed_step_and_tag_alone(pipe):
-    first, second = Noisy(), Noisy()
-    one = Sampling(pipe, RED, [first], seeds=[5], steps=3, eta=1.0)
-    two = Sampling(pipe, [BLUE, RED], [Other(), second], seeds=[4, 5], steps=3, eta=1.0)
+    one = Sampling(pipe, RED, [Noisy()], seeds=[5], steps=3, eta=1.0)
+    two = Sampling(pipe, [BLUE, RED], [Other(), Noisy()], seeds=[4, 5], steps=3, eta=1.0)
+    first, second = one.guidances[0], two.guidances[1]
     torch.manual_seed(0)
     noises = []
     for _, _ in zip(one, two, strict=True):
@@ -171,9 +172,9 @@ def test_noise_of_a_plugin_depends_on_seed_step_and_tag_alone(pipe):
 
 
 def test_recurrence_starts_each_repeat_from_the_same_scheduler_state(pipe):
-    guidance = Repeat()
     scheduler = DPMSolverMultistepScheduler.from_config(pipe.scheduler.config)
-    sampling = Sampling(pipe, RED, [guidance], seeds=[5], steps=3, scheduler=scheduler).finish()
+    sampling = Sampling(pipe, RED, [Repeat()], seeds=[5], steps=3, scheduler=scheduler).finish()
+    (guidance,) = sampling.guidances
     assert [(s.index, s.repeat) for s, *_ in guidance.seen] == [
         (i, r) for i in range(3) for r in range(3)
     ]
@@ -206,20 +207,19 @@ def test_edits_of_z_are_refused_where_the_scheduler_would_lose_them(pipe, cls):
 class Picky(Guidance):
     """Rejects the first pictures of one condition."""
 
+    tries: ClassVar[list] = []
+
     def prepare(self, run):
         self.run = run
-        self.tries = [*getattr(self, "tries", []), list(run.seeds)]
+        self.tries.append(list(run.seeds))
 
     def accept(self, images):
         return torch.tensor([seed != 6 for seed in self.run.seeds])
 
-    def edit_prediction(self, step, out):
-        step.run.account.edit(self.name)
-        return out
-
 
 def test_rejected_pictures_are_drawn_again_from_derived_seeds(pipe):
     guidance = Picky()
+    guidance.tries.clear()
     images = draw(pipe, [RED, BLUE, RED], [guidance], seeds=[5, 6, 7], batch=2, tries=3, steps=2)
     assert guidance.tries[:2] == [[5, 6], [7]]
     (again,) = guidance.tries[2:]  # one picture, once: its second seed is accepted
@@ -229,6 +229,8 @@ def test_rejected_pictures_are_drawn_again_from_derived_seeds(pipe):
 
 def test_tries_are_bounded_and_the_last_draw_stays(pipe):
     class Never(Picky):
+        tries: ClassVar[list] = []
+
         def accept(self, images):
             return torch.zeros(len(images), dtype=torch.bool)
 

@@ -22,7 +22,8 @@ from diffusers.models.attention_processor import (
 
 import tiny
 from guidekit.attention.call import attend
-from guidekit.taps import Patch, block_features, find_sites, tap_attention, tap_blocks
+from guidekit.blocks import block_features
+from guidekit.taps import Patch, find_sites, tap_attention, tap_blocks
 
 ATTN2 = "mid_block.attentions.0.transformer_blocks.0.attn2"
 # Sana's self-attention is linear: it has no softmax to see.

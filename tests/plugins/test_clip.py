@@ -187,7 +187,7 @@ def test_in_the_units_of_the_paper_the_mean_moves_by_variance_times_gradient(lea
     pipe.scheduler = type(pipe.scheduler).from_config(pipe.scheduler.config, clip_sample=False)
     guidance = Measured(**RED, scale=2.0)
     step = first_step(pipe, guidance)
-    scheduler = step.run.scheduler
+    (guidance,), scheduler = step.run.guidances, step.run.scheduler
     predicted = step.variance if learned else None
     variance = scheduler._get_variance(int(step.timestep), predicted)
     if learned:  # "learned_range": the log of the variance

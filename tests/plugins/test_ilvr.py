@@ -1,6 +1,7 @@
 """ILVR: the reference's low frequencies at the next level; schedulers that would lose them."""
 
 from pathlib import Path
+from typing import ClassVar
 
 import pytest
 import torch
@@ -29,6 +30,8 @@ def run(pipe, *guidances, scheduler="ddpm", steps=4):
 class Kept(Ilvr):
     """Keeps what it was given and what it made of it."""
 
+    kept: ClassVar[list] = []
+
     def edit_sample(self, step, z):
         out = super().edit_sample(step, z)
         self.kept.append((step, z, out))
@@ -37,7 +40,7 @@ class Kept(Ilvr):
 
 def test_low_frequencies_are_those_of_the_reference_at_the_next_level(pipe):
     guidance = Kept(image=SCENE, down=4)
-    guidance.kept = []
+    guidance.kept.clear()
     drawn = run(pipe, guidance).finish()
     reference = read_references([SCENE], (16, 16))
     for step, before, after in guidance.kept:
@@ -73,11 +76,9 @@ def test_low_pass_keeps_what_is_flat_and_drops_what_is_fine():
 class Reads(Guidance):
     """Notes whether every step starts from the z that it is given."""
 
-    def prepare(self, run):
-        self.found = []
+    found: ClassVar[list] = []
 
     def edit_prediction(self, step, out):
-        step.run.account.edit(self.name)
         self.found.append(step.move.reads_sample)
         return out
 
@@ -85,6 +86,7 @@ class Reads(Guidance):
 @pytest.mark.parametrize("name", schedulers_for(ddpm_pipeline().scheduler))
 def test_the_list_of_schedulers_is_what_their_steps_do(pipe, name):
     reads = Reads()
+    reads.found.clear()
     run(pipe, reads, scheduler=name, steps=6).finish()
     assert all(reads.found) == (name in READERS)
 
@@ -97,13 +99,15 @@ def flow_pipe():
 @pytest.mark.parametrize("name", schedulers_for(sd3_pipeline().scheduler))
 def test_the_list_of_flow_schedulers_is_what_their_steps_do(flow_pipe, name):
     reads = Reads()
+    reads.found.clear()
     run(flow_pipe, reads, scheduler=name, steps=6).finish()
     assert all(reads.found) == (name in READERS)
 
 
 def test_flow_models_follow_the_reference_too(flow_pipe):
     guidance = Ilvr(image=SCENE, down=4)
-    found = run(flow_pipe, guidance, scheduler="flow-euler").finish().latents
+    drawn = run(flow_pipe, guidance, scheduler="flow-euler").finish()
+    found, (guidance,) = drawn.latents, drawn.guidances
     plain = run(flow_pipe, scheduler="flow-euler").finish().latents
     found, plain = (low_pass(z - guidance._reference, 4).norm() for z in (found, plain))
     assert found < 0.3 * plain
@@ -132,7 +136,7 @@ def test_scale_is_a_share(pipe):
     half, whole = (Kept(image=SCENE, scale=s) for s in (0.5, 1.0))
     moves = []
     for guidance in (half, whole):
-        guidance.kept = []
+        guidance.kept.clear()
         next(iter(run(pipe, guidance)))
         _, before, after = guidance.kept[0]
         moves.append(after - before)

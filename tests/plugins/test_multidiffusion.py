@@ -68,6 +68,7 @@ def test_one_step_is_the_papers_with_and_without_bootstrapping(pipe):
 def test_bootstrapping_keeps_z_in_the_mask_and_shows_one_colour_around_it(pipe):
     guidance = MultiDiffusion(bootstrap=1.0)
     steps = list(Sampling(pipe, [TWO, ONE], [guidance], seeds=[3, 4], steps=3))
+    (guidance,) = steps[0].run.guidances
     mask = region_masks([TWO, ONE], (16, 16))[:, 0, None].bool()
     for step in steps:
         x = step.evals["region0"].branch.x

@@ -143,7 +143,7 @@ class Idle(Guidance):
 
 
 class Silent(Guidance):
-    """Acts, and the account does not know (2026)."""
+    """Acts and tells nobody; the engine sees it (2026)."""
 
     def edit_prediction(self, step, out):
         return 1.1 * out
@@ -169,10 +169,10 @@ class Memory(Good):
     runs = 0
 
     def prepare(self, run):
-        self.runs += 1
+        Memory.runs += 1
 
     def schedule(self, frac):
-        return float(self.runs)
+        return float(Memory.runs)
 
 
 class Unsourced(Good):
@@ -236,7 +236,6 @@ class Required(Good):
         (Infinite, "energy", "not finite"),
         (Gradient, "energy", "finite differences"),
         (Idle, "acts", "those without it"),
-        (Silent, "acts", "no gradient and no edit"),
         (Eager, "window", "it acts at 0"),
         (Random, "repeatable", "a second run differs"),
         (Memory, "repeatable", "a second run differs"),
@@ -254,6 +253,10 @@ def test_a_broken_guidance_is_caught(cls, check, says):
 @pytest.mark.parametrize("check", TIERED)
 def test_the_good_one_is_good(check):
     assert run_check(Good, check) is None
+
+
+def test_the_engine_sees_what_a_hook_does():
+    assert check_guidance(Silent, ["acts"]) == {"acts": "holds"}
 
 
 class Squares(Good):

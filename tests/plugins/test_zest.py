@@ -3,7 +3,7 @@
 import copy
 import itertools
 import math
-from typing import get_args
+from typing import ClassVar, get_args
 
 import pytest
 import torch
@@ -61,6 +61,7 @@ def test_maps_are_the_softmax_over_all_tokens_summed_over_the_phrase(pipe):
     p = (q @ k.mT / math.sqrt(q.shape[-1])).softmax(-1).mean(1)  # (B, N, T)
     # Columns: start, a, red, circle, and, a, blue, square.
     expected = torch.stack([p[..., 2] + p[..., 3], p[..., 6]], 1).unflatten(-1, (16, 16))
+    (guidance,) = step.run.guidances
     maps = step.cond.attention(guidance._read)[site]
     torch.testing.assert_close(maps, expected, rtol=1e-4, atol=1e-6)
     masks = torch.zeros(2, 16, 16)
@@ -128,6 +129,8 @@ def test_presets_fill_fields_that_were_left_alone():
 class Measured(Zest):
     """Zest that steps copies of the scheduler with its output and with the unguided one."""
 
+    moves: ClassVar[list] = []
+
     def edit_prediction(self, step, out):
         samples = []
         for chosen in (out, step.out.detach()):
@@ -140,7 +143,7 @@ class Measured(Zest):
 @pytest.mark.parametrize("cls", [DDIMScheduler, EulerDiscreteScheduler])
 def test_the_largest_move_of_the_next_z_is_scale_times_weight(pipe, cls):
     guidance = Measured(scale=0.3, stop=0.75)
-    guidance.moves = []
+    guidance.moves.clear()
     scheduler = cls.from_config(pipe.scheduler.config)
     Sampling(pipe, [BOTH, ONE], [guidance], seeds=[0, 1], steps=8, scheduler=scheduler).finish()
     assert len(guidance.moves) == 6
@@ -193,8 +196,8 @@ def test_bce_is_the_papers_two_terms():
 
 def test_negatives_and_padding_take_part_in_the_softmax(pipe):
     def maps(**options):
-        guidance = Zest(**options)
-        step = first_step(pipe, guidance)
+        step = first_step(pipe, Zest(**options))
+        (guidance,) = step.run.guidances
         return torch.stack([m.mean() for m in step.cond.attention(guidance._read).values()])
 
     plain, negatives, real = maps(), maps(negatives=("green", "white")), maps(tokens="real")

@@ -7,9 +7,10 @@ import torch
 from diffusers.models.embeddings import get_timestep_embedding
 
 from guidekit.backbones.records import layout_sites, site_grid
+from guidekit.blocks import block_features
 from guidekit.semantica.model import VARIANTS, UViT, variant
 from guidekit.semantica.schedule import shift
-from guidekit.taps import block_features, find_sites, tap_attention, tap_blocks
+from guidekit.taps import find_sites, tap_attention, tap_blocks
 from guidekit.testing.miniatures import randomised
 
 SMALL = dict(
