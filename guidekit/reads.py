@@ -59,6 +59,10 @@ class FeatureRead:
     branch: str = "cond"
 
 
+#: Name of a tensor of an evaluation: "out", "variance", or the id of a read and a site.
+Key = str | tuple[int, str]
+
+
 @dataclass(eq=False)
 class Eval:
     """What one denoiser call gave for one branch: its output and what was read on the way."""
@@ -95,30 +99,23 @@ class Eval:
             )
         return {site: self._read[id(read), site] for site in read.sites}
 
-    def keys(self) -> list:
-        """What `get` and `put` take: each tensor that the call gave."""
-        own = [name for name in ("out", "variance") if getattr(self, name) is not None]
-        return [*own, *self._read]
+    def tensors(self) -> dict[Key, Tensor]:
+        """All tensors that the call gave, by what `put` takes."""
+        named: dict[Key, Tensor | None] = {"out": self.out, "variance": self.variance}
+        found: dict[Key, Tensor | None] = named | self._read
+        return {key: value for key, value in found.items() if value is not None}
 
-    def get(self, key: object) -> Tensor:
-        """One of the tensors that the call gave."""
-        return getattr(self, key) if isinstance(key, str) else self._read[key]
-
-    def put(self, key: object, value: Tensor) -> None:
+    def put(self, key: Key, value: Tensor) -> None:
         """Exchanges one of them."""
         if isinstance(key, str):
             setattr(self, key, value)
         else:
             self._read[key] = value
 
-    def tensors(self) -> list[Tensor]:
-        """All of them."""
-        return [self.get(key) for key in self.keys()]
-
     def release(self) -> None:
         """Lets the graph go, and gives the output the model's own type."""
-        for key in self.keys():
-            self.put(key, self.get(key).detach())
+        for key, value in self.tensors().items():
+            self.put(key, value.detach())
         if self.narrow and self.out is not None:
             self.out = self.out.to(self.narrow)
 

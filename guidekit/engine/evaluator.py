@@ -120,7 +120,7 @@ class Evaluator:
         evals = self._run(own, batched)
         if free is not None and torch.cuda.mem_get_info(device)[0] < free / 3:
             return None
-        total = sum(x.float().sum() for e in evals for x in e.tensors() if x.requires_grad)
+        total = sum(x.float().sum() for e in evals for x in e.tensors().values() if x.requires_grad)
         torch.autograd.grad(total, [call.x for call in own if call.graph], allow_unused=True)
         if device.type == "cuda":
             torch.cuda.synchronize(device)
@@ -138,9 +138,9 @@ class Evaluator:
         parts = [Part(call, self.denoiser) for call in calls]
         capture = Capture(parts, self.implementation, cut, first.stop)
         out = None
-        with torch.set_grad_enabled(graph), contextlib.suppress(StopForward):
-            with self._opened(calls, capture, graph):
-                out = self.denoiser(x, first.timestep, text)
+        stops, opened = contextlib.suppress(StopForward), self._opened(calls, capture, graph)
+        with torch.set_grad_enabled(graph), stops, opened:
+            out = self.denoiser(x, first.timestep, text)
         self.count += 1
         self._check_seen(parts)
         outs = [None] * len(calls) if out is None else out.split([part.size for part in parts])

@@ -32,11 +32,16 @@ class Rescaled:
         """The evaluations, whose gradients together have the scale."""
         for e in evals:
             e.narrow = None if e.out is None else e.out.dtype
-        spots = [(e, key) for e in evals for key in e.keys() if e.get(key).requires_grad]
-        owner = [evals.index(e) for e, _ in spots]
+        spots = [
+            (e, key, value)
+            for e in evals
+            for key, value in e.tensors().items()
+            if value.requires_grad
+        ]
+        owner = [evals.index(e) for e, _, _ in spots]
         self.scales = [None] * len(evals)
-        values = _Leave.apply(self, owner, *[e.get(key) for e, key in spots])
-        for (e, key), value in zip(spots, values, strict=True):
+        values = _Leave.apply(self, owner, *[value for _, _, value in spots])
+        for (e, key, _), value in zip(spots, values, strict=True):
             e.put(key, value)
         return evals
 

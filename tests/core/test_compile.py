@@ -67,9 +67,8 @@ def test_a_run_compiles_a_graph_for_each_kind_of_call(name):
     """And none after the second step, nor in a second run; the images are those without."""
     expected = run(tiny.sd_pipeline(), name).finish().latents
     pipe, graphs = compiled("in place")
-    sampling, counts = run(pipe, name), []
-    for _ in sampling:
-        counts.append(graphs.count)
+    sampling = run(pipe, name)
+    counts = [graphs.count for _ in sampling]
     torch.testing.assert_close(sampling.latents, expected, rtol=1e-4, atol=1e-4)
     assert len(set(counts[1:])) == 1
     assert counts[-1] <= KINDS.get(name, 1)

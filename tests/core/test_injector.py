@@ -76,7 +76,7 @@ def test_autocast_has_it_too(kind):
     assert (cosines(half, exact) > 0.99).all()
 
 
-@pytest.mark.parametrize("factor", [1e-6, 1e6])
+@pytest.mark.parametrize("factor", [2.0**-20, 2.0**20])
 def test_no_factor_of_an_energy_under_or_overflows(factor):
     """The gradient that enters the network is brought to one size, whatever the energy's."""
     pipe = tiny.sd_pipeline().to(torch.float16)
@@ -84,7 +84,7 @@ def test_no_factor_of_an_energy_under_or_overflows(factor):
     scaled.factor = factor
     one, other = gradient(pipe, plain), gradient(pipe, scaled)
     assert (one.abs().amax((1, 2, 3)) > 0).all()
-    torch.testing.assert_close(other / factor, one, rtol=0.02, atol=1e-3 * float(one.abs().max()))
+    torch.testing.assert_close(other / factor, one, rtol=1e-6, atol=0)
 
 
 def test_the_scale_is_of_each_image_and_a_power_of_two():
