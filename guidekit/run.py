@@ -21,6 +21,7 @@ from guidekit.taps import find_sites
 
 MEMORY = ("fast", "low")
 POLICIES = ("raise", "zero")
+CALLS = ("batched", "split")
 
 Wish = TypeVar("Wish", AttentionRead, FeatureRead)
 
@@ -46,6 +47,8 @@ class Run:
     ):
         _one_of("memory", memory, MEMORY)
         _one_of("nonfinite", nonfinite, POLICIES)
+        for mode in (calls or {}).values():
+            _one_of("calls", mode, CALLS)
         self.denoiser, self.conditions, self.seeds = denoiser, conditions, seeds
         self.latent_shape, self.scheduler, self.cfg = latent_shape, scheduler, cfg
         self.memory, self.nonfinite = memory, nonfinite

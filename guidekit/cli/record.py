@@ -86,6 +86,7 @@ class Record:
                     known[key] = known[key] + value
         for plugin, count in account.edits.items():
             self.account.edits[plugin] = self.account.edits.get(plugin, 0) + count
+        self.account.calls |= account.calls
         for note in account.notes:
             self.account.note(note)
 
@@ -113,6 +114,7 @@ class Record:
             "seconds": round(time.monotonic() - self._started, 3),
             "energy": {g.name: self.account.first_and_last(g.name) for g in self.plan.guidances},
             "edits": self.account.edits,
+            "calls": self.account.calls,
             "notes": self.account.notes,
             "account": self.account.rows,
         }

@@ -31,6 +31,7 @@ class Session:
 
     def __init__(self, plan: Plan):
         self.plan = plan
+        self._calls: dict[str, str] = dict(plan.settings.replays.get("calls") or {})
         self._prepared: Sampling | None = self._sampling(plan.batches[0], plan.guidances)
         self.record = Record(plan)
         self._parts = len(plan.batches) * (1 + plan.compares)  # draws of a batch, from start to end
@@ -56,6 +57,7 @@ class Session:
             memory=s.memory,
             nonfinite=s.nonfinite,
             attention=s.attention,
+            calls=self._calls,
         )
 
     def draw(self, progress: Progress | None = None) -> dict:
@@ -89,6 +91,7 @@ class Session:
             progress(self._steps, max(self._steps, self._parts * step.n))
 
         images = sampling.finish(progress and tell).images
+        self._calls |= sampling.account.calls  # what the first batch measured holds for all
         finite = torch.isfinite(images).flatten(1).all(1).tolist()
         if bad := [seed for seed, fine in zip(sampling.seeds, finite, strict=True) if not fine]:
             raise NonFiniteError(
