@@ -21,6 +21,8 @@ READS |= {f"__{name}__" for name in ("bool", "int", "float", "index")}
 PACKAGE = str(Path(guidekit.__file__).parent)
 # Where levels and moves are found and used.
 OURS = ("levels", "noise", "probe", "step", "sampler", "attached", "replay")
+# On a CPU the injector reads at once whether a gradient is finite; on a GPU a step later.
+OURS += ("engine", "evaluator", "calls", "hooks", "capture", "account")
 
 
 class HostReads(TorchFunctionMode):
