@@ -101,9 +101,8 @@ class Eval:
 
     def tensors(self) -> dict[Key, Tensor]:
         """All tensors that the call gave, by what `put` takes."""
-        named: dict[Key, Tensor | None] = {"out": self.out, "variance": self.variance}
-        found: dict[Key, Tensor | None] = named | self._read
-        return {key: value for key, value in found.items() if value is not None}
+        named: list[tuple[Key, Tensor | None]] = [("out", self.out), ("variance", self.variance)]
+        return {key: value for key, value in [*named, *self._read.items()] if value is not None}
 
     def put(self, key: Key, value: Tensor) -> None:
         """Exchanges one of them."""

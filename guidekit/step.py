@@ -72,7 +72,7 @@ class Step:
     def branch_x0(self, name: str) -> Tensor:
         """Clean estimate of one branch from its own input, with its graph."""
         evaluation = self.evals[name]
-        return self.level.x0(evaluation.out, evaluation.branch.of(self.z))
+        return self.level.x0(cast(Tensor, evaluation.out), evaluation.branch.of(self.z))
 
     def denoise(
         self,
