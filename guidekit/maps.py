@@ -14,6 +14,7 @@ from guidekit.masks import class_values
 
 NEAR = 48  # most that a colour of a JPEG differs from the one that was saved
 COMMON = 0.01  # share of an image that makes a colour one of its own
+MANY = 3 * 10**6  # numbers of an image that are enough to know its colours
 LISTED = 20  # values or colours in a message
 
 
@@ -59,7 +60,7 @@ class Map:
         if self.colours is None:
             raise GuidekitError("the map has 16 bits or more, so `value` must be a whole number")
         if self.own is None:
-            return (self.colours == colour).all(-1)
+            return _distance(self.colours, colour) == 0
         near = _distance(self.colours, colour)
         if near.min() > NEAR:
             return np.zeros(near.shape, bool)
@@ -101,9 +102,14 @@ def as_map(image: Image.Image, named: list[tuple[int, ...]]) -> Map:
 
 
 def _commonest(colours: np.ndarray, bits: int, share: float = 0.0) -> np.ndarray:
-    """Means (N, 3) of the pixels that agree in these bits, the commonest first."""
-    flat = colours.reshape(-1, 3)
-    cells = (flat & bits) @ np.array([65536, 256, 1])
+    """Means (N, 3) of the pixels that agree in these bits, the commonest first.
+
+    Of large images every so manieth row and column counts.
+    """
+    step = max(1, int((colours.size / MANY) ** 0.5))
+    flat = colours[::step, ::step].reshape(-1, 3)
+    red, green, blue = (flat & bits).T.astype(np.int32)
+    cells = (red << 16) + (green << 8) + blue
     _, place, counts = np.unique(cells, return_inverse=True, return_counts=True)
     means = np.stack([np.bincount(place, flat[:, i]) for i in range(3)], -1) / counts[:, None]
     order = np.argsort(-counts, kind="stable")
@@ -112,4 +118,8 @@ def _commonest(colours: np.ndarray, bits: int, share: float = 0.0) -> np.ndarray
 
 def _distance(colours: np.ndarray, colour: np.ndarray) -> np.ndarray:
     """Largest difference of a channel, (...) of colours (..., 3)."""
-    return np.abs(colours.astype(float) - colour).max(-1)
+    found = np.zeros(colours.shape[:-1], np.int16)
+    for channel, value in enumerate(colour):
+        off = np.abs(colours[..., channel].astype(np.int16) - np.int16(value))
+        np.maximum(found, off, out=found)
+    return found

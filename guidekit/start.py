@@ -11,16 +11,15 @@ from dataclasses import dataclass
 from typing import Any
 
 import diffusers
-import numpy as np
 import torch
 from diffusers import SchedulerMixin
 from diffusers.utils.torch_utils import randn_tensor
-from PIL import Image, ImageOps
 from torch import Tensor
 
 from guidekit.backbones.denoiser import Denoiser
 from guidekit.backbones.schedulers import lay_out_steps
 from guidekit.errors import GuidekitError
+from guidekit.images import fitted, to_uint8
 from guidekit.noise import FAMILIES
 from guidekit.references import as_reference, to_pixels
 
@@ -180,10 +179,8 @@ def _takes(cls: type, name: str) -> bool:
 def _pixels(image: Any, count: int, size: tuple[int, int]) -> Tensor:
     """Pixels (count, 3, H, W) in [-1, 1] of one image for all, or of one for each."""
     if not isinstance(image, Tensor):
-        picture = ImageOps.fit(
-            as_reference(image).picture.convert("RGB"), size[::-1], Image.Resampling.BICUBIC
-        )
-        image = (to_pixels(torch.from_numpy(np.array(picture)).permute(2, 0, 1)) + 1) / 2
+        (shown,) = fitted(as_reference(image).image, size)
+        image = (to_pixels(to_uint8(shown)) + 1) / 2
     image = image[None] if image.ndim == 3 else image
     if image.shape[1:] != (3, *size) or len(image) not in (1, count):
         raise GuidekitError(

@@ -142,6 +142,10 @@ REFUSED = {
         as_png(with_alpha(RGB3, np.where(HARD, 255, 200))),
         "nothing of it is transparent .opacity from 200 to 255",
     ),
+    "dim fractions": (
+        saved(Image.fromarray((SOFT / 20).astype("f4")), "TIFF"),
+        "values from 0.0 to 0.05.* is nearly black",
+    ),
     "beyond 16 bits": (saved(Image.fromarray(ONE * np.int32(2**20)), "TIFF"), "reach from 0 to"),
     "fractions below 0": (saved(Image.fromarray(SOFT.astype("f4") - 1), "TIFF"), "from -1 to 0"),
 }
