@@ -15,7 +15,7 @@ from diffusers import (
 )
 
 import tiny
-from guidekit import Condition, Sampling, Segment, average_maps, box_mask
+from guidekit import Condition, Sampling, Segment, box_mask
 from guidekit.options import option_kinds
 from guidekit.testing import miniatures
 from guidekit_zest import PRESETS, Zest
@@ -211,10 +211,10 @@ def test_the_output_does_not_see_negatives(pipe):
 
 
 def released_maps(pipe, guidance, condition):
-    """Attention (S, h, w) and loss as the release has them, from the inputs of its modules.
+    """The plugin's maps (sites, B, S, h, w), and the mean as the release has it (S, h, w).
 
-    Logits are resized, softmaxed over all tokens, averaged over modules and heads, and summed over
-    the tokens of each phrase; the loss is Eq. 4 on the masks' means over each pixel.
+    Logits from the inputs of the modules are resized, softmaxed over all tokens, averaged over
+    modules and heads, and summed over the tokens of each phrase.
     """
     kept = {}
 
@@ -225,9 +225,10 @@ def released_maps(pipe, guidance, condition):
         return hook
 
     run = Sampling(pipe, condition, [guidance], seeds=[0], steps=4, cfg=1.0)
+    read = run.guidances[0]._read
     handles = [
         pipe.unet.get_submodule(site).register_forward_pre_hook(keep(site), with_kwargs=True)
-        for site in guidance._read.sites
+        for site in read.sites
     ]
     step = next(iter(run))
     for handle in handles:
@@ -238,21 +239,19 @@ def released_maps(pipe, guidance, condition):
             p.unflatten(-1, (module.heads, -1)).transpose(1, 2)
             for p in (module.to_q(pixels), module.to_k(text))
         )
-        logits = (q @ k.mT * module.scale)[0].mT.unflatten(-1, guidance._read.sites[site])
+        logits = (q @ k.mT * module.scale)[0].mT.unflatten(-1, read.sites[site])
         maps.append(F.interpolate(logits, (16, 16), mode="bilinear").softmax(1).mean(0))
     mean = torch.stack(maps).mean(0)
-    return step, torch.stack([mean[[2, 3]].sum(0), mean[6]]).detach()
+    found = torch.stack(list(step.cond.attention(read).values()))
+    return found, torch.stack([mean[[2, 3]].sum(0), mean[6]]).detach()
 
 
 def test_logits_are_resized_before_the_softmax_as_in_the_release(pipe):
-    guidance = Zest(resize="logits")
-    step, expected = released_maps(pipe, guidance, BOTH)
-    maps = step.cond.attention(guidance._read)
-    assert {m.shape[-2:] for m in maps.values()} == {(16, 16)}
-    found = torch.stack(list(maps.values())).mean(0)[0]
-    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-6)
-    other = first_step(pipe, plain := Zest(), cfg=1.0).cond.attention(plain._read)
-    assert (average_maps(other, (16, 16))[0] - expected).abs().max() > 1e-4
+    found, expected = released_maps(pipe, Zest(resize="logits"), BOTH)
+    assert found.shape[-2:] == (16, 16)
+    torch.testing.assert_close(found.mean(0)[0], expected, rtol=1e-4, atol=1e-6)
+    paper = first_step(pipe, Zest(), cfg=1.0).run.account.pictures["attention before"][0]
+    assert (paper - expected).abs().max() > 1e-4
 
 
 def test_negatives_are_refused_where_keys_are_not_of_clips_states(monkeypatch):
