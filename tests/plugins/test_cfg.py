@@ -117,6 +117,6 @@ def test_options_that_change_nothing_raise(pipe):
 
 def test_every_change_is_in_the_account(pipe, recwarn):
     sampling = Sampling(pipe, Condition(PROMPT), [ClassifierFree(rescale=0.5)], steps=2).finish()
-    assert sampling.account.edits == {"classifierfree": 2}
+    assert sampling.account.edits == {"cfg": 2}
     assert not [w for w in recwarn if "never acted" in str(w.message)]
     assert isinstance(ClassifierFree.example(), Guidance)

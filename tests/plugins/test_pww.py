@@ -145,4 +145,4 @@ def test_wrong_values_raise(pipe):
 
 def test_every_call_is_in_the_account(pipe):
     sampling = Sampling(pipe, RED, [PaintWithWords()], steps=2).finish()
-    assert sampling.account.edits == {"paintwithwords": 2}  # steps
+    assert sampling.account.edits == {"pww": 2}  # steps
