@@ -96,6 +96,13 @@ def test_a_strangers_bug_names_its_plugin_and_shows_the_traceback(install, draw,
     assert not (tmp_path / "o").exists()
 
 
+def test_a_bug_in_a_hook_names_hook_and_step(install, draw):
+    install("acme", BUGGY)
+    first, second, *_ = draw("--plugin", "acme").stderr.splitlines()
+    assert first == f"error: plugin acme, energy, step 0: a bug, {MESSAGE}"
+    assert second == "Traceback (most recent call last):"
+
+
 def test_a_plugins_command_is_blamed_too(install):
     install("acme", BUGGY)
     result = run("acme")
