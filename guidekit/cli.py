@@ -335,9 +335,19 @@ def new(name: str, out: Path | None, as_json: bool) -> None:
 @click.argument("recipe")
 @click.option("--out", type=click.Path(path_type=Path), default=Path("runs"), show_default=True)
 @click.option("--set", "settings", multiple=True, help="Option of every stage: steps=100.")
+@click.option(
+    "--cutouts", type=click.Path(path_type=Path), help="Folder of images that scenes are made of."
+)
 @click.option("--quiet", is_flag=True, help="Print nothing but errors.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
-def train(recipe: str, out: Path, settings: tuple[str, ...], quiet: bool, as_json: bool) -> None:
+def train(
+    recipe: str,
+    out: Path,
+    settings: tuple[str, ...],
+    cutouts: Path | None,
+    quiet: bool,
+    as_json: bool,
+) -> None:
     """Train a model from a built-in recipe or a TOML file; a stopped training continues."""
     from guidekit.config import convert, option_kinds, parse_value
     from guidekit.train.loop import Options
@@ -349,7 +359,7 @@ def train(recipe: str, out: Path, settings: tuple[str, ...], quiet: bool, as_jso
         if not equals or option not in kinds:
             raise ValueError(f"--set {text}: write OPTION=VALUE; there are {', '.join(kinds)}")
         overrides[option] = convert(parse_value(value), kinds[option], option)
-    model = run(recipe, out, quiet=quiet or as_json, overrides=overrides)
+    model = run(recipe, out, quiet=quiet or as_json, overrides=overrides, cutouts=cutouts)
     if as_json:
         click.echo(json.dumps({"model": str(model)}))
     elif not quiet:

@@ -31,6 +31,7 @@ from tqdm.auto import tqdm
 
 from guidekit.train.batches import Source, batches
 from guidekit.train.interrupt import Interrupt
+from guidekit.train.muon import Muon
 from guidekit.train.options import Options, lr_at
 from guidekit.train.precision import (
     fast_attention,
@@ -75,11 +76,7 @@ class Loop:
         warn_of_slow_bf16(self.accelerator)
         self.folder.mkdir(parents=True, exist_ok=True)
         on_gpu = self.accelerator.device.type == "cuda"  # where many small kernels cost most
-        optimizer = torch.optim.AdamW(
-            [p for p in task.net.parameters() if p.requires_grad],
-            lr=options.lr, betas=(0.9, 0.99), eps=options.eps, weight_decay=options.weight_decay,
-            fused=on_gpu or None,
-        )  # fmt: skip
+        optimizer = _optimizer(task.net, options, on_gpu)
         self.net, self.optimizer = self.accelerator.prepare(task.net, optimizer)
         # After prepare: FSDP2 puts shards in the place of the weights.
         self.weights = [p for p in task.net.parameters() if p.requires_grad]
@@ -337,6 +334,16 @@ class Loop:
                 action()
             finally:
                 self.task.net = sharded
+
+
+def _optimizer(net: nn.Module, options: Options, on_gpu: bool) -> torch.optim.Optimizer:
+    """What the options name, over the weights that are trained."""
+    shared = {"lr": options.lr, "betas": (0.9, 0.99), "eps": options.eps}
+    shared |= {"weight_decay": options.weight_decay}
+    if options.optimizer == "muon":
+        return Muon(net, **shared)
+    weights = [p for p in net.parameters() if p.requires_grad]
+    return torch.optim.AdamW(weights, **shared, fused=on_gpu or None)
 
 
 def _whole(tensor: Tensor) -> Tensor:

@@ -20,32 +20,46 @@ from guidekit.train.denoiser import DenoiserOptions, DenoiserTask
 from guidekit.train.digits import DigitsOptions, DigitsTask
 from guidekit.train.judge import JudgeOptions, JudgeTask
 from guidekit.train.loop import Loop, Options, Task
+from guidekit.train.names import NamesTask
 from guidekit.train.pixels import PixelsOptions, PixelsTask
 from guidekit.train.processes import processes
 from guidekit.train.text import TextOptions, TextTask
 from guidekit.train.vae import VAEOptions, VAETask
+from guidekit.train.worlds import SHAPES, source, with_cutouts
 
 Make = Callable[[Any, Path, int, bool], Task]  # options, folder, size, quiet
 
 
 def _vae(options: VAEOptions, folder: Path, size: int, quiet: bool) -> Task:
-    return VAETask(options, size, folder / options.start if options.start else None)
+    start = folder / options.start if options.start else None
+    return VAETask(options, size, start, source(options))
+
+
+def _text(options: TextOptions, folder: Path, size: int, quiet: bool) -> Task:
+    world = source(options)
+    return TextTask(options) if world is SHAPES else NamesTask(options, world)
 
 
 def _denoiser(options: DenoiserOptions, folder: Path, size: int, quiet: bool) -> Task:
     vae = AutoencoderKL.from_pretrained(folder / options.vae)
-    return DenoiserTask(options, vae, folder / options.text, size)
+    cache = folder / "latents.safetensors" if options.source != "scenes" else None
+    return DenoiserTask(options, vae, folder / options.text, size, source(options), cache)
+
+
+def _judge(options: JudgeOptions, folder: Path, size: int, quiet: bool) -> Task:
+    world = source(options)
+    return JudgeTask(options, *(() if world is SHAPES else ((size,), world)))
 
 
 # A text is a module with OPTIONS and `make`, imported when named: open_clip and timm are slow.
 TASKS: dict[str, tuple[type, Make] | str] = {
     "vae": (VAEOptions, _vae),
-    "text": (TextOptions, lambda options, folder, size, quiet: TextTask(options)),
+    "text": (TextOptions, _text),
     "denoiser": (DenoiserOptions, _denoiser),
     "pixels": (PixelsOptions, lambda options, folder, size, quiet: PixelsTask(options, size)),
     "clip": "guidekit.train.clip",
     "noisy-clip": "guidekit.noisy_clip.train",
-    "judge": (JudgeOptions, lambda options, folder, size, quiet: JudgeTask(options)),
+    "judge": (JudgeOptions, _judge),
     "digits": (DigitsOptions, lambda options, folder, size, quiet: DigitsTask(options)),
     "semantica": "guidekit.semantica.train",
     "adapter": "guidekit.semantica.adapter_train",
@@ -154,11 +168,12 @@ def train(
     out: str | Path = "runs",
     quiet: bool = False,
     overrides: dict[str, Any] | None = None,
+    cutouts: str | Path | None = None,
 ) -> Path:
     """Trains all stages of a recipe under `out/<model>/` and returns the finished model's folder.
 
-    overrides: options of the loop for every stage, such as steps or batch. A stage that was
-    finished before is passed over.
+    overrides: options of the loop for every stage, such as steps or batch. cutouts: the folder of
+    the stages whose source is cut-outs. A stage that was finished before is passed over.
     """
     plan = read_recipe(recipe)
     processes()
@@ -172,7 +187,8 @@ def train(
             continue
         options = dataclasses.replace(stage.loop, **(overrides or {}))  # refused before the work
         torch.manual_seed(stage.loop.seed)  # of the first weights
-        task = task_kind(stage.task)[1](stage.options, folder, plan.size, quiet)
+        own = with_cutouts(stage.options, cutouts)
+        task = task_kind(stage.task)[1](own, folder, plan.size, quiet)
         loop = Loop(task, options, folder / stage.name, quiet)
         loop.run()
         part = model.with_name("model.part")  # a kill while it is written leaves no model

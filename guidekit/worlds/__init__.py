@@ -1,0 +1,1 @@
+"""Worlds whose scenes are drawn from a seed, with captions, masks and labels."""
