@@ -15,7 +15,7 @@ from PIL import Image
 from torch import Tensor, nn
 from transformers import CLIPTextModel, CLIPTokenizer
 
-from guidekit.train.latents import latents_of
+from guidekit.train.latents import Latents
 from guidekit.train.text import tokenize
 from guidekit.train.vae import grid
 from guidekit.train.worlds import SHAPES, World
@@ -68,7 +68,7 @@ class DenoiserTask:
         world: World = SHAPES,
         cache: Path | None = None,
     ):
-        """cache: a file that keeps the latents for a training that is started again."""
+        """cache: a folder that keeps the latents for a training that is started again."""
         self.options, self.vae, self.size = options, vae.eval().requires_grad_(False), size
         self.world = world
         self.tokenizer = CLIPTokenizer.from_pretrained(text / "tokenizer")
@@ -87,14 +87,17 @@ class DenoiserTask:
         snr = self.scheduler.alphas_cumprod / (1 - self.scheduler.alphas_cumprod)
         weights = (snr + 1).clamp(max=1 + options.gamma) / (snr + 1)  # snr + 1 turns v into x0
         self.net = DenoiserLoss(_unet(options, vae, encoder, size), encoder, weights)
-        self.latents = latents_of(world, vae, options.pool, size, cache)
+        self.latents = Latents(world, vae, options.pool, size, cache)
+        self.encodes = cache is not None  # else all are encoded before the first step
+        if not self.encodes:
+            self.latents.fill()
 
     def batch(self, numbers: range, generator: torch.Generator) -> dict[str, Tensor]:
         """Noisy latents, timesteps spread evenly over the batch, captions, velocities."""
         picked = [i % self.options.pool for i in numbers]
         rng = np.random.default_rng(numbers.start)
         texts = [self._text(i, rng) for i in picked]
-        x0 = self.latents[picked].float()
+        x0 = self.latents.of(picked)
         eps = torch.randn(x0.shape, generator=generator)
         spread = (torch.arange(len(x0)) + torch.rand(len(x0), generator=generator)) / len(x0)
         timestep = (spread * self.scheduler.config.num_train_timesteps).long()

@@ -42,7 +42,7 @@ def _text(options: TextOptions, folder: Path, size: int, quiet: bool) -> Task:
 
 def _denoiser(options: DenoiserOptions, folder: Path, size: int, quiet: bool) -> Task:
     vae = AutoencoderKL.from_pretrained(folder / options.vae)
-    cache = folder / "latents.safetensors" if options.source != "scenes" else None
+    cache = folder / "latents" if options.source != "scenes" else None
     return DenoiserTask(options, vae, folder / options.text, size, source(options), cache)
 
 
