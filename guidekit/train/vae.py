@@ -27,6 +27,7 @@ class VAEOptions:
     cutouts: str = ""  # folder of the cut-outs; `guidekit train --cutouts` sets it
     whole: int = 4  # one of so many batches is of whole images
     on_things: bool = False  # every crop is laid on a thing of its scene
+    squares: float = 1.0  # weight of the squared error, which is for what stands out, as eyes do
     edges: float = 0.0  # weight of the error of differences between neighbours, which blur has
     logvar: float = 0.0  # of the posterior at first; far below 0 the noise hides no colours then
     shrunk: float = 0.0  # weight of the error of latents at half size: latents that scale as images
@@ -48,7 +49,7 @@ class VAELoss(nn.Module):
         divergence = 0.5 * (mean**2 + logvar.exp() - 1 - logvar).mean()
         losses = {
             "l1": F.l1_loss(out, pixels),
-            "mse": F.mse_loss(out, pixels),
+            "mse": self.options.squares * F.mse_loss(out, pixels),
             "kl": self.options.kl * divergence,
         }
         return losses | self._more_losses(z, out, pixels)
