@@ -1,11 +1,15 @@
 """The trainers draw scenes of any folder of cut-outs, resume, and end in a pipeline that draws."""
 
+import json
+
 import pytest
 import torch
+from click.testing import CliRunner
 from diffusers import StableDiffusionPipeline
 from PIL import Image, ImageDraw
 from safetensors.torch import load_file
 
+from guidekit.cli import main
 from guidekit.train import latents
 from guidekit.train.judge import Judge
 from guidekit.train.muon import Muon, orthogonal
@@ -110,7 +114,9 @@ def test_judge_of_cutouts(recipe, cutouts, tmp_path):
         'model = "judge"\nsize = 64\n[[stage]]\ntask = "judge"\nsource = "cutouts"\n'
         "width = 8\nsteps = 1\nbatch = 2\n"
     )
-    model = train(recipe, tmp_path / "runs", quiet=True, cutouts=cutouts)
+    line = ["train", str(recipe), "--out", str(tmp_path), "--cutouts", str(cutouts), "--json"]
+    result = CliRunner().invoke(main, line, catch_exceptions=False)
+    model = json.loads(result.stdout.splitlines()[-1])["model"]
     judge = Judge.from_pretrained(model, dtype=torch.float32)
     assert judge(torch.zeros(1, 3, 64, 64))[0].shape == (1, 3, 64, 64)
 
