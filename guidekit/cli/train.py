@@ -15,6 +15,9 @@ from guidekit.errors import GuidekitError
 @click.option("--out", type=click.Path(path_type=Path), default=Path("runs"), show_default=True)
 @click.option("--set", "settings", multiple=True, help="Option of every stage: steps=100.")
 @click.option(
+    "--cutouts", type=click.Path(path_type=Path), help="Folder of images that scenes are made of."
+)
+@click.option(
     "--fast-dev-run",
     "fast",
     is_flag=True,
@@ -24,7 +27,13 @@ from guidekit.errors import GuidekitError
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 @traceback_option
 def train(
-    recipe: str, out: Path, settings: tuple[str, ...], fast: bool, quiet: bool, as_json: bool
+    recipe: str,
+    out: Path,
+    settings: tuple[str, ...],
+    cutouts: Path | None,
+    fast: bool,
+    quiet: bool,
+    as_json: bool,
 ) -> None:
     """Train a model from a built-in recipe or a TOML file; a stopped training continues."""
     if not (quiet or as_json):
@@ -41,7 +50,8 @@ def train(
         if option not in kinds:
             raise GuidekitError(f"--set {text}: no option {option!r}; there are {', '.join(kinds)}")
         overrides[option] = convert(parse_value(value), kinds[option], option)
-    model = run(recipe, out, quiet=quiet or as_json, overrides=overrides, fast_dev_run=fast)
+    silent = quiet or as_json
+    model = run(recipe, out, quiet=silent, overrides=overrides, cutouts=cutouts, fast_dev_run=fast)
     if as_json:
         click.echo(json.dumps({"model": str(model)}))
     elif not quiet:

@@ -4,21 +4,21 @@ Velocity as in Salimans and Ho 2022 (arXiv:2202.00512), null prompt for classifi
 in Ho and Salimans 2022 (arXiv:2207.12598).
 """
 
+import math
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from PIL import Image
 from torch import Tensor, nn
 from transformers import CLIPTextModel, CLIPTokenizer
 
 from guidekit.images import sheet
-from guidekit.train.text import tokenize, varied_caption
-from guidekit.train.vae import encode
-from guidekit.worlds import scenes
+from guidekit.train.latents import Latents
+from guidekit.train.text import tokenize
+from guidekit.train.worlds import SHAPES, World
 
 
 @dataclass(kw_only=True)
@@ -32,58 +32,74 @@ class DenoiserOptions:
     vae: str = "vae/model"  # folder of the autoencoder, relative to the recipe's run
     text: str = "text/model"  # folder of tokenizer and text encoder, likewise
     pool: int = 24_000  # scenes whose latents are encoded once and held in memory
+    source: str = "scenes"  # scenes | cutouts
+    cutouts: str = ""  # folder of the cut-outs; `guidekit train --cutouts` sets it
+    train_text: bool = True  # trains the text encoder along
+    beta_end: float = 0.012  # of the noise schedule; more of it leaves less of the image at its end
+    spacing: str = "leading"  # of the sampler's steps: leading | trailing
+    gamma: float = math.inf  # the largest weight of the error of x0 is 1 + gamma (min-SNR)
 
 
 class DenoiserLoss(nn.Module):
-    """Error of the predicted velocity, the text encoder being trained along."""
+    """Error of the predicted velocity; the text encoder is trained along unless it is frozen."""
 
-    def __init__(self, unet: UNet2DConditionModel, text_encoder: CLIPTextModel):
+    def __init__(self, unet: UNet2DConditionModel, text_encoder: CLIPTextModel, weights: Tensor):
+        """weights: `(timesteps,)`, of the error at each noise level."""
         super().__init__()
         self.unet, self.text_encoder = unet, text_encoder
+        self.register_buffer("weights", weights, persistent=False)
 
     def forward(self, z: Tensor, timestep: Tensor, ids: Tensor, v: Tensor) -> dict[str, Tensor]:
         """Mean squared error over z `(B, C, h, w)` at timestep `(B,)` for token ids `(B, T)`."""
         states = self.text_encoder(ids).last_hidden_state
-        return {"mse": F.mse_loss(self.unet(z, timestep, states).sample.float(), v)}
+        error = (self.unet(z, timestep, states).sample.float() - v) ** 2
+        return {"mse": (error.mean((1, 2, 3)) * self.weights[timestep]).mean()}
 
 
 class DenoiserTask:
     """Trains UNet and text encoder on the latents of scenes."""
 
-    def __init__(self, options: DenoiserOptions, vae: AutoencoderKL, text: Path, size: int):
+    def __init__(
+        self,
+        options: DenoiserOptions,
+        vae: AutoencoderKL,
+        text: Path,
+        size: int,
+        world: World = SHAPES,
+        cache: Path | None = None,
+    ):
+        """cache: a folder that keeps the latents for a training that is started again."""
         self.options, self.vae, self.size = options, vae.eval().requires_grad_(False), size
+        self.world = world
         self.tokenizer = CLIPTokenizer.from_pretrained(text / "tokenizer")
         encoder = CLIPTextModel.from_pretrained(
             text / "text_encoder", dtype=torch.float32, use_safetensors=True
         )
-        self.net = DenoiserLoss(_unet(options, vae, encoder, size), encoder)
+        encoder.requires_grad_(options.train_text)
         self.scheduler = DDIMScheduler(
             beta_start=0.00085,
-            beta_end=0.012,
+            beta_end=options.beta_end,
             beta_schedule="scaled_linear",
             prediction_type="v_prediction",
             clip_sample=False,
             set_alpha_to_one=False,
             steps_offset=1,
+            timestep_spacing=options.spacing,
         )
-        self.latents = self._pool()
-
-    def _pool(self) -> Tensor:
-        """Latents of the training scenes `(pool, C, h, w)`, scaled."""
-        plans = [scenes.scene(i) for i in range(self.options.pool)]
-        with torch.autocast(self.vae.device.type, torch.bfloat16):
-            latents = encode(plans, self.vae, self.size)
-        return latents.float() * self.vae.config.scaling_factor
+        snr = self.scheduler.alphas_cumprod / (1 - self.scheduler.alphas_cumprod)
+        weights = (snr + 1).clamp(max=1 + options.gamma) / (snr + 1)  # snr + 1 turns v into x0
+        self.net = DenoiserLoss(_unet(options, vae, encoder, size), encoder, weights)
+        self.latents = Latents(world, vae, options.pool, size, cache)
+        self.encodes = cache is not None  # else all are encoded before the first step
+        if not self.encodes:
+            self.latents.fill()
 
     def batch(self, numbers: range, generator: torch.Generator) -> dict[str, Tensor]:
         """Noisy latents, timesteps spread evenly over the batch, captions, velocities."""
         picked = [i % self.options.pool for i in numbers]
         rng = np.random.default_rng(numbers.start)
-        texts = [
-            "" if rng.random() < self.options.null else varied_caption(scenes.scene(i), rng)
-            for i in picked
-        ]
-        x0 = self.latents[picked].float()
+        texts = [self._text(i, rng) for i in picked]
+        x0 = self.latents.of(picked)
         eps = torch.randn(x0.shape, generator=generator)
         spread = (torch.arange(len(x0)) + torch.rand(len(x0), generator=generator)) / len(x0)
         timestep = (spread * self.scheduler.config.num_train_timesteps).long()
@@ -93,6 +109,12 @@ class DenoiserTask:
             "ids": tokenize(self.tokenizer, texts),
             "v": self.scheduler.get_velocity(x0, eps, timestep),
         }
+
+    def _text(self, number: int, rng: np.random.Generator) -> str:
+        """A wording of training scene `number`, or none, for classifier-free guidance."""
+        if rng.random() < self.options.null:
+            return ""
+        return self.world.varied_caption(self.world.scene(number), rng)
 
     def pipeline(self) -> StableDiffusionPipeline:
         """The trained parts as the pipeline that users load."""
@@ -111,7 +133,8 @@ class DenoiserTask:
         """Pictures drawn for eight held-out captions."""
         pipeline = self.pipeline()
         pipeline.set_progress_bar_config(disable=True)
-        captions = [scenes.scene(i, "test").caption for i in range(8)]
+        plans = [self.world.scene(i, "test") for i in range(8)]
+        captions = [plan.caption for plan in plans]
         drawn = pipeline(
             captions,
             num_inference_steps=20,
@@ -119,7 +142,7 @@ class DenoiserTask:
             generator=[torch.Generator().manual_seed(i) for i in range(8)],
             output_type="pt",
         ).images
-        truth, _ = scenes.batch([scenes.scene(i, "test") for i in range(8)], self.size)
+        truth = self.world.images(plans, self.size)
         return sheet(torch.cat([truth, drawn.cpu().float() * 2 - 1]), 8)
 
     def export(self, folder: Path) -> None:

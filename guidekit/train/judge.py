@@ -4,6 +4,7 @@ One convolutional network with a U-shaped path for the class of every pixel and 
 whose 64 numbers serve as features for the Frechet and kernel distances.
 """
 
+import colorsys
 import copy
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +17,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from guidekit.images import sheet
+from guidekit.train.worlds import SHAPES, World
 from guidekit.worlds import scenes
 
 FEATURES = 64
@@ -28,6 +30,8 @@ class JudgeOptions:
     width: int = 32
     noise: float = 0.08  # largest standard deviation of pixel noise, pictures in [-1, 1]
     blur: float = 0.5  # share of pictures that are shrunk and enlarged again
+    source: str = "scenes"  # scenes | cutouts
+    cutouts: str = ""  # folder of the cut-outs; `guidekit train --cutouts` sets it
 
 
 def _block(inputs: int, outputs: int, stride: int = 1) -> nn.Sequential:
@@ -85,25 +89,26 @@ class JudgeLoss(nn.Module):
 class JudgeTask:
     """Trains the judge on degraded scenes of its own split, in turns at both sizes."""
 
-    def __init__(self, options: JudgeOptions, sizes: tuple[int, ...] = (64, 32)):
-        self.options, self.sizes = options, sizes
-        self.net = JudgeLoss(Judge(options.width))
+    def __init__(
+        self, options: JudgeOptions, sizes: tuple[int, ...] = (64, 32), world: World = SHAPES
+    ):
+        self.options, self.sizes, self.world = options, sizes, world
+        self.net = JudgeLoss(Judge(options.width, len(world.classes) + 1))
 
     def batch(self, numbers: range, generator: torch.Generator) -> dict[str, Tensor]:
         """Degraded pictures and the class of every pixel, all of one size."""
         size = self.sizes[(numbers.start // len(numbers)) % len(self.sizes)]
-        plans = [scenes.scene(i, "judge") for i in numbers]
-        pixels, labels = pictures_and_labels(plans, size)
+        plans = [self.world.scene(i, "judge") for i in numbers]
+        pixels, labels = self.world.images_and_labels(plans, size)
         return {"pixels": degrade(pixels, self.options, generator), "labels": labels}
 
     def preview(self) -> Image.Image:
         """Held-out scenes above the colour of every pixel's class."""
-        plans = [scenes.scene(i, "test") for i in range(8)]
-        pixels, _ = pictures_and_labels(plans, self.sizes[0])
+        plans = [self.world.scene(i, "test") for i in range(8)]
+        pixels = self.world.images(plans, self.sizes[0])
         device = next(self.net.parameters()).device
         found = self.net.judge(pixels.to(device))[0].argmax(1).cpu()
-        palette = [(90, 90, 90)] + [scenes.COLOURS[name.split()[0]] for name in scenes.CLASSES]
-        shown = torch.tensor(palette, dtype=torch.uint8)[found]
+        shown = torch.tensor([(90, 90, 90), *_palette(self.world)], dtype=torch.uint8)[found]
         return sheet(torch.cat([pixels, scenes.pixels(shown)]), 8)
 
     def export(self, folder: Path) -> None:
@@ -111,10 +116,12 @@ class JudgeTask:
         copy.deepcopy(self.net.judge).half().save_pretrained(folder)
 
 
-def pictures_and_labels(plans: list[scenes.Scene], size: int) -> tuple[Tensor, Tensor]:
-    """Pictures `(B, 3, size, size)` in [-1, 1] and class maps `(B, size, size)`."""
-    pixels, _ = scenes.batch(plans, size)
-    return pixels, torch.stack([torch.from_numpy(scenes.labels(plan, size)) for plan in plans])
+def _palette(world: World) -> list[tuple[int, int, int]]:
+    """A colour for each class: that of a shape, else hues in turn."""
+    if world is SHAPES:
+        return [scenes.COLOURS[name.split()[0]] for name in world.classes]
+    hues = [i * 0.618 % 1 for i in range(len(world.classes))]
+    return [tuple(round(255 * c) for c in colorsys.hsv_to_rgb(hue, 0.7, 0.9)) for hue in hues]
 
 
 def degrade(pixels: Tensor, options: JudgeOptions, generator: torch.Generator) -> Tensor:

@@ -27,6 +27,7 @@ from guidekit.train.batches import Source, batches
 from guidekit.train.checkpoint import Checkpoint, last_checkpoint, write_checkpoint
 from guidekit.train.interrupt import Agreement, Interrupt, Stop
 from guidekit.train.metrics import Metrics
+from guidekit.train.optimizers import make_optimizer
 from guidekit.train.options import Options, lr_at
 from guidekit.train.precision import (
     fast_attention,
@@ -77,14 +78,7 @@ class Loop:
         warn_of_slow_bf16(self.accelerator)
         self.folder.mkdir(parents=True, exist_ok=True)
         on_gpu = self.accelerator.device.type == "cuda"  # where many small kernels cost most
-        optimizer = torch.optim.AdamW(
-            [p for p in task.net.parameters() if p.requires_grad],
-            lr=options.lr,
-            betas=(0.9, 0.99),
-            eps=options.eps,
-            weight_decay=options.weight_decay,
-            fused=on_gpu or None,
-        )
+        optimizer = make_optimizer(task.net, options, on_gpu)
         self.net, self.optimizer = self.accelerator.prepare(task.net, optimizer)
         # After prepare: FSDP2 puts shards in the place of the weights.
         self.weights = [p for p in task.net.parameters() if p.requires_grad]

@@ -13,9 +13,11 @@ class Options:
     steps: int
     batch: int = 32  # per process and accumulation step
     accumulate: int = 1  # batches whose gradients are added before the weights move
+    optimizer: str = "adamw"  # adamw | muon: fewer steps, each a little dearer; not for FSDP2
     lr: float = 1e-3  # reached after `warmup` steps
     decay: str = "cosine"  # what follows: cosine, down to 1% of it | constant
     warmup: int = 100
+    cooldown: int = 0  # last steps, in which a constant rate falls to 1% of it along a line
     weight_decay: float = 0.01
     eps: float = 1e-8  # of Adam
     clip: float = 1.0  # largest norm of the gradient
@@ -33,6 +35,7 @@ class Options:
 
     def __post_init__(self):
         _one_of("decay", self.decay, ("cosine", "constant"))
+        _one_of("optimizer", self.optimizer, ("adamw", "muon"))
         _one_of("precision", self.precision, ("no", "bf16", "fp16"))
         _one_of("changed", self.changed, ("refuse", "allow"))
         for name in COUNTS:
@@ -41,7 +44,7 @@ class Options:
         for name in ("eps", "clip", "minutes"):
             if not getattr(self, name) > 0:
                 raise GuidekitError(f"{name} must be above 0, not {getattr(self, name):g}")
-        for name in ("lr", "warmup", "weight_decay", "workers"):
+        for name in ("lr", "warmup", "cooldown", "weight_decay", "workers"):
             if not getattr(self, name) >= 0:
                 raise GuidekitError(f"{name} must be 0 or more, not {getattr(self, name):g}")
         if not 0 <= self.ema < 1:
@@ -57,10 +60,15 @@ def _one_of(name: str, value: str, values: tuple[str, ...]) -> None:
 
 
 def lr_at(step: int, options: Options) -> float:
-    """Learning rate of a step: linear warm-up, then half a cosine, or no change."""
+    """Learning rate of a step: linear warm-up, then half a cosine, or no change until `cooldown`.
+
+    A constant rate may be cooled down whenever a training is to end: it is started again with the
+    steps at which it shall end, so nothing that ran before depends on that number.
+    """
     if step < options.warmup:
         return options.lr * (step + 1) / options.warmup
     if options.decay == "constant":
-        return options.lr
+        left = min((options.steps - step) / options.cooldown, 1.0) if options.cooldown else 1.0
+        return options.lr * (0.01 + 0.99 * max(left, 0.0))
     done = (step - options.warmup) / max(options.steps - options.warmup, 1)
     return options.lr * (0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * min(done, 1.0))))

@@ -22,10 +22,12 @@ from guidekit.train.durable import put
 from guidekit.train.identity import check_same, digest_of, identity, keep
 from guidekit.train.judge import JudgeOptions, JudgeTask
 from guidekit.train.loop import Loop, Options, Task
+from guidekit.train.names import NamesTask
 from guidekit.train.pixels import PixelsOptions, PixelsTask
 from guidekit.train.processes import processes
 from guidekit.train.text import TextOptions, TextTask
 from guidekit.train.vae import VAEOptions, VAETask
+from guidekit.train.worlds import SHAPES, source, with_cutouts
 from guidekit.untrusted import file_name, read_toml
 from guidekit.zoo.shipped import ZOO
 
@@ -33,23 +35,35 @@ Make = Callable[[Any, Path, int, bool], Task]  # options, folder, size, quiet
 
 
 def _vae(options: VAEOptions, folder: Path, size: int, quiet: bool) -> Task:
-    return VAETask(options, size, folder / options.start if options.start else None)
+    start = folder / options.start if options.start else None
+    return VAETask(options, size, start, source(options))
+
+
+def _text(options: TextOptions, folder: Path, size: int, quiet: bool) -> Task:
+    world = source(options)
+    return TextTask(options) if world is SHAPES else NamesTask(options, world)
 
 
 def _denoiser(options: DenoiserOptions, folder: Path, size: int, quiet: bool) -> Task:
     vae = AutoencoderKL.from_pretrained(folder / options.vae, use_safetensors=True)
-    return DenoiserTask(options, vae, folder / options.text, size)
+    cache = folder / "latents" if options.source != "scenes" else None
+    return DenoiserTask(options, vae, folder / options.text, size, source(options), cache)
+
+
+def _judge(options: JudgeOptions, folder: Path, size: int, quiet: bool) -> Task:
+    world = source(options)
+    return JudgeTask(options, *(() if world is SHAPES else ((size,), world)))
 
 
 # A text is a module with OPTIONS and `make`, imported when named: open_clip and timm are slow.
 TASKS: dict[str, tuple[type, Make] | str] = {
     "vae": (VAEOptions, _vae),
-    "text": (TextOptions, lambda options, folder, size, quiet: TextTask(options)),
+    "text": (TextOptions, _text),
     "denoiser": (DenoiserOptions, _denoiser),
     "pixels": (PixelsOptions, lambda options, folder, size, quiet: PixelsTask(options, size)),
     "clip": "guidekit.train.clip",
     "noisy-clip": "guidekit.noisy_clip.train",
-    "judge": (JudgeOptions, lambda options, folder, size, quiet: JudgeTask(options)),
+    "judge": (JudgeOptions, _judge),
     "digits": (DigitsOptions, lambda options, folder, size, quiet: DigitsTask(options)),
     "semantica": "guidekit.semantica.train",
     "adapter": "guidekit.semantica.adapter_train",
@@ -195,13 +209,15 @@ def train(
     out: str | Path = "runs",
     quiet: bool = False,
     overrides: dict[str, Any] | None = None,
+    cutouts: str | Path | None = None,
     fast_dev_run: bool = False,
 ) -> Path:
     """Trains all stages of a recipe under `out/<model>/` and returns the finished model's folder.
 
-    overrides: options of the loop for every stage, such as steps or batch. A stage that was
-    finished before is passed over. fast_dev_run: every stage for two steps on little data, nothing
-    compiled, in `out/fast-dev-run/<model>/`, which is emptied first.
+    overrides: options of the loop for every stage, such as steps or batch. cutouts: the folder of
+    the stages whose source is cut-outs. A stage that was finished before is passed over.
+    fast_dev_run: every stage for two steps on little data, nothing compiled, in
+    `out/fast-dev-run/<model>/`, which is emptied first.
     """
     plan = read_recipe(recipe)
     state = processes()
@@ -214,7 +230,9 @@ def train(
         plan = dataclasses.replace(plan, stages=tuple(map(_shortened, plan.stages)))
     for stage in plan.stages:
         options = dataclasses.replace(stage.loop, **(overrides or {}))  # refused before the work
-        _train_stage(dataclasses.replace(stage, loop=options), folder, plan.size, quiet)
+        own = with_cutouts(stage.options, cutouts)
+        stage = dataclasses.replace(stage, loop=options, options=own)
+        _train_stage(stage, folder, plan.size, quiet)
     return folder / plan.stages[-1].name / "model"
 
 

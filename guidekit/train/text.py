@@ -33,6 +33,8 @@ class TextOptions:
     heads: int = 4
     length: int = 32  # tokens of a prompt, with start, end and padding
     vocabulary: int = 700
+    source: str = "scenes"  # scenes | cutouts
+    cutouts: str = ""  # folder of the cut-outs; `guidekit train --cutouts` sets it
 
 
 def varied_caption(plan: scenes.Scene, rng: np.random.Generator) -> str:
@@ -49,10 +51,14 @@ def varied_caption(plan: scenes.Scene, rng: np.random.Generator) -> str:
     return text if rng.random() < 0.4 else f"{text} on a {plan.background} background"
 
 
-def train_tokenizer(options: TextOptions) -> CLIPTokenizer:
-    """Learns byte pairs from captions; every byte is a token, so any prompt can be encoded."""
-    rng = np.random.default_rng(0)
-    texts = [varied_caption(scenes.scene(i), rng) for i in range(4000)]
+def train_tokenizer(options: TextOptions, texts: list[str] | None = None) -> CLIPTokenizer:
+    """Learns byte pairs from captions; every byte is a token, so any prompt can be encoded.
+
+    texts: the captions; by default those of the shapes' scenes.
+    """
+    if texts is None:
+        rng = np.random.default_rng(0)
+        texts = [varied_caption(scenes.scene(i), rng) for i in range(4000)]
     trainer = trainers.BpeTrainer(
         vocab_size=options.vocabulary,
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
@@ -122,8 +128,8 @@ class Reader(nn.Module):
 class TextTask:
     """Trains the text encoder to read captions."""
 
-    def __init__(self, options: TextOptions):
-        self.tokenizer = train_tokenizer(options)
+    def __init__(self, options: TextOptions, tokenizer: CLIPTokenizer | None = None):
+        self.tokenizer = tokenizer or train_tokenizer(options)
         config = CLIPTextConfig(
             vocab_size=len(self.tokenizer),
             hidden_size=options.width,

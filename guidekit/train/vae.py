@@ -10,7 +10,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from guidekit.images import sheet
-from guidekit.worlds import scenes
+from guidekit.train.worlds import SHAPES, World
 
 
 @dataclass(kw_only=True)
@@ -23,47 +23,81 @@ class VAEOptions:
     crop: int = 32  # side of the random crops in three of four batches; a quarter of the cost
     start: str = ""  # folder of an autoencoder to go on from, relative to the recipe's run
     decoder_only: bool = False  # leaves the latents as they are
+    source: str = "scenes"  # scenes | cutouts
+    cutouts: str = ""  # folder of the cut-outs; `guidekit train --cutouts` sets it
+    whole: int = 4  # one of so many batches is of whole images
+    on_things: bool = False  # every crop is laid on a thing of its scene
+    squares: float = 1.0  # weight of the squared error, which is for what stands out, as eyes do
+    edges: float = 0.0  # weight of the error of differences between neighbours, which blur has
+    logvar: float = 0.0  # of the posterior at first; far below 0 the noise hides no colours then
+    shrunk: float = 0.0  # weight of the error of latents at half size: latents that scale as images
 
 
 class VAELoss(nn.Module):
     """Reconstruction and divergence of a batch of pictures."""
 
-    def __init__(self, vae: AutoencoderKL, kl: float):
+    def __init__(self, vae: AutoencoderKL, options: VAEOptions):
         super().__init__()
-        self.vae, self.kl = vae, kl
+        self.vae, self.options = vae, options
 
     def forward(self, pixels: Tensor, noise: Tensor) -> dict[str, Tensor]:
         """Losses of pixels `(B, 3, H, W)` in [-1, 1]; noise has the latents' shape."""
         posterior = self.vae.encode(pixels).latent_dist
-        out = self.vae.decode(posterior.mean + posterior.std * noise).sample.float()
+        z = posterior.mean + posterior.std * noise
+        out = self.vae.decode(z).sample.float()
         mean, logvar = posterior.mean.float(), posterior.logvar.float()
         divergence = 0.5 * (mean**2 + logvar.exp() - 1 - logvar).mean()
-        return {
+        losses = {
             "l1": F.l1_loss(out, pixels),
-            "mse": F.mse_loss(out, pixels),
-            "kl": self.kl * divergence,
+            "mse": self.options.squares * F.mse_loss(out, pixels),
+            "kl": self.options.kl * divergence,
         }
+        return losses | self._more_losses(z, out, pixels)
+
+    def _more_losses(self, z: Tensor, out: Tensor, pixels: Tensor) -> dict[str, Tensor]:
+        """Edges, and latents at half size, where the options weigh them.
+
+        A diffusion model learns latents sooner that keep their sense when they are scaled
+        (EQ-VAE, arXiv:2502.09509).
+        """
+        losses, options = {}, self.options
+        if options.edges:
+            losses["edges"] = options.edges * _edge_error(out, pixels)
+        if options.shrunk:
+            small = self.vae.decode(F.avg_pool2d(z, 2)).sample.float()
+            losses["shrunk"] = options.shrunk * F.l1_loss(small, F.avg_pool2d(pixels, 2))
+        return losses
+
+
+def _edge_error(out: Tensor, pixels: Tensor) -> Tensor:
+    """Mean error of the differences between neighbours, of pixels `(B, 3, H, W)`."""
+    error = out - pixels
+    return error.diff(dim=-1).abs().mean() + error.diff(dim=-2).abs().mean()
 
 
 class VAETask:
     """Trains the autoencoder on scenes."""
 
-    def __init__(self, options: VAEOptions, size: int, start: Path | None = None):
+    def __init__(
+        self, options: VAEOptions, size: int, start: Path | None = None, world: World = SHAPES
+    ):
+        self.options, self.world = options, world
         self.size, self.shrink = size, 2 ** (len(options.channels) - 1)
-        self.crop = options.crop
         self.decoder_only = options.decoder_only
         safe = dict(use_safetensors=True)
         vae = AutoencoderKL.from_pretrained(start, **safe) if start else _autoencoder(options, size)
         if self.decoder_only:
             vae.encoder.requires_grad_(False)
             vae.quant_conv.requires_grad_(False)
-        self.net = VAELoss(vae, options.kl)
+        self.net = VAELoss(vae, options)
 
     def batch(self, numbers: range, generator: torch.Generator) -> dict[str, Tensor]:
         """Pictures of the numbered scenes, or crops of them, and the posterior's noise."""
-        pixels, _ = scenes.batch([scenes.scene(i) for i in numbers], self.size)
-        if (numbers.start // len(numbers)) % 4:
-            pixels = _random_crop(pixels, self.crop, generator)
+        plans = [self.world.scene(i) for i in numbers]
+        pixels = self.world.images(plans, self.size)
+        if (numbers.start // len(numbers)) % self.options.whole:
+            crop = _crop_on_things if self.options.on_things else _random_crop
+            pixels = crop(pixels, self.options.crop, generator, plans)
         side = pixels.shape[-1] // self.shrink
         shape = (len(pixels), self.net.vae.config.latent_channels, side, side)
         return {"pixels": pixels, "noise": torch.randn(shape, generator=generator)}
@@ -71,7 +105,7 @@ class VAETask:
     def preview(self) -> Image.Image:
         """Held-out scenes above their reconstructions."""
         vae = self.net.vae
-        pixels, _ = scenes.batch([scenes.scene(i, "test") for i in range(8)], self.size)
+        pixels = self.world.images([self.world.scene(i, "test") for i in range(8)], self.size)
         pixels = pixels.to(vae.device)
         back = vae.decode(vae.encode(pixels).latent_dist.mode()).sample
         return sheet(torch.cat([pixels, back]), 8)
@@ -80,7 +114,8 @@ class VAETask:
         """Saves the autoencoder with the scale that gives its latents unit variance."""
         vae = self.net.vae
         if not self.decoder_only:
-            latents = encode([scenes.scene(i) for i in range(512)], vae, self.size)
+            plans = [self.world.scene(i) for i in range(512)]
+            latents = encode(plans, vae, self.size, self.world)
             vae.register_to_config(scaling_factor=round(1 / float(latents.std()), 5))
         vae.save_pretrained(folder)
 
@@ -88,7 +123,7 @@ class VAETask:
 def _autoencoder(options: VAEOptions, size: int) -> AutoencoderKL:
     """An untrained autoencoder; without attention, so that crops train it for whole pictures."""
     stages = len(options.channels)
-    return AutoencoderKL(
+    vae = AutoencoderKL(
         block_out_channels=options.channels,
         down_block_types=("DownEncoderBlock2D",) * stages,
         up_block_types=("UpDecoderBlock2D",) * stages,
@@ -98,20 +133,38 @@ def _autoencoder(options: VAEOptions, size: int) -> AutoencoderKL:
         sample_size=size,
         mid_block_add_attention=False,
     )
+    with torch.no_grad():
+        vae.quant_conv.bias[options.latent_channels :] += options.logvar
+    return vae
 
 
-def _random_crop(pixels: Tensor, side: int, generator: torch.Generator) -> Tensor:
+def _random_crop(pixels: Tensor, side: int, generator: torch.Generator, plans: list) -> Tensor:
     """The same random window of all pictures."""
     free = pixels.shape[-1] - side + 1
     y, x = torch.randint(free, (2,), generator=generator).tolist()
     return pixels[..., y : y + side, x : x + side].contiguous()
 
 
-def encode(plans: list[scenes.Scene], vae: AutoencoderKL, size: int, batch: int = 64) -> Tensor:
+def _crop_on_things(pixels: Tensor, side: int, generator: torch.Generator, plans: list) -> Tensor:
+    """A window of each image near a thing of its plan."""
+    size, out = pixels.shape[-1], []
+    for image, plan in zip(pixels, plans, strict=True):
+        pick, dy, dx = torch.rand(3, generator=generator).tolist()
+        thing = plan.things[int(pick * len(plan.things))]
+        y = round(thing.y * size + (dy - 0.5) * side / 2 - side / 2)
+        x = round(thing.x * size + (dx - 0.5) * side / 2 - side / 2)
+        y, x = min(max(y, 0), size - side), min(max(x, 0), size - side)
+        out.append(image[:, y : y + side, x : x + side])
+    return torch.stack(out)
+
+
+def encode(
+    plans: list, vae: AutoencoderKL, size: int, world: World = SHAPES, batch: int = 64
+) -> Tensor:
     """Posterior means of the scenes' pictures, unscaled: `(n, C, h, w)` on the CPU."""
     parts = []
     with torch.no_grad():
         for i in range(0, len(plans), batch):
-            pixels, _ = scenes.batch(plans[i : i + batch], size)
+            pixels = world.images(plans[i : i + batch], size)
             parts.append(vae.encode(pixels.to(vae.device)).latent_dist.mode().cpu())
     return torch.cat(parts)
