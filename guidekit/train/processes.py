@@ -8,8 +8,8 @@ from accelerate.utils import parse_flag_from_env
 
 from guidekit.errors import GuidekitError
 
-# Processes whose share of the pages is encoded wait for the others, which the default half hour
-# cuts short. What started the processes ends all of them when one dies.
+# A process waits for those whose share of the pages is not encoded yet; half an hour would cut it
+# short. What started the processes ends all of them when one dies.
 PATIENCE = timedelta(days=1)
 
 
