@@ -77,7 +77,7 @@ def test_only_its_own_branch_is_touched(pipe):
         outs = {name: e.out for name, e in step.evals.items()}
         bare = next(iter(run(pipe))).evals["cond"].out
         assert torch.allclose(outs["cond"], bare, atol=1e-5) != same
-        assert torch.equal(outs["cond"], outs[cls.__name__.lower()]) == same
+        assert torch.equal(outs["cond"], outs["pag"]) == same
 
 
 def test_blur_is_a_gaussian_on_a_grid_that_is_no_square():
@@ -110,7 +110,7 @@ def test_infinite_blur_makes_attention_the_same_everywhere(pipe):
 def test_finite_blur_grows_towards_the_mean(pipe):
     def change(**options):
         step = next(iter(run(pipe, SmoothedEnergy(**options), height=32, width=48)))
-        return step.evals["smoothedenergy"].out - step.evals["cond"].out
+        return step.evals["seg"].out - step.evals["cond"].out
 
     small, large, infinite = change(blur=0.3), change(blur=3.0), change()
     assert 0 < small.norm() < large.norm()
@@ -121,7 +121,7 @@ def test_dropout_of_1_skips_the_blocks(pipe):
     sites = "mid_block.*"
     skipped = next(iter(run(pipe, SkipLayer(sites=f"{sites}transformer_blocks.*", start=0))))
     dropped = next(iter(run(pipe, Autoguidance(sites=f"{sites}transformer_blocks.*", dropout=1.0))))
-    assert torch.equal(skipped.evals["skiplayer"].out, dropped.evals["autoguidance"].out)
+    assert torch.equal(skipped.evals["slg"].out, dropped.evals["autoguidance"].out)
 
 
 def test_masks_are_of_the_image_and_not_of_the_batch(pipe):
@@ -144,7 +144,9 @@ def test_dropout_keeps_the_mean_of_what_a_block_adds(pipe):
             whole = call.run()
             out = super().edit_block(step, branch, call)
             kept = call.skip()
-            shares.append(((out - kept) / (whole - kept)).flatten())
+            added = whole - kept
+            seen = added.abs() > 1e-3  # the share of less is rounding
+            shares.append(((out - kept) / added)[seen])
             return out
 
     list(run(pipe, Watching(dropout=0.25), steps=1))
@@ -193,15 +195,15 @@ def test_with_plugins_that_change_branches(pipe):
         for order in ([pag, *others], [*others, pag]):
             for cfg in (1.0, 5.0):
                 step = next(iter(run(pipe, *order, cfg=cfg)))
-                assert "perturbedattention" in step.evals
-                assert {b.name: b.weight for b in step.branches}["perturbedattention"] is None
+                assert "pag" in step.evals
+                assert {b.name: b.weight for b in step.branches}["pag"] is None
 
 
 def test_without_a_conditional_branch_it_says_why(pipe):
     windows = MultiDiffusion(window=8)
     with pytest.raises(ValueError, match="perturbs the branch 'cond', which another plugin has"):
         run(pipe, windows, PerturbedAttention()).finish()
-    with pytest.raises(ValueError, match="cannot cut the branch 'perturbedattention'"):
+    with pytest.raises(ValueError, match="cannot cut the branch 'pag'"):
         run(pipe, PerturbedAttention(), windows).finish()
 
 

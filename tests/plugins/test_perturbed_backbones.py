@@ -175,7 +175,7 @@ def test_dropout_of_1_skips_every_layer_of_sd3():
     _, dropped = guided("sd3", Autoguidance(dropout=1.0), num_inference_steps=1)
     every = SkipLayer(sites="transformer_blocks.*", start=0.0, stop=1.0)
     _, skipped = guided("sd3", every, num_inference_steps=1)
-    assert torch.equal(dropped.step.evals["autoguidance"].out, skipped.step.evals["skiplayer"].out)
+    assert torch.equal(dropped.step.evals["autoguidance"].out, skipped.step.evals["slg"].out)
 
 
 def test_the_middle_of_a_transformer_is_the_default():
