@@ -98,8 +98,8 @@ def test_an_inpainting_model_is_refused_before_it_is_called():
     pipe.save_pretrained("inpaint")
     result = run("sample", "--model", "inpaint", "--prompt", PROMPT, "--steps", 1, "--out", "o")
     assert result.exit_code == 2
-    assert "takes 9 channels, a latent has 4: " in result.stderr
-    assert "use guidekit.attach" in result.stderr
+    assert "reads 9 channels, the latents have 4: " in result.stderr
+    assert "inside guidekit.attach" in result.stderr
 
 
 def test_a_plan_is_complete(model, tmp_path):
