@@ -58,7 +58,7 @@ def level_row(level: int, logsnr: float, **right: np.ndarray) -> dict:
 
 
 def encoder_rows(setting) -> list[dict]:
-    """The noise-aware encoder and the frozen one on noisy pictures."""
+    """The noise-aware encoder and the frozen one on noisy images."""
     quiz = Quiz(max(setting.n, 100), 32, setting.seed)
     frozen = CleanClip(load_clip(setting.clean))
     noisy = NoisyClip.from_pretrained(setting.encoder)

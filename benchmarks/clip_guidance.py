@@ -1,12 +1,12 @@
 """CLIP guidance in small: Tables 1 to 3 of SDG, and what its encoder is worth.
 
-    python benchmarks/clip_guidance.py                    all parts, 200 pictures a row
+    python benchmarks/clip_guidance.py                    all parts, 200 images a row
     python benchmarks/clip_guidance.py --part text        one part
     python benchmarks/clip_guidance.py --quick            minutes on two cores
 
 Liu et al., WACV 2023 (arXiv:2112.05744). The judge (`scenes-judge`) and the CLIP that retrieves
 never guided. "spread" is the mean distance of judge features between samples of one condition,
-where the paper has LPIPS; it is not LPIPS. Retrieval: is the picture among the first k of itself
+where the paper has LPIPS; it is not LPIPS. Retrieval: is the image among the first k of itself
 and 99 real scenes, by the cosine with its text or reference? Weights are in the seed's units
 ("120"), or lengths of the change over that of the noise ("0.2 noise").
 """
@@ -54,7 +54,7 @@ from guidekit.worlds import scenes
 PARTS = ("encoder", "latents", "text", "image", "structure", "style", "both", "cost")
 REFERENCE = 2000  # real scenes for the Frechet distance
 TOPS = (1, 5, 10, 20)
-SIZE = 32  # side of pictures
+SIZE = 32  # side of images
 
 
 @dataclass(frozen=True)
@@ -74,7 +74,7 @@ class Setting:
 
 @dataclass(frozen=True)
 class Wanted:
-    """Conditions of n pictures: a kind of object, its text, and a reference scene of each."""
+    """Conditions of n images: a kind of object, its text, and a reference scene of each."""
 
     kinds: list[str]
     texts: list[str]
@@ -82,7 +82,7 @@ class Wanted:
     references: Tensor  # (n, 3, 32, 32) in [-1, 1]
 
     def part(self, i: int, j: int) -> "Wanted":
-        """Pictures i to j."""
+        """Images i to j."""
         return Wanted(self.kinds[i:j], self.texts[i:j], self.plans[i:j], self.references[i:j])
 
     def like(self, references: Tensor) -> "Wanted":
@@ -91,7 +91,7 @@ class Wanted:
 
 
 def wanted(n: int) -> Wanted:
-    """Held-out scenes of one object; each is the condition of SAMPLES pictures in a row."""
+    """Held-out scenes of one object; each is the condition of SAMPLES images in a row."""
     plans = [scenes.scene(i // SAMPLES, "test", objects=(1,)) for i in range(n)]
     kinds = [plan.things[0].phrase for plan in plans]
     return Wanted(kinds, [plan.caption for plan in plans], plans, scenes.batch(plans, SIZE)[0])
@@ -111,7 +111,7 @@ class Bench:
         self.real_embeddings = self.embeddings(self.real)
 
     def embeddings(self, images: Tensor) -> Tensor:
-        """What the retrieving CLIP sees in pictures (n, 3, H, W) in [0, 1], of length 1."""
+        """What the retrieving CLIP sees in images (n, 3, H, W) in [0, 1], of length 1."""
         with torch.no_grad():
             parts = [self.retrieval.sees(p * 2 - 1).embedding for p in images.split(64)]
         return F.normalize(torch.cat(parts), dim=-1)
@@ -131,7 +131,7 @@ class Bench:
         return Registry().make_guidance("ilvr", {"down": down}).towards(given.references)
 
     def draw(self, make: Callable[[Wanted], list[Guidance]]) -> tuple[Tensor, float]:
-        """Pictures of all conditions and seconds of CPU (or GPU) per picture."""
+        """Images of all conditions and seconds of CPU (or GPU) per image."""
         images, s = [], self.setting
         clock = time.perf_counter if torch.cuda.is_available() else time.process_time
         start = clock()
@@ -231,9 +231,9 @@ def structure_rows(bench: Bench) -> list[dict]:
 def style_rows(bench: Bench) -> list[dict]:
     """Do colours become the reference's, and do objects stay where they are without guidance?
 
-    In the last rows structure guidance towards the picture drawn without guidance holds them there,
+    In the last rows structure guidance towards the image drawn without guidance holds them there,
     and style reads the first maps, which have colours and hardly shapes. "moved" is how much nearer
-    to the reference the colours came, picture by picture.
+    to the reference the colours came, image by image.
     """
     given = bench.wanted
     colours = statistics((given.references + 1) / 2)
@@ -255,7 +255,7 @@ def style_rows(bench: Bench) -> list[dict]:
     for name, make in {
         "style": lambda g: [style(g)],
         "style, after 0.4 of the steps": lambda g: [style(g, start=0.4)],
-        "structure of the unguided picture": lambda g: [held(g)],
+        "structure of the unguided image": lambda g: [held(g)],
         "the same, and style 0.3": lambda g: [held(g), style(g, 0.3, stages=(0,))],
         "the same, and style 0.6": lambda g: [held(g), style(g, 0.6, stages=(0,))],
     }.items():
@@ -272,10 +272,10 @@ def style_rows(bench: Bench) -> list[dict]:
 
 
 def both_rows(bench: Bench) -> list[dict]:
-    """The text names the object, the reference the background: which pictures have both?"""
+    """The text names the object, the reference the background: which images have both?"""
     given = bench.wanted
     grounds = list(scenes.BACKGROUNDS)
-    # Another picture's scene: its background is the image's condition, its object is not asked for.
+    # Another image's scene: its background is the image's condition, its object is not asked for.
     rolled = given.references.roll(SAMPLES, 0)
     backgrounds = [p.background for p in given.plans[-SAMPLES:] + given.plans[:-SAMPLES]]
     bench.wanted = Wanted(given.kinds, [f"a {k}" for k in given.kinds], given.plans, rolled)
@@ -361,11 +361,11 @@ ROWS = {
 @click.option("--retrieval", default="scenes-clip-2", show_default=True, help="Never guides.")
 @click.option("--latents", default="", help="An encoder of scenes' latents, for that part.")
 @click.option("--part", "parts", multiple=True, type=click.Choice(PARTS), help="Repeat for more.")
-@click.option("--n", default=0, help="Pictures a row [200].")
+@click.option("--n", default=0, help="Images a row [200].")
 @click.option("--steps", default=0, help="Sampling steps [100].")
 @click.option("--batch", default=20, show_default=True)
-@click.option("--seed", default=0, show_default=True, help="Seed of the first picture.")
-@click.option("--quick", is_flag=True, help="20 pictures, 25 steps.")
+@click.option("--seed", default=0, show_default=True, help="Seed of the first image.")
+@click.option("--quick", is_flag=True, help="20 images, 25 steps.")
 @click.option("--json", "json_file", type=click.Path(path_type=Path), help="Also write the rows.")
 def main(model, encoder, clean, retrieval, latents, parts, n, steps, batch, seed, quick, json_file):
     """Prints what CLIP guidance does on the scenes world, part by part."""

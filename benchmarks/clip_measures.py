@@ -10,8 +10,8 @@ from torch import Tensor
 from guidekit.evaluate import judge as evaluate
 from guidekit.worlds import scenes
 
-NEGATIVES = 99  # real scenes that a picture is retrieved among
-SAMPLES = 4  # pictures of one condition, one after the other
+NEGATIVES = 99  # real scenes that an image is retrieved among
+SAMPLES = 4  # images of one condition, one after the other
 COLOURS = {
     c: [i + 1 for i, k in enumerate(scenes.CLASSES) if k.startswith(f"{c} ")]
     for c in scenes.COLOURS
@@ -19,7 +19,7 @@ COLOURS = {
 
 
 def measure(values: np.ndarray) -> dict[str, object]:
-    """Mean and 95% bootstrap interval of numbers of pictures."""
+    """Mean and 95% bootstrap interval of numbers of images."""
     return {
         "mean": float(values.mean()),
         "95%": evaluate.interval(lambda i: float(values[i].mean()), len(values)),
@@ -36,14 +36,14 @@ def columns(**values: np.ndarray) -> dict[str, object]:
 
 
 def over_conditions(**values: np.ndarray) -> dict[str, object]:
-    """Columns of numbers of pictures, of which SAMPLES in a row share a condition."""
+    """Columns of numbers of images, of which SAMPLES in a row share a condition."""
     return columns(
         **{name: numbers.reshape(-1, SAMPLES).mean(1) for name, numbers in values.items()}
     )
 
 
 def interval(statistic: Callable, n: int, draws: int = 1000) -> tuple[float, float]:
-    """95% bootstrap interval over conditions of a statistic of the indices of n pictures."""
+    """95% bootstrap interval over conditions of a statistic of the indices of n images."""
     groups = np.arange(n).reshape(-1, SAMPLES)
     return evaluate.interval(lambda i: statistic(groups[i].ravel()), len(groups), draws)
 
@@ -64,7 +64,7 @@ def shares(found: np.ndarray, labels: list[int]) -> bool:
 
 
 def asked_found(found: np.ndarray, kinds: list[str]) -> dict[str, np.ndarray]:
-    """Of each picture: is the asked colour there, and colour and shape in one object?"""
+    """Of each image: is the asked colour there, and colour and shape in one object?"""
     colour = [shares(f, COLOURS[k.split()[0]]) for f, k in zip(found, kinds, strict=True)]
     both = [shares(f, [1 + scenes.CLASSES.index(k)]) for f, k in zip(found, kinds, strict=True)]
     return {"colour": np.array(colour), "colour_and_shape": np.array(both)}
@@ -81,7 +81,7 @@ def spread(features: np.ndarray) -> np.ndarray:
 
 
 def ranks(images: Tensor, queries: Tensor, real: Tensor, seed: int) -> np.ndarray:
-    """Place of each picture (n, D) among real ones by its query (n, D); 0 is the first."""
+    """Place of each image (n, D) among real ones by its query (n, D); 0 is the first."""
     rng = np.random.default_rng(seed)
     own = (images * queries).sum(1)
     places = []
@@ -98,13 +98,13 @@ def silhouettes(found: np.ndarray, other: np.ndarray) -> np.ndarray:
 
 
 def statistics(images: Tensor) -> Tensor:
-    """Mean and standard deviation of the colours of pictures in [0, 1]: (n, 6)."""
+    """Mean and standard deviation of the colours of images in [0, 1]: (n, 6)."""
     flat = images.flatten(2)
     return torch.cat([flat.mean(2), flat.std(2)], 1)
 
 
 def free_colour(image: Tensor, found: np.ndarray) -> Tensor:
-    """Median colour (3,) of the pixels of a picture (3, H, W) that show no object."""
+    """Median colour (3,) of the pixels of an image (3, H, W) that show no object."""
     free = torch.from_numpy(found == 0)
     return (image[:, free] if free.any() else image.flatten(1)).median(1).values
 

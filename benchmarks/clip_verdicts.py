@@ -66,7 +66,7 @@ def structure(by: dict[str, dict]) -> list[str]:
 
 def style(by: dict[str, dict]) -> list[str]:
     """Colours move, objects do not: two draws without guidance share silhouettes by chance only."""
-    held = by["structure of the unguided picture"]
+    held = by["structure of the unguided image"]
     lines = [
         said("style brings colours nearer", by["style"]["moved 95%"][0] > 0, by["style"]["moved"])
     ]

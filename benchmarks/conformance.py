@@ -3,7 +3,7 @@
     python benchmarks/conformance.py             every family, scheduler and first-party plugin
     python benchmarks/conformance.py --quick     two schedulers a family
 
-A cell is "ok" where the account says that the plugin acted and the finite pictures differ from the
+A cell is "ok" where the account says that the plugin acted and the finite images differ from the
 unguided ones, or the number of a footnote with the reason for which it refused. Anything else is a
 failure, and the exit code is 1. The second table sets this beside diffusers' own guiders.
 """
@@ -156,7 +156,7 @@ def cell(pipe, family: str, name: str, plugin: str, cls, seed: int, kept: dict) 
     guidance, wanted = cls.example(), cls.example_condition()
     guidance._name = plugin  # as the registry does it
     texts = wanted.prompt, wanted.negative
-    bare = replace(wanted, image=None)  # without a plugin that reads it, a picture is refused
+    bare = replace(wanted, image=None)  # without a plugin that reads it, an image is refused
     try:
         if refusal := refused(pipe, name, seed, bare):
             return Cell(family, name, plugin, "refused", refusal)
@@ -169,8 +169,8 @@ def cell(pipe, family: str, name: str, plugin: str, cls, seed: int, kept: dict) 
         return Cell(family, name, plugin, "failed", f"{type(error).__name__}: {error}")
     for true, what in (
         (drawn.account.acted(guidance.name), "the account has no act"),
-        (torch.isfinite(drawn.images).all(), "the pictures are not finite"),
-        (not torch.equal(drawn.latents, plain.latents), "the pictures are the unguided ones"),
+        (torch.isfinite(drawn.images).all(), "the images are not finite"),
+        (not torch.equal(drawn.latents, plain.latents), "the images are the unguided ones"),
     ):
         if not true:
             return Cell(family, name, plugin, "failed", what)

@@ -5,7 +5,7 @@
     python benchmarks/fewshot.py --quick              minutes
 
 The judges never guided and saw none of the shots. Finished cells lie in --cells, so that a stopped
-run goes on; intervals are 95%, draws of the shots and their pictures resampled. One thread.
+run goes on; intervals are 95%, draws of the shots and their images resampled. One thread.
 """
 
 import json
@@ -49,7 +49,7 @@ class Setting:
     scenes_model: str
     judge: Path
     cells: Path
-    n: int  # pictures a row
+    n: int  # images a row
     draws: int
     steps: int
     seed: int
@@ -83,7 +83,7 @@ def digit_rows(setting: Setting) -> list[list[dict]]:
 
 
 def augment_rows(setting: Setting) -> list[list[dict]]:
-    """A small classifier with generated pictures."""
+    """A small classifier with generated images."""
     counts, seeds = ((10,), 2) if setting.quick else ((10, 50), 5)
     return [augmented_rows(digit_bench(setting), counts, seeds, 200 if setting.quick else 800)]
 
@@ -190,11 +190,11 @@ TABLES = {
 @click.option("--scenes", "scenes_model", default="scenes-ddpm", show_default=True)
 @click.option("--judge", type=click.Path(path_type=Path), default=ZOO / "digits-judge")
 @click.option("--cells", type=click.Path(path_type=Path), help="Where finished cells are kept.")
-@click.option("--n", default=0, help="Pictures a row; 500.")
+@click.option("--n", default=0, help="Images a row; 500.")
 @click.option("--draws", default=0, help="Draws of the shots; 5.")
 @click.option("--steps", default=0, help="Sampling steps; 50.")
 @click.option("--seed", default=0, show_default=True)
-@click.option("--quick", is_flag=True, help="20 pictures a row, one draw, 10 steps.")
+@click.option("--quick", is_flag=True, help="20 images a row, one draw, 10 steps.")
 @click.option("--json", "json_file", type=click.Path(), help="Also write the rows here.")
 def main(parts, model, scenes_model, judge, cells, n, draws, steps, seed, quick, json_file):
     """Prints accuracy, mIoU, rates and costs of guidance by heads fitted on a few labels."""

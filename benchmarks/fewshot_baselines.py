@@ -58,14 +58,14 @@ class LinearPixels:
         self.temperature = found.temperature
 
     def __call__(self, x: Tensor) -> Tensor:
-        """Logits (B, classes) of pictures (B, C, H, W)."""
+        """Logits (B, classes) of images (B, C, H, W)."""
         p = self.parts
         flat = (x.flatten(1) - p["mean"]) / p["std"]
         return (flat @ p["weight"].T + p["bias"]) / self.temperature
 
 
 def clean_pixels(pictures: Tensor, targets: Tensor, classes: int) -> LinearPixels:
-    """A classifier of clean pictures, to be applied to the clean estimate ("DDIM-I")."""
+    """A classifier of clean images, to be applied to the clean estimate ("DDIM-I")."""
     x = pictures.flatten(1).double().numpy()
     return LinearPixels(fit_linear(x, targets.numpy(), classes))
 
@@ -73,7 +73,7 @@ def clean_pixels(pictures: Tensor, targets: Tensor, classes: int) -> LinearPixel
 def noised_pixels(
     denoiser: Denoiser, pictures: Tensor, targets: Tensor, classes: int, copies: int = 8
 ) -> Callable[[Step], Tensor]:
-    """Classifiers of noisy pictures, one for each of some timesteps, on the sampler's own z."""
+    """Classifiers of noisy images, one for each of some timesteps, on the sampler's own z."""
     generator = torch.Generator().manual_seed(0)
     x0, y = pictures.repeat(copies, 1, 1, 1), targets.repeat(copies)
     groups = np.tile(np.arange(len(pictures)), copies)
@@ -116,7 +116,7 @@ class Segmenter(nn.Module):
         self.e, self.last = _block(3 * width, width), nn.Conv2d(width, classes, 1)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Logits (B, classes, H, W) of pictures (B, 3, H, W)."""
+        """Logits (B, classes, H, W) of images (B, 3, H, W)."""
         a = self.a(x)
         b = self.b(F.avg_pool2d(a, 2))
         c = self.c(F.avg_pool2d(b, 2))
@@ -131,7 +131,7 @@ def _block(inputs: int, outputs: int) -> nn.Module:
 
 
 def train_segmenter(pictures: Tensor, masks: Tensor, classes: int, steps: int = 400) -> Segmenter:
-    """A segmenter of pictures (n, 3, H, W) and masks (n, H, W), with flips and brightness."""
+    """A segmenter of images (n, 3, H, W) and masks (n, H, W), with flips and brightness."""
     generator = torch.Generator().manual_seed(0)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)

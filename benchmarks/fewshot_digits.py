@@ -51,7 +51,7 @@ class Digits:
     model: str
     judge: DigitJudge
     store: Store
-    per_draw: int  # pictures a draw of the shots, a multiple of 10
+    per_draw: int  # images a draw of the shots, a multiple of 10
     draws: int = 5
     steps: int = 50
     batch: int = 100
@@ -68,7 +68,7 @@ class Digits:
 
     @torch.no_grad()
     def see(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
-        """The judge's classes and features of pictures (n, 1, 8, 8) in [-1, 1]."""
+        """The judge's classes and features of images (n, 1, 8, 8) in [-1, 1]."""
         logits, features = self.judge(pixels)
         return logits.argmax(1), features
 
@@ -85,7 +85,7 @@ class Digits:
         return self.heads[key]
 
     def draw(self, make: Make, tag: str, wanted: Tensor) -> Tensor:
-        """Pictures (n, 1, 8, 8) in [-1, 1] of the digits (n,)."""
+        """Images (n, 1, 8, 8) in [-1, 1] of the digits (n,)."""
         found = []
         for first in range(0, len(wanted), self.batch):
             part = wanted[first : first + self.batch]
@@ -103,7 +103,7 @@ class Digits:
         return torch.cat(found)
 
     def cell(self, method: str, labels: int | None, draw: int) -> dict[str, np.ndarray]:
-        """Judged pictures of one method, number of labels and draw of the shots."""
+        """Judged images of one method, number of labels and draw of the shots."""
         key = {
             "method": method,
             "labels": labels,
@@ -130,7 +130,7 @@ class Digits:
         return {"wanted": wanted, "found": found.numpy(), "features": features.numpy()}
 
     def _rejected(self, labels: int, draw: int, each: int) -> list[Tensor]:
-        """Unguided pictures that the head gives a digit at least 0.2 and more than any other."""
+        """Unguided images that the head gives a digit at least 0.2 and more than any other."""
         pool = self.draw(
             lambda digits: None, f"pool {draw}", torch.zeros(max(4 * self.per_draw, 200))
         )
@@ -139,7 +139,7 @@ class Digits:
         return [pool[(found == digit) & (value >= 0.2)][:each] for digit in range(10)]
 
     def _accepted(self, labels: int, draw: int, digit: int, each: int) -> Tensor:
-        """Guided pictures that the head gives their digit at least 0.2; three tries each."""
+        """Guided images that the head gives their digit at least 0.2; three tries each."""
         head = self.head(labels, draw, OURS["detached"])
         guidance = Fewshot(
             head=self._saved(head),
@@ -225,7 +225,7 @@ class Digits:
 
 
 def right(cell: dict[str, np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
-    """Features and classes of the pictures that the judge finds to be what was asked for."""
+    """Features and classes of the images that the judge finds to be what was asked for."""
     found = cell["found"] == cell["wanted"]
     return cell["features"][found], cell["wanted"][found]
 
@@ -245,9 +245,9 @@ def at_equal_diversity(rows: list[dict]) -> str:
 
 
 def within_class(features: np.ndarray, labels: np.ndarray) -> float:
-    """Mean distance of two pictures of one class in features (n, d), over the classes.
+    """Mean distance of two images of one class in features (n, d), over the classes.
 
-    A picture that a resample holds twice is no pair.
+    An image that a resample holds twice is no pair.
     """
     means = []
     for label in np.unique(labels):
@@ -264,7 +264,7 @@ def within_class(features: np.ndarray, labels: np.ndarray) -> float:
 def train_classifier(
     pictures: Tensor, targets: Tensor, mixup: bool, seed: int, steps: int
 ) -> DigitJudge:
-    """A small classifier from scratch on pictures (n, 1, 8, 8); mixup as in Zhang et al. 2018."""
+    """A small classifier from scratch on images (n, 1, 8, 8); mixup as in Zhang et al. 2018."""
     generator = torch.Generator().manual_seed(seed)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -287,9 +287,9 @@ def train_classifier(
 
 
 def augmented_rows(bench: Digits, counts: tuple[int, ...], seeds: int, steps: int) -> list[dict]:
-    """Test accuracy with real labels alone and with one to three times as many accepted pictures.
+    """Test accuracy with real labels alone and with one to three times as many accepted images.
 
-    The head is fitted on the same real labels; pictures are drawn once for each seed.
+    The head is fitted on the same real labels; images are drawn once for each seed.
     """
     rows = []
     for count in counts:
@@ -324,7 +324,7 @@ def augmented_rows(bench: Digits, counts: tuple[int, ...], seeds: int, steps: in
 
 
 def _extra(bench: Digits, count: int, seed: int) -> list[Tensor]:
-    """Accepted pictures of every digit, three times as many as there are real ones."""
+    """Accepted images of every digit, three times as many as there are real ones."""
     key = {
         "method": "augmentation",
         "count": count,

@@ -18,7 +18,7 @@ from guidekit_fewshot import Fewshot
 
 SHAPES = ("background", *scenes.SHAPES)
 PAPER = 25.0  # its scale; rows other than "ours, paper" have the model's tuned one
-# The attribute does not depend on the place: one average of the features over the whole picture.
+# The attribute does not depend on the place: one average of the features over the whole image.
 RED = FitOptions(sites=("down_blocks.2", "up_blocks.0"), timesteps=(350,), pool=1)
 MASK_ROWS = ("unguided", "ours, paper", "ours, detached")
 
@@ -29,7 +29,7 @@ def shape_maps(labels: np.ndarray) -> np.ndarray:
 
 
 def pairs(numbers: range, split: str, size: int) -> tuple[Tensor, Tensor]:
-    """Pictures (n, 3, size, size) in [-1, 1] and shape maps (n, size, size)."""
+    """Images (n, 3, size, size) in [-1, 1] and shape maps (n, size, size)."""
     plans = [scenes.scene(i, split) for i in numbers]
     maps = np.stack([shape_maps(scenes.labels(plan, size)) for plan in plans])
     return scenes.batch(plans, size)[0], torch.from_numpy(maps)
@@ -72,7 +72,7 @@ class Scenes:
         self.heads: dict[tuple, Head] = {}
 
     def see(self, images: Tensor) -> np.ndarray:
-        """Shape maps that the judge sees in pictures (n, 3, H, W) in [0, 1]."""
+        """Shape maps that the judge sees in images (n, 3, H, W) in [0, 1]."""
         return shape_maps(evaluate.see(self.judge, images).classes)
 
     def head(self, method: str, draw: int) -> Head:
@@ -92,7 +92,7 @@ class Scenes:
         return Sampling(self.denoiser, conditions, guidances, **options).finish()
 
     def sample(self, guidances: list[Guidance], seeds: list[int], conditions=NOTHING) -> Tensor:
-        """Pictures in [0, 1]."""
+        """Images in [0, 1]."""
         return self.run(guidances, seeds, conditions).images
 
     def _key(self, method: str, draw: int) -> dict:
@@ -108,7 +108,7 @@ class Scenes:
         }
 
     def mask_cell(self, method: str, draw: int) -> dict[str, np.ndarray]:
-        """Judged pictures of one method and one draw of the pairs."""
+        """Judged images of one method and one draw of the pairs."""
         return self.store.cell(self._key(method, draw), lambda: self._masked(method, draw))
 
     def _masked(self, method: str, draw: int) -> dict[str, np.ndarray]:
@@ -139,7 +139,7 @@ class Scenes:
         return {"form": "detached", "scale": self.scale}
 
     def mask_rows(self, methods: tuple[str, ...] = MASK_ROWS) -> list[dict]:
-        """mIoU of generated pictures with the masks that were asked for."""
+        """mIoU of generated images with the masks that were asked for."""
         rows = []
         for method in methods:
             cells = [self.mask_cell(method, d) for d in range(self.draws)]
@@ -205,7 +205,7 @@ class Scenes:
         return rows
 
     def attribute_rows(self, positives: int = 50) -> list[dict]:
-        """Share of generated pictures in which the judge sees something red."""
+        """Share of generated images in which the judge sees something red."""
         rows = []
         for method in ("unguided", "ours, paper", "ours, detached", "ours, detached + accept"):
             cells = [self._attribute_cell(method, d, positives) for d in range(self.draws)]

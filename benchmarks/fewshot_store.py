@@ -37,7 +37,7 @@ def over_draws(
     resamples: int = 300,
     seed: int = 0,
 ) -> tuple[float, tuple[float, float]]:
-    """A statistic's mean over draws and its 95% interval: draws and their pictures resampled."""
+    """A statistic's mean over draws and its 95% interval: draws and their images resampled."""
     rng = np.random.default_rng(seed)
     values = []
     for _ in range(resamples):

@@ -81,7 +81,7 @@ def scaled(method: str) -> list[tuple[str, dict]]:
 
 @dataclass(frozen=True)
 class Layouts:
-    """Held-out scenes as conditions, their class maps (n, 64, 64) and their pictures in [0, 1]."""
+    """Held-out scenes as conditions, their class maps (n, 64, 64) and their images in [0, 1]."""
 
     plans: list[scenes.Scene]
     conditions: list[Condition]
@@ -154,7 +154,7 @@ class Bench:
         return [Registry().make_guidance(name, tuned.get(name, {}) | own) for name, own in made]
 
     def draw(self, method: str, conditions: list[Condition]) -> tuple[Tensor, dict]:
-        """Pictures of all layouts, seconds of CPU (or GPU) per picture and peak memory."""
+        """Images of all layouts, seconds of CPU (or GPU) per image and peak memory."""
         images, s = [], self.setting
         clock = time.perf_counter if torch.cuda.is_available() else time.process_time
         start = clock()
@@ -186,7 +186,7 @@ class Bench:
         return [self.judged(method, images) | cost]
 
     def judged(self, method: str, images: Tensor) -> dict:
-        """The measures of pictures (n, 3, 64, 64), with 95% bootstrap intervals over layouts."""
+        """The measures of images (n, 3, 64, 64), with 95% bootstrap intervals over layouts."""
         verdict = evaluate.see(self.judge, images)
         wanted = self.layouts.wanted
         asked = evaluate.asked_pixels(wanted)
@@ -263,7 +263,7 @@ def _cell(row: dict, name: str) -> str:
 @click.option("--steps", default=0, help="Sampling steps; 0 is the model's default.")
 @click.option("--cfg", default=0.0, help="Guidance scale; 0 is the model's default.")
 @click.option("--batch", default=20, show_default=True)
-@click.option("--seed", default=0, show_default=True, help="Seed of the first picture.")
+@click.option("--seed", default=0, show_default=True, help="Seed of the first image.")
 @click.option("--ablations", is_flag=True, help="Zest's fields one at a time.")
 @click.option(
     "--only", multiple=True, type=click.Choice([CEILINGS, *METHODS, *ABLATIONS]), help="A row."

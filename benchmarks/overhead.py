@@ -285,7 +285,7 @@ def pipeline_rows(pipeline, repeats: int, steps: int = 10) -> list[dict]:
         images[name] = function()
         counts[name] = calls["n"]
     handle.remove()
-    assert torch.equal(*images.values()), "the pictures differ"
+    assert torch.equal(*images.values()), "the images differ"
     seconds = fastest(functions, repeats)
     return [
         {

@@ -1,4 +1,4 @@
-"""Draws the README's pictures: masks, unguided, Zest, and Zest with Paint-with-Words.
+"""Draws the README's images: masks, unguided, Zest, and Zest with Paint-with-Words.
 
 python benchmarks/readme_pictures.py docs/layout.png
 """
@@ -30,7 +30,7 @@ def colour_masks(plans: list[scenes.Scene]) -> Tensor:
 
 
 def main(path: str) -> None:
-    """Saves the rows as one picture and prints the prompts."""
+    """Saves the rows as one image and prints the prompts."""
     pipeline, defaults = guidekit.load("scenes"), model_defaults("scenes")
     layouts = held_out(COUNT, FIRST)
     make, tuned = Registry().make_guidance, defaults["plugin"]

@@ -6,7 +6,7 @@
 
 A page is a background and a set of (shape, colour); position, size and angle vary. Every model is
 trained on the same pages with the same seeds and floating-point operations, and draws from the same
-held-out pages. The judge reads the pictures; it never guides. Trained models are kept in --out.
+held-out pages. The judge reads the images; it never guides. Trained models are kept in --out.
 """
 
 import json
@@ -57,8 +57,8 @@ CLAIMS = (
     ("polluted, filtered", "polluted", "overlap", "the filter helps on polluted pages"),
     ("tokens", "patches", "frechet", "no patching beats 2x2 patches"),
     ("w = 0.5", "w = 0", "frechet", "guidance of 0.5 beats none"),
-    ("w = 0", "w = 1", "far", "strong guidance comes nearer to the conditioning picture"),
-    ("one-shot", "copy", "frechet", "one-shot samples beat copies of the one picture"),
+    ("w = 0", "w = 1", "far", "strong guidance comes nearer to the conditioning image"),
+    ("one-shot", "copy", "frechet", "one-shot samples beat copies of the one image"),
     ("episodes, unseen", "labelled, unseen", "overlap", "episodes carry further than labels"),
 )
 LOWER = ("frechet",)
@@ -123,7 +123,7 @@ def trained(name: str, setting: Setting):
 
 
 def draw(pipeline, conditions: Tensor, setting: Setting, w: float = W) -> Tensor:
-    """A picture for each condition (n, 3, 32, 32) in [0, 1]; seeds run on from the setting's."""
+    """An image for each condition (n, 3, 32, 32) in [0, 1]; seeds run on from the setting's."""
     pipeline.set_progress_bar_config(disable=True)
     parts = []
     for i in range(0, len(conditions), 50):
@@ -159,7 +159,7 @@ def gaussian_std(scheduler: SemanticaScheduler, steps: int, std: float) -> float
 
 
 def ablation_rows(setting: Setting, judge: Judge, names: tuple[str, ...]) -> list[dict]:
-    """Ablation models on pages whose objects were seen in training, and the real pictures."""
+    """Ablation models on pages whose objects were seen in training, and the real images."""
     pages = held_out(setting.n, setting.seed, unseen=False)
     rows = [measure("real", pages.others, pages, judge)]
     for name in tqdm(names, desc="ablations"):
@@ -181,7 +181,7 @@ def guidance_rows(
 
 
 def oneshot_rows(setting: Setting, judge: Judge, model: str | None) -> list[dict]:
-    """Data sets from one picture a class, 10 each, against as many copies of it."""
+    """Data sets from one image a class, 10 each, against as many copies of it."""
     pipeline = load(model) if model else trained("tokens", setting)
     each = 10
     classes = held_out(max(setting.n // each, 2), setting.seed, unseen=False)

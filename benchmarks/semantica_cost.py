@@ -27,7 +27,7 @@ BATCHES = {"a": 64, "b": 32, "c": 32, "tiny": 4}
 
 
 def training_step(model: UViT, optimizer: torch.optim.Optimizer) -> float:
-    """One step on one picture of noise; returns the loss."""
+    """One step on one image of noise; returns the loss."""
     side = model.config.sample_size
     x0, eps = torch.randn(2, 1, 3, side, side)
     states = torch.randn(1, TOKENS, model.config.cross_attention_dim)
@@ -79,7 +79,7 @@ def cpu_row(name: str, checkpointing: bool) -> dict:
 
 
 def forward_flop(name: str) -> float:
-    """Floating-point operations of a forward of one picture, counted without computing it."""
+    """Floating-point operations of a forward of one image, counted without computing it."""
     with torch.device("meta"):
         model = UViT(**VARIANTS[name])
         side, width = model.config.sample_size, model.config.cross_attention_dim
@@ -124,7 +124,7 @@ class NoisePages:
         return TOKENS, self.width, self.width
 
     def batch(self, numbers: range, feature: str) -> tuple[Tensor, Tensor]:
-        """States and pictures."""
+        """States and images."""
         n, generator = len(numbers), torch.Generator().manual_seed(numbers.start)
         states = torch.randn(n, TOKENS, self.width, generator=generator)
         return states, torch.rand(n, 3, self.side, self.side, generator=generator) * 2 - 1
@@ -168,7 +168,7 @@ def pictures_per_second(loop: Loop) -> float:
 
 
 def gpu_row(name: str, rate: float) -> dict:
-    """Pictures a second and model FLOPs utilisation of training in bf16, compiled.
+    """Images a second and model FLOPs utilisation of training in bf16, compiled.
 
     Utilisation is three forwards' operations, as for forward and backward, over `rate`.
     """

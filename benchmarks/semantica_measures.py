@@ -1,4 +1,4 @@
-"""What is measured of pictures drawn after others: attributes kept, distances, copies."""
+"""What is measured of images drawn after others: attributes kept, distances, copies."""
 
 from dataclasses import dataclass
 
@@ -15,7 +15,7 @@ HELD_OUT = ("red circle", "blue square", "green star", "yellow ring", "pink cros
 
 @dataclass(frozen=True)
 class PagesSeen:
-    """Held-out pages: conditions and other pictures (n, 3, 32, 32) in [0, 1], and their plans."""
+    """Held-out pages: conditions and other images (n, 3, 32, 32) in [0, 1], and their plans."""
 
     plans: list[scenes.Scene]
     conditions: Tensor
@@ -35,7 +35,7 @@ def held_out(n: int, seed: int, unseen: bool) -> PagesSeen:
 
 
 def objects(verdict: evaluate.Verdict) -> list[set[str]]:
-    """Names of the objects that the judge finds in each picture."""
+    """Names of the objects that the judge finds in each image."""
     areas = evaluate.asked_pixels(verdict.classes) >= evaluate.FOUND * SIZE * SIZE
     return [{scenes.CLASSES[i] for i in np.flatnonzero(row)} for row in areas]
 
@@ -65,7 +65,7 @@ def attributes(found: set[str], background: str) -> set[str]:
 
 
 def overlap(images: Tensor, verdict: evaluate.Verdict, plans: list[scenes.Scene]) -> np.ndarray:
-    """Attributes that picture and page share over all of either (Jaccard): (n,) from 0 to 1."""
+    """Attributes that image and page share over all of either (Jaccard): (n,) from 0 to 1."""
     found = zip(objects(verdict), backgrounds(images, verdict), strict=True)
     pages = [attributes({t.phrase for t in plan.things}, plan.background) for plan in plans]
     pairs = zip((attributes(*one) for one in found), pages, strict=True)
@@ -73,7 +73,7 @@ def overlap(images: Tensor, verdict: evaluate.Verdict, plans: list[scenes.Scene]
 
 
 def distance(a: Tensor, b: Tensor) -> np.ndarray:
-    """Root mean squared difference of pictures (n, 3, H, W) in [0, 1]: (n,)."""
+    """Root mean squared difference of images (n, 3, H, W) in [0, 1]: (n,)."""
     return (a - b).square().mean((1, 2, 3)).sqrt().numpy()
 
 

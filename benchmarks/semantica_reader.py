@@ -34,7 +34,7 @@ def reader(encoder: str, size: int, steps: int) -> TagLoss:
 
 
 def reader_rows(n: int, size: int, steps: int) -> list[dict]:
-    """Share of n held-out pictures whose set of objects is read exactly, by number of objects."""
+    """Share of n held-out images whose set of objects is read exactly, by number of objects."""
     plans = [scenes.scene(i, "test") for i in range(n)]
     pixels, wanted = scenes.batch(plans, size)[0], held(plans).bool()
     count, rows = wanted.sum(1).numpy(), []

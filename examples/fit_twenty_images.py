@@ -1,4 +1,4 @@
-"""A condition from twenty labelled pictures: fit a head, guide with it, keep what it accepts.
+"""A condition from twenty labelled images: fit a head, guide with it, keep what it accepts.
 
 Runs on the built-in digits in a minute or two; pass a model directory or hub id for others.
 """
@@ -17,7 +17,7 @@ model = sys.argv[1] if len(sys.argv) > 1 else "digits-ddpm"
 steps = int(sys.argv[2]) if len(sys.argv) > 2 else 50
 denoiser = Denoiser(guidekit.load(model))
 
-# %% The shots: a folder per class, two pictures in each
+# %% The shots: a folder per class, two images in each
 folder = Path(tempfile.mkdtemp())
 digits.write_shots(folder / "shots", per_class=2)
 channels, height, width = denoiser.latent_shape(None, None)
@@ -25,9 +25,9 @@ size = (height * denoiser.factor, width * denoiser.factor)
 examples = read_examples(
     folder / "shots", size, channels=channels if denoiser.vae is None else 3
 )  # in [-1, 1], read when they are needed
-print(f"{len(examples)} pictures of {', '.join(examples.classes)}")
+print(f"{len(examples)} images of {', '.join(examples.classes)}")
 
-# %% The head: logistic regression on the denoiser's features of the clean pictures
+# %% The head: logistic regression on the denoiser's features of the clean images
 head, report = fit(denoiser, examples, FitOptions())
 head.save(folder / "head")
 print(f"cross-validated accuracy {report.scores['accuracy']:.2f} in {report.seconds:.1f} s")

@@ -36,4 +36,4 @@ unguided = guidekit.sample(pipeline, condition, **options).finish()
 first, last = guided.account.first_and_last("zest")
 print(f"energy of zest {first:.3f} -> {last:.3f}")
 both = torch.cat([guided.images, unguided.images])  # (8, 3, H, W) in [0, 1]
-print(f"{len(both)} pictures of {both.shape[-1]}x{both.shape[-2]} pixels")
+print(f"{len(both)} images of {both.shape[-1]}x{both.shape[-2]} pixels")

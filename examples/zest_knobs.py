@@ -22,7 +22,7 @@ condition = Condition(
 
 
 def draw(label: str, seed: int = 0, **options) -> guidekit.Sampling:
-    """Draws one picture and prints Zest's energy at its first and last guided step."""
+    """Draws one image and prints Zest's energy at its first and last guided step."""
     zest = guidekit.make("zest", **options)
     run = guidekit.sample(pipeline, condition, [zest], seeds=[seed], steps=steps, cfg=4.0).finish()
     first, last = run.account.first_and_last("zest")

@@ -49,7 +49,7 @@ class Account:
         self._kept[f"{name} after"] = maps.detach()
 
     def energy(self, plugin: str, step: int, repeat: int, energy: Tensor, **values) -> None:
-        """One guidance's energy, gradient norm and update-to-output ratio per picture."""
+        """One guidance's energy, gradient norm and update-to-output ratio per image."""
         row = {"plugin": plugin, "step": step, "repeat": repeat, "energy": energy, **values}
         self._rows.append(
             {k: v.detach() if isinstance(v, Tensor) else _number(v) for k, v in row.items()}

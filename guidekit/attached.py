@@ -61,14 +61,14 @@ def attach(
 ) -> Iterator["Attached"]:
     """Calls of `pipe` inside the context are guided; afterwards it is as it was.
 
-    segments: those of every picture, or a list with one entry per prompt or per picture; Conditions
+    segments: those of every image, or a list with one entry per prompt or per image; Conditions
     are taken as layouts whose prompt, if they have one, must be that of the call. seeds: one per
-    picture for the noise that guidances draw, default 0, 1, ...; the latents come from the call's
+    image for the noise that guidances draw, default 0, 1, ...; the latents come from the call's
     own `generator`. cfg: the call's guidance_scale, only for pipelines that do not keep it
     (PixArt), default their own. image: what guidances follow (`Condition.image`), where a layout
     has none. memory, nonfinite, attention: as for `Sampling`.
 
-    With a list of generators the pictures are those of `guidekit.sample` with the same seeds, bit
+    With a list of generators the images are those of `guidekit.sample` with the same seeds, bit
     for bit on Stable Diffusion. Raises GuidekitError for what cannot work in a pipeline:
     acceptance, an own start, a step that is to be repeated, phrases without columns by hand
     together with `prompt_embeds`, prompts that the pipeline has not encoded, and denoiser calls in
@@ -324,7 +324,7 @@ class _Call:
         seeds = self.attached.seeds
         seeds = list(range(len(z))) if seeds is None else list(seeds)
         if len(seeds) != len(z):
-            raise GuidekitError(f"{len(seeds)} seeds for {len(z)} pictures; give one per picture")
+            raise GuidekitError(f"{len(seeds)} seeds for {len(z)} images; give one per image")
         run = Run(
             self.denoiser,
             self.conditions,
@@ -434,7 +434,7 @@ def _refuse_loop(guidance: Guidance) -> None:
     """Raises GuidekitError for a guidance that needs a loop of its own."""
     why = {
         "begins elsewhere": guidance.overrides("begin"),
-        "rejects finished pictures": guidance.overrides("accept"),
+        "rejects finished images": guidance.overrides("accept"),
         "needs its own loop": guidance.own_loop,
     }
     for what, true in why.items():

@@ -11,7 +11,7 @@ from guidekit.errors import GuidekitError
 class Branch:
     """One row group of the denoiser's batch: the conditional one, the null, a region, a window.
 
-    prompts: one text per picture, or one class or picture (`Denoiser.content`). weight: the default
+    prompts: one text per image, or one class or image (`Denoiser.content`). weight: the default
     combination is base + sum of weight * (out - base) over the branches with a weight; the base is
     the branch whose weight is None. x: own carried input (B, C, h, w) in place of z. view: window
     (top, left, height, width) of the latents that this branch sees. group: branches combine with

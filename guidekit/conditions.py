@@ -144,9 +144,9 @@ Layouts = Sequence[Segment] | Condition | Sequence[Condition | Sequence[Segment]
 
 
 def spread_layouts(given: Layouts, prompts: int, count: int) -> list[Condition]:
-    """One layout for each of `count` pictures of every prompt, in the order of diffusers' batches.
+    """One layout for each of `count` images of every prompt, in the order of diffusers' batches.
 
-    given: segments or a Condition for all, or a list with one entry per prompt or per picture.
+    given: segments or a Condition for all, or a list with one entry per prompt or per image.
     Raises GuidekitError for a list of another length.
     """
     if isinstance(given, Condition) or all(isinstance(s, Segment) for s in given):
@@ -156,8 +156,8 @@ def spread_layouts(given: Layouts, prompts: int, count: int) -> list[Condition]:
     if len(given) == prompts * count:
         return [_layout(g) for g in given]
     raise GuidekitError(
-        f"{len(given)} layouts for {prompts} prompts with {count} pictures each; give one for all, "
-        "one per prompt or one per picture"
+        f"{len(given)} layouts for {prompts} prompts with {count} images each; give one for all, "
+        "one per prompt or one per image"
     )
 
 
@@ -178,7 +178,7 @@ def _range(x: Tensor) -> str:
 
 
 def segment_masks(conditions: list[Condition], height: int, width: int) -> Tensor:
-    """Masks `(B, S, height, width)`; pictures with fewer than S segments end in empty masks."""
+    """Masks `(B, S, height, width)`; images with fewer than S segments end in empty masks."""
     most = max(len(c.segments) for c in conditions)
     masks = torch.zeros(len(conditions), most, height, width)
     for b, condition in enumerate(conditions):
@@ -188,7 +188,7 @@ def segment_masks(conditions: list[Condition], height: int, width: int) -> Tenso
 
 
 def segment_strengths(conditions: list[Condition]) -> Tensor:
-    """Strengths `(B, S)`, 0 where a picture has no such segment."""
+    """Strengths `(B, S)`, 0 where an image has no such segment."""
     most = max(len(c.segments) for c in conditions)
     rows = [[s.strength for s in c.segments] for c in conditions]
     return torch.tensor([row + [0.0] * (most - len(row)) for row in rows]).reshape(-1, most)
@@ -207,7 +207,7 @@ def stretched(conditions: Sequence[Condition], size: tuple[int, int]) -> list[st
 
 
 def require_segments(conditions: list[Condition], who: str) -> None:
-    """Raises GuidekitError unless every picture has a segment."""
+    """Raises GuidekitError unless every image has a segment."""
     if not all(condition.segments for condition in conditions):
         raise GuidekitError(
             f"{who} needs segments: give --segment PHRASE=MASK.png, --segment "

@@ -199,7 +199,7 @@ class Guidance:
         return combined
 
     def energy(self, step: Step) -> Tensor:
-        """Energy of every picture (B,) in float32, differentiable, lower is better."""
+        """Energy of every image (B,) in float32, differentiable, lower is better."""
         raise NotImplementedError(f"{self.name} has no energy")
 
     def schedule(self, frac: float) -> float:
@@ -241,7 +241,7 @@ class Guidance:
         return 1
 
     def accept(self, images: Tensor) -> Tensor:
-        """Which finished pictures (B, 3, H, W) in [0, 1] are kept: (B,) bool."""
+        """Which finished images (B, 3, H, W) in [0, 1] are kept: (B,) bool."""
         return torch.ones(len(images), dtype=torch.bool)
 
 

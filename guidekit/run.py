@@ -76,7 +76,7 @@ class Run:
 
     @property
     def size(self) -> tuple[int, int]:
-        """Height and width of the pictures in pixels."""
+        """Height and width of the images in pixels."""
         height, width = self.grid
         return height * self.denoiser.factor, width * self.denoiser.factor
 
@@ -136,7 +136,7 @@ class Run:
 
     @cached_property
     def text_lengths(self) -> list[int]:
-        """Number of text tokens that the pixels of each picture attend to."""
+        """Number of text tokens that the pixels of each image attend to."""
         return self.denoiser.text_lengths([c.content for c in self.conditions])
 
     @property
@@ -152,7 +152,7 @@ class Run:
         return self._lengths[key]
 
     def text(self, prompts: list[str | int], null: bool = False) -> Text:
-        """The encoded prompts or classes, one per picture; the same ones are encoded once."""
+        """The encoded prompts or classes, one per image; the same ones are encoded once."""
         key = (tuple(prompts), null)
         if key not in self._texts:
             words = [] if null else [p for p in looked_up(self.conditions) if p in prompts]
@@ -161,7 +161,7 @@ class Run:
         return self._texts[key]
 
     def noise(self, shape: tuple[int, ...], *tags: int | str) -> Tensor:
-        """Normal noise (B, *shape) that depends on each picture's seed and the tags only."""
+        """Normal noise (B, *shape) that depends on each image's seed and the tags only."""
         rows = [
             torch.randn(shape, generator=torch.Generator().manual_seed(derived_seed(seed, *tags)))
             for seed in self.seeds

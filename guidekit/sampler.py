@@ -1,6 +1,6 @@
 """The sampling loop, a generator of steps over any known diffusers scheduler.
 
-Without guidances it makes the same calls as the bare diffusers pipeline and the same pictures, bit
+Without guidances it makes the same calls as the bare diffusers pipeline and the same images, bit
 for bit.
 """
 
@@ -31,7 +31,7 @@ STEPS = 50  # where neither the user nor the model says
 
 
 class Sampling:
-    """One batch of pictures being drawn: iterate over its steps, then read `images`.
+    """One batch of images being drawn: iterate over its steps, then read `images`.
 
     denoiser: a Denoiser, a live pipeline or a model's name. conditions: one for all images or one
     per seed; a text is a prompt, a number a class. guidances: objects or plugins' names. seeds: one
@@ -142,7 +142,7 @@ class Sampling:
         return self
 
     def __iter__(self) -> Iterator[Step]:
-        """Yields every step after its prediction was made; the last one holds the pictures.
+        """Yields every step after its prediction was made; the last one holds the images.
 
         Several runs may share a model, also in threads: each denoiser call is shown to the run
         that made it. Raises GuidekitError for a run that was begun before.
@@ -246,7 +246,7 @@ def sample(
     guidances: Sequence[Guidance] = (),
     **options: Any,
 ) -> Sampling:
-    """Starts drawing pictures; see `Sampling` for the options."""
+    """Starts drawing images; see `Sampling` for the options."""
     return Sampling(denoiser, conditions, guidances, **options)
 
 
@@ -260,9 +260,9 @@ def draw(
     tries: int = 1,
     **options: Any,
 ) -> Tensor:
-    """Pictures (len(seeds), 3, H, W) in [0, 1], drawn in batches.
+    """Images (len(seeds), 3, H, W) in [0, 1], drawn in batches.
 
-    Where guidances reject pictures (`accept`), those are drawn again from seeds derived from their
+    Where guidances reject images (`accept`), those are drawn again from seeds derived from their
     own, at most `tries` times in all; the last draw stays.
     """
     denoiser, seeds = as_denoiser(denoiser), list(Seeds(seeds))
@@ -287,7 +287,7 @@ def draw(
 
 
 def accepted(guidances: Sequence[Guidance], images: Tensor) -> Tensor:
-    """Which pictures (B, 3, H, W) every guidance accepts: (B,) bool."""
+    """Which images (B, 3, H, W) every guidance accepts: (B,) bool."""
     kept = torch.ones(len(images), dtype=torch.bool)
     for guidance in guidances:
         kept &= guidance.accept(images).cpu()
@@ -305,7 +305,7 @@ def _check_numbers(steps: int, **numbers: float) -> None:
 def _check_images(
     denoiser: Denoiser, conditions: list[Condition], guidances: Sequence[Guidance]
 ) -> None:
-    """Raises GuidekitError for a reference picture that nothing reads."""
+    """Raises GuidekitError for a reference image that nothing reads."""
     given = any(c.image is not None for c in conditions)
     if given and not (denoiser.reads_image or any(g.reads_image for g in guidances)):
         raise GuidekitError(

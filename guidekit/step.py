@@ -38,7 +38,7 @@ class Step:
         self.change: Tensor | None = None  # of the combined output, asked for by the energies
         self.prediction: Tensor | None = None  # what scheduler.step is given
         self.variance: Tensor | None = None  # learned, what scheduler.step is given after it
-        self.images: Tensor | None = None  # pictures in [0, 1], after the last step
+        self.images: Tensor | None = None  # images in [0, 1], after the last step
 
     @property
     def frac(self) -> float:
@@ -93,13 +93,13 @@ class Step:
         return self._call(self, x, timestep, guidance, branch, graph, stop)
 
     def decode(self, x0: Tensor) -> Tensor:
-        """Pictures (B, 3, H, W) in [-1, 1] of clean latents, with gradient."""
+        """Images (B, 3, H, W) in [-1, 1] of clean latents, with gradient."""
         return self.run.denoiser.pixels(x0)
 
     def encode(self, pixels: Tensor) -> Tensor:
-        """Clean latents of pictures (B, 3, H, W) in [-1, 1], with gradient."""
+        """Clean latents of images (B, 3, H, W) in [-1, 1], with gradient."""
         return self.run.denoiser.latents(pixels)
 
     def noise(self, tag: str) -> Tensor:
-        """Noise like z per picture from (seed, step, repeat, tag): no plugin moves another's."""
+        """Noise like z per image from (seed, step, repeat, tag): no plugin moves another's."""
         return self.run.noise(self.run.latent_shape, self.index, self.repeat, tag)

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 FORMATS = ("BMP", "GIF", "JPEG", "PNG", "TIFF", "WEBP")
 MOST_PIXELS = 89_478_485  # Pillow warns above it: a quarter of a gigabyte at three bytes
 MOST_TEXT = 2**26  # bytes of a file of text; the largest vocabularies have a quarter
-MOST_MEMBER = 2**26  # bytes of a member of a tar; more is no picture of a web page
+MOST_MEMBER = 2**26  # bytes of a member of a tar; more is no image of a web page
 MOST_LAYERS = 1000  # that a config may ask for; each takes time before any weight is compared
 LONGEST_NAME = 200  # bytes of a folder's name, which file systems end at 255
 
@@ -309,11 +309,11 @@ def check_clip(config: object, where: str) -> None:
         )
 
 
-# Pictures and weights
+# Images and weights
 
 
 def open_picture(source: str | Path | IO[bytes]) -> "Image":
-    """A picture that is open but not decoded yet, of one of FORMATS and of at most MOST_PIXELS.
+    """An image that is open but not decoded yet, of one of FORMATS and of at most MOST_PIXELS.
 
     Raises FileNotFoundError, GuidekitError, and what else Pillow raises for damaged files.
     """

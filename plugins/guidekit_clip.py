@@ -1,9 +1,9 @@
-"""CLIP guidance: texts and reference pictures steer any diffusion model through a CLIP.
+"""CLIP guidance: texts and reference images steer any diffusion model through a CLIP.
 
 Liu, Park, Azadi, Zhang, Chopikyan, Hu, Shi, Rohrbach, Darrell: More Control for Free! Image
 Synthesis with Semantic Diffusion Guidance, WACV 2023, arXiv:2112.05744. A noise-aware image encoder
 reads the noisy sample itself, so the backbone needs no gradient. Departures from the released code:
-structure guidance (Eq. 8) is there, and Gram matrices (Eq. 9) are of one picture each.
+structure guidance (Eq. 8) is there, and Gram matrices (Eq. 9) are of one image each.
 """
 
 import math
@@ -27,7 +27,7 @@ RANDOM = "random"  # the name of a tiny encoder that nobody trained
 
 @dataclass(kw_only=True)
 class Clip(Guidance):
-    """Pulls pictures towards texts, and towards content, structure or style of references (Eq. 10).
+    """Pulls images towards texts, and towards content, structure or style of references (Eq. 10).
 
     The energy is minus the weighted sum of cosines (content, texts), plus weighted distances of
     maps (structure, Eq. 8) and of Gram matrices (style, Eq. 9). on: "z" reads the noisy sample, by
@@ -76,9 +76,9 @@ class Clip(Guidance):
         return (type(self), id(self))
 
     def towards(self, texts: list[list[str]] | None = None, images: Tensor | None = None) -> "Clip":
-        """Itself, with texts and references of each picture of the run, for runs from Python.
+        """Itself, with texts and references of each image of the run, for runs from Python.
 
-        texts: a list per picture. images: (B, R, 3, H, W) in [-1, 1]. In place of `text`, `image`.
+        texts: a list per image. images: (B, R, 3, H, W) in [-1, 1]. In place of `text`, `image`.
         For one batch; `Condition(targets={"clip": {"texts": [...], "images": (R, 3, H, W)}})` gives
         each image its own, whatever the batch.
         """
@@ -132,14 +132,14 @@ class Clip(Guidance):
         side = encoder.trained_size
         if self.on == "z" and side and tuple(run.size) != (side, side):
             raise GuidekitError(
-                f"the encoder {self.encoder} was trained on noise in pictures of {side}x{side}, "
+                f"the encoder {self.encoder} was trained on noise in images of {side}x{side}, "
                 f"here are {run.size[0]}x{run.size[1]}; train one for them (task noisy-clip), or "
                 f"use {self.name}.on=x0"
             )
         return encoder
 
     def _read_references(self, run: Run, dtype: torch.dtype) -> list[Tensor]:
-        """References, each (B, C, h, w): clean latents, or pictures where x0 is read."""
+        """References, each (B, C, h, w): clean latents, or images where x0 is read."""
         if self.own_images is None:
             if not self.image:
                 return []
@@ -148,9 +148,7 @@ class Clip(Guidance):
         else:
             images = self.own_images
         if len(images) != len(run.seeds):
-            raise GuidekitError(
-                f"references of {len(images)} pictures for {len(run.seeds)} pictures"
-            )
+            raise GuidekitError(f"references of {len(images)} images for {len(run.seeds)} images")
         parts = images.to(run.device, dtype).unbind(1)
         if self.on == "x0":
             return list(parts)
@@ -163,7 +161,7 @@ class Clip(Guidance):
         if self.own_texts is None and not self.text and not self._references:
             texts = [[c.prompt] if c.prompt else [] for c in run.conditions]
         if len(texts) != len(run.seeds):
-            raise GuidekitError(f"texts of {len(texts)} pictures for {len(run.seeds)} pictures")
+            raise GuidekitError(f"texts of {len(texts)} images for {len(run.seeds)} images")
         away = [(text, -weight) for text, weight in map(weighted, split(self.negative))]
         rows = [[weighted(text) for text in row] + away for row in texts]
         words = sorted({text for row in rows for text, _ in row})
@@ -214,13 +212,13 @@ class Clip(Guidance):
         return embeddings or [whole.embedding], whole.stages if whole else []
 
     def _see(self, x: Tensor, step: Step, stages: Sequence[int] = ()) -> Seen:
-        """What the encoder sees in samples of this step, or in pictures."""
+        """What the encoder sees in samples of this step, or in images."""
         if self.on == "z":
             return self._encoder.at(x, step.level, stages)
         return self._encoder.sees(x, stages)
 
     def _views(self, x: Tensor, step: Step) -> list[Tensor]:
-        """Views of x (B, C, h, w), drawn from the pictures' seeds; none without cosines."""
+        """Views of x (B, C, h, w), drawn from the images' seeds; none without cosines."""
         count, view = (self.cutouts, cutout) if self.cutouts else (self.views, shifted)
         if not (count and self._cosines):
             return []
@@ -229,7 +227,7 @@ class Clip(Guidance):
         return [view(x, place) for place in places]
 
     def _look_at_references(self, step: Step) -> list[Seen]:
-        """What it sees of the references, re-noised at this step with noise of each picture."""
+        """What it sees of the references, re-noised at this step with noise of each image."""
         with torch.no_grad():
             if self.on == "x0":
                 return [self._encoder.sees(r, self._stages) for r in self._references]
@@ -292,7 +290,7 @@ def style(maps: Sequence[Tensor], targets: Sequence[Tensor]) -> Tensor:
 
 
 def gram(maps: Tensor) -> Tensor:
-    """Gram matrix (B, C, C) of each picture's map (B, C, h, w), over C h w, float32 or better."""
+    """Gram matrix (B, C, C) of each image's map (B, C, h, w), over C h w, float32 or better."""
     flat = maps.flatten(2).to(torch.promote_types(maps.dtype, torch.float32))
     return flat @ flat.mT / maps[0].numel()
 
@@ -313,7 +311,7 @@ def shifted(x: Tensor, place: Tensor) -> Tensor:
 
 
 def cutout(pixels: Tensor, place: Tensor) -> Tensor:
-    """A square of each picture (B, 3, H, W), half to all of its side; place (B, 3) in [0, 1]."""
+    """A square of each image (B, 3, H, W), half to all of its side; place (B, 3) in [0, 1]."""
     share = 0.5 + 0.5 * place[:, 0]
     x, y = ((2 * place[:, i] - 1) * (1 - share) for i in (1, 2))
     zero = torch.zeros_like(share)

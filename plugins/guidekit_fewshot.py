@@ -2,7 +2,7 @@
 
 Graikos, Yellapragada, Samaras: Conditional generation from unconditional diffusion models using
 denoiser representations, BMVC 2023, arXiv:2306.01900. The head is fitted on a handful of labelled
-pictures by `guidekit fit`; the backbone stays as it is.
+images by `guidekit fit`; the backbone stays as it is.
 """
 
 from dataclasses import dataclass
@@ -20,7 +20,7 @@ from guidekit.heads.head import RANDOM, Head, load_head, random_head
 
 @dataclass(kw_only=True)
 class Fewshot(Guidance):
-    """Pulls pictures towards a class, labels or a mask, as a fitted head sees them.
+    """Pulls images towards a class, labels or a mask, as a fitted head sees them.
 
     An image's own target is `Condition(targets={"fewshot": ...})`: a label as of `label`, a class's
     number, or a mask `(H, W)` of class numbers in which -1 is free.
@@ -37,7 +37,7 @@ class Fewshot(Guidance):
     mask: Path | None = None  # indexed PNG with the values that the head was fitted on; or none
     # Where the gradient goes: both calls, up to the last site, the second one, the first one.
     form: Literal["paper", "stopped", "detached", "first"] = "stopped"
-    threshold: float = 0.2  # least probability of the class in a finished picture, to be accepted
+    threshold: float = 0.2  # least probability of the class in a finished image, to be accepted
 
     def __post_init__(self):
         super().__post_init__()
@@ -57,7 +57,7 @@ class Fewshot(Guidance):
         reading = self._head.config.reading
         if self.form == "first" and not reading.noised:
             raise GuidekitError(
-                "fewshot.form=first reads features of noisy pictures, and the head was fitted on "
+                "fewshot.form=first reads features of noisy images, and the head was fitted on "
                 "clean ones: guidekit fit ... --noised"
             )
         content, null = told(run.denoiser, reading.prompt)
@@ -75,7 +75,7 @@ class Fewshot(Guidance):
         return load_head(self.head, run.denoiser)
 
     def _wanted(self, run: Run) -> Tensor:
-        """The target of every picture: (B, classes), or (B, classes, h, w) of masks."""
+        """The target of every image: (B, classes), or (B, classes, h, w) of masks."""
         config, own = self._head.config, run.targets(self.name)
         if config.kind == "masks":
             masks = [self._from_file(run.size)] * len(run.seeds) if own is None else own
@@ -158,7 +158,7 @@ class Fewshot(Guidance):
         return step.x0.detach() + a / (a**2 + s**2) * (step.z - step.z.detach())
 
     def accept(self, images: Tensor) -> Tensor:
-        """Pictures whose target the head gives at least `threshold`; R12: bounded by --tries."""
+        """Images whose target the head gives at least `threshold`; R12: bounded by --tries."""
         logits = self._head.predict(self._denoiser, images * 2 - 1)
         return (self._head.confidence(logits, self._target[: len(images)]) >= self.threshold).cpu()
 

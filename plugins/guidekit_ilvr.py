@@ -1,4 +1,4 @@
-"""ILVR: low frequencies of the picture are those of a reference, at every step.
+"""ILVR: low frequencies of the image are those of a reference, at every step.
 
 Choi, Kim, Jeong, Gwon, Yoon: ILVR: Conditioning Method for Denoising Diffusion Probabilistic
 Models, ICCV 2021, arXiv:2108.02938. The reference is noised to the level of the next sample,
@@ -37,8 +37,8 @@ class Ilvr(Guidance):
     """
 
     scale: float = 1.0  # share of the low frequencies that is replaced
-    image: Path = Path("")  # reference picture; scene-3 is a built-in one
-    down: int = 4  # N: low frequencies are those that an N times smaller picture has
+    image: Path = Path("")  # reference image; scene-3 is a built-in one
+    down: int = 4  # N: low frequencies are those that an N times smaller image has
     own_images: Tensor | None = field(default=None, init=False, repr=False, compare=False)
 
     def __post_init__(self):
@@ -72,7 +72,7 @@ class Ilvr(Guidance):
                 raise GuidekitError(f"{self.name} needs a reference: --set {self.name}.image=FILE")
             images = read_references([self.image], run.size).expand(len(run.seeds), -1, -1, -1)
         if len(images) != len(run.seeds):
-            raise GuidekitError(f"{len(images)} references for {len(run.seeds)} pictures")
+            raise GuidekitError(f"{len(images)} references for {len(run.seeds)} images")
         with torch.no_grad():
             self._reference = run.denoiser.latents(images.to(run.device))
 

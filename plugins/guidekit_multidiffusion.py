@@ -1,4 +1,4 @@
-"""MultiDiffusion: a prompt for each region, and windows for pictures larger than the model's own.
+"""MultiDiffusion: a prompt for each region, and windows for images larger than the model's own.
 
 Bar-Tal, Yariv, Lipman, Dekel: MultiDiffusion: Fusing diffusion paths for controlled image
 generation, ICML 2023, arXiv:2302.08113, with the released code's bootstrapping.
@@ -20,7 +20,7 @@ from torch import Tensor
 from guidekit import Branch, Condition, Guidance, GuidekitError, Run, Segment, Step, hookimpl
 from guidekit.toolbox import derived_seed, require_segments
 
-BACKGROUNDS = 20  # one-coloured pictures to draw from, as in the released code
+BACKGROUNDS = 20  # one-coloured images to draw from, as in the released code
 
 View = tuple[int, int, int, int]
 
@@ -73,7 +73,7 @@ class MultiDiffusion(Guidance):
     def _texts(self, conditions: list[Condition]) -> list[tuple[str, list[str], list[str]]]:
         """Name, prompts and negative ones of the main prompt and of every region.
 
-        A picture with fewer regions than others has empty texts there, and no share of the output.
+        An image with fewer regions than others has empty texts there, and no share of the output.
         """
         main = ("main", [c.content for c in conditions], [c.negative for c in conditions])
         most = max(len(c.segments) for c in conditions)
@@ -84,7 +84,7 @@ class MultiDiffusion(Guidance):
         return [main, *((name, list(p), list(n)) for name, p, n in regions)]
 
     def _pair(self, condition: Condition, index: int) -> tuple[str, str]:
-        """Prompt and negative prompt of one region of one picture."""
+        """Prompt and negative prompt of one region of one image."""
         if index >= len(condition.segments):
             return "", ""
         segment: Segment = condition.segments[index]
@@ -110,7 +110,7 @@ class MultiDiffusion(Guidance):
         return added
 
     def _parts(self) -> list[tuple[int, View | None]]:
-        """Regions and windows to denoise; the main prompt on the whole picture is there already.
+        """Regions and windows to denoise; the main prompt on the whole image is there already.
 
         A region outside of a window would have no share of the output.
         """
@@ -124,7 +124,7 @@ class MultiDiffusion(Guidance):
     def _inputs(self, step: Step) -> list[Tensor | None]:
         """Own input (B, C, h, w) of every region, None where it is z.
 
-        While bootstrapping a region sees the noised encoding of a picture of one colour around its
+        While bootstrapping a region sees the noised encoding of an image of one colour around its
         mask, another one at every step (section 4.2, with the code's 20 of 50 steps). As in the
         code the noise is that which the run begins with, so that at first a region's input goes on
         across the edge of its mask.
@@ -235,7 +235,7 @@ def _shares(conditions: list[Condition], masks: Tensor) -> Tensor:
 
 
 def _backgrounds(run: Run) -> Tensor:
-    """Clean latents (20, C, h, w) of pictures of one colour, the same in every run."""
+    """Clean latents (20, C, h, w) of images of one colour, the same in every run."""
     colours = torch.rand(BACKGROUNDS, 3, generator=torch.Generator().manual_seed(0)) * 2 - 1
     with torch.no_grad():
         latents = [

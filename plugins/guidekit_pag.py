@@ -1,4 +1,4 @@
-"""Perturbed-attention guidance: away from a picture whose self-attention sees only itself.
+"""Perturbed-attention guidance: away from an image whose self-attention sees only itself.
 
 Ahn, Cho, Min, Jang, Kim, Kim, Park, Jin, Kim: Self-rectifying diffusion sampling with
 perturbed-attention guidance, ECCV 2024, arXiv:2403.17377. In the perturbed branch the map of

@@ -2,7 +2,7 @@
 
 Balaji et al.: eDiff-I: Text-to-image diffusion models with an ensemble of expert denoisers, 2022,
 arXiv:2211.01324, section 5: softmax((Q K^T + w A) / sqrt(d)) V with w = w' log(1 + sigma)
-max(Q K^T). The maximum is of each picture by itself here, so that a picture does not depend on its
+max(Q K^T). The maximum is of each image by itself here, so that an image does not depend on its
 batch; the code that circulates (cloneofsimo/paint-with-words-sd) takes it over the whole batch.
 """
 
@@ -91,7 +91,7 @@ class PaintWithWords(Guidance):
         return math.log1p(sigma if self.growth == "log" else sigma**2)
 
     def _statistic(self, call: AttentionCall, rows: slice, keys: slice) -> Tensor:
-        """Maximum or deviation of each picture's scaled logits, (B, 1, 1), without gradient.
+        """Maximum or deviation of each image's scaled logits, (B, 1, 1), without gradient.
 
         Of pixels and text; as many heads at a time as `LOGITS` allows, on a GPU mostly all.
         """

@@ -1,4 +1,4 @@
-"""Smoothed energy guidance: away from a picture whose self-attention is blurred.
+"""Smoothed energy guidance: away from an image whose self-attention is blurred.
 
 Hong: Smoothed energy guidance: Guiding diffusion models with reduced energy curvature of attention,
 NeurIPS 2024, arXiv:2408.00760. In the perturbed branch the queries of self-attention in the middle

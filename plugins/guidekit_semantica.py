@@ -76,12 +76,12 @@ class Semantica(Guidance):
     def prepare(self, run: Run) -> None:
         """Finds out which of its two forms the model has, and encodes the references."""
         if any(condition.image is None for condition in run.conditions):
-            raise GuidekitError(f"{self.name} follows a picture: give --image ref.png")
+            raise GuidekitError(f"{self.name} follows an image: give --image ref.png")
         self._tokens: Tensor | None = None
         if run.denoiser.reads_image:
             if run.denoiser.model.config.conditioning == "none":
                 raise GuidekitError(
-                    f"{self.name} follows a picture and this model was trained without any; "
+                    f"{self.name} follows an image and this model was trained without any; "
                     "take one of conditioning tokens or film"
                 )
             if run.cfg > 1:
@@ -126,7 +126,7 @@ class Semantica(Guidance):
         if states.shape[-1] != self._adapter.reads:
             raise GuidekitError(
                 f"{self.name}.adapter {self.adapter} reads {self._adapter.reads} channels, the "
-                f"picture encoder gives {states.shape[-1]}; set {self.name}.encoder to the one "
+                f"image encoder gives {states.shape[-1]}; set {self.name}.encoder to the one "
                 "that it was trained with"
             )
         with torch.no_grad():
@@ -151,7 +151,7 @@ class Semantica(Guidance):
             return self._clip(run.denoiser.pipeline.image_encoder, references)
         if published and not self.encoder:
             raise GuidekitError(
-                f"{self.name} needs the picture encoder of {self.adapter.name}: set "
+                f"{self.name} needs the image encoder of {self.adapter.name}: set "
                 f"{self.name}.encoder to the folder of its CLIPVisionModelWithProjection"
             )
         if published:

@@ -1,4 +1,4 @@
-"""Skip-layer guidance: away from a picture drawn without some of the layers.
+"""Skip-layer guidance: away from an image drawn without some of the layers.
 
 Stability AI's reference code of Stable Diffusion 3.5 (https://github.com/Stability-AI/sd3.5, 2024),
 whose scale and window are the defaults; Hyung, Kim, Hong, Kim, Choo: Spatiotemporal skip guidance

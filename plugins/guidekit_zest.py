@@ -249,7 +249,7 @@ class Zest(Guidance):
         return step.move.shift(-amount * step.next_level.norm * self._normalised(grad))
 
     def _normalised(self, grad: Tensor) -> Tensor:
-        """The gradient over its norm, each picture by itself."""
+        """The gradient over its norm, each image by itself."""
         norms: dict[str, Callable[[Tensor], Tensor]] = {
             "linf": lambda g: g.abs().amax(1),
             "l2": lambda g: g.norm(dim=1) / math.sqrt(g.shape[1]),

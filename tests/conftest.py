@@ -50,7 +50,7 @@ def model(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def encoder(tmp_path_factory):
-    """The directory of Semantica's tiny picture encoder."""
+    """The directory of Semantica's tiny image encoder."""
     import semantica_tiny
 
     folder = tmp_path_factory.mktemp("encoder")

@@ -1,7 +1,7 @@
-"""Vignette: pictures with dark corners, by a gradient on the estimated clean picture.
+"""Vignette: images with dark corners, by a gradient on the estimated clean image.
 
 The form is that of Bansal et al.: Universal guidance for diffusion models, 2023, arXiv:2302.07121:
-an energy of the clean picture that the denoiser expects, differentiated through the denoiser.
+an energy of the clean image that the denoiser expects, differentiated through the denoiser.
 """
 
 from dataclasses import dataclass
@@ -29,7 +29,7 @@ class Vignette(Guidance):
         self._corners = corners(*run.size, self.radius).to(run.device)
 
     def energy(self, step: Step) -> Tensor:
-        """Brightness of the corners, one number per picture (B,)."""
+        """Brightness of the corners, one number per image (B,)."""
         pixels = step.decode(step.x0)  # (B, 3, H, W) in [-1, 1]
         weights = self._corners.to(pixels.dtype)
         return (pixels.mean(1) * weights).sum((1, 2)) / weights.sum()

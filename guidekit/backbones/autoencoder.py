@@ -1,4 +1,4 @@
-"""Latents and pictures by the pipeline's autoencoder."""
+"""Latents and images by the pipeline's autoencoder."""
 
 import contextlib
 from typing import Any
@@ -18,7 +18,7 @@ class LatentDenoiser(Denoiser):
         return self.pipeline.vae_scale_factor
 
     def decode(self, z: Tensor) -> Tensor:
-        """Pictures (B, 3, H, W) in [0, 1] of finished latents, exactly as the pipeline does it."""
+        """Images (B, 3, H, W) in [0, 1] of finished latents, exactly as the pipeline does it."""
         with torch.no_grad():
             if self.vae.dtype == torch.float16 and self.vae.config.get("force_upcast"):
                 with in_float32(self.vae):
@@ -29,7 +29,7 @@ class LatentDenoiser(Denoiser):
         return self._finish(pixels)
 
     def _finish(self, pixels: Tensor) -> Tensor:
-        """Decoded pixels (B, 3, H, W) in [-1, 1] as pictures in [0, 1]."""
+        """Decoded pixels (B, 3, H, W) in [-1, 1] as images in [0, 1]."""
         return self.pipeline.image_processor.postprocess(pixels, output_type="pt")
 
     @property
@@ -37,12 +37,12 @@ class LatentDenoiser(Denoiser):
         return wide(self.vae)
 
     def pixels(self, x0: Tensor) -> Tensor:
-        """Pictures (B, 3, H, W) in [-1, 1] of clean latents x0, in float32 and with gradient."""
+        """Images (B, 3, H, W) in [-1, 1] of clean latents x0, in float32 and with gradient."""
         vae = self._wide_vae
         return vae.decode(self._unscale(x0.to(vae.dtype)), return_dict=False)[0]
 
     def latents(self, pixels: Tensor) -> Tensor:
-        """Clean latents x0 of pictures (B, 3, H, W) in [-1, 1], in float32 and with gradient."""
+        """Clean latents x0 of images (B, 3, H, W) in [-1, 1], in float32 and with gradient."""
         vae = self._wide_vae
         found = vae.encode(pixels.to(vae.dtype))
         return scaled(_coded(found, None), vae.config)

@@ -1,4 +1,4 @@
-"""The denoiser of a pipeline: conditions in, model outputs and pictures out, one class per kind.
+"""The denoiser of a pipeline: conditions in, model outputs and images out, one class per kind.
 
 `Denoiser(pipeline)` makes an instance of the subclass that has the pipeline's family. The
 pipeline's own `encode_prompt`, VAE and image processor do the work, so what they do stays what they
@@ -25,7 +25,7 @@ from guidekit.errors import GuidekitError
 
 @dataclass(frozen=True)
 class Text:
-    """What the model is told of B pictures: arguments of its forward, one row per picture."""
+    """What the model is told of B images: arguments of its forward, one row per image."""
 
     given: dict[str, Any] = field(default_factory=dict)
 
@@ -52,7 +52,7 @@ def _joined(values: list[Any]) -> Any:
 
 
 class Denoiser:
-    """The model of a live pipeline, what it is told, and its pictures: `Denoiser(pipeline)`.
+    """The model of a live pipeline, what it is told, and its images: `Denoiser(pipeline)`.
 
     Raises GuidekitError for a pipeline whose denoiser is of no family that is known.
     """
@@ -120,9 +120,9 @@ class Denoiser:
         return self.tokenizers[0].model_max_length if self.tokenizers else 0
 
     def text_lengths(self, prompts: list) -> list[int]:
-        """Number of text tokens that the pixels of each picture attend to in a call for `prompts`.
+        """Number of text tokens that the pixels of each image attend to in a call for `prompts`.
 
-        It differs between pictures only where a model packs text and pixels without padding.
+        It differs between images only where a model packs text and pixels without padding.
         """
         return [self.text_length] * len(prompts)
 
@@ -138,7 +138,7 @@ class Denoiser:
 
     @property
     def multiple(self) -> int:
-        """What height and width of a picture must be multiples of."""
+        """What height and width of an image must be multiples of."""
         return max(8, self.factor)
 
     @property
@@ -148,7 +148,7 @@ class Denoiser:
         return (own, own) if isinstance(own, int) else own and tuple(own)
 
     def latent_shape(self, height: int | None, width: int | None) -> tuple[int, int, int]:
-        """(C, h, w) of the latents of a picture; None stands for the model's own size.
+        """(C, h, w) of the latents of an image; None stands for the model's own size.
 
         Raises GuidekitError for a size that the model or the autoencoder cannot have.
         """
@@ -163,7 +163,7 @@ class Denoiser:
         return (self.channels, size[0] // self.factor, size[1] // self.factor)
 
     def layout_grids(self, height: int | None = None, width: int | None = None) -> list[tuple]:
-        """Grids (h, w) of the default layout sites, for a picture of that size."""
+        """Grids (h, w) of the default layout sites, for an image of that size."""
         _, h, w = self.latent_shape(height, width)
         return sorted(set(layout_sites(self.model, h, w).values()))
 
@@ -191,7 +191,7 @@ class Denoiser:
         return condition
 
     def content(self, condition: Condition) -> Any:
-        """What a branch is told of the condition: prompt, class or picture; it is hashable."""
+        """What a branch is told of the condition: prompt, class or image; it is hashable."""
         return condition.content
 
     def check_cfg(self, cfg: float) -> None:
@@ -211,7 +211,7 @@ class Denoiser:
         return contextlib.nullcontext()
 
     def text(self, prompts: list, size: tuple[int, int], null: bool = False) -> Text:
-        """What the model is told for `prompts`, one per picture of `size` (height, width).
+        """What the model is told for `prompts`, one per image of `size` (height, width).
 
         prompts: `content` of each. null: they are the negative ones.
         """
@@ -237,15 +237,15 @@ class Denoiser:
         return z
 
     def decode(self, z: Tensor) -> Tensor:
-        """Pictures (B, 3, H, W) in [0, 1] of finished latents, exactly as the pipeline does it."""
+        """Images (B, 3, H, W) in [0, 1] of finished latents, exactly as the pipeline does it."""
         raise NotImplementedError
 
     def pixels(self, x0: Tensor) -> Tensor:
-        """Pictures (B, 3, H, W) in [-1, 1] of clean latents x0, in float32 and with gradient."""
+        """Images (B, 3, H, W) in [-1, 1] of clean latents x0, in float32 and with gradient."""
         raise NotImplementedError
 
     def latents(self, pixels: Tensor) -> Tensor:
-        """Clean latents x0 of pictures (B, 3, H, W) in [-1, 1], in float32 and with gradient."""
+        """Clean latents x0 of images (B, 3, H, W) in [-1, 1], in float32 and with gradient."""
         raise NotImplementedError
 
     def drawn_latents(self, pixels: Tensor, generators: list[torch.Generator]) -> Tensor:

@@ -12,7 +12,7 @@ from guidekit.errors import GuidekitError
 
 
 class DiT(LatentDenoiser, families=("dit",)):
-    """DiTPipeline: `Condition.label`, or the class's name as the prompt; square pictures."""
+    """DiTPipeline: `Condition.label`, or the class's name as the prompt; square images."""
 
     cfg = 4.0
 
@@ -32,10 +32,10 @@ class DiT(LatentDenoiser, families=("dit",)):
         return self.model.config.num_embeds_ada_norm
 
     def latent_shape(self, height: int | None, width: int | None) -> tuple[int, int, int]:
-        """(C, h, w) of the latents; ValueError for pictures that are not square."""
+        """(C, h, w) of the latents; ValueError for images that are not square."""
         shape = super().latent_shape(height, width)
         if shape[1] != shape[2]:
-            raise GuidekitError(f"DiT draws square pictures, not {height}x{width}")
+            raise GuidekitError(f"DiT draws square images, not {height}x{width}")
         return shape
 
     def prepared(self, condition: Condition) -> Condition:

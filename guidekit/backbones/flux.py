@@ -38,7 +38,7 @@ class Flux(PackedLatents, TextDenoiser, families=("flux",)):
     def set_timesteps(
         self, scheduler, steps: int, shape: tuple[int, int, int], **own: list[float]
     ) -> None:
-        """Lays out the steps from 1 to 1 / steps, shifted by the size of the picture."""
+        """Lays out the steps from 1 to 1 / steps, shifted by the size of the image."""
         tokens = (shape[1] // 2) * (shape[2] // 2)
         set_flow_timesteps(scheduler, steps, self.device, tokens, keeps=True, who="Flux", **own)
 

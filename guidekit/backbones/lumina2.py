@@ -12,7 +12,7 @@ from guidekit.backbones.tokenizers import TemplateTokenizer
 class Lumina2(TextDenoiser, families=("lumina2",)):
     """Lumina2Pipeline: prompts after its system prompt, negative ones without.
 
-    The model's output is the velocity from noise to picture; here it has diffusers' sign.
+    The model's output is the velocity from noise to image; here it has diffusers' sign.
     """
 
     cfg = 4.0
@@ -60,7 +60,7 @@ class Lumina2(TextDenoiser, families=("lumina2",)):
         return Text({"encoder_hidden_states": states, "encoder_attention_mask": mask})
 
     def __call__(self, z: Tensor, timestep: Tensor, text: Text) -> Tensor:
-        """The velocity (B, C, h, w) from picture to noise."""
+        """The velocity (B, C, h, w) from image to noise."""
         time = 1 - timestep / self.pipeline.scheduler.config.num_train_timesteps
         return -super().__call__(z, time.to(z.device).expand(len(z)), text)
 

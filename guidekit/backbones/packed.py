@@ -1,4 +1,4 @@
-"""Steps of flow models whose shift depends on the size of the picture, and their packed latents."""
+"""Steps of flow models whose shift depends on the size of the image, and their packed latents."""
 
 import inspect
 
@@ -11,7 +11,7 @@ from guidekit.errors import GuidekitError
 
 
 def dynamic_shift(scheduler, tokens: int, max_shift: float) -> dict[str, float]:
-    """`mu` of `set_timesteps` for pictures of so many image tokens; empty for a fixed shift.
+    """`mu` of `set_timesteps` for images of so many image tokens; empty for a fixed shift.
 
     max_shift: the pipeline's own default, for configs without it. Raises GuidekitError for a
     scheduler that has the setting from another's config and cannot follow it.
@@ -21,7 +21,7 @@ def dynamic_shift(scheduler, tokens: int, max_shift: float) -> dict[str, float]:
         return {}
     if "mu" not in inspect.signature(scheduler.set_timesteps).parameters:
         raise GuidekitError(
-            f"{type(scheduler).__name__} cannot shift its steps by the size of the picture, as the "
+            f"{type(scheduler).__name__} cannot shift its steps by the size of the image, as the "
             "pipeline's own does (use_dynamic_shifting); use flow-euler, dpm++ or unipc"
         )
     mu = calculate_shift(

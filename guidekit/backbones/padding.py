@@ -1,7 +1,7 @@
-"""Sequences in which each picture's pixels follow its own number of text tokens.
+"""Sequences in which each image's pixels follow its own number of text tokens.
 
 Such a model (Lumina2) puts padding after the pixels of the shorter ones, so no one slice holds the
-pixels of a batch. Moved to between text and pixels, the padding leaves every picture the same
+pixels of a batch. Moved to between text and pixels, the padding leaves every image the same
 columns, and attention does not see the order of its tokens.
 """
 
@@ -14,7 +14,7 @@ from guidekit.attention.call import AttentionCall
 def aligned(lengths: list[int], rows: int) -> Tensor:
     """Order (B, rows) of the tokens with the padding between the text and the pixels.
 
-    lengths: text tokens of each picture. rows: those of the longest, and the pixels.
+    lengths: text tokens of each image. rows: those of the longest, and the pixels.
     """
     most = max(lengths)
     place = torch.arange(rows)
@@ -26,7 +26,7 @@ def aligned(lengths: list[int], rows: int) -> Tensor:
 
 
 def taken(x: Tensor, order: Tensor) -> Tensor:
-    """Tokens (B, ..., N, C) in another order (B, N) for each picture."""
+    """Tokens (B, ..., N, C) in another order (B, N) for each image."""
     index = order.to(x.device).view(len(order), *[1] * (x.ndim - 3), -1, 1)
     return x.gather(-2, index.expand(x.shape))
 

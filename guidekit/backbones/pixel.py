@@ -21,7 +21,7 @@ class PixelDenoiser(Denoiser):
                 )
 
     def decode(self, z: Tensor) -> Tensor:
-        """Pictures (B, 3, H, W) in [0, 1], exactly as the pipeline does it."""
+        """Images (B, 3, H, W) in [0, 1], exactly as the pipeline does it."""
         with torch.no_grad():
             return (z / 2 + 0.5).clamp(0, 1)
 

@@ -63,7 +63,7 @@ class QwenImage(PackedLatents, TextDenoiser, families=("qwen",)):
     def set_timesteps(
         self, scheduler, steps: int, shape: tuple[int, int, int], **own: list[float]
     ) -> None:
-        """Lays out the steps from 1 to 1 / steps, shifted by the size of the picture."""
+        """Lays out the steps from 1 to 1 / steps, shifted by the size of the image."""
         tokens = (shape[1] // 2) * (shape[2] // 2)
         set_flow_timesteps(
             scheduler, steps, self.device, tokens, keeps=False, who="Qwen-Image", **own
@@ -95,18 +95,18 @@ class QwenImage(PackedLatents, TextDenoiser, families=("qwen",)):
         return self.unpack(found, tuple(cond.shape[2:]))
 
     def decode(self, z: Tensor) -> Tensor:
-        """Pictures (B, 3, H, W) in [0, 1] of finished latents, exactly as the pipeline does it."""
+        """Images (B, 3, H, W) in [0, 1] of finished latents, exactly as the pipeline does it."""
         with torch.no_grad():
             frames = self.vae.decode(self._unscale(z.to(self.vae.dtype)), return_dict=False)[0]
         return self._finish(frames[:, :, 0])
 
     def pixels(self, x0: Tensor) -> Tensor:
-        """Pictures (B, 3, H, W) in [-1, 1] of clean latents x0, in float32 and with gradient."""
+        """Images (B, 3, H, W) in [-1, 1] of clean latents x0, in float32 and with gradient."""
         vae = self._wide_vae
         return vae.decode(self._unscale(x0.to(vae.dtype)), return_dict=False)[0][:, :, 0]
 
     def latents(self, pixels: Tensor) -> Tensor:
-        """Clean latents x0 of pictures (B, 3, H, W) in [-1, 1], in float32 and with gradient."""
+        """Clean latents x0 of images (B, 3, H, W) in [-1, 1], in float32 and with gradient."""
         vae = self._wide_vae
         x0 = vae.encode(pixels.to(vae.dtype)[:, :, None]).latent_dist.mode()[:, :, 0]
         mean, std = statistics(x0, self.vae.config)

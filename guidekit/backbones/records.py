@@ -169,7 +169,7 @@ FAMILIES = [
     Family(
         name="uvit",
         matches=_is("UViT"),
-        cross_sites=("*.attn2",),  # to the tokens of a picture
+        cross_sites=("*.attn2",),  # to the tokens of an image
         blocks=("*attentions.*",),
         encoders={"image": _WHOLE},
     ),
@@ -219,7 +219,7 @@ FAMILIES = [
         cross_sites=("layers.*.attn",),
         self_sites=("noise_refiner.*.attn", "layers.*.attn"),
         blocks=("layers.*",),
-        order="text first",  # each picture's own number of tokens, without padding
+        order="text first",  # each image's own number of tokens, without padding
         encoders={"gemma": _WHOLE},
     ),
 ]

@@ -19,7 +19,7 @@ from guidekit.backbones.denoiser import Denoiser
 from guidekit.backbones.records import Family
 from guidekit.errors import GuidekitError
 
-# Not one row per picture, though their first side may be as long as the batch.
+# Not one row per image, though their first side may be as long as the batch.
 WHOLE = ("img_ids", "txt_ids", "ip_adapter_masks", "skip_layers")
 
 
@@ -38,7 +38,7 @@ class Rows:
 class Replay:
     """The denoiser of a live pipeline with the arguments of the pipeline's own latest call.
 
-    `prompts` and `negatives` are the pipeline's own, one per picture; a branch with other prompts
+    `prompts` and `negatives` are the pipeline's own, one per image; a branch with other prompts
     raises GuidekitError, because the pipeline has not encoded them.
     """
 
@@ -124,7 +124,7 @@ class Replay:
 
     @property
     def copies(self) -> int:
-        """How many rows of the call each picture has: 1, [cond], or 2, [null, cond].
+        """How many rows of the call each image has: 1, [cond], or 2, [null, cond].
 
         Raises GuidekitError for other numbers.
         """
@@ -132,7 +132,7 @@ class Replay:
         if rows not in (pictures, 2 * pictures):
             raise GuidekitError(
                 f"{type(self.pipeline).__name__} calls its denoiser with {rows} rows for "
-                f"{pictures} pictures; attach knows [cond] and [null, cond] in one batch"
+                f"{pictures} images; attach knows [cond] and [null, cond] in one batch"
             )
         return rows // pictures
 
@@ -156,7 +156,7 @@ class Replay:
         return self._given["encoder_hidden_states"].shape[1] if self._given else 10**6
 
     def text_lengths(self, prompts: list[str]) -> list[int]:
-        """Number of text tokens that the pixels of each picture attend to."""
+        """Number of text tokens that the pixels of each image attend to."""
         return [self.text_length] * len(prompts)
 
     @property

@@ -78,7 +78,7 @@ class Sana(TextDenoiser, families=("sana",)):
         return super().__call__(z.to(self.model.dtype), timestep, text).to(z.dtype)
 
     def latents(self, pixels: Tensor) -> Tensor:
-        """Clean latents x0 of pictures (B, 3, H, W) in [-1, 1], in float32 and with gradient."""
+        """Clean latents x0 of images (B, 3, H, W) in [-1, 1], in float32 and with gradient."""
         vae = self._wide_vae
         found = vae.encode(pixels.to(vae.dtype), return_dict=False)[0]
         return found * vae.config.scaling_factor

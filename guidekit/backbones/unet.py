@@ -75,7 +75,7 @@ class StableDiffusionXL(StableDiffusion, families=("sdxl",)):
         return Text({"encoder_hidden_states": states, "added_cond_kwargs": added})
 
     def _time_ids(self, size: tuple[int, int], count: int, states: Tensor) -> Tensor:
-        """Original size, crop and target size, all for an uncropped picture."""
+        """Original size, crop and target size, all for an uncropped image."""
         projection = self.pipeline.text_encoder_2.config.projection_dim
         ids = self.pipeline._get_add_time_ids(
             size, (0, 0), size, dtype=states.dtype, text_encoder_projection_dim=projection

@@ -1,4 +1,4 @@
-"""Semantica: a pixel model that follows a reference picture."""
+"""Semantica: a pixel model that follows a reference image."""
 
 from functools import cached_property
 
@@ -12,7 +12,7 @@ from guidekit.references import Reference
 
 
 class Semantica(PixelDenoiser, families=("uvit",)):
-    """SemanticaPipeline: `Condition.image`; a null is no picture. cfg is 1 + the paper's w."""
+    """SemanticaPipeline: `Condition.image`; a null is no image. cfg is 1 + the paper's w."""
 
     reads_image = True
 
@@ -33,22 +33,22 @@ class Semantica(PixelDenoiser, families=("uvit",)):
         return self._shape[0]
 
     def check(self, conditions: list[Condition]) -> None:
-        """Raises GuidekitError for a condition without a picture, and for texts beside it."""
+        """Raises GuidekitError for a condition without an image, and for texts beside it."""
         super().check(conditions)
         if any(c.image is None for c in conditions):
             raise GuidekitError(
-                f"{type(self.pipeline).__name__} follows a picture: give --image ref.png, or "
+                f"{type(self.pipeline).__name__} follows an image: give --image ref.png, or "
                 "Condition(image=Reference(...))"
             )
-        self.check_no_text(conditions, "follows a picture")
+        self.check_no_text(conditions, "follows an image")
 
     def content(self, condition: Condition) -> Reference:
-        """The reference picture."""
+        """The reference image."""
         return condition.image
 
     @cached_property
     def _shape(self) -> tuple[int, int]:
-        """Number and channels of what the encoder says of a picture."""
+        """Number and channels of what the encoder says of an image."""
         tokens, channels, pooled = self.pipeline.encoder.shapes()
         film = self.model.config.conditioning == "film"
         return (1, pooled) if film else (tokens, channels)

@@ -88,7 +88,7 @@ class Injector:
         if value.shape != (len(step.z),):
             raise GuidekitError(
                 f"the energy of {guidance.name} has shape {tuple(value.shape)}; it must be one "
-                f"number per picture, ({len(step.z)},)"
+                f"number per image, ({len(step.z)},)"
             )
         if not value.requires_grad:
             raise GuidekitError(

@@ -1,6 +1,6 @@
-"""Measures of guided pictures: mIoU of layouts, presence, Frechet and kernel distance, intervals.
+"""Measures of guided images: mIoU of layouts, presence, Frechet and kernel distance, intervals.
 
-The built-in judge reads the pictures; it never guides. Heusel et al. 2017 (arXiv:1706.08500) for
+The built-in judge reads the images; it never guides. Heusel et al. 2017 (arXiv:1706.08500) for
 the Frechet distance, Binkowski et al. 2018 (arXiv:1801.01401) for the kernel distance.
 """
 
@@ -15,14 +15,14 @@ from guidekit.train.judge import Judge
 from guidekit.worlds import scenes
 from guidekit.zoo.shipped import ZOO
 
-# An object counts as found where at least this share of the picture is given its class; the
+# An object counts as found where at least this share of the image is given its class; the
 # smallest object, a ring of 0.3 of the side, covers 0.045.
 FOUND = 0.015
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """What the judge sees in n pictures: classes (n, H, W), 0 for none, and features (n, 64)."""
+    """What the judge sees in n images: classes (n, H, W), 0 for none, and features (n, 64)."""
 
     classes: np.ndarray
     features: np.ndarray
@@ -35,7 +35,7 @@ def load_judge() -> Judge:
 
 
 def see(judge: Judge, images: Tensor, batch: int = 64) -> Verdict:
-    """The judge's verdict on pictures (n, 3, H, W) in [0, 1]."""
+    """The judge's verdict on images (n, 3, H, W) in [0, 1]."""
     classes, features = [], []
     with torch.no_grad():
         for part in images.split(batch):
@@ -48,7 +48,7 @@ def see(judge: Judge, images: Tensor, batch: int = 64) -> Verdict:
 def overlaps(
     found: np.ndarray, wanted: np.ndarray, labelled_only: bool = False
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Intersection and union in pixels of every picture and class, each (n, 48).
+    """Intersection and union in pixels of every image and class, each (n, 48).
 
     found, wanted: class maps (n, H, W). labelled_only: pixels without a wanted object do not
     count, as in ZestGuide's evaluation; there an object may spill into free space at no cost.
@@ -78,7 +78,7 @@ def asked_pixels(wanted: np.ndarray) -> np.ndarray:
 
 
 def presence(found: np.ndarray, wanted: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Objects found anywhere in the picture, and objects asked for, of each picture: (n,) each."""
+    """Objects found anywhere in the image, and objects asked for, of each image: (n,) each."""
     pixels = found.shape[1] * found.shape[2]
     asked = asked_pixels(wanted) > 0
     seen = asked_pixels(found) >= FOUND * pixels
@@ -110,7 +110,7 @@ def kernel_distance(a: np.ndarray, b: np.ndarray) -> float:
 def interval(
     statistic: Callable[[np.ndarray], float], n: int, draws: int = 1000, seed: int = 0
 ) -> tuple[float, float]:
-    """95% bootstrap interval of a statistic of n pictures, given the indices of a resample."""
+    """95% bootstrap interval of a statistic of n images, given the indices of a resample."""
     rng = np.random.default_rng(seed)
     values = [statistic(rng.integers(n, size=n)) for _ in range(draws)]
     low, high = np.quantile(values, [0.025, 0.975])

@@ -1,6 +1,6 @@
-"""`guidekit augment`: a class-folder data set of generated pictures that their head accepts.
+"""`guidekit augment`: a class-folder data set of generated images that their head accepts.
 
-Rejection as in Graikos et al. 2023, section 4.3: a picture is kept if the probability of its class
+Rejection as in Graikos et al. 2023, section 4.3: an image is kept if the probability of its class
 exceeds a threshold; tries are bounded.
 """
 
@@ -24,7 +24,7 @@ from guidekit.untrusted import file_name
 
 @dataclass(frozen=True)
 class Harvest:
-    """What came of one class: pictures wanted, drawn, accepted and kept."""
+    """What came of one class: images wanted, drawn, accepted and kept."""
 
     label: str
     wanted: int
@@ -33,7 +33,7 @@ class Harvest:
 
     @property
     def rate(self) -> float:
-        """Share of the drawn pictures that were accepted."""
+        """Share of the drawn images that were accepted."""
         return self.accepted / self.drawn
 
 
@@ -46,9 +46,9 @@ def accepted_pictures(
     seed: int = 0,
     **options: Any,
 ) -> tuple[Tensor | None, int, int]:
-    """Up to `count` accepted pictures (n, 3, H, W), the number drawn and the number accepted.
+    """Up to `count` accepted images (n, 3, H, W), the number drawn and the number accepted.
 
-    At most tries * count pictures are drawn. options: of `Sampling`.
+    At most tries * count images are drawn. options: of `Sampling`.
     """
     kept, drawn, limit = [], 0, tries * count
     while sum(map(len, kept)) < count and drawn < limit:

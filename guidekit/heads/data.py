@@ -40,10 +40,10 @@ LABEL_COLUMNS = ("label", "labels", "class")
 
 @dataclass(frozen=True)
 class Examples:
-    """Pictures with what is known of them; `pictures` and `masks` are read by index.
+    """Images with what is known of them; `pictures` and `masks` are read by index.
 
     kind: "classes" (targets (n,) are indices), "labels" (targets (n, L) are zeros and ones) or
-    "masks". pictures(i): (C, H, W) in [-1, 1]. masks(i): (h, w) of class indices, -1 unlabelled.
+    "masks". images(i): (C, H, W) in [-1, 1]. masks(i): (h, w) of class indices, -1 unlabelled.
     key: what tells these examples from others, for the cache of features.
     """
 
@@ -60,12 +60,12 @@ class Examples:
         return self.count
 
     def load(self, indices: Sequence[int]) -> Tensor:
-        """Some pictures (B, C, H, W) in [-1, 1]."""
+        """Some images (B, C, H, W) in [-1, 1]."""
         return torch.stack([self.pictures(i) for i in indices])
 
     @property
     def per_class(self) -> dict[str, int]:
-        """Number of pictures that have each class; of masks, that show it."""
+        """Number of images that have each class; of masks, that show it."""
         if self.kind == "masks":
             seen = Counter(int(c) for i in range(self.count) for c in self.masks(i).unique())
         elif self.kind == "classes":
@@ -81,7 +81,7 @@ class Examples:
         classes: Sequence[str],
         kind: str = "classes",
     ) -> "Examples":
-        """Examples that are in memory: pictures (n, C, H, W) in [-1, 1] and their targets.
+        """Examples that are in memory: images (n, C, H, W) in [-1, 1] and their targets.
 
         targets: (n,) indices of classes, (n, L) zeros and ones, or masks (n, H, W) of indices.
         """
@@ -102,19 +102,19 @@ class Examples:
 
 
 def read_examples(path: str | Path, size: tuple[int, int], channels: int = 3) -> Examples:
-    """The examples in a folder or a table, their pictures cropped and resized to `size` (H, W).
+    """The examples in a folder or a table, their images cropped and resized to `size` (H, W).
 
     Raises GuidekitError that names the file at fault: nothing there, no labels, a mask without its
-    picture or of another size, a file that is no picture, a class with no example.
+    image or of another size, a file that is no image, a class with no example.
     """
     path = Path(path)
     if not path.exists():
-        raise GuidekitError(f"{path} does not exist; give a folder of labelled pictures or a table")
+        raise GuidekitError(f"{path} does not exist; give a folder of labelled images or a table")
     layout = _layout(path)
     examples = layout(path, size, channels)
     if len(examples.classes) < 2 and examples.kind == "classes":
         raise GuidekitError(
-            f"{path} has one class only ({examples.classes[0]}); add pictures of another one, for "
+            f"{path} has one class only ({examples.classes[0]}); add images of another one, for "
             "an attribute a folder `negative` beside `positive`"
         )
     return examples
@@ -146,15 +146,15 @@ def _from_folders(path: Path, size: tuple[int, int], channels: int) -> Examples:
         found = _pictures_in(path)
         if found:
             raise GuidekitError(
-                f"the {len(found)} pictures in {path} have no labels; put them into a folder per "
+                f"the {len(found)} images in {path} have no labels; put them into a folder per "
                 "class, add masks/ beside images/, or add a metadata.jsonl"
             )
-        raise GuidekitError(f"{path} is empty; put a folder of pictures per class into it")
+        raise GuidekitError(f"{path} is empty; put a folder of images per class into it")
     files, targets = [], []
     for index, folder in enumerate(folders):
         found = _pictures_in(folder)
         if not found:
-            raise GuidekitError(f"the class folder {folder} has no pictures; fill or remove it")
+            raise GuidekitError(f"the class folder {folder} has no images; fill or remove it")
         files += found
         targets += [index] * len(found)
     names = tuple(folder.name for folder in folders)
@@ -164,7 +164,7 @@ def _from_folders(path: Path, size: tuple[int, int], channels: int) -> Examples:
 
 
 def _from_table(path: Path, size: tuple[int, int], channels: int) -> Examples:
-    """A CSV or JSON-lines file with one row per picture."""
+    """A CSV or JSON-lines file with one row per image."""
     rows = _rows(path)
     column = next((c for c in FILE_COLUMNS if c in rows[0]), None)
     if column is None:
@@ -247,13 +247,13 @@ def _from_masks(path: Path, size: tuple[int, int], channels: int) -> Examples:
     pictures, masks = path / "images", path / "masks"
     for folder in (pictures, masks):
         if not folder.is_dir() or not _pictures_in(folder):
-            raise GuidekitError(f"{folder} has no pictures; images/ and masks/ go together by stem")
+            raise GuidekitError(f"{folder} has no images; images/ and masks/ go together by stem")
     by_stem = {p.stem: p for p in _pictures_in(masks)}
     files = _pictures_in(pictures)
     stems = {f.stem for f in files}
     if lonely := sorted(stems.symmetric_difference(by_stem)):
         raise GuidekitError(
-            f"{path}: {lonely[0]!r} and {len(lonely) - 1} others lack picture or mask"
+            f"{path}: {lonely[0]!r} and {len(lonely) - 1} others lack image or mask"
         )
     values = [_mask_values(by_stem[f.stem], f) for f in files]
     known = sorted({int(v) for found in values for v in np.unique(found)} - {UNLABELLED})

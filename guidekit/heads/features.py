@@ -1,6 +1,6 @@
 """Features of a frozen denoiser at named sites and noise levels, streamed through a disk cache.
 
-The paper feeds the clean picture with a fixed timestep (Graikos et al. 2023, section 3.1); noising
+The paper feeds the clean image with a fixed timestep (Graikos et al. 2023, section 3.1); noising
 it to that timestep first is what Baranchuk et al. 2022 (arXiv:2112.03126) do.
 """
 
@@ -29,7 +29,7 @@ from guidekit.taps import find_sites, tap_blocks
 
 Maps = dict[str, Tensor]  # features (B, C, h, w) by site
 
-# Random numbers that noise the pictures of a fit come from here.
+# Random numbers that noise the images of a fit come from here.
 NOISE_SEED = 0x5EED
 
 
@@ -39,7 +39,7 @@ class Reading:
 
     sites: blocks, in the order in which their channels are joined. timesteps: in the model's own
     units, 0 to 1000. noised: the input is noised to the timestep, else it is clean. pool: side of
-    the grid that features are averaged to for a head of whole pictures; 0 keeps the maps. prompt:
+    the grid that features are averaged to for a head of whole images; 0 keeps the maps. prompt:
     what a model that reads text is told.
     """
 
@@ -51,7 +51,7 @@ class Reading:
 
 
 def default_sites(denoiser: Denoiser, kind: str) -> tuple[str, ...]:
-    """Sites where nobody named any: all decoder blocks for masks, the middle for whole pictures.
+    """Sites where nobody named any: all decoder blocks for masks, the middle for whole images.
 
     Transformers have no decoder: the blocks at half and three quarters of the depth.
     """
@@ -126,7 +126,7 @@ def observe(denoiser: Denoiser, x0: Tensor, reading: Reading, eps: Tensor | None
 
 
 def fixed_noise(numbers: Sequence[int], shape: tuple[int, ...]) -> Tensor:
-    """Noise (B, *shape) of numbered pictures, the same whatever their batch."""
+    """Noise (B, *shape) of numbered images, the same whatever their batch."""
     return torch.stack(
         [
             torch.randn(shape, generator=torch.Generator().manual_seed(NOISE_SEED + n))
@@ -148,7 +148,7 @@ def joined(maps: Maps, sites: Sequence[str], grid: tuple[int, int]) -> Tensor:
 class FeatureCache:
     """Features of all examples as arrays on disk; memory holds a batch at a time.
 
-    A complete array is used again for the same backbone, pictures and reading.
+    A complete array is used again for the same backbone, images and reading.
     """
 
     def __init__(self, folder: Path, key: dict):
@@ -203,9 +203,9 @@ def collect(
     key: str,
     batch: int = 16,
 ) -> dict[str, np.ndarray]:
-    """Features of `count` pictures, on disk: "t.site" to (count, D), or (count, C, h, w).
+    """Features of `count` images, on disk: "t.site" to (count, D), or (count, C, h, w).
 
-    pictures: (B, C, H, W) in [-1, 1] by index. With `pool` 0 the maps themselves.
+    images: (B, C, H, W) in [-1, 1] by index. With `pool` 0 the maps themselves.
     """
 
     def rows(part: range) -> dict[str, Tensor]:

@@ -1,4 +1,4 @@
-"""`guidekit fit`: labelled pictures to a head, in under a minute for twenty of them."""
+"""`guidekit fit`: labelled images to a head, in under a minute for twenty of them."""
 
 import dataclasses
 import time
@@ -45,13 +45,13 @@ class FitOptions:
 
     sites: tuple[str, ...] = ()  # wildcards of blocks; none is the backbone's default
     timesteps: tuple[int, ...] = ()  # 0 to 1000; none is 500 clean, 100 to 900 noised
-    noised: bool = False  # noise the pictures to the timestep; the paper's are clean
-    pool: int = 0  # side of the grid of averages for whole pictures; 0 is 2
+    noised: bool = False  # noise the images to the timestep; the paper's are clean
+    pool: int = 0  # side of the grid of averages for whole images; 0 is 2
     estimator: str = ""  # logistic | ridge, of masks mlp | linear; "" is logistic or mlp
     auto: bool = False  # choose site, timestep and pool by cross-validation
     budget: float = 30.0  # seconds that `auto` may take
     epochs: int = EPOCHS  # of the mlp
-    copies: int = 6  # variants of every picture for the mlp, flipped and of other brightness
+    copies: int = 6  # variants of every image for the mlp, flipped and of other brightness
     prompt: str = ""  # what a model that reads text is told
     seed: int = 0
     cache: Path | None = None  # folder where features stay for the next fit
@@ -128,7 +128,7 @@ def fit_pictures(
     options: FitOptions,
     folder: Path,
 ) -> tuple[Head, list[str]]:
-    """A linear head of whole pictures, for classes or for several labels."""
+    """A linear head of whole images, for classes or for several labels."""
     arrays = collect(denoiser, examples.load, len(examples), reading, folder, examples.key)
     parts = [
         np.concatenate([np.asarray(arrays[f"{t}.{s}"], np.float64) for s in reading.sites], 1)
@@ -193,7 +193,7 @@ def fit_masks(
     options: FitOptions,
     folder: Path,
 ) -> tuple[Head, list[str]]:
-    """A mask head at the grid of the denoiser's latents; the last score is of held-out pictures."""
+    """A mask head at the grid of the denoiser's latents; the last score is of held-out images."""
     copies = options.copies if estimator == "mlp" else 1
 
     def pictures(rows: list[int]) -> torch.Tensor:
@@ -229,7 +229,7 @@ def fit_masks(
     if rest:
         scores = {"held_out_miou": head_iou(make(rest), held), "held_out": len(held)}
     else:
-        notes.append("one picture only: no score on held-out pictures")
+        notes.append("one image only: no score on held-out images")
     return _with_scores(rows.head, scores), notes
 
 

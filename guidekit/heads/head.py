@@ -152,7 +152,7 @@ class Head(nn.Module):
 
     @torch.no_grad()
     def predict(self, denoiser: Denoiser, pictures: Tensor) -> Tensor:
-        """Logits of real or finished pictures (B, C, H, W) in [-1, 1]."""
+        """Logits of real or finished images (B, C, H, W) in [-1, 1]."""
         x0 = denoiser.latents(pictures.to(denoiser.device))
         eps = fixed_noise(range(len(x0)), tuple(x0.shape[1:]))
         return self(observe(denoiser, x0, self.config.reading, eps[:1].expand_as(eps)))

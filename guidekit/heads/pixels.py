@@ -1,7 +1,7 @@
 """Mask heads: the paper's 1x1-convolution network, and a linear one.
 
 Graikos et al. 2023: three hidden layers of 64 channels with ReLU, cross-entropy, Adam at 5e-4,
-batches of 4, 50 epochs, pictures flipped and with brightness 0.5 to 1.5 at random. Features are
+batches of 4, 50 epochs, images flipped and with brightness 0.5 to 1.5 at random. Features are
 computed once for each of a few such variants and read from disk.
 """
 
@@ -22,7 +22,7 @@ LINEAR_ROWS = 12_000  # pixels that the linear head is fitted on
 
 
 def varied(picture: Tensor, mask: Tensor, variant: int) -> tuple[Tensor, Tensor]:
-    """Variant of a picture (C, H, W) in [-1, 1] and its mask (H, W); number 0 is itself.
+    """Variant of an image (C, H, W) in [-1, 1] and its mask (H, W); number 0 is itself.
 
     Odd ones are flipped left to right; all but the first have another brightness.
     """
@@ -125,7 +125,7 @@ def _pixel_loss(logits: Tensor, target: Tensor) -> Tensor:
 def train_linear(rows: MaskRows, seed: int = 0) -> list[dict]:
     """Fits linear readouts by logistic regression on some of the pixels; returns their scores.
 
-    Pictures, not pixels, are held out in the cross-validation.
+    Images, not pixels, are held out in the cross-validation.
     """
     scores = []
     for place, readout in enumerate(rows.head.readouts):
@@ -139,9 +139,9 @@ def train_linear(rows: MaskRows, seed: int = 0) -> list[dict]:
 def sampled_pixels(
     rows: MaskRows, place: int, limit: int, seed: int
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Features (n, C), classes (n,) and the picture (n,) of pixels drawn from every example.
+    """Features (n, C), classes (n,) and the image (n,) of pixels drawn from every example.
 
-    Of the same number from every picture; cells without a majority class are left out.
+    Of the same number from every image; cells without a majority class are left out.
     """
     rng, found = np.random.default_rng(seed), []
     each = max(1, limit // len(rows.examples))

@@ -1,1 +1,1 @@
-"""Image encoders that read noisy pictures: an open_clip model made to know the noise level."""
+"""Image encoders that read noisy images: an open_clip model made to know the noise level."""

@@ -1,4 +1,4 @@
-"""Pictures to train on: scenes, or any folder of pictures."""
+"""Images to train on: scenes, or any folder of images."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -19,11 +19,11 @@ class Scenes:
     """Scenes by number, which never repeat; four neighbours differ in shapes only."""
 
     def pictures(self, numbers: range, size: int, generator: torch.Generator) -> Tensor:
-        """Pictures (B, 3, size, size) in [-1, 1]."""
+        """Images (B, 3, size, size) in [-1, 1]."""
         return scenes.batch([reshaped(i, ALIKE) for i in numbers], size)[0]
 
     def keys(self, numbers: range) -> Tensor:
-        """What tells the pictures apart (B,)."""
+        """What tells the images apart (B,)."""
         return torch.tensor(numbers)
 
 
@@ -41,28 +41,28 @@ def reshaped(number: int, alike: int) -> scenes.Scene:
 
 
 class Folder:
-    """All pictures below a folder, cut to squares and mirrored at random.
+    """All images below a folder, cut to squares and mirrored at random.
 
-    Raises GuidekitError for a folder without pictures.
+    Raises GuidekitError for a folder without images.
     """
 
     def __init__(self, path: str | Path):
         self.files = sorted(p for p in Path(path).rglob("*") if p.suffix.lower() in SUFFIXES)
         if not self.files:
             raise GuidekitError(
-                f"data {str(path)!r} is neither 'scenes' nor a folder with pictures "
+                f"data {str(path)!r} is neither 'scenes' nor a folder with images "
                 f"({', '.join(SUFFIXES)})"
             )
 
     def pictures(self, numbers: range, size: int, generator: torch.Generator) -> Tensor:
-        """Pictures (B, 3, size, size) in [-1, 1]; every file once before any comes again."""
+        """Images (B, 3, size, size) in [-1, 1]; every file once before any comes again."""
         chosen = [self.files[i] for i in self.keys(numbers).tolist()]
         stack = torch.stack([read_image(path, (size, size)) for path in chosen])
         mirrored = torch.rand(len(stack), 1, 1, 1, generator=generator) < 0.5
         return torch.where(mirrored, stack.flip(-1), stack)
 
     def keys(self, numbers: range) -> Tensor:
-        """What tells the pictures apart (B,): their places among the files."""
+        """What tells the images apart (B,): their places among the files."""
         count = len(self.files)
         return torch.tensor([shuffled(i % count, count, i // count) for i in numbers])
 

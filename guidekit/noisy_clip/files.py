@@ -37,7 +37,7 @@ class Clip:
 
     @property
     def size(self) -> tuple[int, int]:
-        """Height and width of the pictures that it takes."""
+        """Height and width of the images that it takes."""
         size = self.model.visual.image_size
         return (size, size) if isinstance(size, int) else tuple(size)
 

@@ -19,7 +19,7 @@ PREPROCESS = {
 
 
 def random_clip(vision: dict = VISION, size: int = 16) -> Clip:
-    """A CLIP for pictures of `size`, the same at every call; BatchNorms have statistics."""
+    """A CLIP for images of `size`, the same at every call; BatchNorms have statistics."""
     model_cfg = {"embed_dim": 24, "vision_cfg": vision, "text_cfg": TEXT}
     config = {"model_cfg": model_cfg, "preprocess_cfg": PREPROCESS | {"size": [size, size]}}
     with torch.random.fork_rng(devices=[]):
@@ -34,7 +34,7 @@ def random_clip(vision: dict = VISION, size: int = 16) -> Clip:
 
 
 def random_encoder(channels: int, noisy: bool = True) -> CleanClip:
-    """An encoder of pictures, or of latents with other than 3 channels."""
+    """An encoder of images, or of latents with other than 3 channels."""
     clip = random_clip()
     return random_noisy(clip, 0 if channels == 3 else channels) if noisy else CleanClip(clip)
 

@@ -1,4 +1,4 @@
-"""A CLIP whose image encoder reads noisy pictures or latents at any noise level.
+"""A CLIP whose image encoder reads noisy images or latents at any noise level.
 
 Liu et al.: More Control for Free! Image Synthesis with Semantic Diffusion Guidance, WACV 2023,
 arXiv:2112.05744, section 3.2. The input is z / sqrt(a^2 + s^2) and the level its log
@@ -60,7 +60,7 @@ class Own:
 
 
 class CleanClip(nn.Module):
-    """An open_clip model as it is: what it sees in clean pictures, and its texts."""
+    """An open_clip model as it is: what it sees in clean images, and its texts."""
 
     def __init__(self, clip: Clip):
         super().__init__()
@@ -76,7 +76,7 @@ class CleanClip(nn.Module):
         return self.clip.visual
 
     def sees(self, pixels: Tensor, stages: Sequence[int] = ()) -> Seen:
-        """What it sees in clean pictures (B, 3, H, W) in [-1, 1] of any size."""
+        """What it sees in clean images (B, 3, H, W) in [-1, 1] of any size."""
         return look(self.visual, self.normalised(pixels), stages)
 
     @property
@@ -87,7 +87,7 @@ class CleanClip(nn.Module):
             return len(self.visual.forward_intermediates(blank)["image_intermediates"])
 
     def normalised(self, pixels: Tensor) -> Tensor:
-        """Pictures (B, 3, H, W) in [-1, 1] at the encoder's size, with its mean and spread."""
+        """Images (B, 3, H, W) in [-1, 1] at the encoder's size, with its mean and spread."""
         return ((resized(pixels, self.size) + 1) / 2 - self.mean) / self.std
 
     def texts(self, texts: list[str]) -> Tensor:
@@ -101,8 +101,8 @@ class NoisyClip(CleanClip):
     """An open_clip model whose image encoder knows the noise level; its texts stay as they were.
 
     clip: any open_clip model, ResNet, ViT or timm's; it is copied. width: of the level's embedding.
-    channels: 0 for pixels, else the channels of latents, which a small stem turns into a picture
-    `factor` times as large. size: side of the pictures that it is trained on, 0 for any; a smaller
+    channels: 0 for pixels, else the channels of latents, which a small stem turns into an image
+    `factor` times as large. size: side of the images that it is trained on, 0 for any; a smaller
     or larger one has other noise once it is resized. Without a stem it begins as the frozen encoder
     at every level.
     """
@@ -123,7 +123,7 @@ class NoisyClip(CleanClip):
 
     @property
     def trained_size(self) -> int:
-        """Side of the pictures that it was trained on; 0 for any."""
+        """Side of the images that it was trained on; 0 for any."""
         return self.own["size"]
 
     @property
@@ -137,7 +137,7 @@ class NoisyClip(CleanClip):
         return [weight for part in parts for weight in part.parameters()]
 
     def train(self, mode: bool = True) -> "NoisyClip":
-        """Training mode; the BatchNorms keep the statistics of clean pictures."""
+        """Training mode; the BatchNorms keep the statistics of clean images."""
         super().train(mode)
         for module in self.modules():
             if isinstance(module, nn.BatchNorm2d):
@@ -158,7 +158,7 @@ class NoisyClip(CleanClip):
             return look(self.visual, self.normalised(self.stem(x)), stages)
 
     def sees(self, pixels: Tensor, stages: Sequence[int] = ()) -> Seen:
-        """What it sees in clean pictures (B, 3, H, W) in [-1, 1]: its view at the clean end."""
+        """What it sees in clean images (B, 3, H, W) in [-1, 1]: its view at the clean end."""
         return self(pixels, pixels.new_full((len(pixels),), torch.inf), stages)
 
     def save_pretrained(self, folder: str | Path) -> None:
@@ -203,7 +203,7 @@ def is_noisy(name: str | Path) -> bool:
 
 
 def look(visual: nn.Module, pictures: Tensor, stages: Sequence[int] = ()) -> Seen:
-    """Embedding and chosen maps of normalised pictures, by open_clip's own reader.
+    """Embedding and chosen maps of normalised images, by open_clip's own reader.
 
     Raises GuidekitError for a stage that the encoder does not have.
     """
@@ -218,14 +218,14 @@ def look(visual: nn.Module, pictures: Tensor, stages: Sequence[int] = ()) -> See
 
 
 def resized(pixels: Tensor, size: tuple[int, int]) -> Tensor:
-    """Pictures of another size; they are themselves where the size fits."""
+    """Images of another size; they are themselves where the size fits."""
     if pixels.shape[-2:] == size:
         return pixels
     return F.interpolate(pixels, size, mode="bilinear", antialias=True)
 
 
 def stem(channels: int, factor: int, width: int = 64) -> nn.Sequential:
-    """Latents (B, channels, h, w) to a picture (B, 3, factor h, factor w)."""
+    """Latents (B, channels, h, w) to an image (B, 3, factor h, factor w)."""
     return nn.Sequential(
         nn.Conv2d(channels, width, 3, padding=1),
         nn.SiLU(),

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from guidekit.errors import GuidekitError
 
-# Norms of queries and keys see heads, or queries that belong to no picture.
+# Norms of queries and keys see heads, or queries that belong to no image.
 INNER = ("ln_q", "ln_k", "ln_inner", "q_norm", "k_norm")
 
 
@@ -37,7 +37,7 @@ class LevelEmbedding(nn.Module):
 
 
 class AdaptiveNorm(nn.Module):
-    """A norm whose output is scaled and shifted per picture; without an embedding the norm itself.
+    """A norm whose output is scaled and shifted per image; without an embedding the norm itself.
 
     It takes (B, C, h, w), or (B, ..., C) where the norm is over the last axis.
     """

@@ -1,10 +1,10 @@
-"""Trains a noise-aware CLIP: noisy pictures find their clean ones, without any text.
+"""Trains a noise-aware CLIP: noisy images find their clean ones, without any text.
 
 Liu et al., WACV 2023 (arXiv:2112.05744), section 3.2: symmetric InfoNCE between the encoder of
-noisy pictures and the frozen one of clean pictures. The scale of the cosines is the CLIP's own,
+noisy images and the frozen one of clean images. The scale of the cosines is the CLIP's own,
 which is the paper's 100 for OpenAI's; with 100 on a CLIP of scale 34 all embeddings fell together
 within 200 steps. Departure: the noisy embedding is also pulled to its clean one. InfoNCE leaves it
-free to turn away as long as pictures stay apart, and texts no longer fit what it then sees.
+free to turn away as long as images stay apart, and texts no longer fit what it then sees.
 """
 
 import copy
@@ -29,17 +29,17 @@ from guidekit.zoo.shipped import ZOO
 
 @dataclass(kw_only=True)
 class NoisyClipOptions:
-    """What is made noise-aware, and on which pictures."""
+    """What is made noise-aware, and on which images."""
 
     base: str = "scenes-clip"  # a built-in, a folder, or ARCHITECTURE/TAG of open_clip
-    data: str = "scenes"  # scenes, or a folder of pictures
+    data: str = "scenes"  # scenes, or a folder of images
     width: int = 256  # of the level's embedding
     pull: float = 1.0  # weight of scale * (1 - cosine) to the clean embedding; 0: the paper's loss
     autoencoder: str = ""  # folder of an AutoencoderKL, or scenes/vae: for latents
 
 
 class Alignment(nn.Module):
-    """InfoNCE and pull of noisy inputs to the frozen encoder's clean pictures.
+    """InfoNCE and pull of noisy inputs to the frozen encoder's clean images.
 
     scale: factor on the cosines. pull: weight of scale * (1 - cosine) beside InfoNCE.
     """
@@ -53,7 +53,7 @@ class Alignment(nn.Module):
     ) -> dict[str, Tensor]:
         """Loss of x0 with noise eps `(B, C, h, w)` at logsnr `(B,)`; x0 is what pixels become.
 
-        keys (B,): equal for equal pictures, which are no negatives of each other.
+        keys (B,): equal for equal images, which are no negatives of each other.
         """
         with torch.no_grad():
             clean = look(self.frozen, self.encoder.normalised(pixels)).embedding
@@ -93,7 +93,7 @@ class NoisyClipTask:
         return Alignment(encoder, copy.deepcopy(clip.model.visual), self.scale, options.pull)
 
     def batch(self, numbers: range, generator: torch.Generator) -> dict[str, Tensor]:
-        """Pictures, what is noised, noise, and levels spread evenly over the batch."""
+        """Images, what is noised, noise, and levels spread evenly over the batch."""
         pixels = self.data.pictures(numbers, self.size, generator)
         x0 = pixels if self.vae is None else self._latents(pixels)
         spread = torch.arange(len(x0)) + torch.rand(len(x0), generator=generator)
@@ -113,7 +113,7 @@ class NoisyClipTask:
             return scaled(vae.encode(pixels.to(vae.device)).latent_dist.mode(), vae.config)
 
     def preview(self) -> Image.Image:
-        """Cosines of 24 half-noised inputs (rows) and their clean pictures (columns)."""
+        """Cosines of 24 half-noised inputs (rows) and their clean images (columns)."""
         given = self.batch(range(24), torch.Generator().manual_seed(0))
         device = next(self.net.parameters()).device
         given = {k: v.to(device) for k, v in given.items()}

@@ -67,7 +67,7 @@ class ImageAdapter(ModelMixin, ConfigMixin):
         self.to_v = nn.ModuleList(nn.Linear(width, n, bias=False) for n in inner)
 
     def forward(self, states: Tensor) -> Tensor:
-        """Image tokens (B, T, width) of what the encoder says of the pictures."""
+        """Image tokens (B, T, width) of what the encoder says of the images."""
         return self.projection(states)
 
     @property
@@ -211,11 +211,11 @@ def _fill_sites(adapter: ImageAdapter, attention: dict[str, Tensor]) -> None:
 def _projection(weights: dict[str, Tensor], model: UNet2DConditionModel) -> nn.Module:
     """diffusers' module of a published projection; ValueError if it is not whole or does not fit.
 
-    Those of faces (Face ID) read what no picture encoder says, so they are not among PROJECTIONS.
+    Those of faces (Face ID) read what no image encoder says, so they are not among PROJECTIONS.
     """
     if not any(key in weights for key in PROJECTIONS):
         known = ", ".join(f"image_proj.{key} ({kind})" for key, kind in PROJECTIONS.items())
-        raise GuidekitError(f"they lack the projection of the picture's tokens, one of {known}")
+        raise GuidekitError(f"they lack the projection of the image's tokens, one of {known}")
     try:  # low memory would leave what is missing without numbers
         projection = model._convert_ip_adapter_image_proj_to_diffusers(
             weights, low_cpu_mem_usage=False
@@ -273,7 +273,7 @@ def settled_encoder(encoder: str) -> str:
 
 
 def load_clip_tower(folder: Path, option: str) -> Any:
-    """A saved picture tower of CLIP; ValueError that names the folder, and others beside it."""
+    """A saved image tower of CLIP; ValueError that names the folder, and others beside it."""
     from transformers import CLIPVisionModelWithProjection
 
     remedy = "give the folder of a CLIPVisionModelWithProjection with safetensors"

@@ -22,10 +22,10 @@ from guidekit.semantica.pages import PagesOptions, data_facts, make_episodes
 
 @dataclass(kw_only=True)
 class AdapterOptions(PagesOptions):
-    """The backbone, and how often it learns without words or without picture."""
+    """The backbone, and how often it learns without words or without image."""
 
     backbone: str = "scenes"  # a Stable Diffusion pipeline, as for guidekit sample --model
-    drop: float = 0.1  # share of the pictures replaced by none
+    drop: float = 0.1  # share of the images replaced by none
     wordless: float = 0.5  # share of the captions replaced by the empty prompt
 
 
@@ -75,7 +75,7 @@ class AdapterTask:
         return AdapterLoss(new_adapter(unet, encoder.shapes()[1], *bound), unet)
 
     def batch(self, numbers: range, generator: torch.Generator) -> dict[str, Tensor]:
-        """Noisy latents of the pictures to draw, their captions, and the conditions' tokens."""
+        """Noisy latents of the images to draw, their captions, and the conditions' tokens."""
         pipeline, rows = self.pipeline, [self.episodes.pair(n)[1] for n in numbers]
         tokens, x0 = self.episodes.batch(numbers, self.asked)
         tokens = self._tokens(tokens)
@@ -106,7 +106,7 @@ class AdapterTask:
             return self.encoder.to(self.pipeline.device)(given)[0].float().cpu()
 
     def preview(self) -> Image.Image:
-        """Eight references above a picture that is drawn from each without words."""
+        """Eight references above an image that is drawn from each without words."""
         rows = [self.episodes.pair(n)[0] for n in range(8)]
         (pictures,) = self.episodes.store.rows(rows, "pictures")
         adapter, pipeline = self.net.adapter, self.pipeline

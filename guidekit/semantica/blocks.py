@@ -77,7 +77,7 @@ class TransformerBlock(nn.Module):
     def forward(
         self, x: Tensor, emb: Tensor, states: Tensor | None = None, skip: Tensor | None = None
     ) -> Tensor:
-        """x (B, N, C); states (B, T, D), tokens of the picture that is followed."""
+        """x (B, N, C); states (B, T, D), tokens of the image that is followed."""
         if skip is not None:
             x = (x + self.norm_skip(skip)) * 0.5**0.5
         scale1, offset1, scale2, offset2 = self.modulation(F.silu(emb))[:, None].chunk(4, -1)
@@ -138,7 +138,7 @@ class Stage(nn.Module):
         return x, outs
 
     def _positions(self, grid: tuple[int, int]) -> Tensor:
-        """Learned positions, enlarged for pictures of another size than the training's."""
+        """Learned positions, enlarged for images of another size than the training's."""
         if tuple(grid) == tuple(self.position.shape[-2:]):
             return self.position
         return F.interpolate(self.position, grid, mode="bilinear")

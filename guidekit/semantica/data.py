@@ -36,7 +36,7 @@ ROW_BITS, CHUNK_BITS = 20, 16  # of a row's number; the rest is the part's
 
 
 def _decode(item: Item | None, sizes: tuple[int, int]) -> list[Tensor] | None:
-    """The item's picture as uint8 (3, s, s) for both sizes; None if it cannot be read."""
+    """The item's image as uint8 (3, s, s) for both sizes; None if it cannot be read."""
     if item is None:
         return None
     try:
@@ -149,7 +149,7 @@ def _encode_part(part: Part, number: int, how: Encoding, store: "Store", bar: tq
 def _decoded(
     items: Iterator[tuple[Item | None, int]], how: Encoding
 ) -> Iterator[tuple[list[Tensor] | None, Item | None, int]]:
-    """Decoded pictures with their items and the places after them, in order."""
+    """Decoded images with their items and the places after them, in order."""
     if not how.threads:
         for item, place in items:
             yield _decode(item, how.sizes), item, place

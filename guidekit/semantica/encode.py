@@ -1,4 +1,4 @@
-"""Frozen picture encoders: tokens of the last block and one global feature, from timm or open_clip.
+"""Frozen image encoders: tokens of the last block and one global feature, from timm or open_clip.
 
 DINOv2: Oquab et al. 2023, arXiv:2304.07193. SigLIP: Zhai et al. 2023, arXiv:2303.15343.
 """
@@ -35,11 +35,11 @@ _NO_TEXT = dict(context_length=4, vocab_size=8, width=8, heads=1, layers=1)
 
 
 class ImageEncoder(ModelMixin, ConfigMixin):
-    """Tokens and global feature of pictures; saved with its weights, so that it stays the same.
+    """Tokens and global feature of images; saved with its weights, so that it stays the same.
 
     library: "timm" (architecture: its name, settings: arguments of `timm.create_model`) or
     "open_clip" (settings: embed_dim, vision_cfg and quick_gelu of its model config). mean, std: of
-    the pictures in [0, 1]. source: the name that it was made from.
+    the images in [0, 1]. source: the name that it was made from.
     """
 
     @register_to_config
@@ -209,7 +209,7 @@ def from_timm(name: str, pretrained: bool, **settings: Any) -> ImageEncoder:
 
 
 def from_open_clip(architecture: str, tag: str | None) -> ImageEncoder:
-    """The picture tower of an open_clip model; tag None for random weights.
+    """The image tower of an open_clip model; tag None for random weights.
 
     Raises GuidekitError for a model or weights that open_clip does not know.
     """
@@ -227,7 +227,7 @@ def from_open_clip(architecture: str, tag: str | None) -> ImageEncoder:
 
 
 def _from_clip_folder(folder: Path, source: str) -> ImageEncoder:
-    """The picture tower of an open_clip model that was saved with its config."""
+    """The image tower of an open_clip model that was saved with its config."""
     table = folder_config(folder)
     weights = {
         key.removeprefix("visual."): value.float()
@@ -257,7 +257,7 @@ def _from_tower(config: dict, weights: dict, preprocess: Any, source: str) -> Im
 
 
 def _clip_tower(settings: dict[str, Any]) -> nn.Module:
-    """open_clip's picture tower with random weights; a vision transformer returns tokens too."""
+    """open_clip's image tower with random weights; a vision transformer returns tokens too."""
     known = {f.name for f in dataclasses.fields(open_clip.CLIPVisionCfg)}
     vision = {k: v for k, v in settings["vision_cfg"].items() if k in known}
     vision |= {"output_tokens": True, "timm_model_pretrained": False}

@@ -105,7 +105,7 @@ def find_pairs(
 def nothing_left(result: Filtered, totals: dict[str, int], out: Path) -> str:
     """Why there is no pair, and what helps."""
     if not totals["rows"]:
-        return f"none of {totals['seen']} pictures could be read"
+        return f"none of {totals['seen']} images could be read"
     if not result.total:
         return (
             f"none of the pages has two images ({totals['rows']} images); a page is what shares a "

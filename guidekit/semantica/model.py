@@ -1,4 +1,4 @@
-"""UViT: a pixel denoiser that follows the tokens of another picture.
+"""UViT: a pixel denoiser that follows the tokens of another image.
 
 Semantica, arXiv:2405.14857: convolutions at fine grids, transformer blocks with cross-attention to
 a frozen encoder at 32x32 and 16x16. The U-shaped transformer is simple diffusion's,
@@ -10,7 +10,7 @@ arXiv:2301.11093. diffusers' UVit2DModel is another model (masked tokens).
                         DINOv2 B/14; 318.5 with FiLM
     b           386.6   no patches, one stage of 2 blocks and 128 channels more
     c           1323.8  b with doubled channels but for its first stage, DINOv2 L/14
-    tiny        2.2     32x32 pictures, two stages
+    tiny        2.2     32x32 images, two stages
     tiny-pixel  2.2     is to tiny what b is to a
 """
 
@@ -74,7 +74,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
 
 
 class UViT(ModelMixin, ConfigMixin):
-    """Predicts the velocity of a noisy picture from it, its noise level and another picture.
+    """Predicts the velocity of a noisy image from it, its noise level and another image.
 
     conditioning: "tokens" (cross-attention to all tokens of the encoder's last block), "film" (the
     encoder's global feature, normalised and projected, is added to the noise embedding), "none".
@@ -110,7 +110,7 @@ class UViT(ModelMixin, ConfigMixin):
         _check(block_out_channels, layers_per_block, kinds, conditioning)
         if sample_size % (least := patch_size * 2 ** (len(block_out_channels) - 1)):
             raise GuidekitError(
-                f"{len(block_out_channels)} stages cannot halve pictures of {sample_size} pixels; "
+                f"{len(block_out_channels)} stages cannot halve images of {sample_size} pixels; "
                 f"take a multiple of {least}"
             )
         widths, e = block_out_channels, embedding_dim
@@ -146,7 +146,7 @@ class UViT(ModelMixin, ConfigMixin):
         encoder_hidden_states: Tensor | None = None,
         return_dict: bool = True,
     ) -> UNet2DOutput | tuple[Tensor]:
-        """Velocity (B, 3, H, W) at noisy pictures `sample` (B, 3, H, W).
+        """Velocity (B, 3, H, W) at noisy images `sample` (B, 3, H, W).
 
         timestep: t * 1000 - 1 for time t in (0, 1], one number or (B,). encoder_hidden_states:
         (B, T, D) tokens, or with FiLM the global feature (B, 1, D); a row of zeros is no condition.
@@ -173,9 +173,7 @@ class UViT(ModelMixin, ConfigMixin):
         if self.config.conditioning == "none":
             return None
         if states is None:
-            raise GuidekitError(
-                "this model follows a picture: give encoder_hidden_states (B, T, D)"
-            )
+            raise GuidekitError("this model follows an image: give encoder_hidden_states (B, T, D)")
         if self.config.conditioning == "film" and states.shape[1] != 1:
             raise GuidekitError(
                 f"FiLM takes the encoder's global feature (B, 1, D), not {tuple(states.shape)}"

@@ -38,8 +38,8 @@ class PagesOptions:
     data: str = ""  # of folder: the root; of shards: a folder of .tar files
     page: str = "page_url"  # of shards: the column that says the page, or a label
     pages: int = 4000  # of scenes
-    per_page: int = 4  # pictures of a page, of scenes
-    polluted: float = 0.0  # share of a page's pictures that are of no page, of scenes
+    per_page: int = 4  # images of a page, of scenes
+    polluted: float = 0.0  # share of a page's images that are of no page, of scenes
     without: tuple[str, ...] = ()  # objects that no page holds, of scenes
     encoder: str = "scenes-clip"  # see semantica.encode.load_encoder; or an earlier stage's folder
     low: float | None = None  # cosine between global features below which a pair is left out

@@ -17,9 +17,9 @@ from guidekit.train.durable import put_text
 from guidekit.untrusted import read_json
 
 LOW, HIGH = 0.3, 0.9  # of DINOv2, the paper's
-COPY = 1 - 1e-5  # cosine of one picture with itself, but for rounding; quantiles leave it out
+COPY = 1 - 1e-5  # cosine of one image with itself, but for rounding; quantiles leave it out
 FINE = 20_000  # bins over cosines from -1 to 1, for quantiles
-BINS = 200  # of the picture
+BINS = 200  # of the image
 
 
 @dataclass(frozen=True)
@@ -104,7 +104,7 @@ def answered(folder: Path, asked: dict) -> bool:
 
 
 def _coarse(counts: np.ndarray) -> np.ndarray:
-    """Counts of the picture's bins."""
+    """Counts of the image's bins."""
     return counts.reshape(BINS, -1).sum(1)
 
 

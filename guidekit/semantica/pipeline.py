@@ -1,4 +1,4 @@
-"""The pipeline of a Semantica model: denoiser, scheduler, frozen picture encoder."""
+"""The pipeline of a Semantica model: denoiser, scheduler, frozen image encoder."""
 
 import torch
 from diffusers import DiffusionPipeline, ImagePipelineOutput
@@ -15,7 +15,7 @@ STEPS, W = 64, 0.5
 
 
 class SemanticaPipeline(DiffusionPipeline):
-    """Makes, from each given picture, another with the same semantics.
+    """Makes, from each given image, another with the same semantics.
 
     w: guidance factor, (1 + w) cond - w null, 0 for none, 0.5 the paper's; diffusers' guidance
     scale is 1 + w. guidekit draws with it in its own loop too, where plugins act on it.
@@ -45,7 +45,7 @@ class SemanticaPipeline(DiffusionPipeline):
         output_type: str = "pil",
         return_dict: bool = True,
     ) -> ImagePipelineOutput | tuple:
-        """One picture for each reference; a Tensor is (B, 3, H, W) in [0, 1]."""
+        """One image for each reference; a Tensor is (B, 3, H, W) in [0, 1]."""
         pixels = self._references(image)
         images = denoise(
             self.unet,
@@ -80,7 +80,7 @@ def denoise(
     generator,
     bar=iter,
 ) -> Tensor:
-    """Pictures (B, 3, H, W) in [0, 1] for states (B, T, D), zeros being no condition.
+    """Images (B, 3, H, W) in [0, 1] for states (B, T, D), zeros being no condition.
 
     Drawn on the device of the states: an offloaded model's weights lie on another.
     """

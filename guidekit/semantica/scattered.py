@@ -1,6 +1,6 @@
 """Tars whose members are sorted by extension, so that those of a sample are no neighbours.
 
-`tar --sort` by other keys and some tools write them: all pictures, then all texts about them.
+`tar --sort` by other keys and some tools write them: all images, then all texts about them.
 """
 
 import contextlib

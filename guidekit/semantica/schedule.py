@@ -1,6 +1,6 @@
 """Noise schedule, loss and sampler of Semantica.
 
-Cosine schedule in log-SNR, shifted for the picture's size; v-prediction with the loss in epsilon:
+Cosine schedule in log-SNR, shifted for the image's size; v-prediction with the loss in epsilon:
 simple diffusion, Hoogeboom, Heek, Salimans 2023, arXiv:2301.11093, section 3 and appendix B. The
 reverse variance lies between its two bounds: Semantica, arXiv:2405.14857.
 """
@@ -19,7 +19,7 @@ from guidekit.errors import GuidekitError
 
 ENDS = 15.0  # log-SNR of the unshifted cosine at t = 0, and minus that at t = 1
 STEPS = 1000  # rows of the scheduler's table; timestep i stands for t = (i + 1) / STEPS
-NOISE_SIZE = 32  # side of the picture at which the cosine is not shifted
+NOISE_SIZE = 32  # side of the image at which the cosine is not shifted
 
 
 def shift(image_size: int, noise_size: int = NOISE_SIZE) -> float:
@@ -30,7 +30,7 @@ def shift(image_size: int, noise_size: int = NOISE_SIZE) -> float:
 def logsnr(t: Tensor, image_size: int, noise_size: int = NOISE_SIZE) -> Tensor:
     """Log-SNR at time t in [0, 1], falling from 15 to -15 before the shift.
 
-    As in k-diffusion the ends are shifted too: every level is that of the small picture.
+    As in k-diffusion the ends are shifted too: every level is that of the small image.
     """
     low, high = math.atan(math.exp(-ENDS / 2)), math.atan(math.exp(ENDS / 2))
     return -2 * torch.log(torch.tan(low + t * (high - low))) + shift(image_size, noise_size)
@@ -44,7 +44,7 @@ def noised(x0: Tensor, eps: Tensor, level: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def epsilon_loss(out: Tensor, v: Tensor, level: Tensor) -> Tensor:
-    """Squared error of the noise that the predicted velocity stands for, one per picture (B,).
+    """Squared error of the noise that the predicted velocity stands for, one per image (B,).
 
     eps = s z + a v, so the error of eps is a = sqrt(sigmoid(level)) times that of v.
     """
@@ -55,7 +55,7 @@ def epsilon_loss(out: Tensor, v: Tensor, level: Tensor) -> Tensor:
 def min_snr(level: Tensor, gamma: float) -> Tensor:
     """Weight min(SNR, gamma) / SNR of the loss in epsilon at log-SNR `level` (B,); 1 for gamma 0.
 
-    Hang et al. 2023, arXiv:2303.09556: nearly clean pictures have most of the loss and tell least.
+    Hang et al. 2023, arXiv:2303.09556: nearly clean images have most of the loss and tell least.
     """
     if not gamma:
         return torch.ones_like(level)
@@ -74,7 +74,7 @@ class SemanticaScheduler(DDPMScheduler):
     that simple diffusion comes from. "literal": frac to the small one, as the paper's
     sigma_{t->s}^0.2 sigma_{st}^0.8 reads with simple diffusion's letters. They agree within 2% but
     for the last steps, where the literal one leaves up to half again as much noise. Pixels of
-    pictures have little spread given the rest, which is the case that the small variance is exact
+    images have little spread given the rest, which is the case that the small variance is exact
     for. Independent Gaussian pixels of std 0.5 are the other case: in closed form 64 steps give
     0.500 by the literal reading and 0.480 by this one (benchmarks/semantica.py --part variance).
     """
@@ -125,7 +125,7 @@ class SemanticaScheduler(DDPMScheduler):
         }
 
     def previous_timestep(self, timestep: int) -> int:
-        """The timestep after this one on the way to the picture; -1, which is no noise, at the end.
+        """The timestep after this one on the way to the image; -1, which is no noise, at the end.
 
         DDPM's own takes a fixed stride, which misses the steps of a trailing spacing.
         """

@@ -1,7 +1,7 @@
-"""Pages of pictures: WebDataset shards as img2dataset writes them, folders, labels, scenes.
+"""Pages of images: WebDataset shards as img2dataset writes them, folders, labels, scenes.
 
 A source is an iterator of `Item`, or None for what cannot be read, in the same order at every run.
-Pictures that share `page` are those of one page, class or scene. To be encoded by several processes
+Images that share `page` are those of one page, class or scene. To be encoded by several processes
 it is cut into parts, each of which can be begun in the middle.
 """
 
@@ -29,7 +29,7 @@ READ = {*(e[1:] for e in PICTURES), "json", "txt"}  # extensions of members; oth
 
 @dataclass(frozen=True)
 class Item:
-    """One picture of a page; `open` reads it, and may raise what Pillow raises."""
+    """One image of a page; `open` reads it, and may raise what Pillow raises."""
 
     page: str
     key: str
@@ -94,7 +94,7 @@ def _walk(folder: Path, away: set[str]) -> Iterator[Path]:
 
 
 def folder_items(root: Path, leave_out: tuple[Path, ...] = ()) -> Iterator[Item | None]:
-    """Every picture below `root`: a folder is a page, so classes are pages too.
+    """Every image below `root`: a folder is a page, so classes are pages too.
 
     leave_out: as of `files_below`. Raises GuidekitError where there is none.
     """
@@ -104,16 +104,14 @@ def folder_items(root: Path, leave_out: tuple[Path, ...] = ()) -> Iterator[Item 
             empty = False
             yield item
     if empty:
-        raise GuidekitError(
-            f"no pictures below {root}; a folder of {', '.join(PICTURES)} is a page"
-        )
+        raise GuidekitError(f"no images below {root}; a folder of {', '.join(PICTURES)} is a page")
 
 
 def folder_parts(root: Path, leave_out: tuple[Path, ...] = (), most: int = 256) -> list[Part]:
-    """The pictures below `root` in at most `most` parts, each of neighbouring folders.
+    """The images below `root` in at most `most` parts, each of neighbouring folders.
 
     Names of the folders directly in `root` are held in memory: millions of pages belong in shards.
-    Raises GuidekitError where there is no picture.
+    Raises GuidekitError where there is no image.
     """
     next(folder_items(root, leave_out), None)
     away = {os.path.realpath(folder) for folder in leave_out}
@@ -137,7 +135,7 @@ def folder_parts(root: Path, leave_out: tuple[Path, ...] = (), most: int = 256) 
 
 
 def _pictured(path: Path, root: Path) -> Iterator[Item]:
-    """The item of a file, if it is a picture: its folder is its page."""
+    """The item of a file, if it is an image: its folder is its page."""
     if path.suffix.lower() in PICTURES:
         place = path.relative_to(root)
         yield Item(str(place.parent), str(place), functools.partial(open_picture, path))
@@ -154,8 +152,8 @@ def shard_parts(paths: list[Path], page: str = "page_url") -> list[Part]:
 def shard_items(paths: list[Path], page: str = "page_url") -> Iterator[Item | None]:
     """The samples of tar shards `00000.tar` with `{key}.jpg`, `{key}.json`, `{key}.txt`.
 
-    page: the column of the json that says where a picture is from; give img2dataset
-    `--save_additional_columns '["page_url"]'`. A label works too: its pictures are then a page.
+    page: the column of the json that says where an image is from; give img2dataset
+    `--save_additional_columns '["page_url"]'`. A label works too: its images are then a page.
     Members are streamed, never extracted. Raises GuidekitError if the first json lacks the column.
     """
     for part in shard_parts(paths, page):
@@ -215,7 +213,7 @@ def _seek(file: BinaryIO, place: int) -> BinaryIO:
 
 
 def _table(parts: dict[str, bytes]) -> dict:
-    """What the json beside a picture says; nothing if it is no object."""
+    """What the json beside an image says; nothing if it is no object."""
     try:
         table = parse_json(parts.get("json", b"{}"))
     except ValueError:
@@ -224,7 +222,7 @@ def _table(parts: dict[str, bytes]) -> dict:
 
 
 def _item(path: Path, key: str, parts: dict[str, bytes], page: object) -> Item | None:
-    """A sample as an item; None if it has no picture or no page (null, empty or not a number)."""
+    """A sample as an item; None if it has no image or no page (null, empty or not a number)."""
     picture = next((parts[e[1:]] for e in PICTURES if e[1:] in parts), None)
     if picture is None or page is None or page == "" or page != page:
         return None
@@ -243,7 +241,7 @@ def scene_items(
 ) -> Iterator[Item]:
     """Pages of scenes: one background and set of objects, places and sizes that vary.
 
-    polluted: share of the pictures that are of some other page, as web pages have them. without:
+    polluted: share of the images that are of some other page, as web pages have them. without:
     objects such as `red circle` whose pages are left out. first: number of the first page.
     """
     for number in _without(range(first, first + pages), split, without):

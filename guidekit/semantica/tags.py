@@ -1,7 +1,7 @@
-"""An encoder whose tokens tell objects apart: a CLIP tower trained on to name what pictures hold.
+"""An encoder whose tokens tell objects apart: a CLIP tower trained on to name what images hold.
 
 Query2Label (Liu et al. 2021, arXiv:2107.10834): one learned query for every label attends to the
-tokens of the last block and answers whether the picture holds what it stands for. A CLIP trains
+tokens of the last block and answers whether the image holds what it stands for. A CLIP trains
 only the class token there; the other tokens, which a denoiser attends to, are left as they fall.
 """
 
@@ -17,7 +17,7 @@ from guidekit.images import heat_map
 from guidekit.semantica.encode import ImageEncoder, load_encoder
 from guidekit.worlds import scenes
 
-RARE = -3.0  # first logit: most pictures hold one to three of the 48 objects
+RARE = -3.0  # first logit: most images hold one to three of the 48 objects
 
 
 @dataclass(kw_only=True)
@@ -50,7 +50,7 @@ class TagLoss(nn.Module):
         return (self.norm(found) * self.out).sum(-1) + self.bias
 
     def forward(self, pixels: Tensor, held: Tensor) -> dict[str, Tensor]:
-        """Loss of pixels (B, 3, H, W), `held` (B, L) being 1 for what a picture holds."""
+        """Loss of pixels (B, 3, H, W), `held` (B, L) being 1 for what an image holds."""
         loss = F.binary_cross_entropy_with_logits(self.logits(pixels).float(), held)
         return {"tags": loss}
 
@@ -68,12 +68,12 @@ class TagsTask:
         return TagLoss(encoder, len(scenes.CLASSES), self.options.heads)
 
     def batch(self, numbers: range, generator: torch.Generator) -> dict[str, Tensor]:
-        """Pictures and what they hold."""
+        """Images and what they hold."""
         plans = [scenes.scene(i) for i in numbers]
         return {"pixels": scenes.batch(plans, self.size)[0], "held": held(plans)}
 
     def preview(self) -> Image.Image:
-        """Probabilities of the labels (columns) in 48 held-out pictures (rows)."""
+        """Probabilities of the labels (columns) in 48 held-out images (rows)."""
         plans = [scenes.scene(i, "test") for i in range(48)]
         with torch.no_grad():
             return heat_map(self.net.logits(scenes.batch(plans, self.size)[0]).float().sigmoid())

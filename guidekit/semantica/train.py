@@ -1,4 +1,4 @@
-"""Training of a Semantica model on episodes: draw one picture of a page, given another.
+"""Training of a Semantica model on episodes: draw one image of a page, given another.
 
 Loop, EMA, several processes and resume are `guidekit.train.loop`'s. The paper's optimizer is Adam
 with (0.9, 0.99), eps 1e-12, a constant rate and an EMA of 0.9999 (arXiv:2405.14857).
@@ -124,7 +124,7 @@ class SemanticaTask:
         return SemanticaLoss(unet, self.options.gamma, self.net.frozen[0])
 
     def batch(self, numbers: range, generator: torch.Generator) -> dict[str, Tensor]:
-        """Noisy pictures at times spread evenly over the batch, and what they follow."""
+        """Noisy images at times spread evenly over the batch, and what they follow."""
         states, x0 = self.episodes.batch(numbers, self.asked)
         keep = (torch.rand(len(x0), 1, 1, generator=generator) >= self.options.drop).float()
         eps = torch.randn(x0.shape, generator=generator)
@@ -146,7 +146,7 @@ class SemanticaTask:
         )
 
     def preview(self) -> Image.Image:
-        """Eight references above two pictures drawn from each at w = 0.5."""
+        """Eight references above two images drawn from each at w = 0.5."""
         firsts = [self.episodes.pair(n)[0] for n in range(8)]
         (rows,) = self.episodes.store.rows(firsts, "pictures")
         unet = self.net.unet
@@ -182,7 +182,7 @@ def _has_compiler() -> bool:
 
 def make(options: SemanticaOptions, folder: Path, size: int, quiet: bool = True) -> SemanticaTask:
     """The task of a recipe's stage. Raises GuidekitError for a size that the model has not."""
-    with torch.device("meta"):  # before pictures are encoded for it
+    with torch.device("meta"):  # before images are encoded for it
         variant(options.variant, sample_size=size)
     torch_state = torch.get_rng_state()
     episodes, encoder = make_episodes(options, folder, size, quiet)

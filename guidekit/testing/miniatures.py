@@ -461,7 +461,7 @@ def sana_pipeline() -> SanaPipeline:
 
 @_seeded
 def lumina2_pipeline() -> Lumina2Pipeline:
-    """Lumina2: pixels packed after Gemma 2's tokens, each picture's own number; time runs up."""
+    """Lumina2: pixels packed after Gemma 2's tokens, each image's own number; time runs up."""
     model = Lumina2Transformer2DModel(
         sample_size=16,
         patch_size=2,

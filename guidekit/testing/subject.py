@@ -1,4 +1,4 @@
-"""What a conformance check works on: a guidance's example, pictures, a tiny pipeline, its state."""
+"""What a conformance check works on: a guidance's example, images, a tiny pipeline, its state."""
 
 import dataclasses
 from functools import cached_property
@@ -20,7 +20,7 @@ LABELS = (3, 207)  # for models of classes
 
 
 class Subject:
-    """A guidance class, its example on two pictures, and a family's tiny pipeline to draw them."""
+    """A guidance class, its example on two images, and a family's tiny pipeline to draw them."""
 
     def __init__(self, cls: type[Guidance], family: str = "sd"):
         self.cls, self.family = cls, family
@@ -36,7 +36,7 @@ class Subject:
 
     @cached_property
     def conditions(self) -> list[Condition]:
-        """The class's example and another one, so that mixing up pictures shows.
+        """The class's example and another one, so that mixing up images shows.
 
         Models without text get two classes, and what else the example condition has.
         """
@@ -62,7 +62,7 @@ class Subject:
     ) -> Sampling:
         """A short run, not yet begun."""
         conditions = [self.conditions[i] for i in pictures]
-        if not any(g.reads_image for g in guidances):  # a picture that nothing reads is refused
+        if not any(g.reads_image for g in guidances):  # an image that nothing reads is refused
             conditions = [dataclasses.replace(c, image=None) for c in conditions]
         return Sampling(
             pipe or self.pipe,

@@ -33,7 +33,7 @@ from guidekit.testing.subject import SEEDS, Subject, same, state
 
 __all__ = ["CHECKS", "check_guidance", "run_check", "sd_pipeline", "sdxl_pipeline"]
 
-TOLERANCE = 1e-4  # of full range, between a picture alone and in a batch
+TOLERANCE = 1e-4  # of full range, between an image alone and in a batch
 SOURCE = re.compile(
     r"arxiv:?\s?\d{4}\.\d{4,5}|doi\.org|doi:|https?://|\b(19|20)\d\d\b", re.IGNORECASE
 )
@@ -145,7 +145,7 @@ def scale_0(subject: Subject) -> None:
     """Scale 0 is bit-identical to no plugin."""
     without = subject.plain
     idle = subject.sampling(subject.example(scale=0.0)).finish()
-    assert torch.equal(idle.images, without.images), "pictures differ from those without it"
+    assert torch.equal(idle.images, without.images), "images differ from those without it"
 
 
 def window(subject: Subject) -> None:
@@ -162,7 +162,7 @@ def window(subject: Subject) -> None:
 
 
 def batch(subject: Subject) -> None:
-    """A picture drawn in a batch of two is the same alone.
+    """An image drawn in a batch of two is the same alone.
 
     Within 1e-4 of full range, and within a hundredth of what the guidance does to it, so that a
     weak example hides nothing.
@@ -174,16 +174,16 @@ def batch(subject: Subject) -> None:
             one, two, bare = (
                 getattr(s, kind)[j] for s, j in ((alone, 0), (together, i), (plain, i))
             )
-            # Pictures have range 1; latents the range that they have.
+            # Images have range 1; latents the range that they have.
             full = 1.0 if kind == "images" else float(two.max() - two.min())
             effect = float((two - bare).abs().max())
             limit = min(TOLERANCE * full, max(0.01 * effect, 0.1 * TOLERANCE * full))
             gap = float((one - two).abs().max())
-            assert gap < limit, f"{kind} of picture {i} differ by {gap:.2g} from those alone"
+            assert gap < limit, f"{kind} of image {i} differ by {gap:.2g} from those alone"
 
 
 def repeatable(subject: Subject) -> None:
-    """The same instance draws the same pictures again, bit for bit, and moves no global seed."""
+    """The same instance draws the same images again, bit for bit, and moves no global seed."""
     guidance = subject.example()
     first = subject.sampling(guidance).finish()
     torch.randn(3)
@@ -253,7 +253,7 @@ class _Just(Registry):
 
 
 def half(subject: Subject) -> None:
-    """It runs in bfloat16 and float16, and the pictures are finite."""
+    """It runs in bfloat16 and float16, and the images are finite."""
     for dtype in (torch.bfloat16, torch.float16):
         before = logging.get_verbosity()
         logging.set_verbosity_error()  # diffusers warns of float16 in general
@@ -261,20 +261,20 @@ def half(subject: Subject) -> None:
             pipe = subject.build().to(dtype)
         finally:
             logging.set_verbosity(before)
-        # One picture and two steps: half precision is slow on a CPU.
+        # One image and two steps: half precision is slow on a CPU.
         drawn = subject.sampling(subject.example(), pictures=(0,), pipe=pipe, steps=2).finish()
         for kind in ("latents", "images"):
             assert torch.isfinite(getattr(drawn, kind)).all(), f"{kind} are not finite in {dtype}"
 
 
 def acts(subject: Subject) -> None:
-    """It says in the account that it acted, and the pictures show it."""
+    """It says in the account that it acted, and the images show it."""
     guidance = subject.example()
     drawn = subject.sampling(guidance).finish()
     assert drawn.account.acted(guidance.name), "the account has no gradient and no edit of it"
     if subject.cls.accept is Guidance.accept:
         assert not torch.equal(drawn.latents, subject.plain.latents), (
-            "the pictures are those without it"
+            "the images are those without it"
         )
 
 

@@ -20,7 +20,7 @@ from guidekit.noisy_clip.loss import info_nce
 from guidekit.train.text import TextOptions, tokenize, train_tokenizer, varied_caption
 from guidekit.worlds import scenes
 
-# Pictures in [-1, 1]: half of the range as mean and spread leaves them as they are.
+# Images in [-1, 1]: half of the range as mean and spread leaves them as they are.
 PREPROCESS = {
     "mean": [0.5] * 3,
     "std": [0.5] * 3,
@@ -48,14 +48,14 @@ class ClipOptions:
 
 
 class Contrast(nn.Module):
-    """InfoNCE of pictures and captions."""
+    """InfoNCE of images and captions."""
 
     def __init__(self, clip: nn.Module):
         super().__init__()
         self.clip = clip
 
     def forward(self, pixels: Tensor, ids: Tensor, keys: Tensor) -> dict[str, Tensor]:
-        """Loss of pictures `(B, 3, H, W)` and ids `(B, T)`; equal keys `(B,)` are one caption."""
+        """Loss of images `(B, 3, H, W)` and ids `(B, T)`; equal keys `(B,)` are one caption."""
         pictures, _ = self.clip.visual(pixels)
         texts = self.clip.encode_text(ids)
         return {
@@ -98,7 +98,7 @@ class ClipTask:
         return Contrast(build(self.config).train().requires_grad_(True))
 
     def batch(self, numbers: range, generator: torch.Generator) -> dict[str, Tensor]:
-        """Pictures, token ids of a wording of their captions, and what tells captions apart."""
+        """Images, token ids of a wording of their captions, and what tells captions apart."""
         plans = [reshaped(i, self.alike) for i in numbers]
         texts = [varied_caption(p, np.random.default_rng(p.number)) for p in plans]
         return {
@@ -108,7 +108,7 @@ class ClipTask:
         }
 
     def preview(self) -> Image.Image:
-        """Cosines of 24 held-out pictures (rows) and their captions (columns)."""
+        """Cosines of 24 held-out images (rows) and their captions (columns)."""
         plans = [scenes.scene(i, "test") for i in range(24)]
         pixels, texts = scenes.batch(plans, self.size)
         model, device = self.net.clip, self.net.clip.logit_scale.device

@@ -130,7 +130,7 @@ class DenoiserTask:
         )
 
     def preview(self) -> Image.Image:
-        """Pictures drawn for eight held-out captions."""
+        """Images drawn for eight held-out captions."""
         pipeline = self.pipeline()
         pipeline.set_progress_bar_config(disable=True)
         plans = [self.world.scene(i, "test") for i in range(8)]

@@ -18,13 +18,13 @@ from guidekit.worlds import digits
 
 @dataclass(kw_only=True)
 class DigitsOptions:
-    """Width of the classifier and how strongly its training pictures are degraded."""
+    """Width of the classifier and how strongly its training images are degraded."""
 
     width: int = 32
     features: int = 32
     dropout: float = 0.3
     jitter: float = 1.0  # as in guidekit.train.pixels
-    noise: float = 0.3  # largest standard deviation of pixel noise, pictures in [-1, 1]
+    noise: float = 0.3  # largest standard deviation of pixel noise, images in [-1, 1]
     data: str = "judge"  # split to train on
 
 
@@ -66,7 +66,7 @@ class DigitsLoss(nn.Module):
         self.judge = judge
 
     def forward(self, pixels: Tensor, labels: Tensor) -> dict[str, Tensor]:
-        """Loss of pictures `(B, 1, 8, 8)` against classes `(B,)`."""
+        """Loss of images `(B, 1, 8, 8)` against classes `(B,)`."""
         return {"cross_entropy": F.cross_entropy(self.judge(pixels)[0].float(), labels)}
 
 
@@ -79,7 +79,7 @@ class DigitsTask:
         self.net = DigitsLoss(DigitJudge(options.width, options.features, options.dropout))
 
     def batch(self, numbers: range, generator: torch.Generator) -> dict[str, Tensor]:
-        """Degraded pictures and their classes."""
+        """Degraded images and their classes."""
         chosen = torch.randint(len(self.labels), (len(numbers),), generator=generator)
         pixels = jitter(self.pictures[chosen], self.options.jitter, generator)
         strength = torch.rand(len(chosen), 1, 1, 1, generator=generator) * self.options.noise
@@ -87,7 +87,7 @@ class DigitsTask:
         return {"pixels": pixels, "labels": self.labels[chosen]}
 
     def preview(self) -> Image.Image:
-        """Pictures of the test split that it takes for another digit."""
+        """Images of the test split that it takes for another digit."""
         pixels, labels = digits.split("test")
         self.net.eval()
         found = self.net.judge(pixels.to(next(self.net.parameters()).device))[0].argmax(1).cpu()

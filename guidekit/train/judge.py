@@ -1,4 +1,4 @@
-"""The judge of the scenes world: segments pictures into 48 kinds of objects; it never guides.
+"""The judge of the scenes world: segments images into 48 kinds of objects; it never guides.
 
 One convolutional network with a U-shaped path for the class of every pixel and a pooled bottleneck
 whose 64 numbers serve as features for the Frechet and kernel distances.
@@ -25,11 +25,11 @@ FEATURES = 64
 
 @dataclass(kw_only=True)
 class JudgeOptions:
-    """Width of the judge and how strongly its training pictures are degraded."""
+    """Width of the judge and how strongly its training images are degraded."""
 
     width: int = 32
-    noise: float = 0.08  # largest standard deviation of pixel noise, pictures in [-1, 1]
-    blur: float = 0.5  # share of pictures that are shrunk and enlarged again
+    noise: float = 0.08  # largest standard deviation of pixel noise, images in [-1, 1]
+    blur: float = 0.5  # share of images that are shrunk and enlarged again
     source: str = "scenes"  # scenes | cutouts
     cutouts: str = ""  # folder of the cut-outs; `guidekit train --cutouts` sets it
 
@@ -42,7 +42,7 @@ def _block(inputs: int, outputs: int, stride: int = 1) -> nn.Sequential:
 
 
 class Judge(ModelMixin, ConfigMixin):
-    """Class logits of every pixel and pooled features of pictures of any size from 32x32."""
+    """Class logits of every pixel and pooled features of images of any size from 32x32."""
 
     @register_to_config
     def __init__(self, width: int = 32, classes: int = len(scenes.CLASSES) + 1):
@@ -81,7 +81,7 @@ class JudgeLoss(nn.Module):
         self.judge = judge
 
     def forward(self, pixels: Tensor, labels: Tensor) -> dict[str, Tensor]:
-        """Loss of pictures `(B, 3, H, W)` against class maps `(B, H, W)`."""
+        """Loss of images `(B, 3, H, W)` against class maps `(B, H, W)`."""
         logits, _ = self.judge(pixels)
         return {"cross_entropy": F.cross_entropy(logits.float(), labels)}
 
@@ -96,7 +96,7 @@ class JudgeTask:
         self.net = JudgeLoss(Judge(options.width, len(world.classes) + 1))
 
     def batch(self, numbers: range, generator: torch.Generator) -> dict[str, Tensor]:
-        """Degraded pictures and the class of every pixel, all of one size."""
+        """Degraded images and the class of every pixel, all of one size."""
         size = self.sizes[(numbers.start // len(numbers)) % len(self.sizes)]
         plans = [self.world.scene(i, "judge") for i in numbers]
         pixels, labels = self.world.images_and_labels(plans, size)
@@ -125,7 +125,7 @@ def _palette(world: World) -> list[tuple[int, int, int]]:
 
 
 def degrade(pixels: Tensor, options: JudgeOptions, generator: torch.Generator) -> Tensor:
-    """Noise, a change of contrast and brightness, and a loss of detail, each drawn per picture."""
+    """Noise, a change of contrast and brightness, and a loss of detail, each drawn per image."""
     batch = len(pixels)
 
     def uniform(low: float, high: float) -> Tensor:

@@ -53,7 +53,7 @@ class Task(Source, Protocol):
         """A second net of the same form, needed by FSDP2 alone, whose nets are in shards."""
 
     def preview(self) -> Image.Image:
-        """A picture that shows where the training stands; the weights are the averaged ones."""
+        """An image that shows where the training stands; the weights are the averaged ones."""
 
     def export(self, folder: Path) -> None:
         """Writes the finished model."""
@@ -349,7 +349,7 @@ class Loop:
             self.ema.restore(self.weights)
 
     def preview(self) -> None:
-        """Saves the task's preview picture of the averaged weights."""
+        """Saves the task's preview image of the averaged weights."""
         self._on_whole_weights(
             lambda: self.task.preview().save(self.folder / f"preview-{self.step:06d}.png")
         )

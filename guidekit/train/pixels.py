@@ -33,7 +33,7 @@ class PixelsOptions:
     head: int = 32  # channels of an attention head
     groups: int = 16  # of the normalisation
     dropout: float = 0.0
-    jitter: float = 0.0  # strength of random rotations, scales and shifts of real pictures
+    jitter: float = 0.0  # strength of random rotations, scales and shifts of real images
 
 
 class VelocityLoss(nn.Module):
@@ -61,7 +61,7 @@ class PixelsTask:
         )
 
     def pictures(self, numbers: range, generator: torch.Generator) -> Tensor:
-        """Clean pictures `(B, C, size, size)` in [-1, 1]."""
+        """Clean images `(B, C, size, size)` in [-1, 1]."""
         if self.options.data == "scenes":
             return scenes.batch([scenes.scene(i) for i in numbers], self.size)[0]
         real, _ = digits.split("train")
@@ -69,7 +69,7 @@ class PixelsTask:
         return jitter(chosen, self.options.jitter, generator)
 
     def batch(self, numbers: range, generator: torch.Generator) -> dict[str, Tensor]:
-        """Noisy pictures, timesteps spread evenly over the batch, velocities."""
+        """Noisy images, timesteps spread evenly over the batch, velocities."""
         x0 = self.pictures(numbers, generator)
         eps = torch.randn(x0.shape, generator=generator)
         spread = (torch.arange(len(x0)) + torch.rand(len(x0), generator=generator)) / len(x0)
@@ -85,7 +85,7 @@ class PixelsTask:
         return DDPMPipeline(self.net.unet, self.scheduler)
 
     def preview(self) -> Image.Image:
-        """Thirty-two pictures drawn with 25 steps."""
+        """Thirty-two images drawn with 25 steps."""
         unet, scheduler = self.net.unet, copy.deepcopy(self.scheduler)
         scheduler.set_timesteps(25)
         shape = (32, unet.config.in_channels, self.size, self.size)
@@ -103,7 +103,7 @@ class PixelsTask:
 
 
 def jitter(pictures: Tensor, strength: float, generator: torch.Generator) -> Tensor:
-    """Pictures turned, scaled and shifted at random: at 1 by 10 degrees, 10% and 8% of the side."""
+    """Images turned, scaled and shifted at random: at 1 by 10 degrees, 10% and 8% of the side."""
     if strength == 0:
         return pictures
 

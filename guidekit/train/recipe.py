@@ -1,4 +1,4 @@
-"""Recipes: a TOML file names a model, its picture size and the stages that train it.
+"""Recipes: a TOML file names a model, its image size and the stages that train it.
 
 A stage is a task (see TASKS), the loop's options and the task's own. Later stages read what earlier
 ones exported; a run that is started again continues where it was.

@@ -21,7 +21,7 @@ from guidekit.worlds import scenes
 END = "<|endoftext|>"
 # Other ways to say it; `{}` are the phrases with articles. Most captions are scenes.caption's.
 FORMS = (", ", " , ", " and ", " next to ", " with ", " ")
-OPENINGS = ("", "", "", "a picture of ", "a photo of ", "an image of ", "there is ")
+OPENINGS = ("", "", "", "an image of ", "a photo of ", "an image of ", "there is ")
 
 
 @dataclass(kw_only=True)

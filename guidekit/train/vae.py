@@ -34,7 +34,7 @@ class VAEOptions:
 
 
 class VAELoss(nn.Module):
-    """Reconstruction and divergence of a batch of pictures."""
+    """Reconstruction and divergence of a batch of images."""
 
     def __init__(self, vae: AutoencoderKL, options: VAEOptions):
         super().__init__()
@@ -92,7 +92,7 @@ class VAETask:
         self.net = VAELoss(vae, options)
 
     def batch(self, numbers: range, generator: torch.Generator) -> dict[str, Tensor]:
-        """Pictures of the numbered scenes, or crops of them, and the posterior's noise."""
+        """Images of the numbered scenes, or crops of them, and the posterior's noise."""
         plans = [self.world.scene(i) for i in numbers]
         pixels = self.world.images(plans, self.size)
         if (numbers.start // len(numbers)) % self.options.whole:
@@ -121,7 +121,7 @@ class VAETask:
 
 
 def _autoencoder(options: VAEOptions, size: int) -> AutoencoderKL:
-    """An untrained autoencoder; without attention, so that crops train it for whole pictures."""
+    """An untrained autoencoder; without attention, so that crops train it for whole images."""
     stages = len(options.channels)
     vae = AutoencoderKL(
         block_out_channels=options.channels,
@@ -139,7 +139,7 @@ def _autoencoder(options: VAEOptions, size: int) -> AutoencoderKL:
 
 
 def _random_crop(pixels: Tensor, side: int, generator: torch.Generator, plans: list) -> Tensor:
-    """The same random window of all pictures."""
+    """The same random window of all images."""
     free = pixels.shape[-1] - side + 1
     y, x = torch.randint(free, (2,), generator=generator).tolist()
     return pixels[..., y : y + side, x : x + side].contiguous()
@@ -161,7 +161,7 @@ def _crop_on_things(pixels: Tensor, side: int, generator: torch.Generator, plans
 def encode(
     plans: list, vae: AutoencoderKL, size: int, world: World = SHAPES, batch: int = 64
 ) -> Tensor:
-    """Posterior means of the scenes' pictures, unscaled: `(n, C, h, w)` on the CPU."""
+    """Posterior means of the scenes' images, unscaled: `(n, C, h, w)` on the CPU."""
     parts = []
     with torch.no_grad():
         for i in range(0, len(plans), batch):

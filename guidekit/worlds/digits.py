@@ -1,7 +1,7 @@
 """scikit-learn's 1,797 real handwritten digits, 8x8 pixels, in three fixed splits.
 
 `train` feeds the generator and the labelled shots, `judge` the classifier that scores, `test` the
-real pictures that results are compared with. No picture is in two splits.
+real images that results are compared with. No image is in two splits.
 """
 
 from functools import cache
@@ -20,7 +20,7 @@ SPLITS = {"train": slice(0, 1000), "judge": slice(1000, 1400), "test": slice(140
 
 @cache
 def _shuffled() -> tuple[Tensor, Tensor]:
-    """All digits in a fixed order: pictures in [-1, 1] and labels."""
+    """All digits in a fixed order: images in [-1, 1] and labels."""
     from sklearn.datasets import load_digits
 
     found = load_digits()
@@ -30,7 +30,7 @@ def _shuffled() -> tuple[Tensor, Tensor]:
 
 
 def split(name: str) -> tuple[Tensor, Tensor]:
-    """Pictures (n, 1, 8, 8) in [-1, 1] and labels (n,) of a split.
+    """Images (n, 1, 8, 8) in [-1, 1] and labels (n,) of a split.
 
     Raises GuidekitError for a split that does not exist.
     """
@@ -41,7 +41,7 @@ def split(name: str) -> tuple[Tensor, Tensor]:
 
 
 def shots(per_class: int, draw: int = 0, split_name: str = "train") -> tuple[Tensor, Tensor]:
-    """`per_class` pictures of every digit, another choice for every `draw`: as `split` has them."""
+    """`per_class` images of every digit, another choice for every `draw`: as `split` has them."""
     pictures, labels = split(split_name)
     rng = np.random.default_rng([draw, per_class])
     chosen = [

@@ -23,7 +23,7 @@ ANGLES = (-15, -10, -5, 0, 5, 10, 15)  # degrees
 MAX_OVERLAP = 0.08  # intersection of two square boxes over the smaller one
 PLACEMENTS = 24  # positions tried for a thing before its size shrinks
 JOINTS = (", ", " and ", " next to ", " with ", " beside ", " ")
-OPENINGS = ("", "", "", "a picture of ", "a photo of ", "an image of ", "there is ", "we see ")
+OPENINGS = ("", "", "", "an image of ", "a photo of ", "an image of ", "there is ", "we see ")
 TABLE = Path(__file__).with_name("objects.toml")
 
 

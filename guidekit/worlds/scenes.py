@@ -33,7 +33,7 @@ BACKGROUNDS = {
 COLOUR_NAMES, BACKGROUND_NAMES = tuple(COLOURS), tuple(BACKGROUNDS)
 CLASSES = tuple(f"{colour} {shape}" for colour in COLOURS for shape in SHAPES)  # judge's 48 + free
 SPLITS = {"train": 0, "test": 1, "judge": 2, "shots": 3}
-MIN_SIZE, MAX_SIZE = 0.30, 0.55  # object's width over the picture's side
+MIN_SIZE, MAX_SIZE = 0.30, 0.55  # object's width over the image's side
 MAX_OVERLAP = 0.12  # intersection of two bounding boxes over the smaller one
 PLACEMENTS = 24  # positions tried per object before its size shrinks
 
@@ -175,7 +175,7 @@ _DISTANCE = dict(zip(SHAPES, (_circle, _square, _triangle, _star, _cross, _ring)
 def draw(scene: Scene, size: int = 64) -> tuple[np.ndarray, np.ndarray]:
     """Renders a scene.
 
-    Returns the picture `(size, size, 3)` uint8 and the masks `(objects, size, size)` bool: the
+    Returns the image `(size, size, 3)` uint8 and the masks `(objects, size, size)` bool: the
     pixels where each object is visible and covers at least half of the pixel.
     """
     rng = np.random.Generator(np.random.Philox(key=[scene.number, 1 << 32]))
@@ -207,7 +207,7 @@ def _cover(thing: Thing, size: int) -> tuple[slice, slice, np.ndarray]:
 
 
 def batch(scenes: list[Scene], size: int = 64) -> tuple[Tensor, list[str]]:
-    """Pictures `(B, 3, size, size)` in [-1, 1] and their captions."""
+    """Images `(B, 3, size, size)` in [-1, 1] and their captions."""
     pictures = np.stack([draw(s, size)[0] for s in scenes])
     return pixels(torch.from_numpy(pictures)), [s.caption for s in scenes]
 

@@ -1,4 +1,4 @@
-"""The own loop on Sana, Lumina2 and Qwen-Image: pictures, tokens, maps, layouts, the model after.
+"""The own loop on Sana, Lumina2 and Qwen-Image: images, tokens, maps, layouts, the model after.
 
 Their prompts stand in texts of the pipeline's own, and those of a batch differ in length.
 """
@@ -55,7 +55,7 @@ def pipeline(family):
 
 
 def bare(family, cfg):
-    """Pictures of the pipeline's own call, with a generator for each."""
+    """Images of the pipeline's own call, with a generator for each."""
     own = {"use_resolution_binning": False} if family == "sana" else {}
     generators = [torch.Generator().manual_seed(seed) for seed in SEEDS]
     return pipeline(family)(

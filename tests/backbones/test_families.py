@@ -1,4 +1,4 @@
-"""The own loop on every family of transformers: the bare pipeline's pictures, phrases, refusals."""
+"""The own loop on every family of transformers: the bare pipeline's images, phrases, refusals."""
 
 from dataclasses import dataclass
 from functools import cache
@@ -54,7 +54,7 @@ def pipeline(family):
 
 
 def bare(pipe, **options):
-    """Pictures of the pipeline's own call, with a generator for each."""
+    """Images of the pipeline's own call, with a generator for each."""
     generators = [torch.Generator().manual_seed(seed) for seed in SEEDS]
     return pipe(generator=generators, num_inference_steps=3, output_type="pt", **options).images
 
@@ -136,7 +136,7 @@ def test_flux_with_true_classifier_free_guidance():
 @pytest.mark.parametrize("family", ["pixart", "sd3", "flux"])
 @pytest.mark.parametrize("guidance", [Zest(stop=1.0), PaintWithWords()])
 def test_layouts(family, guidance):
-    """Guidance acts, and a picture does not depend on its batch."""
+    """Guidance acts, and an image does not depend on its batch."""
     pipe = pipeline(family)
     guided = ours(pipe, [RED, BLUE], [guidance], **SIZE)
     assert guided.account.acted(guidance.name)
@@ -171,7 +171,7 @@ def test_a_class_may_be_named():
         ("dit", Condition(), {}, "give label, from 0 to 999, not None"),
         ("dit", Condition(label=1000), {}, "from 0 to 999, not 1000"),
         ("dit", Condition(label=1, segments=SEGMENTS), {}, "reads no text"),
-        ("dit", Condition(label=1), {"height": 32, "width": 48}, "square pictures"),
+        ("dit", Condition(label=1), {"height": 32, "width": 48}, "square images"),
         ("sd3", Condition("red", label=1), {}, "no class labels"),
         ("sd3", RED, {"embedded_cfg": 3.0}, "takes no guidance scale as an input"),
         ("flux", RED, {"height": 30}, "multiples of 4"),

@@ -170,7 +170,7 @@ def small_disk(folder):
 
 
 def test_a_full_disk(model, tmp_path):
-    """The first pictures fit; the disk is full before the last; what was finished is kept."""
+    """The first images fit; the disk is full before the last; what was finished is kept."""
     with small_disk(tmp_path / "disk"):
         result = run(
             "sample",
@@ -240,7 +240,7 @@ def test_a_template_that_cannot_be_written():
 
 @pytest.mark.full
 def test_ctrl_c_in_the_middle(model, tmp_path):
-    """A real signal to a real process, after its first picture."""
+    """A real signal to a real process, after its first image."""
     words = [
         "sample",
         "--model",

@@ -255,7 +255,7 @@ def test_a_toml_file(model, tmp_path):
 )
 def test_bad_input_of_sample(model, tmp_path, args, text):
     Image.new("L", (4, 4)).save(tmp_path / "empty.png")
-    (tmp_path / "text.png").write_text("no picture")
+    (tmp_path / "text.png").write_text("no image")
     result = run("sample", "--model", model, "--prompt", PROMPT, "--steps", 1, "--seeds", 0, *args)
     fails(result, text)
     assert not list(tmp_path.glob("out/*/*"))
@@ -312,7 +312,7 @@ def interrupt(monkeypatch, after: int, error: BaseException):
 
 
 def stopped(model, *args):
-    """A run of three batches of one picture and two steps."""
+    """A run of three batches of one image and two steps."""
     words = ("--prompt", PROMPT, "--steps", 2, "--seeds", "0-2", "--batch", 1, "--out", "o")
     return run("sample", "--model", model, *words, *args)
 

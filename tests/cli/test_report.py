@@ -1,4 +1,4 @@
-"""Pictures of masks and maps, and the page of a run."""
+"""Images of masks and maps, and the page of a run."""
 
 import json
 from html.parser import HTMLParser
@@ -123,7 +123,7 @@ def test_a_page_shows_everything_and_escapes_it(folder):
     page = Page(write_report(folder).read_text())
     assert "script" not in page.tags and page.text.count(EVIL) >= 10
     assert {"0.png", "unguided/0.png", "attention/0-1.png", "masks/1-b.png"} <= set(page.links)
-    assert page.tags.count("polyline") == 4  # the mean and three pictures
+    assert page.tags.count("polyline") == 4  # the mean and three images
     assert "1 of 3 images, stopped" in page.text and "strength 0.5" in page.text
 
 

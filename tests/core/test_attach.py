@@ -1,4 +1,4 @@
-"""The engine inside unmodified pipelines: the own loop's pictures, no trace, clear refusals."""
+"""The engine inside unmodified pipelines: the own loop's images, no trace, clear refusals."""
 
 import contextlib
 import itertools
@@ -73,7 +73,7 @@ class Watch(Guidance):
 
 @dataclass(kw_only=True)
 class Fresh(Watch):
-    """Adds noise from the pictures' seeds after every step."""
+    """Adds noise from the images' seeds after every step."""
 
     def edit_sample(self, step, z):
         return z + 0.1 * step.noise("fresh").to(z)
@@ -331,7 +331,7 @@ def test_ip_adapter_images_are_replayed():
         attention.set_processor(IPAdapterAttnProcessor2_0(width, 32, (4,), 0.5))
     pipe.unet.encoder_hid_proj = lambda embeds: [embeds[0]]
     pipe.unet.register_to_config(encoder_hid_dim_type="ip_image_proj")
-    # One picture's null and own embedding; the pipeline repeats them for each prompt's pictures.
+    # One image's null and own embedding; the pipeline repeats them for each prompt's images.
     one = {"seeds": (5,), "ip_adapter_image_embeds": [torch.randn(2, 4, 32)]}
     other = {"seeds": (5,), "ip_adapter_image_embeds": [torch.randn(2, 4, 32)]}
     bare = draw(pipe, **one)
@@ -386,7 +386,7 @@ def test_what_needs_its_own_loop_is_refused_at_once(pipe, cls, why):
         ([Zest()], {"segments": BLUE}, {}, "the layout's prompt is 'a blue square'"),
         ([Zest()], {"segments": BLUE.segments}, {}, "'blue' does not occur in the prompt"),
         ([Zest()], {"segments": [RED] * 3}, {}, "3 layouts for 2 prompts"),
-        ([Zest()], {"segments": SEGMENTS, "seeds": [1]}, {}, "1 seeds for 2 pictures"),
+        ([Zest()], {"segments": SEGMENTS, "seeds": [1]}, {}, "1 seeds for 2 images"),
         ([Zest()], {}, {}, "zest needs segments"),
         ([MultiDiffusion()], {"segments": SEGMENTS}, {}, "has not encoded"),
         ([ClassifierFree(cfg_scale=3.0)], {}, {"guidance_scale": 1.0}, "guidance_scale above 1"),
@@ -441,7 +441,7 @@ def test_one_denoiser_is_attached_once(pipe):
 
 
 def _detached(pipe):
-    """Pictures of the same weights without the attachment."""
+    """Images of the same weights without the attachment."""
     return draw(tiny.sd_pipeline())
 
 

@@ -146,7 +146,7 @@ def test_missing_and_broken_masks_are_named(tmp_path):
     with pytest.raises(ValueError, match="no such file"):
         load_mask(tmp_path / "none.png")
     broken = tmp_path / "broken.png"
-    broken.write_bytes(b"not a picture")
+    broken.write_bytes(b"not an image")
     with pytest.raises(ValueError, match="broken.png"):
         load_mask(broken)
 

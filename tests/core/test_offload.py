@@ -1,4 +1,4 @@
-"""Guidance with offloaded models: the same pictures; accelerate's and diffusers' hooks stay.
+"""Guidance with offloaded models: the same images; accelerate's and diffusers' hooks stay.
 
 The computing device is the CPU here as well, so that the hooks run, and move weights, everywhere.
 """
@@ -56,7 +56,7 @@ def hooks(pipe):
 
 @pytest.fixture(scope="module")
 def expected():
-    """Bare and guided pictures without offloading."""
+    """Bare and guided images without offloading."""
     pipe = tiny.sd_pipeline()
     with attach(pipe, guidances(), segments=SEGMENTS):
         guided = draw(pipe, **SHORT)

@@ -1,4 +1,4 @@
-"""The sampling loop: the bare pipeline's pictures, recurrence, batches, seeds and acceptance."""
+"""The sampling loop: the bare pipeline's images, recurrence, batches, seeds and acceptance."""
 
 import copy
 from dataclasses import dataclass
@@ -61,7 +61,7 @@ class Repeat(Guidance):
 
 
 def bare(pipe, conditions, seeds, scheduler=None, eta=0.0, **options):
-    """Pictures of the diffusers pipeline itself."""
+    """Images of the diffusers pipeline itself."""
     before = pipe.scheduler
     pipe.scheduler = scheduler or before
     negatives = [c.negative for c in conditions]
@@ -205,7 +205,7 @@ def test_edits_of_z_are_refused_where_the_scheduler_would_lose_them(pipe, cls):
 
 
 class Picky(Guidance):
-    """Rejects the first pictures of one condition."""
+    """Rejects the first images of one condition."""
 
     tries: ClassVar[list] = []
 
@@ -222,7 +222,7 @@ def test_rejected_pictures_are_drawn_again_from_derived_seeds(pipe):
     guidance.tries.clear()
     images = draw(pipe, [RED, BLUE, RED], [guidance], seeds=[5, 6, 7], batch=2, tries=3, steps=2)
     assert guidance.tries[:2] == [[5, 6], [7]]
-    (again,) = guidance.tries[2:]  # one picture, once: its second seed is accepted
+    (again,) = guidance.tries[2:]  # one image, once: its second seed is accepted
     plain = draw(pipe, [RED, BLUE, RED], seeds=[5, again[0], 7], batch=1, steps=2)
     assert (images - plain).abs().max() < 1e-4
 

@@ -1,4 +1,4 @@
-"""Unconditional pixel models in the own loop: the bare pipeline's pictures, energies, refusals."""
+"""Unconditional pixel models in the own loop: the bare pipeline's images, energies, refusals."""
 
 import json
 from dataclasses import dataclass

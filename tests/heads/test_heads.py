@@ -1,4 +1,4 @@
-"""Heads: labelled pictures as people have them, features, fitting, files that refuse strangers."""
+"""Heads: labelled images as people have them, features, fitting, files that refuse strangers."""
 
 import dataclasses
 import json
@@ -42,7 +42,7 @@ def picture(path, value=128, size=(16, 16), mode="RGB"):
 
 
 def bright_and_dark(count=12, side=16):
-    """Pictures of two classes that differ in their left half, and which half is bright."""
+    """Images of two classes that differ in their left half, and which half is bright."""
     generator = torch.Generator().manual_seed(0)
     pictures = 0.3 * torch.randn(count, 3, side, side, generator=generator)
     targets = torch.arange(count) % 2
@@ -53,7 +53,7 @@ def bright_and_dark(count=12, side=16):
 
 
 def halves(count=8, side=16):
-    """Pictures whose left part is bright up to some column, and that part as a mask."""
+    """Images whose left part is bright up to some column, and that part as a mask."""
     generator = torch.Generator().manual_seed(1)
     pictures = 0.2 * torch.randn(count, 3, side, side, generator=generator) - 0.4
     masks = torch.zeros(count, side, side, dtype=torch.long)
@@ -243,7 +243,7 @@ def _jpeg_mask(folder):
 def _corrupt(folder):
     picture(folder / "cat" / "1.png")
     (folder / "dog").mkdir()
-    (folder / "dog" / "1.png").write_bytes(b"no picture")
+    (folder / "dog" / "1.png").write_bytes(b"no image")
 
 
 def _missing(folder):
@@ -261,8 +261,8 @@ def _no_labels(folder):
         (lambda folder: None, "is empty"),
         (_unlabelled, "have no labels"),
         (_one_class, "one class only"),
-        (_empty_class, "dog has no pictures"),
-        (_lonely, "lack picture or mask"),
+        (_empty_class, "dog has no images"),
+        (_lonely, "lack image or mask"),
         (_other_size, "they must be the same"),
         (_coloured, "is in colour"),
         (_jpeg_mask, "is a JPEG, which changes the values; save it as an indexed PNG"),
@@ -358,7 +358,7 @@ def test_strength_and_temperature_are_cross_validated():
 
 
 def test_rows_of_a_fold_that_is_left_out_are_not_scored():
-    """Class 2 is in one picture alone, so that picture cannot be held out."""
+    """Class 2 is in one image alone, so that image cannot be held out."""
     rng = np.random.default_rng(0)
     groups, y = np.repeat(np.arange(5), 100), np.zeros(500, int)
     y[::2] = 1
@@ -422,7 +422,7 @@ def test_several_labels_are_learned(denoiser):
     assert ((head.predict(denoiser, pictures) > 0).numpy() == both).mean() > 0.9
     assert report.scores["folds"] == 5
     both[:, 1] = 1
-    with pytest.raises(ValueError, match="'less red' is on every picture"):
+    with pytest.raises(ValueError, match="'less red' is on every image"):
         fit(denoiser, Examples.of(pictures, both, ["left", "less red"], "labels"))
 
 

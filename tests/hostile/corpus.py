@@ -1,7 +1,7 @@
 """Hostile inputs, made by code: NAME -> make(folder), which writes one and returns what to load.
 
 Every one is refused: its loader raises a ValueError whose text is one line. Of shards, which are
-read past what is damaged, no item has a picture. The kinds are in corpus_*.py.
+read past what is damaged, no item has an image. The kinds are in corpus_*.py.
 """
 
 import json

@@ -1,4 +1,4 @@
-"""Folders of models: CLIPs, clean and noise-aware, pipelines, picture encoders."""
+"""Folders of models: CLIPs, clean and noise-aware, pipelines, image encoders."""
 
 import json
 import shutil
@@ -62,12 +62,12 @@ CLIPS: dict[str, tuple[str, Change]] = {
     "auto_map list": (TOKENIZER, _set(auto_map=["evil.X", "evil.X"])),
     "auto_map in capitals": ("CONFIG.JSON", _set(auto_map=MAP)),
     "text tower of the hub": (CONFIG, _text(hf_model_name="someone/evil")),
-    "picture tower of the hub": (CONFIG, _vision(timm_model_name="hf-hub:someone/evil")),
-    "picture tower of the hub 2": (CONFIG, _vision(timm_model_name=" HF_HUB:someone/evil")),
-    "picture tower of a folder": (CONFIG, _vision(timm_model_name="local-dir:/x")),
+    "image tower of the hub": (CONFIG, _vision(timm_model_name="hf-hub:someone/evil")),
+    "image tower of the hub 2": (CONFIG, _vision(timm_model_name=" HF_HUB:someone/evil")),
+    "image tower of a folder": (CONFIG, _vision(timm_model_name="local-dir:/x")),
     "no such tower": (CONFIG, _vision(timm_model_name="evil")),
     "endless layers of texts": (CONFIG, _text(layers=10**9)),
-    "endless layers of pictures": (CONFIG, _vision(layers=10**9)),
+    "endless layers of images": (CONFIG, _vision(layers=10**9)),
     "layers of a stage": (CONFIG, _vision(layers=[1, 1, 10**9, 1])),
     "another width": (CONFIG, _vision(width=64)),
     "unknown key": (CONFIG, _vision(exec="x")),
@@ -75,7 +75,7 @@ CLIPS: dict[str, tuple[str, Change]] = {
     "towers are texts": (CONFIG, lambda table: NO_TOWERS),
     "a list": (CONFIG, lambda table: [1]),
 }
-# The picture tower alone, which is read of the same folder, is right in these.
+# The image tower alone, which is read of the same folder, is right in these.
 TOWER_IS_RIGHT = {"unknown key"}
 
 
@@ -142,7 +142,7 @@ PIPELINES: dict[str, Make] = {
 }
 
 TOWER = {"embed_dim": 8, "vision_cfg": {"timm_model_name": "hf-hub:a/b"}}
-ENCODERS: dict[str, Change] = {  # of the config of a saved picture encoder
+ENCODERS: dict[str, Change] = {  # of the config of a saved image encoder
     "architecture of the hub": _set(architecture="hf-hub:someone/evil"),
     "architecture of the hub 2": _set(architecture="HF_HUB:someone/evil"),
     "architecture of a folder": _set(architecture="local-dir:/x"),

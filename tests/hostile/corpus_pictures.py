@@ -1,4 +1,4 @@
-"""Files that are called pictures."""
+"""Files that are called images."""
 
 import io
 import os
@@ -22,7 +22,7 @@ def png(width: int, height: int, *chunks: tuple[bytes, bytes]) -> bytes:
 
 
 def encoded(kind: str, size: tuple[int, int] = (8, 8), mode: str = "RGB", **options) -> bytes:
-    """A picture as the bytes of a file."""
+    """An image as the bytes of a file."""
     into = io.BytesIO()
     Image.new(mode, size).save(into, kind, **options)
     return into.getvalue()

@@ -1,4 +1,4 @@
-"""Tar files of pictures from the web."""
+"""Tar files of images from the web."""
 
 import io
 import tarfile
@@ -24,13 +24,13 @@ def tar(path: Path, members: Members, kinds: dict[str, bytes] | None = None) -> 
 
 
 def _sample(key: str = "0", picture: bytes = EPS, page: bytes = PAGE) -> Make:
-    """A shard of one picture and what is said of it."""
+    """A shard of one image and what is said of it."""
     members = [(f"{key}.jpg", picture), (f"{key}.json", page)]
     return lambda folder: tar(folder / "0.tar", members)
 
 
 def _linked(kind: bytes) -> Make:
-    """A shard whose picture is no file."""
+    """A shard whose image is no file."""
     members = [("0.jpg", b""), ("0.json", PAGE)]
     return lambda folder: tar(folder / "0.tar", members, {"0.jpg": kind})
 

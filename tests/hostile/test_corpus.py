@@ -135,7 +135,7 @@ def test_names(inbox, name):
 
 @pytest.mark.parametrize("name", ["...png", "..png", "a\x1b[2J.png", "a\\b.png"])
 def test_names_of_pictures_that_become_folders(inbox, name):
-    """Where pathlib finds the stem `..`, pictures would go beside the run's folder."""
+    """Where pathlib finds the stem `..`, images would go beside the run's folder."""
     write(inbox / name, encoded("PNG"))
     try:
         found = load_references(inbox)

@@ -397,7 +397,7 @@ def test_an_encoder_of_latents_sees_what_the_denoiser_does(tmp_path, photos):
     size = {"height": 32, "width": 32}
     drawn = Sampling(pipe, Condition("red"), [guidance], steps=2, **size).finish()
     assert drawn.account.acted("clip")
-    with pytest.raises(ValueError, match="trained on noise in pictures of 32x32, here are 64x64"):
+    with pytest.raises(ValueError, match="trained on noise in images of 32x32, here are 64x64"):
         Sampling(pipe, Condition("red"), [guidance], steps=2, height=64, width=64).finish()
     with pytest.raises(ValueError, match="or take a clean CLIP"):
         guidance = Clip(encoder=str(tmp_path / "made"), text="a", on="x0")

@@ -133,7 +133,7 @@ def test_texts_and_images_may_differ_from_picture_to_picture(pipe):
     ]
     given = first_step(pipe, Clip(encoder="random"), condition=own)
     assert torch.equal(energies(given), energies(both))
-    with pytest.raises(ValueError, match="texts of 2 pictures for 1"):
+    with pytest.raises(ValueError, match="texts of 2 images for 1"):
         first_step(pipe, Clip(encoder="random").towards(texts), seeds=(0,))
 
 

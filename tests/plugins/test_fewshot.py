@@ -275,7 +275,7 @@ def test_a_fit_works_in_latents(tmp_path):
 
 
 class Counting(Fewshot):
-    """Counts the pictures that it judges."""
+    """Counts the images that it judges."""
 
     seen: ClassVar[list] = []
 
@@ -364,7 +364,7 @@ def test_a_judge_sees_the_digit_that_was_asked_for(real, tmp_path):
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory):
-    """An unconditional pipeline of 8x8 grey pictures on disk, and shots beside it."""
+    """An unconditional pipeline of 8x8 grey images on disk, and shots beside it."""
     from diffusers import DDPMPipeline, UNet2DModel
 
     folder = tmp_path_factory.mktemp("commands")

@@ -47,7 +47,7 @@ def test_low_frequencies_are_those_of_the_reference_at_the_next_level(pipe):
         y = step.next_level.a * reference + step.next_level.s * step.noise("kept")
         torch.testing.assert_close(after, before + low_pass(y, 4) - low_pass(before, 4))
     assert torch.equal(drawn.latents, guidance.kept[-1][2])
-    # The last level has no noise: the picture's coarse colours are nearly the reference's.
+    # The last level has no noise: the image's coarse colours are nearly the reference's.
     plain = run(pipe).finish().latents
     found, plain = (low_pass(x - reference, 4).norm() for x in (drawn.latents, plain))
     assert found < 0.3 * plain

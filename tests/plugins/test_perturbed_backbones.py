@@ -34,7 +34,7 @@ CELLS = [(family, name) for family in FAMILIES for name in PERTURBED]
 
 
 def guided(family, *guidances, pipe=None, **options):
-    """Pictures and the attachment of one guided call."""
+    """Images and the attachment of one guided call."""
     cfg = 5.0 if family == "pixart" else None
     with attach(pipe or transformer(family), guidances, cfg=cfg) as attached:
         images = draw_family(family, pipe, **options)

@@ -75,7 +75,7 @@ class Mixed(Good):
 
 
 class OneCondition(Good):
-    """Treats every picture as the first one (2026)."""
+    """Treats every image as the first one (2026)."""
 
     def prepare(self, run):
         self.half = run.conditions[0].segments[0].mask[::16, ::16]
@@ -228,11 +228,11 @@ class Required(Good):
     ("cls", "check", "says"),
     [
         (Mixed, "batch", "differ by"),
-        (OneCondition, "batch", "picture 1 differ by"),
+        (OneCondition, "batch", "image 1 differ by"),
         (Hook, "restored", "after a run the pipeline differs in unet.._forward_hooks"),
         (Wrapped, "restored", "after an exception .* unet..forward"),
         (Weights, "restored", "conv_in.bias"),
-        (Shape, "energy", r"one number per picture"),
+        (Shape, "energy", r"one number per image"),
         (Infinite, "energy", "not finite"),
         (Gradient, "energy", "finite differences"),
         (Idle, "acts", "those without it"),

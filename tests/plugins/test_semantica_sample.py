@@ -97,7 +97,7 @@ def test_features_and_energies_reach_it(pipe):
 @pytest.mark.parametrize(
     "condition, guidances, options, message",
     [
-        (Condition(), [], {}, "follows a picture: give --image"),
+        (Condition(), [], {}, "follows an image: give --image"),
         (Condition("a fox", image=RED.image), [], {}, "reads no prompt"),
         (RED, [Semantica()], {"cfg": 2.0}, "cfg is 1 \\+ w"),
         (RED, [], {"height": 15}, "multiples of 2"),
@@ -278,7 +278,7 @@ def test_command_line(pipe, tmp_path, monkeypatch):
         ([*folder, "--seeds", "7,3,100"], "give the first alone, --seeds 7"),
         ([*folder, "--compare"], "--compare is not for --image-folder"),
         (["--image", "ref.png", "--set", "semantica.w=inf"], "semantica.w is a finite"),
-        ([], "follows a picture"),
+        ([], "follows an image"),
     ):
         refused = CliRunner().invoke(main, [*args, *wrong])
         assert refused.exit_code == 2 and message in refused.output, refused.output
@@ -323,7 +323,7 @@ def test_other_schedulers_follow_the_models_schedule(pipe, name):
 
 
 def test_the_built_in_model_draws_the_page_of_its_reference():
-    """The judge never saw it; a picture drawn after another reference has another background."""
+    """The judge never saw it; an image drawn after another reference has another background."""
     plans = [scenes.scene(number, "test") for number in range(8)]
     pages = [scenes.episode(plan.number, 2, "test")[0] for plan in plans]
     conditions, _ = scenes.batch(pages, 32)

@@ -164,7 +164,7 @@ def test_energies_fall_against_the_unguided_run(pipe, cls):
             pipe, BOTH, [guidance], seeds=[0, 1, 2, 3], steps=6, scheduler=scheduler, cfg=1.0
         )
         rows = sampling.finish().account.rows
-        return torch.tensor([row["energy"] for row in rows])  # (steps, pictures)
+        return torch.tensor([row["energy"] for row in rows])  # (steps, images)
 
     unguided, guided, away = energies(1e-9), energies(0.1), energies(-0.1)
     torch.testing.assert_close(guided[0], unguided[0])  # before the first move

@@ -62,7 +62,7 @@ def shard(path, samples: dict[str, dict[str, bytes]]) -> None:
                 tar.addfile(member, io.BytesIO(content))
 
 
-def sample(colour, page, caption="a picture", **columns) -> dict[str, bytes]:
+def sample(colour, page, caption="an image", **columns) -> dict[str, bytes]:
     table = json.dumps({"page_url": page, "url": "x", **columns}).encode()
     return {"jpg": jpeg(colour), "json": table, "txt": caption.encode()}
 
@@ -75,7 +75,7 @@ def firsts(pages) -> list[int]:
 
 @pytest.fixture
 def shards(tmp_path):
-    """Two pages in two shards; one picture is damaged, one has no page, one sample no picture."""
+    """Two pages in two shards; one image is damaged, one has no page, one sample no image."""
     folder = tmp_path / "shards"
     folder.mkdir()
     broken = sample("blue", "a")
@@ -99,7 +99,7 @@ def test_shards_are_grouped_by_page_and_what_is_damaged_is_counted(shards, tiny,
     pages = encoded(shard_items(shards), tiny, tmp_path / "pages")
     assert pages.totals() == {"rows": 4, "seen": 7, "unreadable": 3}
     assert firsts(pages) == [0, 1, 0, 1]
-    assert pages.captions([0, 2]) == ["a picture", "é"]
+    assert pages.captions([0, 2]) == ["an image", "é"]
     pictures, tokens, pooled = pages.rows([2, 0], "pictures", "tokens", "pooled")
     assert pictures.shape == (2, 3, SIZE, SIZE) and pictures.dtype == torch.uint8
     assert tokens.shape == (2, 5, 16) and pooled.shape == (2, 16)
@@ -236,17 +236,17 @@ def test_folders_are_pages(tiny, tmp_path):
     for name in ("cats/a.jpg", "cats/b.png", "dogs/c.jpg"):
         (root / name).parent.mkdir(parents=True, exist_ok=True)
         Image.new("LA" if name.endswith("png") else "L", (9, 30), 128).save(root / name)
-    (root / "dogs/d.jpg").write_bytes(b"no picture")
+    (root / "dogs/d.jpg").write_bytes(b"no image")
     pages = encoded(folder_items(root), tiny, tmp_path / "pages")
     assert firsts(pages) == [0, 0, 2]
     assert pages.totals()["unreadable"] == 1
-    with pytest.raises(ValueError, match="no pictures below"):
+    with pytest.raises(ValueError, match="no images below"):
         next(folder_items(tmp_path / "pages"))
     Image.new("L", (9, 9)).save(root / "loose.png")
     for most in (1, 256):  # of parts
         found = [item for part in folder_parts(root, most=most) for item, _ in part.items(0)]
         assert {i.key for i in found} == {i.key for i in folder_items(root)}
-    with pytest.raises(ValueError, match="no pictures below"):
+    with pytest.raises(ValueError, match="no images below"):
         folder_parts(tmp_path / "pages")
 
 
@@ -303,7 +303,7 @@ def test_a_kill_while_a_shard_is_written_loses_that_shard_alone(tiny, tmp_path, 
 
 
 def test_the_encoder_sees_pictures_at_its_own_size(tmp_path):
-    """As it sees a reference when it draws: small pictures are not what is encoded."""
+    """As it sees a reference when it draws: small images are not what is encoded."""
     pipe = semantica_pipeline(sample_size=8)
     pixels = np.random.default_rng(0).integers(0, 256, (40, 50, 3), np.uint8)
     shown = Image.fromarray(pixels)
@@ -335,9 +335,9 @@ def test_nothing_is_begun_by_what_cannot_work(tiny, tmp_path):
         yield from (None, None)
 
     for _ in range(2):
-        with pytest.raises(ValueError, match="none of 2 pictures could be read"):
+        with pytest.raises(ValueError, match="none of 2 images could be read"):
             find_pairs(encoded(broken(), tiny, tmp_path / "none"))
-    with pytest.raises(ValueError, match="no pictures below"):
+    with pytest.raises(ValueError, match="no images below"):
         encoded(folder_items(tmp_path / "typo"), tiny, tmp_path / "p", facts={"data": 1})
     pages = encoded(scene_items(2, 2, SIZE), tiny, tmp_path / "p", facts={"data": 2})
     assert len(pages) == 4

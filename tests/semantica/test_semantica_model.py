@@ -27,7 +27,7 @@ SMALL = dict(
 
 
 def small(**changes) -> UViT:
-    """A UViT of 16x16 pictures whose every branch does something."""
+    """A UViT of 16x16 images whose every branch does something."""
     return randomised(UViT(**SMALL | changes))
 
 
@@ -186,7 +186,7 @@ def test_other_sizes_and_saving(tmp_path):
 
 @pytest.mark.parametrize("size", [16, 32, 256])
 def test_what_it_is_told_of_the_noise(size):
-    """The embedding's input runs from 0 to 1000 whatever the picture's size."""
+    """The embedding's input runs from 0 to 1000 whatever the image's size."""
     model, told = small(sample_size=size), []
     model.time_embedding.register_forward_pre_hook(lambda _, args: told.append(args[0]))
     times = torch.tensor([1e-6, 0.5, 1.0])

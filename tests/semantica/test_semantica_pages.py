@@ -1,4 +1,4 @@
-"""Damaged pictures, shards and records of pages, and what is refused or left out."""
+"""Damaged images, shards and records of pages, and what is refused or left out."""
 
 import functools
 import io
@@ -61,7 +61,7 @@ def page_of(contents: list[bytes]) -> list[Item]:
 
 
 def red_rows(picture: torch.Tensor) -> list[bool]:
-    """Whether the first and the last row of a red and white picture (3, h, w) are red."""
+    """Whether the first and the last row of a red and white image (3, h, w) are red."""
     return [bool(picture[1, row].float().mean() < 128) for row in (0, -1)]
 
 
@@ -129,7 +129,7 @@ def test_a_damaged_avif_is_counted(tiny, tmp_path):
     out = io.BytesIO()
     Image.effect_noise((24, 20), 60).convert("RGB").save(out, "avif")
     content = bytearray(out.getvalue())
-    content[content.index(b"pitm") + 8] = 0xFF  # the number of the picture's own item
+    content[content.index(b"pitm") + 8] = 0xFF  # the number of the image's own item
     found = encoded(iter(page_of([bytes(content), with_exif(b"")])), tiny, tmp_path / "p")
     assert len(found) == 1 and found.totals()["unreadable"] == 1
 

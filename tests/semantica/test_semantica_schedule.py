@@ -130,7 +130,7 @@ def test_variance_lies_between_its_bounds():
 def test_bounds_are_exact_for_their_data():
     """Small variance is exact for data without spread, large for white data, but for the last step.
 
-    That one has no noise: it takes the mean of the clean pictures.
+    That one has no noise: it takes the mean of the clean images.
     """
     for steps in (8, 64):
         large = make(frac=1.0)

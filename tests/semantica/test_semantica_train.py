@@ -113,7 +113,7 @@ def test_other_bounds_make_other_pairs_and_other_data_are_refused(encoder, tmp_p
 
 
 def test_pairs_are_of_the_pages_that_they_were_found_in(encoder, tmp_path):
-    """Other pages of as many pictures in the same folder are filtered again."""
+    """Other pages of as many images in the same folder are filtered again."""
     found = []
     for split in (("red circle",), ("blue square",)):
         options = SemanticaOptions(encoder=str(encoder), pages=30, per_page=2, without=split)

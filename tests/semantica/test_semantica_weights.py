@@ -71,7 +71,7 @@ def test_weights_of_another_model_are_refused(tmp_path):
 
 @pytest.mark.parametrize("weights", [published, plus])
 def test_pictures_are_those_of_diffusers_with_an_ip_adapter(tmp_path, weights):
-    """With classifier-free guidance, so the branch without the picture is diffusers' as well."""
+    """With classifier-free guidance, so the branch without the image is diffusers' as well."""
     from transformers import CLIPImageProcessor
 
     pipe, theirs = sd_pipeline(), sd_pipeline()
@@ -102,7 +102,7 @@ def test_pictures_are_those_of_diffusers_with_an_ip_adapter(tmp_path, weights):
     plain = drawn(pipe, Condition("red circle", "blue"), cfg=7.5).images
     assert (found - plain).abs().max() > 1e-3
     assert (found - expected).abs().max() < 2e-5
-    with pytest.raises(ValueError, match="needs the picture encoder"):
+    with pytest.raises(ValueError, match="needs the image encoder"):
         drawn(pipe, RED, [Semantica(adapter=adapter)])
 
 
@@ -198,7 +198,7 @@ def test_an_adapter_that_lacks_a_weight(tmp_path):
 @pytest.mark.parametrize(
     "changes, message",
     [
-        ({"projection_dim": 20}, "reads 24 channels, the picture encoder gives 20; set semantica"),
+        ({"projection_dim": 20}, "reads 24 channels, the image encoder gives 20; set semantica"),
         (None, r"semantica.encoder \S*/clip is no folder; .*in \S* there are other"),
     ],
 )

@@ -1,4 +1,4 @@
-"""Tiny open_clip models of 32x32 pictures with random weights: ResNet, ViT, a ConvNeXt of timm."""
+"""Tiny open_clip models of 32x32 images with random weights: ResNet, ViT, a ConvNeXt of timm."""
 
 from guidekit.noisy_clip.files import Clip
 from guidekit.noisy_clip.miniature import random_clip, random_noisy

@@ -1,4 +1,4 @@
-"""Pictures of the tiny pipelines by their own calls, bare or attached."""
+"""Images of the tiny pipelines by their own calls, bare or attached."""
 
 import functools
 
@@ -8,7 +8,7 @@ import pipelines
 
 
 def draw(pipe, seeds=(5, 6), **options):
-    """Pictures of the pipeline's own call."""
+    """Images of the pipeline's own call."""
     given = {
         "prompt": ["a red circle"] * len(seeds),
         "negative_prompt": ["blue"] * len(seeds),
@@ -29,7 +29,7 @@ def transformer(family):
 
 
 def draw_family(family, pipe=None, **options):
-    """Pictures of a transformer family, with what its call needs besides."""
+    """Images of a transformer family, with what its call needs besides."""
     more = {"pixart": {"use_resolution_binning": False, "clean_caption": False}}.get(family, {})
     if family == "flux":
         more["negative_prompt"] = None

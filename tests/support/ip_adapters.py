@@ -56,7 +56,7 @@ def plus(unet, channels=16):
 
 
 def clip_tower(**changes):
-    """A random picture tower of CLIP."""
+    """A random image tower of CLIP."""
     from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
 
     config = dict(

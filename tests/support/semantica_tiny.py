@@ -1,4 +1,4 @@
-"""Tiny random Semantica: an encoder of 8x8 patches, a UViT of 16x16 pictures, their pipeline."""
+"""Tiny random Semantica: an encoder of 8x8 patches, a UViT of 16x16 images, their pipeline."""
 
 import functools
 import json

@@ -44,7 +44,7 @@ def test_first_command_leaves_all_its_files(drawn):
 
 
 def test_first_command_moves_the_objects(drawn):
-    """The judge finds each object more inside its box than in the unguided pictures."""
+    """The judge finds each object more inside its box than in the unguided images."""
     import numpy as np
     import torch
     from PIL import Image
