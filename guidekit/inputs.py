@@ -46,10 +46,11 @@ def load(name: str, device: str | None = None, dtype: Any = None) -> DiffusionPi
 
     pipeline = Registry().backbone(name)()
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    return pipeline.to(device) if dtype is None else pipeline.to(device, dtype)
+    moved: DiffusionPipeline = pipeline.to(*filter(None, (device, dtype)))
+    return moved
 
 
-def tuned(pipeline: DiffusionPipeline) -> dict[str, Any]:
+def tuned(pipeline: Any) -> dict[str, Any]:
     """A built-in's tuned `steps`, `cfg` and `plugin` tables; empty for other pipelines."""
     path = Path(str(pipeline.config.get("_name_or_path", "")))
     return model_defaults(path.name) if path.parent == ZOO else {}
@@ -130,7 +131,7 @@ def make(name: str, **options: Any) -> Guidance:
     return Registry().make_guidance(name, options)
 
 
-def as_scheduler(given: object, pipeline: DiffusionPipeline) -> Any:
+def as_scheduler(given: object, pipeline: Any) -> Any:
     """A scheduler of an instance or a short name; the pipeline's own of None."""
     if given is None:
         return pipeline.scheduler

@@ -11,11 +11,10 @@ Guidance by score and mean: Dhariwal & Nichol 2021 (arXiv:2105.05233), Algorithm
 from functools import cached_property
 from typing import Any
 
-from diffusers import SchedulerMixin
 from torch import Tensor
 
 from guidekit.errors import GuidekitError, NoPushError
-from guidekit.noise import Level, landing, level_at, position, wide
+from guidekit.noise import Level, Scheduler, landing, level_at, position, wide
 from guidekit.probe import Gains, check_finite, known_kwargs, miniature, on_cpu, read_gains
 
 # Below this a (in VP coordinates) 1/a turns any error of a gradient into a jump of x0.
@@ -42,12 +41,13 @@ class Levels:
 
     def __init__(
         self,
-        scheduler: SchedulerMixin,
+        scheduler: Scheduler,
         step_kwargs: dict[str, Any] | None = None,
         start: int | None = None,
     ):
         self._kwargs = known_kwargs(step_kwargs or {})
-        self._tables, self._twin = on_cpu(scheduler), miniature(scheduler)
+        self._tables: Scheduler = on_cpu(scheduler)
+        self._twin = miniature(scheduler)
         if start is None:
             start = position(self._tables, self._tables.timesteps[0])
         self.start: int = start  # position of the first call in `scheduler.timesteps`
@@ -114,9 +114,11 @@ class Levels:
 
         Nichol & Dhariwal 2021 (arXiv:2102.09672), eq. 15; "learned" is the variance itself.
         """
-        scheduler = self._tables
+        scheduler: Scheduler = self._tables
         (wider,) = wide(variance)
-        found = scheduler._get_variance(int(self.timesteps[index]), predicted_variance=wider)
+        found: Tensor = scheduler._get_variance(
+            int(self.timesteps[index]), predicted_variance=wider
+        )
         # diffusers keeps the logarithm of a learned range.
         return found.exp() if scheduler.config.variance_type == "learned_range" else found
 
@@ -227,18 +229,18 @@ class Move:
         return self._levels.gains(self._index)
 
 
-def _steps(scheduler: SchedulerMixin, start: int, calls: int) -> list[range]:
+def _steps(scheduler: Scheduler, start: int, calls: int) -> list[range]:
     """The calls of every step of the solver."""
     firsts = [k for k in range(calls) if _begins_step(scheduler, start, k)]
     return [range(*pair) for pair in zip(firsts, [*firsts[1:], calls], strict=True)]
 
 
-def _begins_step(scheduler: SchedulerMixin, start: int, call: int) -> bool:
+def _begins_step(scheduler: Scheduler, start: int, call: int) -> bool:
     """Whether a call starts from the sample it is given, and not from that of an earlier stage."""
     if hasattr(scheduler, "state_in_first_order"):  # Heun, KDPM2
         return call % 2 == 0
     if hasattr(scheduler, "order_list"):  # DPM++ 2S and 3S; the first calls have no history
-        return min(scheduler.order_list[start + call], call + 1) == 1
+        return bool(min(scheduler.order_list[start + call], call + 1) == 1)
     if hasattr(scheduler, "counter"):  # PNDM: a Runge-Kutta start, or one step done twice
         if not scheduler.config.skip_prk_steps and call < len(scheduler.prk_timesteps):
             return call % 4 == 0

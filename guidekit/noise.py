@@ -10,14 +10,15 @@ VP: Ho et al. 2020 (arXiv:2006.11239); v: Salimans & Ho 2022 (arXiv:2202.00512);
 import math
 from dataclasses import dataclass
 from functools import reduce
-from typing import Literal, get_args
+from typing import Any, Literal, TypeAlias, cast, get_args
 
 import torch
-from diffusers import SchedulerMixin
 from torch import Tensor
 
 from guidekit.errors import GuidekitError
 
+# A scheduler of diffusers; they share no typed interface beyond their config.
+Scheduler: TypeAlias = Any
 Kind = Literal["vp", "ve", "flow"]
 Prediction = Literal["epsilon", "v_prediction", "sample", "flow_prediction"]
 
@@ -34,7 +35,7 @@ _STEMS = {
     "alpha": "DPMSolverMultistep DPMSolverSinglestep DEISMultistep UniPCMultistep SASolver",
     "flow": "FlowMatchEulerDiscrete FlowMatchHeunDiscrete FlowMatchLCM",
 }
-FAMILIES = {f"{stem}Scheduler": family for family in _STEMS for stem in _STEMS[family].split()}
+SOURCES = {f"{stem}Scheduler": family for family in _STEMS for stem in _STEMS[family].split()}
 # Those that step down by a fixed number of timesteps, wherever the next one is.
 STRIDES = {f"{s}Scheduler" for s in ("DDIM", "DDIMParallel", "CogVideoXDDIM", "PNDM")}
 
@@ -142,7 +143,7 @@ class Level:
         return p, self.a / self.norm
 
 
-def level(scheduler: SchedulerMixin, timestep: Tensor | float, offset: int = 0) -> Level:
+def level(scheduler: Scheduler, timestep: Tensor | float, offset: int = 0) -> Level:
     """The level of the sample that `scheduler` is about to step from at `timestep`.
 
     offset: model calls further on in `scheduler.timesteps` (1: where the next call will be; past
@@ -156,7 +157,7 @@ def level(scheduler: SchedulerMixin, timestep: Tensor | float, offset: int = 0) 
     return level_at(scheduler, index, second)
 
 
-def level_at(scheduler: SchedulerMixin, index: int, second: bool = False) -> Level:
+def level_at(scheduler: Scheduler, index: int, second: bool = False) -> Level:
     """The level at position `index` of `scheduler.timesteps`; past the last it is the final one.
 
     second: the call is the second stage of a two-stage solver's step.
@@ -177,11 +178,11 @@ def level_at(scheduler: SchedulerMixin, index: int, second: bool = False) -> Lev
     if family == "flow":
         return Level(float(1 - sigma), float(sigma), "flow", prediction)
     a, s = scheduler._sigma_to_alpha_sigma_t(sigma)
-    kind = "flow" if scheduler.config.get("use_flow_sigmas", False) else "vp"
+    kind: Kind = "flow" if scheduler.config.get("use_flow_sigmas", False) else "vp"
     return Level(float(a), float(s), kind, prediction)
 
 
-def landing(scheduler: SchedulerMixin, index: int, call: int, second: bool = False) -> Level:
+def landing(scheduler: Scheduler, index: int, call: int, second: bool = False) -> Level:
     """The level that the step at position `index` leads to, the run's call number `call`.
 
     It is that of the next position, but for DDIM and PNDM, which go a fixed stride down: with
@@ -197,12 +198,12 @@ def landing(scheduler: SchedulerMixin, index: int, call: int, second: bool = Fal
     return _of_table(scheduler, _alpha_bar(scheduler, t - stride))
 
 
-def is_flow(scheduler: SchedulerMixin) -> bool:
+def is_flow(scheduler: Scheduler) -> bool:
     """Whether the scheduler carries z = (1 - sigma) * x0 + sigma * eps, as flow models need it."""
     return _family(scheduler) == "flow" or bool(scheduler.config.get("use_flow_sigmas", False))
 
 
-def _family(scheduler: SchedulerMixin) -> str:
+def _family(scheduler: Scheduler) -> str:
     """Where the scheduler keeps its levels, also for subclasses of a known class."""
     if scheduler.config.get("invert_sigmas", False):
         raise GuidekitError(
@@ -210,13 +211,13 @@ def _family(scheduler: SchedulerMixin) -> str:
             "use X.from_config(its config, invert_sigmas=False)"
         )
     for cls in type(scheduler).__mro__:
-        if cls.__name__ in FAMILIES:
-            return FAMILIES[cls.__name__]
-    name, known = type(scheduler).__name__, ", ".join(FAMILIES)
+        if cls.__name__ in SOURCES:
+            return SOURCES[cls.__name__]
+    name, known = type(scheduler).__name__, ", ".join(SOURCES)
     raise GuidekitError(f"guidekit does not know {name}; use X.from_config(its config) of: {known}")
 
 
-def _prediction(scheduler: SchedulerMixin, family: str) -> Prediction:
+def _prediction(scheduler: Scheduler, family: str) -> Prediction:
     """What the model's output means to this scheduler."""
     if family == "flow":
         return "flow_prediction"
@@ -228,17 +229,17 @@ def _prediction(scheduler: SchedulerMixin, family: str) -> Prediction:
         )
     if name == "flow_prediction" and not scheduler.config.get("use_flow_sigmas", False):
         raise GuidekitError("flow_prediction needs use_flow_sigmas=True; set it in from_config")
-    return name
+    return cast(Prediction, name)
 
 
-def position(scheduler: SchedulerMixin, timestep: Tensor | float) -> int:
+def position(scheduler: Scheduler, timestep: Tensor | float) -> int:
     """Position of the coming call in `scheduler.timesteps`, found as step() does, not stored.
 
     Raises GuidekitError for a timestep that is not among them.
     """
     for name in ("step_index", "begin_index"):
         if (known := getattr(scheduler, name, None)) is not None:
-            return known
+            return int(known)
     found = (scheduler.timesteps.cpu() == torch.as_tensor(timestep).cpu()).nonzero().flatten()
     if len(found) == 0:
         t = float(timestep)
@@ -248,32 +249,32 @@ def position(scheduler: SchedulerMixin, timestep: Tensor | float) -> int:
     return int(found[min(1, len(found) - 1)])  # diffusers takes the second of two when it starts
 
 
-def _of_table(scheduler: SchedulerMixin, alpha_bar: float) -> Level:
+def _of_table(scheduler: Scheduler, alpha_bar: float) -> Level:
     """The level of a scheduler that reads alphas_cumprod."""
     prediction = _prediction(scheduler, "table")
     return Level(math.sqrt(alpha_bar), math.sqrt(1 - alpha_bar), "vp", prediction)
 
 
-def _alpha_bar(scheduler: SchedulerMixin, timestep: int) -> float:
+def _alpha_bar(scheduler: Scheduler, timestep: int) -> float:
     """alphas_cumprod at a timestep; the final one below 0."""
     if timestep < 0:
         return float(getattr(scheduler, "final_alpha_cumprod", 1.0))
     return float(scheduler.alphas_cumprod[timestep])
 
 
-def _pndm_stride(scheduler: SchedulerMixin, call: int, stride: int) -> int:
+def _pndm_stride(scheduler: Scheduler, call: int, stride: int) -> int:
     """How many timesteps below its own a call of PNDM leads."""
     if not scheduler.config.skip_prk_steps and call < len(scheduler.prk_timesteps):
         return 0 if call % 2 else stride // 2
     return 0 if call == 1 else stride  # the second call does the first step again
 
 
-def _sigma(scheduler: SchedulerMixin, index: int, second: bool) -> Tensor:
+def _sigma(scheduler: Scheduler, index: int, second: bool) -> Tensor:
     """The sigma of the model call at `index`, from the table that step() reads."""
     if second and hasattr(scheduler, "sigmas_interpol"):
         # The ancestral KDPM2 stores the midpoint beside its start, the other beside its end.
-        return scheduler.sigmas_interpol[index - hasattr(scheduler, "sigmas_up")]
-    return scheduler.sigmas[index]
+        return cast(Tensor, scheduler.sigmas_interpol[index - hasattr(scheduler, "sigmas_up")])
+    return cast(Tensor, scheduler.sigmas[index])
 
 
 def wide(*tensors: Tensor) -> list[Tensor]:

@@ -20,7 +20,7 @@ from guidekit.backbones.denoiser import Denoiser
 from guidekit.backbones.schedulers import lay_out_steps
 from guidekit.errors import GuidekitError
 from guidekit.images import fitted, to_uint8
-from guidekit.noise import FAMILIES
+from guidekit.noise import SOURCES
 from guidekit.references import as_reference, to_pixels
 
 STRENGTH = 0.8  # diffusers' default
@@ -89,7 +89,7 @@ class Start:
         """
         for name in self._own:
             if not _takes(type(scheduler), name):
-                known = [getattr(diffusers, known) for known in FAMILIES]
+                known = [getattr(diffusers, known) for known in SOURCES]
                 able = ", ".join(cls.__name__ for cls in known if _takes(cls, name))
                 raise GuidekitError(f"{type(scheduler).__name__} takes no {name}; these do: {able}")
         own = {name: list(values) for name, values in self._own.items()}

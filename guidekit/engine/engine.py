@@ -23,7 +23,7 @@ from guidekit.step import Step
 from guidekit.taps import installed
 
 
-def missing(guidance: Guidance, denoiser: Denoiser) -> str | None:
+def lack(guidance: Guidance, denoiser: Denoiser) -> str | None:
     """What the guidance needs of a model and this one has not, in words."""
     if "text" in guidance.needs and not denoiser.reads_text:
         return "a prompt that pixels attend to"
@@ -44,9 +44,9 @@ class Engine:
         self.injector = Injector(run)
         for guidance in self.guidances:
             guidance.check_contract()
-            if lack := missing(guidance, run.denoiser):
+            if lacking := lack(guidance, run.denoiser):
                 raise GuidekitError(
-                    f"{guidance.name} needs {lack}, and {type(run.denoiser.pipeline).__name__} "
+                    f"{guidance.name} needs {lacking}, and {type(run.denoiser.pipeline).__name__} "
                     "has none"
                 )
             with blame(guidance.name, "prepare"):

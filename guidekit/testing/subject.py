@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from guidekit.backbones.denoiser import Denoiser
 from guidekit.conditions import Condition
-from guidekit.engine.engine import missing
+from guidekit.engine.engine import lack
 from guidekit.guidance import Guidance
 from guidekit.sampler import Sampling
 from guidekit.testing import miniatures
@@ -83,7 +83,7 @@ class Subject:
 
         Raises AssertionError for a need that is not there and is not refused either.
         """
-        if missing(self.cls.example(), Denoiser(self.pipe)) is None:
+        if lack(self.cls.example(), Denoiser(self.pipe)) is None:
             return None
         try:
             self.sampling(self.example())
