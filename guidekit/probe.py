@@ -92,7 +92,7 @@ def _unit(rows: int, row: int) -> Tensor:
     return noise
 
 
-def on_cpu(scheduler: SchedulerMixin) -> SchedulerMixin:
+def on_cpu(scheduler: Any) -> Any:
     """A copy of the scheduler, as set_timesteps left it, with its tables on the CPU."""
     twin = copy.copy(scheduler)
     moved = {k: v.cpu() for k, v in vars(scheduler).items() if isinstance(v, Tensor)}
