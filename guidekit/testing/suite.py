@@ -136,7 +136,13 @@ class _Narrowing(TorchDispatchMode):
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         out = func(*args, **(kwargs or {}))
         cast = func is torch.ops.aten._to_copy.default and args[0].dtype == torch.float64
-        if cast and out.is_floating_point() and out.dtype != torch.float64:
+        # What needs no gradient, such as timesteps that a network embeds, may be as it likes.
+        if (
+            cast
+            and args[0].requires_grad
+            and out.is_floating_point()
+            and out.dtype != torch.float64
+        ):
             self.found = self.found or out.dtype
         return out
 

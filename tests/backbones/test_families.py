@@ -190,7 +190,6 @@ def test_what_cannot_work_is_refused(family, condition, options, message):
 def test_features_of_transformer_blocks_have_grids(family):
     """Also where a block returns the text beside them."""
     pipe = pipeline(family)
-    guidance = Features()
     condition = CLASSES[0] if family == "dit" else RED
-    Sampling(pipe, condition, [guidance], steps=1).finish()
-    assert guidance.found.shape[2:] == (8, 8)
+    run = Sampling(pipe, condition, [Features()], steps=1).finish().run
+    assert run.guidances[0].found.shape[2:] == (8, 8)

@@ -22,7 +22,7 @@ SHARED_MEMORY = {80: 166912, 86: 101376, 90: 232448}  # of one program, in bytes
 @pytest.mark.parametrize("file", ["interpreted_attention_map.py", "interpreted_models.py"])
 def test_in_the_interpreter(file):
     pytest.importorskip("triton")
-    options = ["-q", "-x", "-p", "no:cacheprovider", "--timeout=0"]
+    options = ["-q", "-x", "-p", "no:cacheprovider", "--timeout=0", "-m", "full"]
     run = subprocess.run(
         [sys.executable, "-m", "pytest", *options, str(HERE / file)],
         env=os.environ | {"TRITON_INTERPRET": "1"},

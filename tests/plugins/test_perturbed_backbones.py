@@ -119,7 +119,8 @@ def test_skipping_is_flux_without_the_block(place):
     del getattr(without.transformer, place)[0]
     _, other = guided("flux", SkipLayer.example(), pipe=without, num_inference_steps=1)
     perturbed = attached.step.evals[skip.name].out
-    assert torch.equal(perturbed, other.step.cond.out)
+    # Both branches ride in one call, whose products round otherwise than those of one alone.
+    assert torch.allclose(perturbed, other.step.cond.out, atol=1e-5)
     assert not torch.equal(perturbed, attached.step.cond.out)
 
 
@@ -180,7 +181,7 @@ def test_dropout_of_1_skips_every_layer_of_sd3():
 
 def test_the_middle_of_a_transformer_is_the_default():
     _, attached = guided("flux", PerturbedAttention(), SkipLayer.example(), num_inference_steps=1)
-    first, second = attached.engine.guidances
+    first, second = attached.run.guidances
     assert attached.run.reads.all_sites(first) == ["single_transformer_blocks.0.attn"]
     assert attached.run.reads.all_sites(second) == ["single_transformer_blocks.0"]
 
