@@ -179,7 +179,7 @@ def _fit_label(x: np.ndarray, y: np.ndarray, name: str, estimator: str, seed: in
     """Presence of one label."""
     if len(np.unique(y)) < 2:
         raise GuidekitError(
-            f"label {name!r} is {'on every picture' if y.any() else 'on no picture'}; give "
+            f"label {name!r} is {'on every image' if y.any() else 'on no image'}; give "
             "examples with and without it"
         )
     return fit_linear(x, y, 2, estimator, seed=seed)

@@ -8,7 +8,7 @@ import pytest
 import torch
 from diffusers import DDIMScheduler, EDMEulerScheduler, FlowMatchEulerDiscreteScheduler
 
-from guidekit.noise import FAMILIES, PREDICTIONS, Level, level
+from guidekit.noise import PREDICTIONS, SOURCES, Level, level
 from solvers import ALL, ALL_PAIRS, BETAS, EPS, FLOW, RETURN_X0, V, make, scale, walk
 
 # for what does not depend on the prediction type
@@ -96,7 +96,7 @@ def test_subclasses_are_known_and_strangers_refused():
     assert level(Mine(**BETAS), 500) == level(DDIMScheduler(**BETAS), 500)
     with pytest.raises(ValueError, match="EDMEulerScheduler; use .*: DDPMScheduler"):
         level(EDMEulerScheduler(), 1.0)
-    assert all(hasattr(diffusers, name) for name in FAMILIES)
+    assert all(hasattr(diffusers, name) for name in SOURCES)
 
 
 def test_errors_name_the_remedy():
