@@ -109,8 +109,8 @@ class Plain:
         for site, (h, w) in read.sites.items():
             p = self.store[site].unflatten(0, (2 * self.batch, -1))[self.batch :]
             maps[site] = (p @ read.weights[:, None]).mean(1).transpose(1, 2).unflatten(2, (h, w))
-        average = average_maps(maps, self.guide._largest)
-        return self.guide._loss(average, self.guide._masks[self.guide._largest]).sum()
+        average = average_maps(maps, self.guide._common)
+        return self.guide._loss(average, self.guide._masks[self.guide._common]).sum()
 
 
 class Guided:
@@ -269,11 +269,15 @@ def pipeline_rows(pipeline, repeats: int, steps: int = 10) -> list[dict]:
     functions = {
         "bare pipeline": lambda: (
             pipeline(
-                [PROMPT] * 4, num_inference_steps=steps, generator=generators(), output_type="pt"
+                [PROMPT] * 4,
+                num_inference_steps=steps,
+                guidance_scale=CFG,
+                generator=generators(),
+                output_type="pt",
             ).images
         ),
         "guidekit, no plugin": lambda: (
-            guidekit.sample(pipeline, Condition(PROMPT), seeds=range(4), steps=steps)
+            guidekit.sample(pipeline, Condition(PROMPT), seeds=range(4), steps=steps, cfg=CFG)
             .finish()
             .images
         ),
@@ -420,12 +424,10 @@ def main(model, full, peak, repeats, quick, threads, compiled, seed, json_file):
         if compiled:
             pipeline.unet.compile()
         batches = (1,) if full else (1, 4)
-        tables = []
+        tables = [] if full or compiled else [pipeline_rows(pipeline, repeats)]
         for number in threads:
             torch.set_num_threads(number)
             tables += [step_rows(pipeline, batch, repeats, not compiled) for batch in batches]
-        if not (full or compiled):
-            tables.insert(0, pipeline_rows(pipeline, repeats))
     for rows in tables:
         print(table(rows), end="\n\n")
     print(
