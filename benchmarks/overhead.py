@@ -261,7 +261,7 @@ def step_rows(pipeline, batch: int, repeats: int, count: bool = True) -> list[di
     return rows
 
 
-def pipeline_rows(pipeline, repeats: int, steps: int = 10) -> list[dict]:
+def pipeline_rows(pipeline, repeats: int, steps: int = 20) -> list[dict]:
     """A whole run without plugin beside the bare pipeline's, with the calls of the denoiser."""
     calls = {"n": 0}
     handle = pipeline.unet.register_forward_pre_hook(lambda *_: calls.update(n=calls["n"] + 1))

@@ -55,6 +55,8 @@ class Run:
         self.attention = choose(attention)
         self.step_kwargs = step_kwargs or {}
         self.levels = Levels(scheduler, step_kwargs) if levels is None else levels
+        #: Where the denoiser runs; asked once, since diffusers looks through all modules for it.
+        self.device: torch.device = denoiser.device
         self.account = Account(calls={} if calls is None else dict(calls))
         for text in stretched(conditions, self.size):
             self.account.note(text)
@@ -63,11 +65,6 @@ class Run:
         self.guidances: list[Any] = []
         self._texts: dict[tuple[tuple[str | int, ...], bool], Text] = {}
         self._lengths: dict[tuple[str | int, ...], list[int]] = {}
-
-    @property
-    def device(self) -> torch.device:
-        """Where the denoiser runs."""
-        return self.denoiser.device
 
     @property
     def grid(self) -> tuple[int, int]:

@@ -185,7 +185,7 @@ class Sampling:
         if z.shape != shape:
             raise GuidekitError(f"{names[0]} begins with {tuple(z.shape)}; this run has {shape}")
         self.run.account.edit(names[0])
-        return z.to(self.denoiser.device, self.denoiser.dtype)
+        return z.to(self.run.device, self.denoiser.dtype)
 
     def _advance(
         self, z: Tensor, calls: range, timesteps: list[Tensor]

@@ -149,11 +149,13 @@ class Evaluator:
 
     def _scaling(self, graph: bool, x: Tensor) -> Rescaled | None:
         """The loss scale of a call whose gradients would underflow: one in half precision."""
+        if not graph:
+            return None
         device = x.device.type
         half = self.denoiser.model.dtype == torch.float16
         if torch.is_autocast_enabled(device):
             half = torch.get_autocast_dtype(device) == torch.float16
-        return Rescaled() if graph and half else None
+        return Rescaled() if half else None
 
     def _ready(self, call: Call, scaling: Rescaled | None) -> Tensor:
         """The model's input of a branch, in the denoiser's type."""
