@@ -1,4 +1,7 @@
-"""A condition from twenty labelled images: fit a head, guide with it, keep what it accepts.
+"""Fit a condition from twenty images
+==================================
+
+A condition from twenty labelled images: fit a head, guide with it, keep what it accepts.
 
 Runs on the built-in digits in a minute or two; pass a model directory or hub id for others.
 """
@@ -7,6 +10,9 @@ Runs on the built-in digits in a minute or two; pass a model directory or hub id
 import sys
 import tempfile
 from pathlib import Path
+
+import torch
+from torchvision.utils import save_image
 
 import guidekit
 from guidekit import Condition, Denoiser
@@ -36,6 +42,7 @@ print(f"cross-validated accuracy {report.scores['accuracy']:.2f} in {report.seco
 sevens = guidekit.make("fewshot", head=folder / "head", label="7")
 guided = guidekit.sample(denoiser, Condition(), [sevens], seeds=range(4), steps=steps).finish()
 unguided = guidekit.sample(denoiser, Condition(), seeds=range(4), steps=steps).finish()
+save_image(torch.cat([guided.images, unguided.images]), "sevens.png", nrow=4)  # guided above
 first, last = guided.account.first_and_last("fewshot")
 print(f"energy of fewshot {first:.3f} -> {last:.3f}")
 for name, images in (("guided", guided.images), ("unguided", unguided.images)):

@@ -1,4 +1,7 @@
-"""Objects where the masks say: boxes, a drawn mask, and the same seeds without guidance.
+"""Objects where the masks say
+===========================
+
+Objects where the masks say: boxes, a drawn mask, and the same seeds without guidance.
 
 Runs on the built-in model in well under a minute; pass a model directory or hub id for others.
 """
@@ -7,6 +10,7 @@ Runs on the built-in model in well under a minute; pass a model directory or hub
 import sys
 
 import torch
+from torchvision.utils import save_image
 
 import guidekit
 from guidekit import Condition, Segment, box_mask
@@ -36,4 +40,5 @@ unguided = guidekit.sample(pipeline, condition, **options).finish()
 first, last = guided.account.first_and_last("zest")
 print(f"energy of zest {first:.3f} -> {last:.3f}")
 both = torch.cat([guided.images, unguided.images])  # (8, 3, H, W) in [0, 1]
+save_image(both, "masks.png", nrow=4)  # guided above, unguided below
 print(f"{len(both)} images of {both.shape[-1]}x{both.shape[-2]} pixels")

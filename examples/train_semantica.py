@@ -1,4 +1,7 @@
-"""A Semantica model of your own pages, a data set from one image a class, and an adapter.
+"""Train Semantica on your own pages
+=================================
+
+A Semantica model of your own pages, a data set from one image a class, and an adapter.
 
 Arguments: a Stable Diffusion pipeline for the adapter, the number of steps, an image encoder. To
 train on several GPUs, or to shard the model over them, write the options below as a recipe and
@@ -11,6 +14,7 @@ import sys
 from pathlib import Path
 
 import torch
+from torchvision.utils import save_image
 
 import guidekit
 from guidekit import Condition, Reference, load_reference
@@ -68,8 +72,9 @@ print(f"drew {len(images)} images of {images.shape[-1]}x{images.shape[-2]}")
 # guidekit sample --model runs/mine/model --plugin semantica --image-folder one/ --per-image 50
 names = sorted(path.name for path in Path("mine").iterdir())[:3]
 shown = [load_reference(next(Path("mine", name).iterdir())) for name in names]
-conditions = [Condition(image=picture) for picture in shown for _ in range(2)]
+conditions = [Condition(image=image) for image in shown for _ in range(2)]
 images = guidekit.draw(model, conditions, [semantica], seeds=range(6), steps=4)
+save_image(images, "data-set.png", nrow=2)  # a row a class
 print(f"a data set of {len(images)} images in {len(names)} classes")
 
 # %% Image tokens beside the words of a text-to-image backbone, trained on the same pages

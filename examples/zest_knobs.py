@@ -1,10 +1,16 @@
-"""Four knobs of ZestGuide: number of guided steps, rate, layers, seed.
+"""Four knobs of ZestGuide
+=======================
+
+Four knobs of ZestGuide: number of guided steps, rate, layers, seed.
 
 Each block changes one knob and prints the energy before and after; lower is closer to the masks.
 """
 
 # %% A model, a layout, a function that draws
 import sys
+
+import torch
+from torchvision.utils import save_image
 
 import guidekit
 from guidekit import Condition, Segment, box_mask
@@ -30,19 +36,20 @@ def draw(label: str, seed: int = 0, **options) -> guidekit.Sampling:
     return run
 
 
+def sheet(name: str, runs: list[guidekit.Sampling]) -> None:
+    """Saves the images of several runs side by side."""
+    save_image(torch.cat([run.images for run in runs]), f"{name}.png")
+
+
 # %% The share of the steps that are guided
-for stop in (0.1, 0.25, 0.5, 1.0):
-    draw(f"stop {stop:g}", stop=stop)
+sheet("stop", [draw(f"stop {stop:g}", stop=stop) for stop in (0.1, 0.25, 0.5, 1.0)])
 
 # %% The rate: how far a latent number may move at a step
-for scale in (0.1, 0.3, 1.0):
-    draw(f"scale {scale:g}", scale=scale)
+sheet("scale", [draw(f"scale {scale:g}", scale=scale) for scale in (0.1, 0.3, 1.0)])
 
 # %% The layers: maps of one resolution or of all
 grids = sorted({max(g) for g in guidekit.Denoiser(pipeline).layout_grids()}, reverse=True)
-for resolution in grids:
-    draw(f"maps of long side {resolution}", resolutions=str(resolution))
+sheet("layers", [draw(f"maps of long side {side}", resolutions=str(side)) for side in grids])
 
 # %% The seed
-for seed in range(3):
-    draw(f"seed {seed}", seed)
+sheet("seeds", [draw(f"seed {seed}", seed) for seed in range(3)])

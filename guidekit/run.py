@@ -158,7 +158,7 @@ class Run:
         return self._texts[key]
 
     def noise(self, shape: tuple[int, ...], *tags: int | str) -> Tensor:
-        """Normal noise (B, *shape) that depends on each image's seed and the tags only."""
+        """Normal noise of `shape` for every image, which depends on its seed and the tags only."""
         rows = [
             torch.randn(shape, generator=torch.Generator().manual_seed(derived_seed(seed, *tags)))
             for seed in self.seeds

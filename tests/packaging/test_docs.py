@@ -4,13 +4,18 @@ import ast
 import inspect
 import re
 import shlex
+import subprocess
+import sys
 from pathlib import Path
 
 import click
 import pytest
+from click.testing import CliRunner
 
 import guidekit
 import guidekit.sampler
+import guidekit.testing
+import guidekit.toolbox
 from guidekit import Guidance, guidance, hookspecs
 from guidekit.cli.main import main
 from guidekit.run import Run
@@ -145,6 +150,49 @@ def test_python_runs_as_it_stands_and_saves_an_image(path, tmp_path, monkeypatch
     exec(compile(first, str(path), "exec"), {"__name__": "docs"})
     (saved,) = tmp_path.glob("*.png")
     assert saved.stat().st_size > 1000
+
+
+PAGES = [page for page in DOCS if page.parent.name in ("tutorial", "howto")]
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("page", [p for p in DOCS if python_blocks(p)], ids=lambda p: p.stem)
+def test_every_python_block_runs(page, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(guidekit.sampler, "STEPS", 2)
+    names = {"__name__": "docs"}
+    for block in python_blocks(page):
+        exec(compile(block, str(page), "exec"), names)
+
+
+def runnable(page):
+    """Commands that draw with a built-in model: no file or model of the reader's."""
+    of_the_reader = re.compile(r"[A-Z]{4}|\.png|\.toml|layout\.json|shots|head|per_class")
+    return [words for words in commands(page) if not of_the_reader.search(" ".join(words))]
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("page", [p for p in PAGES if runnable(p)], ids=lambda p: p.stem)
+def test_every_command_runs(page, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for words in runnable(page):
+        few = ["--steps", "2", "--quiet"] if words[0] == "sample" else []
+        done = CliRunner().invoke(main, [*words, *few])
+        assert done.exit_code == 0, done.output
+
+
+def test_generated_pages_are_fresh():
+    command = [sys.executable, ROOT / "docs" / "generate.py", "--check"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("module", [guidekit, guidekit.toolbox, guidekit.testing])
+def test_every_promised_name_has_a_place_in_the_reference(module):
+    pages = (ROOT / "docs/reference/api.md", ROOT / "docs/reference/step-and-run.md")
+    text = "".join(page.read_text() for page in pages)
+    directive = r"^\.\. (?:auto\w+|py:data):: (?:guidekit\.)?(\w+)"
+    assert set(module.__all__) <= set(re.findall(directive, text, re.MULTILINE))
 
 
 @pytest.mark.parametrize("path", [*READMES, *DOCS], ids=lambda p: f"{p.parent.name}-{p.stem}")
