@@ -169,6 +169,15 @@ class Guidance:
         """
         return None
 
+    def refine(self, step: Step, z: Tensor) -> Tensor:
+        """Another z (B, C, h, w) at the step's own level, before its branches are evaluated.
+
+        z is in float32 or better, gradients are on, and `step.denoise(step.model_input(z), ...)`
+        evaluates it, with reads of main=False; `guidekit.toolbox.descend` is the usual loop. Asked
+        at the first call of a step of the solver; refused with schedulers that would lose it.
+        """
+        return z
+
     def branches(self, step: Step, branches: list[Branch]) -> list[Branch]:
         """Adds, drops or changes branches of this step."""
         return branches

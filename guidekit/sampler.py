@@ -201,7 +201,7 @@ class Sampling:
                 step = self.engine.predict(z, timesteps[index], index, n, repeat)
                 if index == calls[0] and repeat == 0:
                     times = self._times(step)
-                z = self.engine.edit_sample(step, self._scheduler_step(step, z))
+                z = self.engine.edit_sample(step, self._scheduler_step(step))
                 if repeat + 1 == times:
                     yield step, z
             repeat += 1
@@ -217,14 +217,14 @@ class Sampling:
     def _may_repeat(self) -> bool:
         return any(g.overrides("repeats") for g in self.guidances)
 
-    def _scheduler_step(self, step: Step, z: Tensor) -> Tensor:
-        """The scheduler's own step on the guided prediction."""
+    def _scheduler_step(self, step: Step) -> Tensor:
+        """The scheduler's own step on the guided prediction, from the refined z."""
         out = cast(Tensor, step.prediction)
         if step.variance is not None:
             out = torch.cat([out, step.variance.to(out.dtype)], 1)
         with torch.no_grad():
             stepped: tuple[Tensor, ...] = self.run.scheduler.step(
-                out, step.timestep, z, **self.run.step_kwargs, return_dict=False
+                out, step.timestep, step.z, **self.run.step_kwargs, return_dict=False
             )
         return stepped[0]
 

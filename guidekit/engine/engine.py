@@ -15,8 +15,10 @@ from guidekit.engine.calls import branch_calls, check_branches, own_branches, se
 from guidekit.engine.evaluator import Evaluator
 from guidekit.engine.hooks import Hooks, copied
 from guidekit.engine.injector import Injector
+from guidekit.engine.refinement import refined
 from guidekit.errors import GuidekitError, blame
 from guidekit.guidance import Guidance
+from guidekit.noise import wide
 from guidekit.reads import Eval
 from guidekit.run import Run
 from guidekit.step import Step
@@ -71,14 +73,15 @@ class Engine:
     def evaluate(self, z: Tensor, timestep: Tensor, index: int, n: int, repeat: int = 0) -> Step:
         """The step with its branches, their combined output and the change that energies ask for.
 
-        `inject` makes the prediction of it; a pipeline does its own combination in between.
+        `inject` makes the prediction of it; a pipeline does its own combination in between. The
+        step's z is the refined one, which `scheduler.step` is to be given.
         """
         step = Step(self.run, self.denoise, z, timestep, index, n, repeat)
+        z = refined(step, self.guidances, self.opened)
         hooks = Hooks(step, self.active(step))
         energies = [g for g in hooks.active if g.overrides("energy")]
         if energies:
-            wide = torch.promote_types(z.dtype, torch.float32)
-            step.z = z.detach().to(wide).requires_grad_()
+            step.z = wide(z.detach())[0].requires_grad_()
         # The caller may have gradients off, as is usual round a pipeline.
         with torch.set_grad_enabled(bool(energies)), self.opened():
             step.branches = own_branches(self.run)  # a hook may denoise one of them

@@ -164,6 +164,7 @@ def window(subject: Subject) -> None:
             expected = bare.engine.predict(step.z, step.timestep, step.index, step.n)
         same = torch.equal(step.prediction, expected.prediction)
         inside = begin <= step.frac < end
+        same = same and torch.equal(step.z, step.carried)
         assert inside or same, f"with start={begin} and stop={end} it acts at {step.frac:.2g}"
 
 
