@@ -98,8 +98,8 @@ class Account:
             judges = guidance.overrides("accept") and not guidance.overrides("energy")
             if guidance.scale != 0 and not judges and not self.acted(guidance.name):
                 text = (
-                    f"{guidance.name} never acted: no gradient and no edit between "
-                    f"{guidance.start:g} and {guidance.stop:g} of the run; check sites and window"
+                    f"{guidance.name} never acted: no gradient and no edit in its window, "
+                    f"{guidance.window}; check sites and window"
                 )
                 self.note(text)
                 warnings.warn(text, stacklevel=3)

@@ -280,7 +280,8 @@ class _Call:
 
     @property
     def acts(self) -> bool:
-        active = [g for g in self.attached.guidances if g.active(self.index / self.n)]
+        level = self.levels.at(self.index)
+        active = [g for g in self.attached.guidances if g.active(self.index / self.n, level)]
         ends, first = self.levels.ends_step(self.index), self.levels.step(self.index)[0]
         refines = [g for g in active if g.overrides("refine") and self.index == first]
         return bool(refines) or any(ends or g.acts_at == "calls" for g in active)

@@ -7,6 +7,7 @@ guidances chain in the order in which the user named them.
 
 import dataclasses
 import inspect
+import math
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, Self, get_args
 
@@ -19,6 +20,7 @@ from guidekit.branches import Branch
 from guidekit.conditions import Condition, Segment
 from guidekit.errors import GuidekitError
 from guidekit.masks import box_mask
+from guidekit.noise import Level
 from guidekit.options import convert, option_kinds
 from guidekit.run import Run
 from guidekit.step import Step
@@ -42,6 +44,8 @@ class Guidance:
     scale: float = 1.0  # strength; 0 switches it off
     start: float = 0.0  # fraction of the steps, from the noisy end, at which it begins
     stop: float = 1.0  # fraction of the steps at which it ends
+    sigma_start: float | None = None  # noise level s / a, in units of x0, at which it begins
+    sigma_stop: float | None = None  # noise level, lower than that, at which it ends
 
     #: What the energy reads: "attention" or "features" of the conditional branch, "x0" of the
     #: combined prediction, "input" only z itself (no graph of the backbone is built).
@@ -85,6 +89,24 @@ class Guidance:
                 f"{self.name}: start and stop are fractions of the steps with "
                 f"0 <= start <= stop <= 1, not {self.start} and {self.stop}"
             )
+        high, low = self._sigmas()
+        if not 0 <= low < high:
+            raise GuidekitError(
+                f"{self.name}: sigma_start and sigma_stop are noise levels, the first above the "
+                f"second, such as 5.42 and 0.28, not {self.sigma_start} and {self.sigma_stop}"
+            )
+
+    @property
+    def window(self) -> str:
+        """Its window in words: `0 to 0.5`, and sigmas where they bound it."""
+        high, low = self._sigmas()
+        sigmas = f", sigma {high:g} to {low:g}" if (high, low) != (math.inf, 0.0) else ""
+        return f"{self.start:g} to {self.stop:g}{sigmas}"
+
+    def _sigmas(self) -> tuple[float, float]:
+        """The noise levels of its window, those that were not given being no bound."""
+        start, stop = self.sigma_start, self.sigma_stop
+        return math.inf if start is None else start, 0.0 if stop is None else stop
 
     def _apply_preset(self) -> None:
         """The preset's values for the fields that the user did not give."""
@@ -120,9 +142,17 @@ class Guidance:
         """Whether it may reject finished images."""
         return type(self).accept is not Guidance.accept
 
-    def active(self, frac: float) -> bool:
-        """Whether it acts at the step that begins after the fraction `frac` of all steps."""
-        return self.scale != 0 and self.start <= frac < self.stop
+    def active(self, frac: float, level: Level) -> bool:
+        """Whether it acts at the step that begins after the fraction `frac` of all, at `level`."""
+        return self.scale != 0 and self.inside(frac, level)
+
+    def inside(self, frac: float, level: Level) -> bool:
+        """Whether a step lies in the window: its fraction of the steps, and its noise level.
+
+        The levels are those above sigma_stop, up to sigma_start (Kynkaanniemi et al. 2024, eq. 6).
+        """
+        high, low = self._sigmas()
+        return self.start <= frac < self.stop and (level.sigma <= high and low < level.sigma)
 
     @classmethod
     def overrides(cls, hook: str) -> bool:
@@ -260,7 +290,7 @@ HOOKS = tuple(
     for name, value in vars(Guidance).items()
     if inspect.isfunction(inspect.unwrap(getattr(value, "__func__", value)))
     and not name.startswith("_")
-    and name not in ("check_contract", "overrides")
+    and name not in ("check_contract", "inside", "overrides")
 )
 
 

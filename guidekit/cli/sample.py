@@ -127,7 +127,7 @@ def _introduction(session: Any) -> str:
     """What is about to be drawn."""
     plan, facts = session.plan, session.record.facts
     s = plan.settings
-    names = [f"{g.name} (scale {g.scale:g}, {g.start:g} to {g.stop:g})" for g in plan.guidances]
+    names = [f"{g.name} (scale {g.scale:g}, {g.window})" for g in plan.guidances]
     lines = [
         f"model    {s.model} ({facts['model']['class']}), {s.device}, {s.dtype}",
         *([f"prompt   {s.prompt}"] if s.prompt else []),

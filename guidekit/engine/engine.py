@@ -62,7 +62,7 @@ class Engine:
 
     def active(self, step: Step) -> list[Guidance]:
         """The guidances whose window this step is in."""
-        found = [g for g in self.guidances if g.active(step.frac)]
+        found = [g for g in self.guidances if g.active(step.frac, step.level)]
         return [g for g in found if step.ends_step or g.acts_at == "calls"]
 
     def predict(self, z: Tensor, timestep: Tensor, index: int, n: int, repeat: int = 0) -> Step:
@@ -114,7 +114,7 @@ class Engine:
 
     def repeats(self, step: Step) -> int:
         """How often the solver's step is done that begins with `step`."""
-        hooks = Hooks(step, [g for g in self.guidances if g.active(step.frac)])
+        hooks = Hooks(step, [g for g in self.guidances if g.active(step.frac, step.level)])
         wanted = {g.name: hooks.ask(g, "repeats", step) for g in hooks.active}
         for name, times in wanted.items():
             if times > 1:
@@ -166,9 +166,12 @@ class Engine:
         return None if found is None else found.detach()
 
     def _check_edits(self, step: Step) -> None:
-        before = (step.index - 1) / step.n
-        editors = [g for g in self.guidances if g.overrides("edit_sample") and g.active(before)]
-        if step.index and editors and not step.move.reads_sample:
+        if not step.index:
+            return
+        frac, level = (step.index - 1) / step.n, self.run.levels.at(step.index - 1)
+        editing = [g for g in self.guidances if g.overrides("edit_sample")]
+        editors = [g for g in editing if g.active(frac, level)]
+        if editors and not step.move.reads_sample:
             raise GuidekitError(
                 f"{editors[0].name} edits samples, and {type(step.run.scheduler).__name__} does not"
                 " start every step from the sample it is given; use --scheduler ddim"

@@ -23,7 +23,7 @@ def refined(
     GuidekitError where the scheduler would lose it, and for a z of another shape.
     """
     z = step.z
-    active = [g for g in guidances if g.overrides("refine") and g.active(step.frac)]
+    active = [g for g in guidances if g.overrides("refine") and g.active(step.frac, step.level)]
     if not active or not step.begins_step:
         return z
     _check_reads(step, active[0])

@@ -155,17 +155,23 @@ def scale_0(subject: Subject) -> None:
 
 
 def window(subject: Subject) -> None:
-    """Steps before start and from stop on are bit-identical to those without the plugin."""
-    begin, end = 0.3, 0.6  # of three steps the middle one
+    """Steps before start and under sigma_stop are bit-identical to those without the plugin."""
+    begin = 0.3  # of three steps the middle one
     bare = subject.sampling()
-    for step in subject.sampling(subject.example(start=begin, stop=end)):
+    levels = bare.run.levels
+    end = (levels.at(1).sigma * levels.at(2).sigma) ** 0.5
+    window = {"start": begin, "stop": 1.0, "sigma_start": None, "sigma_stop": end}
+    for step in subject.sampling(subject.example(**window)):
         with torch.no_grad():
             # DDIM keeps no state, so any step of the plain run can be asked for.
             expected = bare.engine.predict(step.z, step.timestep, step.index, step.n)
         same = torch.equal(step.prediction, expected.prediction)
-        inside = begin <= step.frac < end
+        inside = step.frac >= begin and step.level.sigma > end
         same = same and torch.equal(step.z, step.carried)
-        assert inside or same, f"with start={begin} and stop={end} it acts at {step.frac:.2g}"
+        assert inside or same, (
+            f"with start={begin} and sigma_stop={end:.3g} it acts at {step.frac:.2g} of the steps "
+            f"and sigma {step.level.sigma:.3g}"
+        )
 
 
 def batch(subject: Subject) -> None:
