@@ -62,6 +62,8 @@ class Guidance:
     needs: ClassVar[tuple[Need, ...]] = ()
     #: Whether it reads `Condition.image`; an image that nothing reads is refused.
     reads_image: ClassVar[bool] = False
+    #: Whether images of one group see each other in it; `resample` alone does not need it.
+    grouped: ClassVar[bool] = False
     #: Field values that `preset` stands for, by its name; what the user gave wins over them.
     presets: ClassVar[dict[str, dict[str, Any]]] = {}
     #: Checks of `guidekit.testing` that do not hold by design, each with the reason.
@@ -267,6 +269,15 @@ class Guidance:
     def edit_prediction(self, step: Step, out: Tensor) -> Tensor:
         """Changes the combined, pushed output just before the scheduler's step."""
         return out
+
+    def resample(self, step: Step, z: Tensor) -> Tensor | None:
+        """Which image's z each image goes on from: numbers (B,), each of the image's own group.
+
+        z (B, C, h, w) is the next one, after `scheduler.step`; the scheduler's history goes with
+        it, and what other guidances keep of an image does not. None where all stay as they are.
+        `run.account.reward` keeps what it was decided by.
+        """
+        return None
 
     def edit_sample(self, step: Step, z: Tensor) -> Tensor:
         """Changes the next z (B, C, h, w) after the scheduler's step."""

@@ -15,6 +15,7 @@ from guidekit.backbones.sites import named_sites
 from guidekit.backbones.tokens import looked_up
 from guidekit.conditions import Condition, stretched
 from guidekit.errors import GuidekitError
+from guidekit.groups import rows_by_group
 from guidekit.levels import Levels
 from guidekit.reads import AttentionRead, FeatureRead, Reads
 from guidekit.seeds import derived_seed
@@ -60,6 +61,8 @@ class Run:
         self.account = Account(calls={} if calls is None else dict(calls))
         for text in stretched(conditions, self.size):
             self.account.note(text)
+        #: Rows of the images of every group; an image alone is one.
+        self.groups = rows_by_group(conditions)
         self.reads = Reads()
         #: The run's own copies of the user's guidances; the engine puts them here.
         self.guidances: list[Any] = []

@@ -18,6 +18,7 @@ from guidekit.backbones.denoiser import Denoiser, frozen
 from guidekit.conditions import Condition
 from guidekit.engine.engine import Engine
 from guidekit.errors import GuidekitError
+from guidekit.groups import batches, rows_by_group, with_particles
 from guidekit.guidance import Guidance
 from guidekit.inputs import as_conditions, as_denoiser, as_guidances, as_scheduler, tuned
 from guidekit.levels import Levels
@@ -45,7 +46,8 @@ class Sampling:
     or "low" for gradient checkpointing. nonfinite: "raise" or "zero" for gradients that are not
     finite. attention: eager | sdpa | triton | xformers. calls: how branches with and without a
     graph ride, "batched" or "split" by kind of call, for a replay bit for bit (`account.calls`); by
-    default what is faster.
+    default what is faster. particles: images of so many seeds, one after the other, are a group
+    (`Condition.group`), in which they may see each other.
 
     Raises GuidekitError for settings that cannot work, before anything is computed.
     """
@@ -73,6 +75,7 @@ class Sampling:
         nonfinite: str = "raise",
         attention: str | None = None,
         calls: dict[str, str] | None = None,
+        particles: int = 1,
     ):
         denoiser = as_denoiser(denoiser)
         own, guidances = (
@@ -87,7 +90,8 @@ class Sampling:
             denoiser = denoiser.with_embedded_cfg(embedded_cfg)
         cfg = denoiser.cfg if cfg is None else cfg
         self.denoiser, self.seeds = denoiser, list(Seeds(seeds))
-        self.conditions = [denoiser.prepared(c) for c in as_conditions(conditions, len(self.seeds))]
+        asked = with_particles(as_conditions(conditions, len(self.seeds)), particles)
+        self.conditions = [denoiser.prepared(c) for c in asked]
         _check_numbers(steps, cfg=cfg, eta=eta, embedded_cfg=embedded_cfg or 0.0)
         denoiser.check_own_loop()
         denoiser.check_cfg(cfg)
@@ -201,7 +205,8 @@ class Sampling:
                 step = self.engine.predict(z, timesteps[index], index, n, repeat)
                 if index == calls[0] and repeat == 0:
                     times = self._times(step)
-                z = self.engine.edit_sample(step, self._scheduler_step(step))
+                z = self.engine.resample(step, self._scheduler_step(step))
+                z = self.engine.edit_sample(step, z)
                 if repeat + 1 == times:
                     yield step, z
             repeat += 1
@@ -258,21 +263,25 @@ def draw(
     seeds: Iterable[int] = (0,),
     batch: int = 4,
     tries: int = 1,
+    particles: int = 1,
     **options: Any,
 ) -> Tensor:
-    """Images (len(seeds), 3, H, W) in [0, 1], drawn in batches.
+    """Images (len(seeds), 3, H, W) in [0, 1], drawn in batches that cut no group.
 
     Where guidances reject images (`accept`), those are drawn again from seeds derived from their
-    own, at most `tries` times in all; the last draw stays.
+    own, at most `tries` times in all; the last draw stays. Raises GuidekitError for groups that are
+    to be drawn again, of which some images would be missing.
     """
     denoiser, seeds = as_denoiser(denoiser), list(Seeds(seeds))
-    conditions = as_conditions(conditions, len(seeds))
+    conditions = with_particles(as_conditions(conditions, len(seeds)), particles)
+    if tries > 1 and len(rows_by_group(conditions)) < len(seeds):
+        raise GuidekitError("tries draws single images again, which would cut groups; leave it out")
     images: dict[int, Tensor] = {}
     left = list(range(len(seeds)))
     for attempt in range(tries):
         rejected = []
-        for i in range(0, len(left), batch):
-            part = left[i : i + batch]
+        for rows in batches([conditions[j] for j in left], batch):
+            part = [left[row] for row in rows]
             own = [seeds[j] if attempt == 0 else derived_seed(seeds[j], attempt) for j in part]
             drawn = Sampling(
                 denoiser, [conditions[j] for j in part], guidances, seeds=own, **options

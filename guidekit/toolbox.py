@@ -37,6 +37,7 @@ _HOME = {
     "self_attention": "backbones.sites",
     "square": "references",
     "to_image": "images",
+    "systematic": "groups",
     "token_columns": "backbones.tokens",
 }
 

@@ -39,6 +39,11 @@ OPTIONS = (
     ("--dtype", str, "float32, float16 or bfloat16 [float32 on a CPU and for built-ins]."),
     ("--nonfinite", str, "raise, or zero: skip gradients that are not finite [raise]."),
     ("--tries", int, "Draws of an image that a plugin rejects [1]."),
+    (
+        "--particles",
+        int,
+        "Images of so many seeds in a row are a group, for plugins such as fk [1].",
+    ),
     ("--out", click.Path(path_type=Path), "New folder [out/DATE-PROMPT, else out/DATE-MODEL]."),
 )
 LISTS = (

@@ -17,6 +17,7 @@ from guidekit.engine.hooks import Hooks, copied
 from guidekit.engine.injector import Injector
 from guidekit.engine.refinement import refined
 from guidekit.errors import GuidekitError, blame
+from guidekit.groups import checked_rows, permute_history
 from guidekit.guidance import Guidance
 from guidekit.noise import wide
 from guidekit.reads import Eval
@@ -106,6 +107,23 @@ class Engine:
             step.prediction = hooks.chain("edit_prediction", out)
         self._check_edits(step)
         return step
+
+    def resample(self, step: Step, z: Tensor) -> Tensor:
+        """The next z (B, C, h, w), each image's from the image of its group that it goes on from.
+
+        Raises GuidekitError for one of another group.
+        """
+        hooks = Hooks(step, self.active(step))
+        for guidance in [g for g in hooks.active if g.overrides("resample")]:
+            with self.opened(), torch.no_grad():
+                rows = hooks.ask(guidance, "resample", step, z)
+            if rows is None or rows.tolist() == list(range(len(z))):
+                continue
+            rows = checked_rows(rows, self.run.groups, guidance.name).to(z.device)
+            z = z[rows]
+            permute_history(self.run.scheduler, rows, len(z))
+            hooks.changed(guidance.name)
+        return z
 
     def edit_sample(self, step: Step, z: Tensor) -> Tensor:
         """The next z (B, C, h, w) as the active guidances leave it."""
