@@ -290,6 +290,14 @@ class Guidance:
         """
         return 1
 
+    def jumps(self, step: Step) -> int:
+        """How many steps of the solver are done again after this one, which is the last of them.
+
+        The sample is noised back over all of them at once (RePaint, time travel). 0 goes on; asked
+        at the last call of each step, whose `step.repeat` says how often it was done before.
+        """
+        return 0
+
     def accept(self, images: Tensor) -> Tensor:
         """Which finished images (B, 3, H, W) in [0, 1] are kept: (B,) bool."""
         return torch.ones(len(images), dtype=torch.bool)

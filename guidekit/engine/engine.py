@@ -139,6 +139,23 @@ class Engine:
                 hooks.changed(name)
         return max([1, *wanted.values()])
 
+    def jumps(self, step: Step, done: int) -> int:
+        """How many steps of the solver, of the `done` up to this one, are done again after it.
+
+        Raises GuidekitError for more than that.
+        """
+        hooks = Hooks(step, [g for g in self.guidances if g.active(step.frac, step.level)])
+        wanted = {g.name: hooks.ask(g, "jumps", step) for g in hooks.active}
+        for name, back in wanted.items():
+            if not 0 <= back <= done:
+                raise GuidekitError(
+                    f"{name} jumps {back} steps back from step {step.index}; it may from 0 to "
+                    f"{done}"
+                )
+            if back:
+                hooks.changed(name)
+        return max([0, *wanted.values()])
+
     def denoise(self, step: Step, x, timestep, guidance, branch, graph, stop) -> Eval:
         """See `Step.denoise`."""
         call = second_call(step, x, timestep, guidance, branch, graph, stop)
