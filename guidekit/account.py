@@ -55,6 +55,12 @@ class Account:
             {k: v.detach() if isinstance(v, Tensor) else _number(v) for k, v in row.items()}
         )
 
+    def reward(self, plugin: str, step: int, repeat: int, reward: Tensor, **values) -> None:
+        """Rewards (B,) by which a guidance judged its images, one each, and what came of them."""
+        self._rows.append(
+            {"plugin": plugin, "step": step, "repeat": repeat, "reward": reward.detach()} | values
+        )
+
     def changed(self, plugin: str, step: int, repeat: int) -> None:
         """Counts a step at which a guidance changed something, once; the engine sees it itself."""
         key = (plugin, step, repeat)
@@ -77,7 +83,7 @@ class Account:
 
     def first_and_last(self, plugin: str) -> tuple[float, float] | None:
         """Mean energy of a guidance at its first and its last active step."""
-        rows = [r for r in self.rows if r["plugin"] == plugin]
+        rows = [r for r in self.rows if r["plugin"] == plugin and "energy" in r]
         if not rows:
             return None
         ends = [[v for v in r["energy"] if v is not None] for r in (rows[0], rows[-1])]
@@ -86,7 +92,7 @@ class Account:
     def acted(self, plugin: str) -> bool:
         """Whether a guidance changed anything: a gradient that is not zero, or an edit."""
         moved = any(
-            any(norm != 0 for norm in row["grad_norm"])
+            any(norm != 0 for norm in row.get("grad_norm", ()))
             for row in self.rows
             if row["plugin"] == plugin
         )
@@ -98,8 +104,8 @@ class Account:
             judges = guidance.overrides("accept") and not guidance.overrides("energy")
             if guidance.scale != 0 and not judges and not self.acted(guidance.name):
                 text = (
-                    f"{guidance.name} never acted: no gradient and no edit between "
-                    f"{guidance.start:g} and {guidance.stop:g} of the run; check sites and window"
+                    f"{guidance.name} never acted: no gradient and no edit in its window, "
+                    f"{guidance.window}; check sites and window"
                 )
                 self.note(text)
                 warnings.warn(text, stacklevel=3)

@@ -202,7 +202,7 @@ class Attached:
         else:
             given = _step_arguments(original, args, kwargs)
             with _plainly():
-                given["model_output"] = call.inject(given)
+                given |= call.inject(given)
             first = [given.pop(name) for name in list(given)[: len(args)]]
             result = original(*first, **given)
             with _plainly():
@@ -280,8 +280,11 @@ class _Call:
 
     @property
     def acts(self) -> bool:
-        active = [g for g in self.attached.guidances if g.active(self.index / self.n)]
-        return any(g.acts_at == "calls" or self.levels.ends_step(self.index) for g in active)
+        level = self.levels.at(self.index)
+        active = [g for g in self.attached.guidances if g.active(self.index / self.n, level)]
+        ends, first = self.levels.ends_step(self.index), self.levels.step(self.index)[0]
+        refines = [g for g in active if g.overrides("refine") and self.index == first]
+        return bool(refines) or any(ends or g.acts_at == "calls" for g in active)
 
     def begin(self, forward, args: tuple, kwargs: dict) -> None:
         """The levels of the call, read before the scheduler's first step."""
@@ -382,8 +385,11 @@ class _Call:
         missing = self.denoiser.model.config.out_channels - rows.shape[1] if rows.ndim == 4 else 0
         return F.pad(rows, (0, 0, 0, 0, 0, missing))
 
-    def inject(self, given: dict[str, Any]) -> Tensor:
-        """The guided prediction for the pipeline's own combination of the outputs."""
+    def inject(self, given: dict[str, Any]) -> dict[str, Tensor]:
+        """What `scheduler.step` is given in place of the pipeline's own output, and z if refined.
+
+        The prediction is made from the pipeline's own combination of the outputs.
+        """
         step, out = self.pending, self.denoiser.unpack(_plain(given["model_output"]))
         fixed = ("model_output", "timestep", "sample", "generator", "return_dict")
         more = {k: v for k, v in given.items() if k not in fixed}
@@ -391,7 +397,10 @@ class _Call:
             raise GuidekitError(f"scheduler.step is given {more}, which attach did not foresee")
         self._check_combination(step, out)
         self.engine.inject(step, out)
-        return self.denoiser.pack(step.prediction)
+        injected = {"model_output": self.denoiser.pack(step.prediction)}
+        if step.z is not step.carried:
+            injected["sample"] = self.denoiser.pack(step.z)
+        return injected
 
     def _check_combination(self, step: Step, out: Tensor) -> None:
         """Raises GuidekitError if energies saw another x0 than the pipeline's.
@@ -435,6 +444,8 @@ def _refuse_loop(guidance: Guidance) -> None:
     why = {
         "begins elsewhere": guidance.overrides("begin"),
         "rejects finished images": guidance.overrides("accept"),
+        "jumps back": guidance.overrides("jumps"),
+        "resamples particles": guidance.overrides("resample"),
         "needs its own loop": guidance.own_loop,
     }
     for what, true in why.items():

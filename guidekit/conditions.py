@@ -114,6 +114,8 @@ class Condition:
     # What guidances are to reach in this image, by their names: for fewshot a class's number or
     # name, or a mask of class numbers. It goes with the image through batches and retries.
     targets: Mapping[str, Any] = field(default_factory=dict, compare=False)
+    # Images of one group may see each other (particles, shared attention); None is its own.
+    group: str | int | None = None
 
     def __post_init__(self) -> None:
         for name in ("prompt", "negative"):

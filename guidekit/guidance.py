@@ -7,6 +7,7 @@ guidances chain in the order in which the user named them.
 
 import dataclasses
 import inspect
+import math
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, Self, get_args
 
@@ -19,6 +20,7 @@ from guidekit.branches import Branch
 from guidekit.conditions import Condition, Segment
 from guidekit.errors import GuidekitError
 from guidekit.masks import box_mask
+from guidekit.noise import Level
 from guidekit.options import convert, option_kinds
 from guidekit.run import Run
 from guidekit.step import Step
@@ -42,6 +44,8 @@ class Guidance:
     scale: float = 1.0  # strength; 0 switches it off
     start: float = 0.0  # fraction of the steps, from the noisy end, at which it begins
     stop: float = 1.0  # fraction of the steps at which it ends
+    sigma_start: float | None = None  # noise level s / a, in units of x0, at which it begins
+    sigma_stop: float | None = None  # noise level, lower than that, at which it ends
 
     #: What the energy reads: "attention" or "features" of the conditional branch, "x0" of the
     #: combined prediction, "input" only z itself (no graph of the backbone is built).
@@ -58,6 +62,8 @@ class Guidance:
     needs: ClassVar[tuple[Need, ...]] = ()
     #: Whether it reads `Condition.image`; an image that nothing reads is refused.
     reads_image: ClassVar[bool] = False
+    #: Whether images of one group see each other in it; `resample` alone does not need it.
+    grouped: ClassVar[bool] = False
     #: Field values that `preset` stands for, by its name; what the user gave wins over them.
     presets: ClassVar[dict[str, dict[str, Any]]] = {}
     #: Checks of `guidekit.testing` that do not hold by design, each with the reason.
@@ -85,6 +91,24 @@ class Guidance:
                 f"{self.name}: start and stop are fractions of the steps with "
                 f"0 <= start <= stop <= 1, not {self.start} and {self.stop}"
             )
+        high, low = self._sigmas()
+        if not 0 <= low < high:
+            raise GuidekitError(
+                f"{self.name}: sigma_start and sigma_stop are noise levels, the first above the "
+                f"second, such as 5.42 and 0.28, not {self.sigma_start} and {self.sigma_stop}"
+            )
+
+    @property
+    def window(self) -> str:
+        """Its window in words: `0 to 0.5`, and sigmas where they bound it."""
+        high, low = self._sigmas()
+        sigmas = f", sigma {high:g} to {low:g}" if (high, low) != (math.inf, 0.0) else ""
+        return f"{self.start:g} to {self.stop:g}{sigmas}"
+
+    def _sigmas(self) -> tuple[float, float]:
+        """The noise levels of its window, those that were not given being no bound."""
+        start, stop = self.sigma_start, self.sigma_stop
+        return math.inf if start is None else start, 0.0 if stop is None else stop
 
     def _apply_preset(self) -> None:
         """The preset's values for the fields that the user did not give."""
@@ -120,9 +144,17 @@ class Guidance:
         """Whether it may reject finished images."""
         return type(self).accept is not Guidance.accept
 
-    def active(self, frac: float) -> bool:
-        """Whether it acts at the step that begins after the fraction `frac` of all steps."""
-        return self.scale != 0 and self.start <= frac < self.stop
+    def active(self, frac: float, level: Level) -> bool:
+        """Whether it acts at the step that begins after the fraction `frac` of all, at `level`."""
+        return self.scale != 0 and self.inside(frac, level)
+
+    def inside(self, frac: float, level: Level) -> bool:
+        """Whether a step lies in the window: its fraction of the steps, and its noise level.
+
+        The levels are those above sigma_stop, up to sigma_start (Kynkaanniemi et al. 2024, eq. 6).
+        """
+        high, low = self._sigmas()
+        return self.start <= frac < self.stop and (level.sigma <= high and low < level.sigma)
 
     @classmethod
     def overrides(cls, hook: str) -> bool:
@@ -168,6 +200,15 @@ class Guidance:
         One guidance of a run has it at most; it needs guidekit's own loop.
         """
         return None
+
+    def refine(self, step: Step, z: Tensor) -> Tensor:
+        """Another z (B, C, h, w) at the step's own level, before its branches are evaluated.
+
+        z is in float32 or better, gradients are on, and `step.denoise(step.model_input(z), ...)`
+        evaluates it, with reads of main=False; `guidekit.toolbox.descend` is the usual loop. Asked
+        at the first call of a step of the solver; refused with schedulers that would lose it.
+        """
+        return z
 
     def branches(self, step: Step, branches: list[Branch]) -> list[Branch]:
         """Adds, drops or changes branches of this step."""
@@ -229,6 +270,15 @@ class Guidance:
         """Changes the combined, pushed output just before the scheduler's step."""
         return out
 
+    def resample(self, step: Step, z: Tensor) -> Tensor | None:
+        """Which image's z each image goes on from: numbers (B,), each of the image's own group.
+
+        z (B, C, h, w) is the next one, after `scheduler.step`; the scheduler's history goes with
+        it, and what other guidances keep of an image does not. None where all stay as they are.
+        `run.account.reward` keeps what it was decided by.
+        """
+        return None
+
     def edit_sample(self, step: Step, z: Tensor) -> Tensor:
         """Changes the next z (B, C, h, w) after the scheduler's step."""
         return z
@@ -239,6 +289,14 @@ class Guidance:
         With several calls a step of the solver it is asked at the first and covers all of them.
         """
         return 1
+
+    def jumps(self, step: Step) -> int:
+        """How many steps of the solver are done again after this one, which is the last of them.
+
+        The sample is noised back over all of them at once (RePaint, time travel). 0 goes on; asked
+        at the last call of each step, whose `step.repeat` says how often it was done before.
+        """
+        return 0
 
     def accept(self, images: Tensor) -> Tensor:
         """Which finished images (B, 3, H, W) in [0, 1] are kept: (B,) bool."""
@@ -251,7 +309,7 @@ HOOKS = tuple(
     for name, value in vars(Guidance).items()
     if inspect.isfunction(inspect.unwrap(getattr(value, "__func__", value)))
     and not name.startswith("_")
-    and name not in ("check_contract", "overrides")
+    and name not in ("check_contract", "inside", "overrides")
 )
 
 

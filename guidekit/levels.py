@@ -14,11 +14,9 @@ from typing import Any
 from torch import Tensor
 
 from guidekit.errors import GuidekitError, NoPushError
-from guidekit.noise import Level, Scheduler, landing, level_at, position, wide
+from guidekit.noise import MIN_A, Level, Scheduler, landing, level_at, position, wide
 from guidekit.probe import Gains, check_finite, known_kwargs, miniature, on_cpu, read_gains
 
-# Below this a (in VP coordinates) 1/a turns any error of a gradient into a jump of x0.
-MIN_A = 1e-3
 # Smaller gains, and noise below it, are rounding of the scheduler's fp32 tables.
 TINY = 1e-7
 # Where less than this share of a change of the output lasts, the history takes the rest back, and
@@ -161,7 +159,8 @@ class Move:
         `level.norm`. Dhariwal & Nichol 2021, Algorithm 2, in every parameterisation. Raises
         NoPushError below a = 1e-3 (VP coordinates), where x0 would move by 1/a of any error.
         """
-        if (a := self.level.a / self.level.norm) < MIN_A:
+        if not self.level.informative:
+            a = self.level.a / self.level.norm
             raise NoPushError(
                 f"score is unbounded at a = {a:.1e} (limit {MIN_A}): skip this step, or push with"
                 " shift(delta), which stays finite"

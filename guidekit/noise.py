@@ -22,6 +22,9 @@ Scheduler: TypeAlias = Any
 Kind = Literal["vp", "ve", "flow"]
 Prediction = Literal["epsilon", "v_prediction", "sample", "flow_prediction"]
 
+# Below this a (in VP coordinates) 1/a turns any error of a gradient into a jump of x0.
+MIN_A = 1e-3
+
 PREDICTIONS: tuple[str, ...] = get_args(Prediction)
 
 # Where a scheduler keeps its levels: "table" alphas_cumprod[timestep]; "ve" sigmas[index], a = 1;
@@ -58,6 +61,11 @@ class Level:
     def norm(self) -> float:
         """What `scale_model_input` divides z by: sqrt(a^2 + s^2), which is 1 for VP; 1 for flow."""
         return math.hypot(self.a, self.s) if self.kind == "ve" else 1.0
+
+    @property
+    def informative(self) -> bool:
+        """Whether a is large enough to divide by: 1/a turns any error of a smaller one into x0."""
+        return self.a / self.norm >= MIN_A
 
     @property
     def sigma(self) -> float:

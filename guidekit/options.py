@@ -6,6 +6,7 @@ import functools
 import tomllib
 import types
 import typing
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -133,6 +134,8 @@ def describe(kind: Any) -> str:
         return "one of " + ", ".join(map(str, typing.get_args(kind)))
     if typing.get_origin(kind) in (list, tuple):
         return f"a list, each {describe(typing.get_args(kind)[0])}"
+    if typing.get_origin(kind) is Callable:
+        return "a function, in Python"
     return words.get(kind, str(kind))
 
 

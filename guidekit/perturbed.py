@@ -12,13 +12,12 @@ from fnmatch import fnmatchcase
 from torch import Tensor, nn
 
 from guidekit.attention.call import AttentionCall
-from guidekit.backbones.records import Family
+from guidekit.backbones.sites import layers, middle, named_sites, self_attention
 from guidekit.branches import Branch
 from guidekit.errors import GuidekitError
 from guidekit.guidance import Guidance
 from guidekit.run import Run
 from guidekit.step import Step
-from guidekit.taps import find_sites
 
 
 @dataclass(kw_only=True)
@@ -61,7 +60,7 @@ class Perturbed(Guidance):
                 f"{self.name} perturbs self-attention with a softmax, and {type(model).__name__} "
                 "has none; use slg or autoguidance"
             )
-        return self._chosen(model, wanted, "attention", possible) or _middle(model, possible)
+        return self._chosen(model, wanted, "attention", possible) or middle(model, possible)
 
     def layer_sites(self, run: Run, wanted: tuple[str, ...]) -> list[str]:
         """Layers that the wildcards `wanted` name; the middle ones if empty.
@@ -70,13 +69,13 @@ class Perturbed(Guidance):
         """
         model = run.denoiser.model
         possible = layers(model)
-        return self._chosen(model, wanted, "block", possible) or _middle(model, possible)
+        return self._chosen(model, wanted, "block", possible) or middle(model, possible)
 
     def _chosen(
         self, model: nn.Module, wanted: tuple[str, ...], kind: str, possible: list[str]
     ) -> list[str]:
         """Sites of the wildcards, which must be among the possible ones; none if there are none."""
-        chosen = find_sites(model, list(wanted), kind)
+        chosen = named_sites(model, wanted, kind)
         if others := [site for site in chosen if site not in possible]:
             raise GuidekitError(
                 f"{self.name}.sites: {', '.join(others)} cannot be perturbed by it; those that "
@@ -85,43 +84,8 @@ class Perturbed(Guidance):
         return chosen
 
 
-def layers(model: nn.Module) -> list[str]:
-    """The smallest blocks that hold attention: transformer blocks, a UNet2DModel's attentions."""
-    blocks = find_sites(model, "*", "block")
-    sites = find_sites(model, "*")
-    holders = {site if site in blocks else site.rpartition(".")[0] for site in sites}
-    return [block for block in blocks if block in holders]
-
-
-def self_attention(model: nn.Module, family: Family) -> list[str]:
-    """Attention sites with a softmax where pixels attend to pixels; joint attention is among them.
-
-    Sana's linear attention has no map that could be perturbed.
-    """
-    if family.order == "text first":  # Lumina2 also refines the text by itself
-        return find_sites(model, family.self_sites)
-    sites = find_sites(model, "*")
-    if family.order == "cross" and family.cross_sites:
-        cross = find_sites(model, family.cross_sites)
-        sites = [site for site in sites if site not in cross]
-    kind = lambda site: type(model.get_submodule(site).processor).__name__  # noqa: E731
-    return [site for site in sites if "Linear" not in kind(site)]
-
-
 def pixel_rows(run: Run, call: AttentionCall) -> slice:
     """The queries of a self-attention call that are pixels; the others are text."""
     family = run.denoiser.family
     joint = family.order != "cross" and any(fnmatchcase(call.site, s) for s in family.cross_sites)
     return family.rows(call.query.shape[2], run.text_length) if joint else slice(None)
-
-
-def _middle(model: nn.Module, possible: list[str]) -> list[str]:
-    """The sites in a UNet's middle block, else those of the layer half-way through the model."""
-    if inner := [site for site in possible if site.startswith("mid_block.")]:
-        return inner
-    holders = [block for block in layers(model) if any(_within(s, block) for s in possible)]
-    return [site for site in possible if _within(site, holders[len(holders) // 2])]
-
-
-def _within(site: str, block: str) -> bool:
-    return site == block or site.startswith(f"{block}.")

@@ -11,13 +11,14 @@ from guidekit.account import Account
 from guidekit.attention.choice import choose
 from guidekit.backbones.denoiser import Denoiser, Text
 from guidekit.backbones.records import layout_sites, site_grid
+from guidekit.backbones.sites import named_sites
 from guidekit.backbones.tokens import looked_up
 from guidekit.conditions import Condition, stretched
 from guidekit.errors import GuidekitError
+from guidekit.groups import rows_by_group
 from guidekit.levels import Levels
 from guidekit.reads import AttentionRead, FeatureRead, Reads
 from guidekit.seeds import derived_seed
-from guidekit.taps import find_sites
 
 MEMORY = ("fast", "low")
 POLICIES = ("raise", "zero")
@@ -60,6 +61,8 @@ class Run:
         self.account = Account(calls={} if calls is None else dict(calls))
         for text in stretched(conditions, self.size):
             self.account.note(text)
+        #: Rows of the images of every group; an image alone is one.
+        self.groups = rows_by_group(conditions)
         self.reads = Reads()
         #: The run's own copies of the user's guidances; the engine puts them here.
         self.guidances: list[Any] = []
@@ -85,7 +88,7 @@ class Run:
         model does not have.
         """
         kind = "block" if isinstance(read, FeatureRead) else "attention"
-        names = find_sites(self.denoiser.model, list(read.sites), kind)
+        names = named_sites(self.denoiser.model, list(read.sites), kind)
         if isinstance(read, FeatureRead):
             read = replace(read, sites=tuple(names))
         self.reads.add(guidance, read, main)
@@ -100,13 +103,13 @@ class Run:
 
     def tap_attention(self, guidance: object, sites: str | list[str]) -> list[str]:
         """Asks that the attention calls at the sites be shown to `guidance.edit_attention`."""
-        names = find_sites(self.denoiser.model, sites)
+        names = named_sites(self.denoiser.model, sites)
         self.reads.tap(guidance, "attention", names)
         return names
 
     def tap_blocks(self, guidance: object, sites: str | list[str]) -> list[str]:
         """Asks that the block calls at the sites be shown to `guidance.edit_block`."""
-        names = find_sites(self.denoiser.model, sites, kind="block")
+        names = named_sites(self.denoiser.model, sites, kind="block")
         self.reads.tap(guidance, "block", names)
         return names
 
@@ -124,12 +127,21 @@ class Run:
             )
         return found if given else None
 
-    def sites(self, patterns: list[str] | None = None) -> dict[str, tuple[int, int]]:
-        """Cross-attention sites with their grids: the family's layout sites, or those matching."""
+    def sites(self, patterns: str | list[str] | None = None) -> dict[str, tuple[int, int]]:
+        """Attention sites with their grids (h, w): the family's layout sites, or those matching.
+
+        patterns: wildcards, or names that mean the same on every family (`backbones.sites`).
+        """
         model = self.denoiser.model
         if not patterns:
             return layout_sites(model, *self.grid)
-        return {s: site_grid(model, s, *self.grid) for s in find_sites(model, patterns)}
+        return {s: site_grid(model, s, *self.grid) for s in named_sites(model, patterns)}
+
+    def blocks(self, patterns: str | list[str] = "blocks") -> dict[str, tuple[int, int]]:
+        """Blocks with their grids (h, w): the transformer's, or those matching; see `sites`."""
+        model = self.denoiser.model
+        names = named_sites(model, patterns, "block")
+        return {s: site_grid(model, s, *self.grid) for s in names}
 
     @cached_property
     def text_lengths(self) -> list[int]:

@@ -18,6 +18,7 @@ from guidekit.backbones.denoiser import Denoiser, frozen
 from guidekit.conditions import Condition
 from guidekit.engine.engine import Engine
 from guidekit.errors import GuidekitError
+from guidekit.groups import batches, rows_by_group, with_particles
 from guidekit.guidance import Guidance
 from guidekit.inputs import as_conditions, as_denoiser, as_guidances, as_scheduler, tuned
 from guidekit.levels import Levels
@@ -28,6 +29,7 @@ from guidekit.start import Start, own_copy
 from guidekit.step import Step
 
 STEPS = 50  # where neither the user nor the model says
+MOST = 1000  # times that one step may be done
 
 
 class Sampling:
@@ -45,7 +47,8 @@ class Sampling:
     or "low" for gradient checkpointing. nonfinite: "raise" or "zero" for gradients that are not
     finite. attention: eager | sdpa | triton | xformers. calls: how branches with and without a
     graph ride, "batched" or "split" by kind of call, for a replay bit for bit (`account.calls`); by
-    default what is faster.
+    default what is faster. particles: images of so many seeds, one after the other, are a group
+    (`Condition.group`), in which they may see each other.
 
     Raises GuidekitError for settings that cannot work, before anything is computed.
     """
@@ -73,6 +76,7 @@ class Sampling:
         nonfinite: str = "raise",
         attention: str | None = None,
         calls: dict[str, str] | None = None,
+        particles: int = 1,
     ):
         denoiser = as_denoiser(denoiser)
         own, guidances = (
@@ -87,7 +91,8 @@ class Sampling:
             denoiser = denoiser.with_embedded_cfg(embedded_cfg)
         cfg = denoiser.cfg if cfg is None else cfg
         self.denoiser, self.seeds = denoiser, list(Seeds(seeds))
-        self.conditions = [denoiser.prepared(c) for c in as_conditions(conditions, len(self.seeds))]
+        asked = with_particles(as_conditions(conditions, len(self.seeds)), particles)
+        self.conditions = [denoiser.prepared(c) for c in asked]
         _check_numbers(steps, cfg=cfg, eta=eta, embedded_cfg=embedded_cfg or 0.0)
         denoiser.check_own_loop()
         denoiser.check_cfg(cfg)
@@ -123,6 +128,9 @@ class Sampling:
             self.engine = Engine(self.run, used)
         self.guidances = self.engine.guidances  # the run's own copies
         self._drawn = False
+        #: By the number of a solver's step: the scheduler before it, and how often it was done.
+        self._before: dict[int, Any] = {}
+        self._done: dict[int, int] = {}
         self.images: Tensor | None = None  # (B, 3, H, W) in [0, 1]
         self.latents: Tensor | None = None  # (B, C, h, w), the last z
 
@@ -156,14 +164,20 @@ class Sampling:
             )
         self._drawn = True
         with frozen(*self.denoiser.models), self.engine.opened():
-            z = self._start()
-            for calls in run.levels.steps:
-                for step, z in self._advance(z, calls, timesteps):  # noqa: B020
-                    if step.index == len(timesteps) - 1:
+            z, place, path = self._start(), 0, run.levels.steps
+            while place < len(path):
+                back = 0
+                for step, z in self._advance(z, place, timesteps):  # noqa: B020
+                    if step.index == path[place][-1]:
+                        back = self.engine.jumps(step, place + 1)
+                    if step.index == len(timesteps) - 1 and not back:
                         self.latents = z
                         self.images = step.images = self.denoiser.decode(z)
                         self.engine.close()
                     yield step
+                if back:
+                    z = self._noise_again(z, place + 1 - back, place)
+                place += 1 - back
 
     def _start(self) -> Tensor:
         """The first z of every image, at the run's first level."""
@@ -188,55 +202,66 @@ class Sampling:
         return z.to(self.run.device, self.denoiser.dtype)
 
     def _advance(
-        self, z: Tensor, calls: range, timesteps: list[Tensor]
+        self, z: Tensor, place: int, timesteps: list[Tensor]
     ) -> Iterator[tuple[Step, Tensor]]:
         """One step of the solver, done as often as a guidance asks for at its first call.
 
         Yields the calls of the last time, each with the next z.
         """
-        repeat, times, n = 0, 1, len(timesteps)
-        while repeat < times:
-            before = copy.deepcopy(self.run.scheduler) if self._may_repeat else None
+        calls, done, times, n = self.run.levels.steps[place], 0, 1, len(timesteps)
+        while done < times:
+            if self._returns:
+                self._before[place] = copy.deepcopy(self.run.scheduler)
+            repeat = self._done.get(place, 0)
+            if repeat == MOST:
+                raise GuidekitError(
+                    f"step {calls[0]} was done {MOST} times; end its repeats or jumps"
+                )
             for index in calls:
                 step = self.engine.predict(z, timesteps[index], index, n, repeat)
-                if index == calls[0] and repeat == 0:
+                if index == calls[0] and done == 0:
                     times = self._times(step)
-                z = self.engine.edit_sample(step, self._scheduler_step(step, z))
-                if repeat + 1 == times:
+                z = self.engine.resample(step, self._scheduler_step(step))
+                z = self.engine.edit_sample(step, z)
+                if done + 1 == times:
                     yield step, z
-            repeat += 1
-            if repeat < times:
-                z = self._noise_again(z, calls, repeat)
-                self.run.scheduler = before
+            done, self._done[place] = done + 1, repeat + 1
+            if done < times:
+                z = self._noise_again(z, place, place)
 
     def _times(self, step: Step) -> int:
         """How often the solver's step is done that begins with `step`."""
         return self.engine.repeats(step)
 
     @property
-    def _may_repeat(self) -> bool:
-        return any(g.overrides("repeats") for g in self.guidances)
+    def _returns(self) -> bool:
+        """Whether some step may be done again, from the scheduler's state before it."""
+        return any(g.overrides("repeats") or g.overrides("jumps") for g in self.guidances)
 
-    def _scheduler_step(self, step: Step, z: Tensor) -> Tensor:
-        """The scheduler's own step on the guided prediction."""
+    def _scheduler_step(self, step: Step) -> Tensor:
+        """The scheduler's own step on the guided prediction, from the refined z."""
         out = cast(Tensor, step.prediction)
         if step.variance is not None:
             out = torch.cat([out, step.variance.to(out.dtype)], 1)
         with torch.no_grad():
             stepped: tuple[Tensor, ...] = self.run.scheduler.step(
-                out, step.timestep, z, **self.run.step_kwargs, return_dict=False
+                out, step.timestep, step.z, **self.run.step_kwargs, return_dict=False
             )
         return stepped[0]
 
-    def _noise_again(self, z: Tensor, calls: range, repeat: int) -> Tensor:
-        """From the level after the solver's step back to the one before it.
+    def _noise_again(self, z: Tensor, first: int, last: int) -> Tensor:
+        """From the level after the solver's step `last` back to the one before step `first`.
 
-        FreeDoM, Yu et al. 2023 (arXiv:2303.09833), Algorithm 2.
+        The scheduler is again as it was there. FreeDoM, Yu et al. 2023 (arXiv:2303.09833),
+        Algorithm 2; several steps: RePaint, Lugmayr et al. 2022 (arXiv:2201.09865), section 4.2.
         """
-        noisier, cleaner = self.run.levels.at(calls[0]), self.run.levels.next(calls[-1])
+        levels, calls = self.run.levels, self.run.levels.steps[first]
+        self.run.scheduler = copy.deepcopy(self._before[first])
+        noisier, cleaner = levels.at(calls[0]), levels.next(levels.steps[last][-1])
         gain = noisier.a / cleaner.a
         std: float = max(noisier.s**2 - (gain * cleaner.s) ** 2, 0.0) ** 0.5
-        fresh = self.run.noise(self.run.latent_shape, calls[0], repeat, "recurrence")
+        shape, repeat = self.run.latent_shape, self._done[first]
+        fresh = self.run.noise(shape, calls[0], repeat, "recurrence")
         return gain * z + std * fresh.to(z.dtype)
 
 
@@ -258,21 +283,25 @@ def draw(
     seeds: Iterable[int] = (0,),
     batch: int = 4,
     tries: int = 1,
+    particles: int = 1,
     **options: Any,
 ) -> Tensor:
-    """Images (len(seeds), 3, H, W) in [0, 1], drawn in batches.
+    """Images (len(seeds), 3, H, W) in [0, 1], drawn in batches that cut no group.
 
     Where guidances reject images (`accept`), those are drawn again from seeds derived from their
-    own, at most `tries` times in all; the last draw stays.
+    own, at most `tries` times in all; the last draw stays. Raises GuidekitError for groups that are
+    to be drawn again, of which some images would be missing.
     """
     denoiser, seeds = as_denoiser(denoiser), list(Seeds(seeds))
-    conditions = as_conditions(conditions, len(seeds))
+    conditions = with_particles(as_conditions(conditions, len(seeds)), particles)
+    if tries > 1 and len(rows_by_group(conditions)) < len(seeds):
+        raise GuidekitError("tries draws single images again, which would cut groups; leave it out")
     images: dict[int, Tensor] = {}
     left = list(range(len(seeds)))
     for attempt in range(tries):
         rejected = []
-        for i in range(0, len(left), batch):
-            part = left[i : i + batch]
+        for rows in batches([conditions[j] for j in left], batch):
+            part = [left[row] for row in rows]
             own = [seeds[j] if attempt == 0 else derived_seed(seeds[j], attempt) for j in part]
             drawn = Sampling(
                 denoiser, [conditions[j] for j in part], guidances, seeds=own, **options

@@ -28,6 +28,7 @@ class Step:
     ):
         self.run, self._call = run, call  # call: the engine's answer to `denoise`
         self.z, self.timestep = z, timestep
+        self.carried = z  # z as the scheduler left it, before it was refined
         self.index, self.n, self.repeat = index, n, repeat
         self.level: Level = run.levels.at(index)  # of z
         self.next_level: Level = run.levels.next(index)  # of the next z
@@ -51,9 +52,29 @@ class Step:
         return self.run.levels.move(self.index, self.variance)
 
     @property
+    def begins_step(self) -> bool:
+        """Whether this call is the first one of its step of the solver, where z is refined."""
+        return self.index == self.run.levels.step(self.index)[0]
+
+    @property
     def ends_step(self) -> bool:
         """Whether this call is the last stage of its step of the solver, where a shift lasts."""
         return self.run.levels.ends_step(self.index)
+
+    @property
+    def informative(self) -> bool:
+        """Whether z holds anything of the image, so that an author may divide by `level.a`.
+
+        False where it is noise alone: the first step of flow models, and of a zero terminal SNR.
+        """
+        return self.level.informative
+
+    def model_input(self, z: Tensor) -> Tensor:
+        """What the denoiser takes for z (B, C, h, w) at this step's level, with gradient."""
+        scheduler = self.run.scheduler
+        if not hasattr(scheduler, "scale_model_input"):  # flow models take z as it is
+            return z
+        return cast(Tensor, scheduler.scale_model_input(z, self.timestep))
 
     @cached_property
     def x0(self) -> Tensor:

@@ -6,6 +6,7 @@ From a phrase to its tokens: `token_columns` finds the columns of a phrase in on
 `segment_weights` those of all segments of a run as (B, T, S), `real_tokens` tells words from
 padding. From a segment to its mask: `segment_masks` gives (B, S, h, w) at the grid of a site.
 Attention among pixels is read in `edit_attention` at `self_attention` sites by `probabilities`.
+`descend` moves z against the gradient of an energy, inside a `refine`.
 A judge that never guides is a network by `load_judge`, with logits (B, 49, H, W) of classes and
 features (B, 64) as its output; `see` runs it on a batch of images.
 
@@ -18,8 +19,9 @@ from typing import TYPE_CHECKING, Any
 _HOME = {
     "as_mask": "masks",
     "derived_seed": "seeds",
+    "descend": "descent",
     "find_sites": "taps",
-    "layers": "perturbed",
+    "layers": "backbones.sites",
     "load_judge": "evaluate.judge",
     "pixel_rows": "perturbed",
     "probabilities": "attention.maps",
@@ -32,9 +34,10 @@ _HOME = {
     "segment_masks": "conditions",
     "segment_strengths": "conditions",
     "segment_weights": "backbones.tokens",
-    "self_attention": "perturbed",
+    "self_attention": "backbones.sites",
     "square": "references",
     "to_image": "images",
+    "systematic": "groups",
     "token_columns": "backbones.tokens",
 }
 

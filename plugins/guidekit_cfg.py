@@ -4,8 +4,8 @@ The sampler does classifier-free guidance by itself (Ho & Salimans 2022, arXiv:2
 diffusers' scale, which is their w + 1). This plugin changes it: rescaling by Lin, Liu, Li and Yang:
 Common diffusion noise schedules and sample steps are flawed, 2023, arXiv:2305.08891, section 3.4;
 the interval by Kynkaanniemi et al.: Applying guidance in a limited interval improves sample and
-distribution quality in diffusion models, 2024, arXiv:2404.07724, section 3.1, there in noise
-levels, here in fractions of the steps as for every plugin.
+distribution quality in diffusion models, 2024, arXiv:2404.07724, section 3.1, in noise levels by
+sigma_start and sigma_stop, as there, or in fractions of the steps.
 """
 
 from dataclasses import dataclass
@@ -13,7 +13,7 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from guidekit import Branch, Guidance, GuidekitError, Run, Step, hookimpl
+from guidekit import Branch, Guidance, GuidekitError, Level, Run, Step, hookimpl
 
 
 @dataclass(kw_only=True)
@@ -43,14 +43,18 @@ class ClassifierFree(Guidance):
         if not 0 <= self.rescale <= 1:
             raise GuidekitError(f"cfg.rescale lies between 0 and 1, not {self.rescale}")
 
-    def active(self, frac: float) -> bool:
+    def active(self, frac: float, level: Level) -> bool:
         """Always: outside of its interval it takes the null branch away."""
         return self.scale != 0
 
     def prepare(self, run: Run) -> None:
         """Raises GuidekitError for options that change nothing in this run."""
-        if not self.cfg_scale and not self.rescale and (self.start, self.stop) == (0, 1):
-            raise GuidekitError("cfg changes nothing: set cfg_scale, rescale, start or stop")
+        window = (self.start, self.stop, self.sigma_start, self.sigma_stop)
+        if not self.cfg_scale and not self.rescale and window == (0, 1, None, None):
+            raise GuidekitError(
+                "cfg changes nothing: set cfg_scale, rescale, start, stop, sigma_start or "
+                "sigma_stop"
+            )
         if (self.cfg_scale or run.cfg) <= 1 and not (self.cfg_scale and run.cfg > 1):
             raise GuidekitError(
                 f"cfg has nothing to change at the run's guidance scale {run.cfg:g}: set cfg_scale"
@@ -60,7 +64,7 @@ class ClassifierFree(Guidance):
         """Conditional branches alone outside of the interval; inside, with the own scale."""
         cond = next((b for b in branches if b.name == "cond"), None)
         before = cond.weight if cond else step.run.cfg
-        inside = self.start <= step.frac < self.stop
+        inside = self.inside(step.frac, step.level)
         scale = (self.cfg_scale or step.run.cfg) if inside else 1.0
         weight = scale if scale > 1 else None
         if weight == before:

@@ -16,6 +16,7 @@ from guidekit.cli.models import load_model
 from guidekit.cli.settings import Settings
 from guidekit.conditions import Condition, Segment
 from guidekit.errors import GuidekitError, blame
+from guidekit.groups import batches, with_particles
 from guidekit.guidance import Guidance
 from guidekit.layouts import load_layout, parse_layout, parse_segment
 from guidekit.masks import box_mask
@@ -59,8 +60,9 @@ class Plan:
     @property
     def batches(self) -> list[tuple[Target, ...]]:
         """The targets that are drawn together."""
-        size = self.settings.batch
-        return [self.targets[i : i + size] for i in range(0, len(self.targets), size)]
+        conditions = [target.condition for target in self.targets]
+        rows = batches(conditions, self.settings.batch)
+        return [tuple(self.targets[row] for row in batch) for batch in rows]
 
     @property
     def follows_folder(self) -> bool:
@@ -91,7 +93,7 @@ def make_plan(settings: Settings, blocked: tuple[str, ...] = ()) -> Plan:
         pipeline = load_model(settings.model, registry, settings.device, settings.dtype)
         denoiser = Denoiser(pipeline)
         condition = _completed(asked, settings, denoiser)
-        targets = _targets(settings, condition, references)
+        targets = _in_groups(_targets(settings, condition, references), settings.particles)
         scheduler = settings.scheduler and make_scheduler(pipeline, settings.scheduler)
         return Plan(
             settings=_resolved(settings, own, denoiser, condition, guidances, targets),
@@ -112,7 +114,9 @@ def check_settings(settings: Settings) -> None:
         raise GuidekitError("give image or image_folder, not both")
     if settings.per_image is not None and settings.image_folder is None:
         raise GuidekitError("per_image needs image_folder")
-    for name in ("steps", "batch", "tries", "per_image", "height", "width"):
+    if settings.tries > 1 and settings.particles > 1:
+        raise GuidekitError("tries draws single images again, which would cut groups of particles")
+    for name in ("steps", "batch", "tries", "particles", "per_image", "height", "width"):
         value = getattr(settings, name)
         if value is not None and value < 1:
             raise GuidekitError(f"{name} must be at least 1, not {value}")
@@ -206,6 +210,12 @@ def _targets(
         Target(seed, f"{name}/{seed}.png", replace(condition, image=image))
         for seed, (name, image) in enumerate(owners, settings.seeds[0])
     )
+
+
+def _in_groups(targets: tuple[Target, ...], particles: int) -> tuple[Target, ...]:
+    """The targets with the particles of one group after one another."""
+    conditions = with_particles([target.condition for target in targets], particles)
+    return tuple(replace(t, condition=c) for t, c in zip(targets, conditions, strict=True))
 
 
 def _resolved(

@@ -160,7 +160,8 @@ def _link(path: str) -> str:
 
 
 def _energies(rows: list[dict]) -> str:
-    """A chart per plugin."""
+    """A chart per plugin that has energies."""
+    rows = [row for row in rows if "energy" in row]
     plugins = dict.fromkeys(row["plugin"] for row in rows)
     charts = [_chart(p, [r for r in rows if r["plugin"] == p]) for p in plugins]
     return f'<h2>Energy</h2><div class="row">{"".join(charts)}</div>' if charts else ""

@@ -39,6 +39,11 @@ OPTIONS = (
     ("--dtype", str, "float32, float16 or bfloat16 [float32 on a CPU and for built-ins]."),
     ("--nonfinite", str, "raise, or zero: skip gradients that are not finite [raise]."),
     ("--tries", int, "Draws of an image that a plugin rejects [1]."),
+    (
+        "--particles",
+        int,
+        "Images of so many seeds in a row are a group, for plugins such as fk [1].",
+    ),
     ("--out", click.Path(path_type=Path), "New folder [out/DATE-PROMPT, else out/DATE-MODEL]."),
 )
 LISTS = (
@@ -127,7 +132,7 @@ def _introduction(session: Any) -> str:
     """What is about to be drawn."""
     plan, facts = session.plan, session.record.facts
     s = plan.settings
-    names = [f"{g.name} (scale {g.scale:g}, {g.start:g} to {g.stop:g})" for g in plan.guidances]
+    names = [f"{g.name} (scale {g.scale:g}, {g.window})" for g in plan.guidances]
     lines = [
         f"model    {s.model} ({facts['model']['class']}), {s.device}, {s.dtype}",
         *([f"prompt   {s.prompt}"] if s.prompt else []),

@@ -49,6 +49,7 @@ class Settings:
     dtype: str | None = None
     nonfinite: str = "raise"
     tries: int = 1
+    particles: int = 1
     compare: bool = True
     out: Path | None = None
     plugin: dict[str, dict[str, Any]] = field(default_factory=dict)  # options, in the user's order

@@ -80,10 +80,7 @@ def second_call(
 
 def _scaled(hooks: Hooks, branch: Branch, x: Tensor) -> Tensor:
     """Scaled model input of a branch (B, C, h, w)."""
-    scheduler = hooks.step.run.scheduler
-    if hasattr(scheduler, "scale_model_input"):
-        x = scheduler.scale_model_input(x, hooks.step.timestep)
-    return hooks.chain("edit_input", x, branch)
+    return hooks.chain("edit_input", hooks.step.model_input(x), branch)
 
 
 def _edits(hooks: Hooks, branch: Branch) -> list[Edit]:

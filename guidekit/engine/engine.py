@@ -15,8 +15,11 @@ from guidekit.engine.calls import branch_calls, check_branches, own_branches, se
 from guidekit.engine.evaluator import Evaluator
 from guidekit.engine.hooks import Hooks, copied
 from guidekit.engine.injector import Injector
+from guidekit.engine.refinement import refined
 from guidekit.errors import GuidekitError, blame
+from guidekit.groups import checked_rows, permute_history
 from guidekit.guidance import Guidance
+from guidekit.noise import wide
 from guidekit.reads import Eval
 from guidekit.run import Run
 from guidekit.step import Step
@@ -60,7 +63,7 @@ class Engine:
 
     def active(self, step: Step) -> list[Guidance]:
         """The guidances whose window this step is in."""
-        found = [g for g in self.guidances if g.active(step.frac)]
+        found = [g for g in self.guidances if g.active(step.frac, step.level)]
         return [g for g in found if step.ends_step or g.acts_at == "calls"]
 
     def predict(self, z: Tensor, timestep: Tensor, index: int, n: int, repeat: int = 0) -> Step:
@@ -71,14 +74,15 @@ class Engine:
     def evaluate(self, z: Tensor, timestep: Tensor, index: int, n: int, repeat: int = 0) -> Step:
         """The step with its branches, their combined output and the change that energies ask for.
 
-        `inject` makes the prediction of it; a pipeline does its own combination in between.
+        `inject` makes the prediction of it; a pipeline does its own combination in between. The
+        step's z is the refined one, which `scheduler.step` is to be given.
         """
         step = Step(self.run, self.denoise, z, timestep, index, n, repeat)
+        z = refined(step, self.guidances, self.opened)
         hooks = Hooks(step, self.active(step))
         energies = [g for g in hooks.active if g.overrides("energy")]
         if energies:
-            wide = torch.promote_types(z.dtype, torch.float32)
-            step.z = z.detach().to(wide).requires_grad_()
+            step.z = wide(z.detach())[0].requires_grad_()
         # The caller may have gradients off, as is usual round a pipeline.
         with torch.set_grad_enabled(bool(energies)), self.opened():
             step.branches = own_branches(self.run)  # a hook may denoise one of them
@@ -104,6 +108,23 @@ class Engine:
         self._check_edits(step)
         return step
 
+    def resample(self, step: Step, z: Tensor) -> Tensor:
+        """The next z (B, C, h, w), each image's from the image of its group that it goes on from.
+
+        Raises GuidekitError for one of another group.
+        """
+        hooks = Hooks(step, self.active(step))
+        for guidance in [g for g in hooks.active if g.overrides("resample")]:
+            with self.opened(), torch.no_grad():
+                rows = hooks.ask(guidance, "resample", step, z)
+            if rows is None or rows.tolist() == list(range(len(z))):
+                continue
+            rows = checked_rows(rows, self.run.groups, guidance.name).to(z.device)
+            z = z[rows]
+            permute_history(self.run.scheduler, rows, len(z))
+            hooks.changed(guidance.name)
+        return z
+
     def edit_sample(self, step: Step, z: Tensor) -> Tensor:
         """The next z (B, C, h, w) as the active guidances leave it."""
         with self.opened():
@@ -111,12 +132,29 @@ class Engine:
 
     def repeats(self, step: Step) -> int:
         """How often the solver's step is done that begins with `step`."""
-        hooks = Hooks(step, [g for g in self.guidances if g.active(step.frac)])
+        hooks = Hooks(step, [g for g in self.guidances if g.active(step.frac, step.level)])
         wanted = {g.name: hooks.ask(g, "repeats", step) for g in hooks.active}
         for name, times in wanted.items():
             if times > 1:
                 hooks.changed(name)
         return max([1, *wanted.values()])
+
+    def jumps(self, step: Step, done: int) -> int:
+        """How many steps of the solver, of the `done` up to this one, are done again after it.
+
+        Raises GuidekitError for more than that.
+        """
+        hooks = Hooks(step, [g for g in self.guidances if g.active(step.frac, step.level)])
+        wanted = {g.name: hooks.ask(g, "jumps", step) for g in hooks.active}
+        for name, back in wanted.items():
+            if not 0 <= back <= done:
+                raise GuidekitError(
+                    f"{name} jumps {back} steps back from step {step.index}; it may from 0 to "
+                    f"{done}"
+                )
+            if back:
+                hooks.changed(name)
+        return max([0, *wanted.values()])
 
     def denoise(self, step: Step, x, timestep, guidance, branch, graph, stop) -> Eval:
         """See `Step.denoise`."""
@@ -163,9 +201,12 @@ class Engine:
         return None if found is None else found.detach()
 
     def _check_edits(self, step: Step) -> None:
-        before = (step.index - 1) / step.n
-        editors = [g for g in self.guidances if g.overrides("edit_sample") and g.active(before)]
-        if step.index and editors and not step.move.reads_sample:
+        if not step.index:
+            return
+        frac, level = (step.index - 1) / step.n, self.run.levels.at(step.index - 1)
+        editing = [g for g in self.guidances if g.overrides("edit_sample")]
+        editors = [g for g in editing if g.active(frac, level)]
+        if editors and not step.move.reads_sample:
             raise GuidekitError(
                 f"{editors[0].name} edits samples, and {type(step.run.scheduler).__name__} does not"
                 " start every step from the sample it is given; use --scheduler ddim"

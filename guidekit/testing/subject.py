@@ -59,8 +59,11 @@ class Subject:
         pictures: tuple[int, ...] = (0, 1),
         pipe=None,
         steps: int = STEPS,
+        particles: int | None = None,
     ) -> Sampling:
-        """A short run, not yet begun."""
+        """A short run, not yet begun; two particles an image for methods that act in groups."""
+        count = self.particles if particles is None else particles
+        pictures = tuple(i for i in pictures for _ in range(count))
         conditions = [self.conditions[i] for i in pictures]
         if not any(g.reads_image for g in guidances):  # an image that nothing reads is refused
             conditions = [dataclasses.replace(c, image=None) for c in conditions]
@@ -68,10 +71,18 @@ class Subject:
             pipe or self.pipe,
             conditions,
             guidances,
-            seeds=[SEEDS[i] for i in pictures],
+            seeds=[SEEDS[i] + 10 * (n % count) for n, i in enumerate(pictures)],
             steps=steps,
             cfg=CFG,
+            # Copies of a particle part by noise.
+            eta=float(count > 1 and self.family != "sd3"),
+            particles=count,
         )
+
+    @property
+    def particles(self) -> int:
+        """Images of each group: two where the method acts in groups."""
+        return 2 if self.cls.grouped or self.cls.overrides("resample") else 1
 
     @cached_property
     def plain(self) -> Sampling:

@@ -76,7 +76,7 @@ def energy(subject: Subject) -> str | None:
 
         with _types_named():
             value, grad = energy_at(z)
-        assert value.shape == (len(SEEDS),), f"the energy has shape {tuple(value.shape)}"
+        assert value.shape == (len(run.seeds),), f"the energy has shape {tuple(value.shape)}"
         assert torch.isfinite(value).all(), f"the energy is {value.tolist()}"
         ends = [energy_at(z + sign * width * direction)[0] for sign in (1, -1)]
         numeric = (ends[0] - ends[1]) / (2 * width)
@@ -155,16 +155,23 @@ def scale_0(subject: Subject) -> None:
 
 
 def window(subject: Subject) -> None:
-    """Steps before start and from stop on are bit-identical to those without the plugin."""
-    begin, end = 0.3, 0.6  # of three steps the middle one
+    """Steps before start and under sigma_stop are bit-identical to those without the plugin."""
+    begin = 0.3  # of three steps the middle one
     bare = subject.sampling()
-    for step in subject.sampling(subject.example(start=begin, stop=end)):
+    levels = bare.run.levels
+    end = (levels.at(1).sigma * levels.at(2).sigma) ** 0.5
+    window = {"start": begin, "stop": 1.0, "sigma_start": None, "sigma_stop": end}
+    for step in subject.sampling(subject.example(**window)):
         with torch.no_grad():
             # DDIM keeps no state, so any step of the plain run can be asked for.
             expected = bare.engine.predict(step.z, step.timestep, step.index, step.n)
         same = torch.equal(step.prediction, expected.prediction)
-        inside = begin <= step.frac < end
-        assert inside or same, f"with start={begin} and stop={end} it acts at {step.frac:.2g}"
+        inside = step.frac >= begin and step.level.sigma > end
+        same = same and torch.equal(step.z, step.carried)
+        assert inside or same, (
+            f"with start={begin} and sigma_stop={end:.3g} it acts at {step.frac:.2g} of the steps "
+            f"and sigma {step.level.sigma:.3g}"
+        )
 
 
 def batch(subject: Subject) -> None:
@@ -173,9 +180,10 @@ def batch(subject: Subject) -> None:
     Within 1e-4 of full range, and within a hundredth of what the guidance does to it, so that a
     weak example hides nothing.
     """
-    together, plain = subject.sampling(subject.example()).finish(), subject.plain
+    together = subject.sampling(subject.example(), particles=1).finish()
+    plain = subject.sampling(particles=1).finish() if subject.particles > 1 else subject.plain
     for i in range(len(SEEDS)):
-        alone = subject.sampling(subject.example(), pictures=(i,)).finish()
+        alone = subject.sampling(subject.example(), pictures=(i,), particles=1).finish()
         for kind in ("images", "latents"):
             one, two, bare = (
                 getattr(s, kind)[j] for s, j in ((alone, 0), (together, i), (plain, i))
@@ -186,6 +194,19 @@ def batch(subject: Subject) -> None:
             limit = min(TOLERANCE * full, max(0.01 * effect, 0.1 * TOLERANCE * full))
             gap = float((one - two).abs().max())
             assert gap < limit, f"{kind} of image {i} differ by {gap:.2g} from those alone"
+
+
+def groups(subject: Subject) -> str | None:
+    """A group of images is the same alone and beside another group, within 1e-4 of full range."""
+    count = subject.particles
+    if count == 1:
+        return "images of a group do not see each other in it"
+    together = subject.sampling(subject.example()).finish()
+    for i in range(len(SEEDS)):
+        alone = subject.sampling(subject.example(), pictures=(i,)).finish()
+        gap = (alone.images - together.images[i * count : (i + 1) * count]).abs().max()
+        assert gap < TOLERANCE, f"group {i} differs by {float(gap):.2g} beside another group"
+    return None
 
 
 def repeatable(subject: Subject) -> None:
@@ -293,6 +314,7 @@ _ON_SD = (
     scale_0,
     window,
     batch,
+    groups,
     repeatable,
     restored,
     half,

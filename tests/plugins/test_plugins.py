@@ -152,7 +152,7 @@ class Silent(Guidance):
 class Eager(Good):
     """Acts outside of its window (2026)."""
 
-    def active(self, frac):
+    def active(self, frac, level):
         return True
 
 
