@@ -16,6 +16,7 @@ import multiprocessing
 import os
 import platform
 import time
+from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass
 
@@ -130,6 +131,7 @@ class Setting:
     batch: int
     seed: int
     scheduler: str = ""
+    first: int = 0  # number of the first layout; those from 10,000 on are for tuning
 
 
 class Bench:
@@ -141,7 +143,7 @@ class Bench:
         own = setting.scheduler
         self.scheduler = make_scheduler(self.pipeline, own) if own else self.pipeline.scheduler
         self.defaults = model_defaults(setting.model)
-        self.layouts = held_out(setting.n)
+        self.layouts = held_out(setting.n, setting.first)
         self.judge = evaluate.load_judge()
         reference = [scenes.scene(100_000 + i, "test") for i in range(REFERENCE)]
         pictures = (scenes.batch(reference, 64)[0] + 1) / 2
@@ -155,25 +157,35 @@ class Bench:
 
     def draw(self, method: str, conditions: list[Condition]) -> tuple[Tensor, dict]:
         """Images of all layouts, seconds of CPU (or GPU) per image and peak memory."""
-        images, s = [], self.setting
         clock = time.perf_counter if torch.cuda.is_available() else time.process_time
         start = clock()
         with PeakMemory() as peak:
-            for i in tqdm(range(0, s.n, s.batch), leave=False):
-                part = conditions[i : i + s.batch]
-                seeds = range(s.seed + i, s.seed + i + len(part))
-                run = guidekit.sample(
-                    self.pipeline,
-                    part,
-                    self.guidances(method),
-                    seeds=seeds,
-                    steps=s.steps,
-                    cfg=s.cfg,
-                    scheduler=self.scheduler,
-                )
-                images.append(run.finish().images)
-        cost = {"s/image": (clock() - start) / s.n, "peak MiB": peak.mebibytes}
-        return torch.cat(images), cost
+            seeds = range(self.setting.seed, self.setting.seed + len(conditions))
+            images = self.images(lambda: self.guidances(method), conditions, seeds)
+        cost = {"s/image": (clock() - start) / len(images), "peak MiB": peak.mebibytes}
+        return images, cost
+
+    def images(
+        self,
+        make: Callable[[], list],
+        conditions: list[Condition],
+        seeds: Sequence[int],
+        batch: int = 0,
+    ) -> Tensor:
+        """Images (n, 3, 64, 64) of conditions, by guidances that `make` makes for every batch."""
+        drawn, s = [], self.setting
+        for i in tqdm(range(0, len(conditions), size := batch or s.batch), leave=False):
+            run = guidekit.sample(
+                self.pipeline,
+                conditions[i : i + size],
+                make(),
+                seeds=seeds[i : i + size],
+                steps=s.steps,
+                cfg=s.cfg,
+                scheduler=self.scheduler,
+            )
+            drawn.append(run.finish().images)
+        return torch.cat(drawn)
 
     def rows(self, method: str) -> list[dict]:
         """The row of a method, or both of the judge's ceilings."""

@@ -12,37 +12,31 @@ called attach, because once imported it would hide the function `guidekit.attach
 """
 
 import contextlib
-import copy
 import inspect
 import weakref
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from diffusers import DiffusionPipeline
 from diffusers.models.modeling_outputs import Transformer2DModelOutput
-from torch import Tensor, nn
+from torch import nn
 
 from guidekit.account import Account
 from guidekit.backbones.denoiser import frozen
 from guidekit.backbones.replay import Replay
-from guidekit.backbones.tokens import looked_up, segment_columns
-from guidekit.conditions import Condition, Layouts, spread_layouts, with_prompts
-from guidekit.engine.engine import Engine
+from guidekit.conditions import Layouts
 from guidekit.errors import GuidekitError
 from guidekit.guidance import Guidance
 from guidekit.inputs import as_guidances
-from guidekit.levels import Levels
+from guidekit.pipeline_call import OWN_LOOP, Asked, PipelineCall
 from guidekit.references import Reference, as_reference
 from guidekit.run import Run
 from guidekit.step import Step
 from guidekit.taps import Patch, called
 
 STEP = ("model_output", "timestep", "sample")  # what every scheduler's step begins with
-OWN_LOOP = "{} {}, which a pipeline's own loop cannot do; draw with guidekit.sample instead"
 _ATTACHED: "weakref.WeakSet[nn.Module]" = weakref.WeakSet()  # denoisers, shared by pipelines
 
 
@@ -100,12 +94,10 @@ class Attached:
     ):
         self.pipe = pipe
         self.guidances = [g for g in as_guidances(guidances, pipe) if g.scale != 0]
-        self.segments, self.seeds, self.cfg, self.options = segments, seeds, cfg, options
         self.image = None if image is None else as_reference(image)
-        self.run: Run | None = None
-        self.step: Step | None = None  # the latest guided one
-        self._call: _Call | None = None
-        self._taps = contextlib.ExitStack()  # those of the call's run
+        self._asked = Asked(self.guidances, segments, seeds, cfg, self.image, options)
+        self._call: PipelineCall | None = None  # the one that is running
+        self._latest: PipelineCall | None = None
         self._stepped: list[Patch] = []  # on the scheduler, which users exchange between calls
         for guidance in self.guidances:
             _refuse_loop(guidance)
@@ -113,9 +105,19 @@ class Attached:
             raise GuidekitError("no guidance here reads an image; leave image out")
 
     @property
-    def account(self):
+    def run(self) -> Run | None:
+        """The run of the latest call; None before its first guided step."""
+        return self._latest and self._latest.run
+
+    @property
+    def step(self) -> Step | None:
+        """The latest guided step of the latest call."""
+        return self._latest and self._latest.step
+
+    @property
+    def account(self) -> Account:
         """What every guidance did in the latest call."""
-        return Account() if self.run is None else self.run.account
+        return self._latest.account if self._latest else Account()
 
     @contextlib.contextmanager
     def _opened(self) -> Iterator[None]:
@@ -146,13 +148,13 @@ class Attached:
                 _ATTACHED.discard(model)
                 for patch in reversed([*patches, *self._stepped]):
                     patch.remove()
-                self._stepped, self._call = [], None
-                self._taps.close()
+                self._stepped = []
+                self._end()
 
     def _around_check_inputs(self, original, args, kwargs):
         """A call of the pipeline begins."""
-        self._taps.close()
-        self._call, self.run, self.step = _Call(self), None, None
+        self._end()
+        self._call = self._latest = PipelineCall(self.pipe, self.denoiser, self._asked)
         for patch in self._stepped:
             patch.remove()
         scheduler = self.pipe.scheduler
@@ -208,235 +210,14 @@ class Attached:
             with _plainly():
                 result = call.edited(result)
         if call and call.stepped():
-            self._call = None
-            self._taps.close()
+            self._end()
         return result
 
-
-class _Call:
-    """One call of the pipeline, from `check_inputs` to its last step."""
-
-    def __init__(self, attached: Attached):
-        self.attached, self.pipe, self.denoiser = attached, attached.pipe, attached.denoiser
-        self.conditions: list[Condition] | None = None
-        self.engine: Engine | None = None
-        self.levels: Levels | None = None
-        self.step_kwargs: dict = {}
-        self.carried: Tensor | None = None
-        self.pending: Step | None = None
-        self.index = 0
-
-    def prompted(self, given: dict[str, Any]) -> list[str]:
-        """Conditions, one per image, of the arguments of `encode_prompt`.
-
-        Returns the prompts in which phrases are looked up.
-        """
-        if self.conditions is not None:
-            raise GuidekitError(
-                f"{type(self.pipe).__name__} encodes two prompts for two denoiser calls a step "
-                "(true_cfg_scale); attach knows pipelines with one: leave the second prompt out"
-            )
-        prompts, negatives = self._texts(given)
-        count = given.get("num_images_per_prompt") or 1
-        layouts = spread_layouts(self.attached.segments, len(prompts), count)
-        if given.get("prompt_embeds") is not None and looked_up(layouts):
-            raise GuidekitError(
-                "phrases are looked up in a prompt, and the call gives prompt_embeds; give the "
-                "prompt itself, or the columns by hand (Segment(tokens=...))"
-            )
-        image = self.attached.image
-        layouts = [replace(c, image=image) if c.image is None else c for c in layouts]
-        prompts = [p for p in prompts for _ in range(count)]
-        negatives = [n for n in negatives for _ in range(count)]
-        self.conditions = [
-            with_prompts(*both) for both in zip(layouts, prompts, negatives, strict=True)
-        ]
-        self.denoiser.start(prompts, negatives)
-        for condition in self.conditions:
-            segment_columns(self.denoiser.tokenizers, condition)
-        return looked_up(self.conditions)
-
-    def _texts(self, given: dict[str, Any]) -> tuple[list[str], list[str]]:
-        """The prompts that the phrases are looked up in, and the negative ones."""
-        if (embeds := given.get("prompt_embeds")) is not None:
-            return [""] * len(embeds), [""] * len(embeds)
-        prompts, name = _listed(given["prompt"]), self.denoiser.family.name
-        for other in ("prompt_2", "prompt_3"):
-            if given.get(other) and _listed(given[other]) != prompts:
-                if name == "flux":  # its T5 reads the second; the first is pooled
-                    prompts = _listed(given[other])
-                elif self.attached.segments:
-                    raise GuidekitError(f"phrases need one prompt; leave {other} out")
-        if name == "pixart":  # lower case, and cleaned if the call asks for it
-            clean = given["clean_caption"]
-            prompts = self.pipe._text_preprocessing(prompts, clean_caption=clean)
-        negatives = _listed(given.get("negative_prompt") or "")
-        return prompts, negatives * (len(prompts) // len(negatives))
-
-    @property
-    def n(self) -> int:
-        """Number of steps of the call."""
-        return getattr(self.pipe, "num_timesteps", 0) or len(self.pipe.scheduler.timesteps)
-
-    @property
-    def acts(self) -> bool:
-        level = self.levels.at(self.index)
-        active = [g for g in self.attached.guidances if g.active(self.index / self.n, level)]
-        ends, first = self.levels.ends_step(self.index), self.levels.step(self.index)[0]
-        refines = [g for g in active if g.overrides("refine") and self.index == first]
-        return bool(refines) or any(ends or g.acts_at == "calls" for g in active)
-
-    def begin(self, forward, args: tuple, kwargs: dict) -> None:
-        """The levels of the call, read before the scheduler's first step."""
-        if self.levels is None:
-            scheduler = self._bare_scheduler()
-            self.denoiser.record(forward, args, kwargs)
-            start = self.denoiser.position(scheduler, self.n)
-            self.levels = Levels(scheduler, self.step_kwargs, start)
-
-    def evaluate(self, forward, args: tuple, kwargs: dict) -> Tensor:
-        """The denoiser's output for all rows of the pipeline's call, guided."""
-        if self.pending:
-            raise GuidekitError(
-                f"{type(self.pipe).__name__} calls its denoiser twice in one step, as skip-layer "
-                "guidance does; attach knows pipelines with one call"
-            )
-        if self.conditions is None:
-            raise GuidekitError(
-                f"{type(self.pipe).__name__} has encoded no prompt before it denoises"
-            )
-        denoiser, scheduler = self.denoiser, self._bare_scheduler()
-        denoiser.record(forward, args, kwargs)
-        copies = denoiser.copies
-        seen = denoiser.input if self.carried is None else self.carried
-        z = denoiser.unpack(_plain(seen[: len(self.conditions)]))
-        timestep = scheduler.timesteps[self.levels.start + self.index]
-        denoiser.begin(timestep, z)
-        cfg = self._cfg() if copies == 2 else 1.0
-        if self.engine is None:
-            self._prepare(z, scheduler, cfg)
-        run = self.engine.run
-        run.scheduler, run.cfg = scheduler, cfg
-        step = self.engine.evaluate(z, timestep, self.index, self.n)
-        _refuse_repeats(self.engine.active(step), step)
-        self.pending = self.attached.step = step
-        return self._rows(step, copies)
-
-    def _prepare(self, z: Tensor, scheduler, cfg: float) -> None:
-        """The run and the engine, once the shape of the latents is known."""
-        seeds = self.attached.seeds
-        seeds = list(range(len(z))) if seeds is None else list(seeds)
-        if len(seeds) != len(z):
-            raise GuidekitError(f"{len(seeds)} seeds for {len(z)} images; give one per image")
-        run = Run(
-            self.denoiser,
-            self.conditions,
-            seeds,
-            tuple(z.shape[1:]),
-            scheduler,
-            cfg=cfg,
-            step_kwargs=self.step_kwargs,
-            levels=self.levels,
-            **self.attached.options,
-        )
-        self.attached.run = run
-        self.engine = Engine(run, self.attached.guidances)
-        self.attached._taps.enter_context(self.engine.opened())
-
-    def _cfg(self) -> float:
-        """The guidance scale with which the pipeline combines null and cond."""
-        if (told := self.attached.cfg) is not None:
-            if told <= 1:
-                raise GuidekitError(
-                    f"cfg is {told:g}, and {type(self.pipe).__name__} calls its denoiser for null "
-                    "and cond; give attach the guidance_scale of the call as cfg, or leave it out"
-                )
-            return told
-        kept = getattr(self.pipe, "guidance_scale", None)
-        own = inspect.signature(type(self.pipe).__call__).parameters["guidance_scale"].default
-        return own if kept is None else kept
-
-    def _bare_scheduler(self):
-        """The scheduler as it stands, without the wrappers: probes take steps with copies of it."""
-        bare = copy.copy(self.pipe.scheduler)
-        for name in ("step", "scale_model_input"):
-            vars(bare).pop(name, None)
-        return bare
-
-    def _rows(self, step: Step, copies: int) -> Tensor:
-        """What the pipeline is given for [null, cond]: their outputs, to combine as it does.
-
-        Where guidances combine otherwise it is their result in every row, which passes through
-        null + scale * (cond - null) unchanged.
-        """
-        own = any(
-            g.overrides("combine") or g.overrides("branches") for g in self.engine.active(step)
-        )
-        if own and getattr(self.pipe, "guidance_rescale", 0.0):
-            names = ", ".join(g.name for g in self.engine.active(step))
-            raise GuidekitError(
-                f"guidance_rescale has no effect beside a plugin that combines branches ({names}); "
-                "leave it at 0"
-            )
-        names = ["cond"] if copies == 1 else ["null", "cond"]
-        outs = [step.out] * copies if own else [step.evals[name].out for name in names]
-        rows = self.denoiser.pack(torch.cat([out.detach() for out in outs]))
-        # PixArt's pipeline cuts the learned variance off.
-        missing = self.denoiser.model.config.out_channels - rows.shape[1] if rows.ndim == 4 else 0
-        return F.pad(rows, (0, 0, 0, 0, 0, missing))
-
-    def inject(self, given: dict[str, Any]) -> dict[str, Tensor]:
-        """What `scheduler.step` is given in place of the pipeline's own output, and z if refined.
-
-        The prediction is made from the pipeline's own combination of the outputs.
-        """
-        step, out = self.pending, self.denoiser.unpack(_plain(given["model_output"]))
-        fixed = ("model_output", "timestep", "sample", "generator", "return_dict")
-        more = {k: v for k, v in given.items() if k not in fixed}
-        if more != {k: v for k, v in self.step_kwargs.items() if k not in fixed}:
-            raise GuidekitError(f"scheduler.step is given {more}, which attach did not foresee")
-        self._check_combination(step, out)
-        self.engine.inject(step, out)
-        injected = {"model_output": self.denoiser.pack(step.prediction)}
-        if step.z is not step.carried:
-            injected["sample"] = self.denoiser.pack(step.z)
-        return injected
-
-    def _check_combination(self, step: Step, out: Tensor) -> None:
-        """Raises GuidekitError if energies saw another x0 than the pipeline's.
-
-        Energies of attention and features do not read it; of guidance_rescale they see the x0
-        before it.
-        """
-        reads = any(g.overrides("energy") and g.graph == "x0" for g in self.engine.active(step))
-        if not reads or getattr(self.pipe, "guidance_rescale", 0.0):
-            return
-        own = step.out.detach()
-        if (out - own).abs().max() > 1e-2 * own.abs().max():
-            raise GuidekitError(
-                f"{type(self.pipe).__name__} does not combine null and cond with the scale "
-                f"{self.engine.run.cfg:g}; give attach the guidance_scale of the call as cfg"
-            )
-
-    def edited(self, result: Any) -> Any:
-        """The scheduler's result with the next z as the guidances leave it."""
-        step, z = self.pending, result[0]
-        edited = self.engine.edit_sample(step, self.denoiser.unpack(_plain(z)))
-        edited = self.denoiser.pack(edited)
-        if isinstance(result, tuple):
-            return (edited, *result[1:])
-        return replace(result, prev_sample=edited)
-
-    def stepped(self) -> bool:
-        """Counts a step; True after the last one, when idle guidances are warned of."""
-        self.index, self.pending, self.carried = self.index + 1, None, None
-        if self.index < self.n:
-            return False
-        if self.engine:
-            self.engine.close()
-        else:  # no step was in any window
-            self.attached.account.warn_idle(self.attached.guidances)
-        return True
+    def _end(self) -> None:
+        """The call is over, or is given up."""
+        if self._call:
+            self._call.close()
+        self._call = None
 
 
 def _refuse_loop(guidance: Guidance) -> None:
@@ -453,13 +234,6 @@ def _refuse_loop(guidance: Guidance) -> None:
             raise GuidekitError(OWN_LOOP.format(guidance.name, what))
 
 
-def _refuse_repeats(active: list[Guidance], step: Step) -> None:
-    """Raises GuidekitError for a guidance that wants this step to be done again."""
-    for guidance in active:
-        if guidance.repeats(step) > 1:
-            raise GuidekitError(OWN_LOOP.format(guidance.name, "repeats steps"))
-
-
 def _step_arguments(step: Callable, args: tuple, kwargs: dict) -> dict[str, Any]:
     """Arguments of the scheduler's step by name; a user's wrapper may not name them."""
     names = list(inspect.signature(step).parameters)
@@ -467,16 +241,8 @@ def _step_arguments(step: Callable, args: tuple, kwargs: dict) -> dict[str, Any]
     return dict(zip(names, args, strict=False)) | kwargs
 
 
-def _listed(prompt: str | list[str]) -> list[str]:
-    return [prompt] if isinstance(prompt, str) else list(prompt)
-
-
 @contextlib.contextmanager
 def _plainly() -> Iterator[None]:
     """Outside of inference mode, whose tensors cannot be saved for backward."""
     with torch.inference_mode(False), torch.no_grad():
         yield
-
-
-def _plain(x: Tensor) -> Tensor:
-    return x.clone() if x.is_inference() else x

@@ -14,6 +14,7 @@ from diffusers import DiffusionPipeline
 from torch import Tensor
 
 from guidekit.account import Account
+from guidekit.backbones.compiled import as_backend, compiled
 from guidekit.backbones.denoiser import Denoiser, frozen
 from guidekit.conditions import Condition
 from guidekit.engine.engine import Engine
@@ -45,10 +46,11 @@ class Sampling:
     timesteps or sigmas: the levels to go through, in place of steps. latents: in place of the first
     noise; image and strength: an image to begin with, see `guidekit.start.Start`. memory: "fast",
     or "low" for gradient checkpointing. nonfinite: "raise" or "zero" for gradients that are not
-    finite. attention: eager | sdpa | triton | xformers. calls: how branches with and without a
-    graph ride, "batched" or "split" by kind of call, for a replay bit for bit (`account.calls`); by
-    default what is faster. particles: images of so many seeds, one after the other, are a group
-    (`Condition.group`), in which they may see each other.
+    finite. attention: eager | sdpa | triton | xformers. compile: True, or a backend's name, for a
+    denoiser that torch.compile compiles while the run is drawn, and that is afterwards as it was.
+    calls: how branches with and without a graph ride, "batched" or "split" by kind of call, for a
+    replay bit for bit (`account.calls`); by default what is faster. particles: images of so many
+    seeds, one after the other, are a group (`Condition.group`), in which they may see each other.
 
     Raises GuidekitError for settings that cannot work, before anything is computed.
     """
@@ -75,9 +77,11 @@ class Sampling:
         memory: str = "fast",
         nonfinite: str = "raise",
         attention: str | None = None,
+        compile: bool | str = False,
         calls: dict[str, str] | None = None,
         particles: int = 1,
     ):
+        self._backend = as_backend(compile)
         denoiser = as_denoiser(denoiser)
         own, guidances = (
             tuned(denoiser.pipeline),
@@ -163,7 +167,8 @@ class Sampling:
                 "guidekit.sample again for another"
             )
         self._drawn = True
-        with frozen(*self.denoiser.models), self.engine.opened():
+        network, models = self.denoiser.network, self.denoiser.models
+        with frozen(*models), compiled(network, self._backend), self.engine.opened():
             z, place, path = self._start(), 0, run.levels.steps
             while place < len(path):
                 back = 0

@@ -81,6 +81,9 @@ class Zest(Guidance):
     decay: Literal["linear", "constant", "noise", "run"] = "linear"
     # Of the gradient, per image; max is signed.
     normaliser: Literal["linf", "l2", "l1", "max", "none"] = "linf"
+    # Shortens a step whose gradient has become small: weight of its norm's largest value so far.
+    damping: float = 0.0
+    momentum: float = 0.0  # share of the steps before in the direction of this one, below 1
     tokens: Literal["all", "real"] = "all"  # keys in the softmax; real is without padding
     negatives: tuple[str, ...] = ()  # phrases that compete in the softmax of the maps; CLIP's alone
     eps: float = 1e-4  # keeps the logarithms finite
@@ -97,6 +100,11 @@ class Zest(Guidance):
             raise GuidekitError("zest.eps must lie between 0 and 0.5 and zest.top be at least 1")
         if not self.gain > 0:
             raise GuidekitError(f"zest.gain is a positive factor, not {self.gain}")
+        if self.damping < 0 or not 0 <= self.momentum < 1:
+            raise GuidekitError(
+                "zest.damping must be at least 0 and zest.momentum from 0 to below 1, not "
+                f"{self.damping:g} and {self.momentum:g}"
+            )
 
     def prepare(self, run: Run) -> None:
         """Finds the tokens of the phrases and the sites, and asks for their maps."""
@@ -122,6 +130,8 @@ class Zest(Guidance):
             grid: segment_masks(run.conditions, *grid).to(run.device)
             for grid in {self._common, *map(self._read.shape, self._read.sites)}
         }
+        self._largest: Tensor | None = None  # (B, 1, 1, 1), norm of the gradient so far
+        self._direction: Tensor | None = None  # (B, C, h, w), of the step before
 
     def _sites(self, run: Run) -> dict[str, tuple[int, int]]:
         """Sites by name and by resolution; raises GuidekitError if none is left."""
@@ -180,8 +190,12 @@ class Zest(Guidance):
         """Cross-entropy of maps and masks, summed over segments (B,)."""
         maps = step.cond.attention(self._read)
         aggregated = self._aggregated(maps)
-        losses = [self._loss(m, self._masks[grid]) for m, grid in aggregated]
         step.run.account.keep("attention", self._shown(maps, aggregated))
+        return self._total(aggregated)
+
+    def _total(self, aggregated: list[tuple[Tensor, tuple[int, int]]]) -> Tensor:
+        """The mean loss of maps with their grids, summed over segments (B,)."""
+        losses = [self._loss(m, self._masks[grid]) for m, grid in aggregated]
         return (torch.stack(losses).mean(0) * self._strengths).sum(1)
 
     def _aggregated(self, maps: dict[str, Tensor]) -> list[tuple[Tensor, tuple[int, int]]]:
@@ -243,13 +257,29 @@ class Zest(Guidance):
         The paper's step is in units of VP latents; carried samples of VE schedulers are
         sqrt(1 + sigma^2) times larger, and so is the move.
         """
-        amount = self.scale * self.schedule(step.frac)
+        return step.move.shift(-self._amount(step) * self._directed(grad))
+
+    def _directed(self, grad: Tensor) -> Tensor:
+        """The normalised gradient, averaged with the steps before where there is momentum."""
+        direction = self._normalised(grad)
+        if self.momentum and self._direction is not None:
+            direction = torch.lerp(direction, self._direction, self.momentum)
+        self._direction = direction
+        return direction
+
+    def _amount(self, step: Step) -> float:
+        """Length of this step in units of the next z."""
+        amount = self.scale * self.schedule(step.frac) * step.next_level.norm
         if self.decay == "noise":
             amount = amount * step.level.s / math.hypot(step.level.a, step.level.s)
-        return step.move.shift(-amount * step.next_level.norm * self._normalised(grad))
+        return amount
 
     def _normalised(self, grad: Tensor) -> Tensor:
-        """The gradient over its norm, each image by itself."""
+        """The gradient over its norm, each image by itself.
+
+        Damped it is g (1 + c) / (|g| + c m) with m the largest |g| so far: never longer than
+        without, and proportional to the gradient where that is small.
+        """
         norms: dict[str, Callable[[Tensor], Tensor]] = {
             "linf": lambda g: g.abs().amax(1),
             "l2": lambda g: g.norm(dim=1) / math.sqrt(g.shape[1]),
@@ -257,8 +287,12 @@ class Zest(Guidance):
             "max": lambda g: g.amax(1).abs(),
             "none": lambda g: torch.ones_like(g[:, 0]),
         }
-        norm = norms[self.normaliser](grad.flatten(1))
-        return grad / norm.clamp(min=torch.finfo(grad.dtype).tiny)[:, None, None, None]
+        norm = norms[self.normaliser](grad.flatten(1))[:, None, None, None]
+        if c := self.damping:
+            known = norm if self._largest is None else self._largest
+            self._largest = torch.maximum(norm, known)
+            norm = (norm + c * self._largest) / (1 + c)
+        return grad / norm.clamp(min=torch.finfo(grad.dtype).tiny)
 
     @classmethod
     def example(cls) -> "Zest":

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from guidekit.backbones.compiled import as_backend
 from guidekit.backbones.denoiser import Denoiser
 from guidekit.backbones.loading import make_scheduler
 from guidekit.backbones.schedulers import scheduler_name
@@ -125,6 +126,7 @@ def check_settings(settings: Settings) -> None:
         if getattr(settings, name) not in allowed:
             exist = ", ".join(filter(None, allowed))
             raise GuidekitError(f"{name} must be one of {exist}, not {getattr(settings, name)!r}")
+    as_backend(settings.compile)
     if settings.device is not None:
         _check_device(settings.device)
 

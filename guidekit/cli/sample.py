@@ -65,6 +65,14 @@ def _options(command: Callable) -> Callable:
 
 @click.command()
 @_options
+@click.option(
+    "--compile",
+    is_flag=False,
+    flag_value="inductor",
+    default=None,
+    metavar="[BACKEND]",
+    help="Compile the denoiser; torch.compile's inductor unless another is named [not].",
+)
 @click.option("--append-phrases", is_flag=True, default=None, help="Add phrases to the prompt.")
 @click.option(
     "--compare/--no-compare", default=None, help="Draw the same seeds unguided too [compare]."

@@ -57,6 +57,7 @@ class Session:
             memory=s.memory,
             nonfinite=s.nonfinite,
             attention=s.attention,
+            compile=s.compile or False,
             calls=self._calls,
         )
 

@@ -45,6 +45,7 @@ class Settings:
     append_phrases: bool = False
     memory: str = "fast"
     attention: str | None = None
+    compile: str | None = None
     device: str | None = None
     dtype: str | None = None
     nonfinite: str = "raise"

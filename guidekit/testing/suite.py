@@ -12,10 +12,13 @@ import dataclasses
 import inspect
 import json
 import re
+import traceback
 import warnings
 from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import torch
+from diffusers.models.embeddings import get_timestep_embedding
 from diffusers.utils import logging
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -28,6 +31,7 @@ from guidekit.guidance import Guidance
 from guidekit.registry import Registry
 from guidekit.step import Step
 from guidekit.taps import find_sites
+from guidekit.testing.built_ins import MODELS, BuiltIn, rows
 from guidekit.testing.miniatures import sd_pipeline, sdxl_pipeline
 from guidekit.testing.subject import SEEDS, Subject, same, state
 
@@ -136,15 +140,18 @@ class _Narrowing(TorchDispatchMode):
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         out = func(*args, **(kwargs or {}))
         cast = func is torch.ops.aten._to_copy.default and args[0].dtype == torch.float64
-        # What needs no gradient, such as timesteps that a network embeds, may be as it likes.
-        if (
-            cast
-            and args[0].requires_grad
-            and out.is_floating_point()
-            and out.dtype != torch.float64
-        ):
-            self.found = self.found or out.dtype
+        if cast and out.is_floating_point() and out.dtype != torch.float64:
+            self.found = self.found or (None if _embeds_numbers() else out.dtype)
         return out
+
+
+def _embeds_numbers() -> bool:
+    """Whether diffusers is embedding timesteps or sizes: in float32 whatever the model's type is.
+
+    They have no gradient, so nothing of the energy's is lost there.
+    """
+    names = {frame.f_code.co_name for frame, _ in traceback.walk_stack(None)}
+    return get_timestep_embedding.__name__ in names
 
 
 def scale_0(subject: Subject) -> None:
@@ -326,14 +333,15 @@ _ON_OTHERS = {
     "dit": (acts, scale_0, energy, restored),
     "sd3": (acts, scale_0, energy, restored, window, batch),
 }
-# Name: the check, the family of the pipeline.
-CHECKS: dict[str, tuple[Callable[[Subject], str | None], str]] = {
+# Name: the check, the family of the pipeline, or the built-in model.
+CHECKS: dict[str, tuple[Callable[[Any], str | None], str]] = {
     **{check.__name__: (check, "sd") for check in _ON_SD},
     **{
         f"{check.__name__}_on_{family}": (check, family)
         for family, checks in _ON_OTHERS.items()
         for check in checks
     },
+    **{f"rows_on_{model.replace('-', '_')}": (rows, model) for model in MODELS},
 }
 
 
@@ -352,7 +360,7 @@ def run_check(cls: type[Guidance], name: str) -> str | None:
         # An empty window warns by design; what matters else is asserted.
         warnings.simplefilter("ignore")
         with torch.random.fork_rng(devices=[]):
-            subject = Subject(cls, family)
+            subject = BuiltIn(cls, family) if family in MODELS else Subject(cls, family)
             return subject.refusal() or check(subject)
 
 

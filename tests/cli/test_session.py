@@ -4,6 +4,7 @@ import json
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -27,6 +28,7 @@ from guidekit.cli.session import Session
 from guidekit.cli.settings import Settings, make_settings, read_config
 from guidekit.cli.terminal import Progress
 from guidekit.cli.words import unknown_words
+from guidekit.engine import evaluator
 from guidekit.worlds import scenes
 from guidekit.zoo.shipped import ZOO
 
@@ -215,6 +217,55 @@ def test_progress_in_a_log_is_a_line_now_and_then(capsys):
     with Progress(silent=True, seconds=0) as progress:
         progress(1, 10)
     assert capsys.readouterr() == ("", "")
+
+
+def test_how_branches_rode_is_kept_and_replayed(model, monkeypatch):
+    """run.json says it, a replay is bit for bit, and does as the file says where it says else."""
+    monkeypatch.setattr(evaluator, "_MEASURED", {})
+    words = ("--plugin", "zest", "--set", "zest.stop=1", "--segment", "red circle=0,0,0.5,1")
+    sample(model, *words, "--no-compare")
+    found = record()
+    ((kind, mode),) = found["record"]["calls"].items()
+    assert kind == "null+cond*" and mode in ("batched", "split")
+    replay("o/run.json", "again")
+    assert record("again")["record"]["calls"] == {kind: mode}
+    assert pixels("again/0.png") == pixels("o/0.png")
+    other = {"batched": "split", "split": "batched"}[mode]
+    found["record"]["calls"] = {kind: other}
+    Path("o/run.json").write_text(json.dumps(found))
+    replay("o/run.json", "other")
+    assert record("other")["record"]["calls"] == {kind: other}
+    monkeypatch.setattr(evaluator, "_MEASURED", {})
+    replay("o/run.json", "unmeasured")
+    assert evaluator._MEASURED == {}
+
+
+def test_a_file_with_another_way_to_ride_is_refused(model):
+    sample(model)
+    found = record()
+    found["record"]["calls"] = {"null+cond*": "together"}
+    Path("o/run.json").write_text(json.dumps(found))
+    result = run("sample", "--config", "o/run.json", "--out", "again")
+    assert result.exit_code == 2 and "calls must be one of batched, split" in result.stderr
+
+
+def replay(config, out):
+    result = run("sample", "--config", config, "--out", out)
+    assert result.exit_code == 0, (result.stderr, result.exception)
+
+
+def pixels(path):
+    return Image.open(path).tobytes()
+
+
+def test_a_compiled_denoiser_is_in_the_record(model):
+    """`--compile` with a backend; without one it is torch's own. The replay compiles again."""
+    sample(model, "--compile", "eager", "--no-compare")
+    assert record()["sample"]["compile"] == "eager"
+    assert make_settings({}, {"compile": "inductor"}).compile == "inductor"
+    words = ("--model", model, "--prompt", PROMPT, "--out", "p")
+    result = run("sample", *words, "--compile", "nvfuser2")
+    assert result.exit_code == 2 and "there are" in result.stderr and "inductor" in result.stderr
 
 
 def test_the_other_plugin_that_a_model_is_tuned_for_is_proposed():

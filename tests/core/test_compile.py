@@ -58,8 +58,9 @@ def compiled(how):
     return pipe, graphs
 
 
-def run(pipe, name, steps=4):
-    return Sampling(pipe, RED, PLUGINS[name](), seeds=[5], steps=steps, cfg=5.0, calls=SPLIT)
+def run(pipe, name, steps=4, **options):
+    given = {"seeds": [5], "steps": steps, "cfg": 5.0, "calls": SPLIT} | options
+    return Sampling(pipe, RED, PLUGINS[name](), **given)
 
 
 @pytest.mark.parametrize("name", PLUGINS)
@@ -105,3 +106,41 @@ def test_attached(name, how):
     torch.testing.assert_close(draw(pipe), expected, rtol=1e-3, atol=1e-3)
     assert graphs.count
     assert vars(pipe.unet).keys() == before.keys()
+
+
+def compiled_graphs():
+    return torch._dynamo.utils.counters["stats"]["unique_graphs"]
+
+
+@pytest.mark.parametrize("name", ["none", "zest", "all"])
+def test_a_run_compiles_for_itself(name):
+    """`compile=`: a graph for each kind of call, none after the second step or in another run."""
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    pipe = tiny.sd_pipeline()
+    expected, before = run(pipe, name).finish().latents, dict(vars(pipe.unet))
+    counts = []
+    for _ in range(2):
+        sampling = run(pipe, name, compile="aot_eager")
+        counts += [compiled_graphs() for _ in sampling]
+        torch.testing.assert_close(sampling.latents, expected, rtol=1e-4, atol=1e-4)
+        assert vars(pipe.unet).keys() == before.keys()
+    assert 0 < counts[1] <= KINDS.get(name, 1)
+    assert len(set(counts[1:])) == 1
+    run(pipe, name).finish()
+    assert compiled_graphs() == counts[-1]
+
+
+def test_two_runs_share_what_is_compiled_and_the_user_keeps_his_own():
+    torch._dynamo.reset()
+    pipe = tiny.sd_pipeline()
+    one, other = (iter(run(pipe, "none", compile="eager")) for _ in range(2))
+    next(one), next(other)
+    one.close()
+    assert pipe.unet._compiled_call_impl is not None
+    other.close()
+    assert "_compiled_call_impl" not in vars(pipe.unet)
+    pipe, graphs = compiled("in place")
+    own = pipe.unet._compiled_call_impl
+    run(pipe, "none", compile="eager").finish()
+    assert pipe.unet._compiled_call_impl is own and graphs.count == 1

@@ -16,6 +16,7 @@ from diffusers import (
 
 import tiny
 from guidekit import Condition, Sampling, Segment, box_mask
+from guidekit.errors import GuidekitError
 from guidekit.options import option_kinds
 from guidekit.testing import miniatures
 from guidekit_zest import PRESETS, Zest
@@ -153,6 +154,47 @@ def test_the_largest_move_of_the_next_z_is_scale_times_weight(pipe, cls):
         expected = 0.3 * (1 - step.index / 6) * units
         largest = move.abs().flatten(1).amax(1)
         torch.testing.assert_close(largest, torch.full((2,), expected), rtol=2e-3, atol=1e-5)
+
+
+def directions(guidance, grads):
+    """What a guidance makes of gradients, one step after the other, as shares of `scale`."""
+    guidance._largest = guidance._direction = None
+    return [guidance._directed(grad) for grad in grads]
+
+
+def test_a_damped_step_is_proportional_to_a_small_gradient_and_never_longer():
+    grad = torch.tensor([[1.0, -2.0], [0.5, 4.0]]).view(2, 1, 1, 2)
+    grads = [grad * size for size in (1.0, 0.5, 1e-6, 3.0)]
+    found = directions(Zest(damping=1.0), grads)
+    longest = torch.stack([d.abs().amax((1, 2, 3)) for d in found])
+    # g (1 + c) / (|g| + c m) for c = 1 and |g| / m = 1, 1/2, 1e-6 and, the largest itself, 1.
+    expected = torch.tensor([1.0, 2 * 0.5 / 1.5, 2e-6, 1.0])[:, None].expand(4, 2)
+    torch.testing.assert_close(longest, expected)
+    plain = directions(Zest(), grads)
+    assert all(torch.equal(d, grad / torch.tensor([2.0, 4.0]).view(2, 1, 1, 1)) for d in plain[:1])
+
+
+def test_momentum_is_a_moving_average_of_directions():
+    grads = [torch.tensor([x, 1.0]).view(1, 1, 1, 2) for x in (1.0, -1.0, 1.0)]
+    first, second, third = (d.flatten().tolist() for d in directions(Zest(momentum=0.5), grads))
+    assert (first, second, third) == ([1.0, 1.0], [0.0, 1.0], [0.5, 1.0])
+
+
+@pytest.mark.parametrize("option", [{"damping": -1}, {"momentum": 1.0}, {"momentum": -0.1}])
+def test_a_rule_that_there_is_not(option):
+    with pytest.raises(GuidekitError, match="zest.damping must be at least 0"):
+        Zest(**option)
+
+
+@pytest.mark.parametrize("options", [{"damping": 1.0}, {"momentum": 0.5}])
+def test_what_a_rule_keeps_is_of_one_run(pipe, options):
+    """And of each image: the same alone, in a batch, and with an object that was used before."""
+    guidance = Zest(stop=1.0, **options)
+    both = Sampling(pipe, [BOTH, ONE], [guidance], seeds=[0, 1], steps=3).finish()
+    alone = Sampling(pipe, ONE, [guidance], seeds=[1], steps=3).finish()
+    torch.testing.assert_close(alone.latents[0], both.latents[1], rtol=1e-3, atol=1e-3)
+    plain = Sampling(pipe, ONE, [Zest(stop=1.0)], seeds=[1], steps=3).finish()
+    assert (plain.latents - alone.latents).abs().max() > 0.05
 
 
 @pytest.mark.parametrize("cls", [DDIMScheduler, EulerDiscreteScheduler, UniPCMultistepScheduler])
