@@ -21,14 +21,12 @@ from diffusers.utils import logging
 from guidekit.testing.miniatures import (
     SD_UNET,
     SDXL_UNET,
-    WORDS,
     autoencoder,
     sd_pipeline,
     sdxl_pipeline,
-    text_encoder,
-    tokenizer,
 )
-from guidekit.testing.miniatures import frozen_model as _frozen
+from guidekit.testing.text_encoders import WORDS, text_encoder, tokenizer
+from guidekit.testing.weights import frozen_model as _frozen
 
 __all__ = [
     "MODELS",
