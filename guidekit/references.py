@@ -37,9 +37,9 @@ PICTURES = (".jpg", ".jpeg", ".png", ".webp")
 class Reference:
     """An image to follow, and the path that it came from; two are equal if they are one object.
 
-    image: of any mode; it becomes what `images.as_rgb` says it shows, upright. fit: what encoders,
-    which read squares, see of one that is none: "crop", its largest middle square, "pad", the whole
-    on white, or "crops", three squares along its longer side.
+    image: of any mode, or the path of one; it becomes what `images.as_rgb` says it shows, upright.
+    fit: what encoders, which read squares, see of one that is none: "crop", its largest middle
+    square, "pad", the whole on white, or "crops", three squares along its longer side.
     """
 
     image: Image.Image
@@ -50,6 +50,13 @@ class Reference:
         if self.fit not in get_args(Fit):
             known = ", ".join(get_args(Fit))
             raise GuidekitError(f"a reference's fit is one of {known}, not {self.fit!r}")
+        if isinstance(self.image, str | Path):
+            loaded = load_reference(self.image)
+            object.__setattr__(self, "path", loaded.path)
+            object.__setattr__(self, "image", loaded.image)
+        elif not isinstance(self.image, Image.Image):
+            kind = type(self.image).__name__
+            raise GuidekitError(f"a reference is an image or the path of one, not {kind}")
         object.__setattr__(self, "image", as_rgb(upright(self.image)))
 
     @property

@@ -147,6 +147,17 @@ def test_a_square_is_the_same_however_it_is_fitted():
         assert len(found) == count and all(f.tobytes() == image.tobytes() for f in found)
 
 
+def test_a_reference_of_a_path_is_the_loaded_one(tmp_path):
+    Image.fromarray(RGB).save(tmp_path / "a.png")
+    loaded = load_reference(tmp_path / "a.png")
+    for path in (tmp_path / "a.png", str(tmp_path / "a.png")):
+        found = Reference(path, fit="pad")
+        assert found.image.tobytes() == loaded.image.tobytes()
+        assert (found.path, found.fit) == (loaded.path, "pad")
+    with pytest.raises(GuidekitError, match="an image or the path of one, not ndarray"):
+        Reference(RGB)
+
+
 def test_a_fit_that_is_none_is_refused():
     with pytest.raises(GuidekitError, match="fit is one of crop, pad, crops, not 'whole'"):
         Reference(Image.fromarray(RGB), fit="whole")
