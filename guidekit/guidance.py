@@ -66,6 +66,9 @@ class Guidance:
     grouped: ClassVar[bool] = False
     #: Field values that `preset` stands for, by its name; what the user gave wins over them.
     presets: ClassVar[dict[str, dict[str, Any]]] = {}
+    #: Words of `guidekit sample --plugin NAME` that show it at work, where `example()`, which is
+    #: for tests on any model, shows nothing to a user: it has a network that nobody trained.
+    usage: ClassVar[str] = ""
     #: Checks of `guidekit.testing` that do not hold by design, each with the reason.
     waived: ClassVar[dict[str, str]] = {}
 

@@ -5,6 +5,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import get_args
 
 import torch
 from PIL import Image
@@ -36,9 +37,9 @@ PICTURES = (".jpg", ".jpeg", ".png", ".webp")
 class Reference:
     """An image to follow, and the path that it came from; two are equal if they are one object.
 
-    image: of any mode; it becomes what `images.as_rgb` says it shows, upright. fit: what encoders,
-    which read squares, see of one that is none: "crop", its largest middle square, or "pad", the
-    whole on white.
+    image: of any mode, or the path of one; it becomes what `images.as_rgb` says it shows, upright.
+    fit: what encoders, which read squares, see of one that is none: "crop", its largest middle
+    square, "pad", the whole on white, or "crops", three squares along its longer side.
     """
 
     image: Image.Image
@@ -46,8 +47,16 @@ class Reference:
     fit: Fit = "crop"
 
     def __post_init__(self) -> None:
-        if self.fit not in ("crop", "pad"):
-            raise GuidekitError(f"a reference's fit is crop or pad, not {self.fit!r}")
+        if self.fit not in get_args(Fit):
+            known = ", ".join(get_args(Fit))
+            raise GuidekitError(f"a reference's fit is one of {known}, not {self.fit!r}")
+        if isinstance(self.image, str | Path):
+            loaded = load_reference(self.image)
+            object.__setattr__(self, "path", loaded.path)
+            object.__setattr__(self, "image", loaded.image)
+        elif not isinstance(self.image, Image.Image):
+            kind = type(self.image).__name__
+            raise GuidekitError(f"a reference is an image or the path of one, not {kind}")
         object.__setattr__(self, "image", as_rgb(upright(self.image)))
 
     @property
@@ -56,8 +65,9 @@ class Reference:
         return self.image
 
     def pixels(self, size: int) -> Tensor:
-        """What an encoder sees of it, (3, size, size) in [-1, 1]."""
-        return self.views(size, self.fit)[0]
+        """What an encoder sees of it, (3, size, size) in [-1, 1]; of "crops" the middle one."""
+        views = self.views(size, self.fit)
+        return views[len(views) // 2]
 
     def views(self, size: int, fit: Fit) -> Tensor:
         """Its squares (V, 3, size, size) in [-1, 1]: V is three of "crops", else one."""

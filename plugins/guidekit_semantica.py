@@ -48,8 +48,8 @@ class Semantica(Guidance):
     """Follows the reference image of `--image`.
 
     fit: what the encoder, which reads a square, sees of a reference that is none: its largest
-    middle square, the whole on white, or three squares along its longer side, whose tokens an
-    adapter reads side by side.
+    middle square, the whole on white, or three squares along its longer side, whose tokens are read
+    side by side (a model of conditioning film reads the mean of the three).
     """
 
     scale: float = 1.0  # strength: of the adapter's tokens, or a factor of w
@@ -59,6 +59,7 @@ class Semantica(Guidance):
     fit: Literal["crop", "pad", "crops"] = "crop"  # what is seen of a reference that is no square
 
     reads_image: ClassVar[bool] = True
+    usage: ClassVar[str] = "--model scenes-semantica --image scene-3"
 
     def __post_init__(self):
         super().__post_init__()
@@ -98,11 +99,6 @@ class Semantica(Guidance):
 
     def _fit_references(self, run: Run) -> None:
         """Puts references that are seen as `fit` says in place of the conditions' own."""
-        if self.fit == "crops":
-            raise GuidekitError(
-                f"{self.name}.fit=crops is for adapters: a Semantica model was trained with the "
-                "tokens of one square; use crop or pad"
-            )
         if self.fit == "crop":  # or as a reference from Python says itself
             return
         seen = {c.image: dataclasses.replace(c.image, fit=self.fit) for c in run.conditions}

@@ -3,12 +3,23 @@
 from functools import cached_property
 
 import torch
+from torch import Tensor
 
 from guidekit.backbones.base import Text
 from guidekit.backbones.pixel import PixelDenoiser
 from guidekit.conditions import Condition
 from guidekit.errors import GuidekitError
 from guidekit.references import Reference
+
+
+class References(Text):
+    """What the encoder says of B references: as many tokens for each as for the longest."""
+
+    @staticmethod
+    def cat(texts: list[Text]) -> Text:
+        """One after the other along the batch; an image of fewer tokens has them several times."""
+        states = _level([text.states for text in texts])
+        return References({"encoder_hidden_states": torch.cat(states)})
 
 
 class Semantica(PixelDenoiser, families=("uvit",)):
@@ -57,8 +68,27 @@ class Semantica(PixelDenoiser, families=("uvit",)):
         """The encoder's tokens of the references, or zeros for each."""
         if null:
             zeros = torch.zeros(len(prompts), *self._shape, device=self.device, dtype=self.dtype)
-            return Text({"encoder_hidden_states": zeros})
-        unique, side = list(dict.fromkeys(prompts)), self.pipeline.encoder.config.image_size
-        states = self.pipeline.states(torch.stack([r.pixels(side) for r in unique]))
+            return References({"encoder_hidden_states": zeros})
+        unique = list(dict.fromkeys(prompts))
+        states = torch.cat(_level(self._states(unique)))
         rows = [unique.index(reference) for reference in prompts]
-        return Text({"encoder_hidden_states": states[rows]})
+        return References({"encoder_hidden_states": states[rows]})
+
+    def _states(self, references: list[Reference]) -> list[Tensor]:
+        """Each reference's tokens (1, V T, D): its V squares' side by side, or their mean for FiLM.
+
+        The model was trained on one square; attention reads a set, so more tokens are no change of
+        its form, and the same square V times is read as once.
+        """
+        side = self.pipeline.encoder.config.image_size
+        squares = [reference.views(side, reference.fit) for reference in references]
+        parts = self.pipeline.states(torch.cat(squares)).split([len(each) for each in squares])
+        if self.model.config.conditioning == "film":
+            return [part.mean(0, keepdim=True) for part in parts]
+        return [part.flatten(0, 1)[None] for part in parts]
+
+
+def _level(states: list[Tensor]) -> list[Tensor]:
+    """States (B, T, D) repeated to the largest T, which changes nothing that attention makes."""
+    most = max(each.shape[1] for each in states)
+    return [each.repeat(1, most // each.shape[1], 1) for each in states]

@@ -64,7 +64,9 @@ def describe_guidance(name: str, cls: type) -> dict[str, Any]:
 
 
 def _example(name: str, cls: type) -> str:
-    """A command that works: what the class's own example sets, else its first option."""
+    """A command that works: the class's `usage`, or what its example sets, or its first option."""
+    if cls.usage:
+        return f"guidekit sample --plugin {name} {cls.usage}"
     example = cls.example()
     fields = [f for f in dataclasses.fields(cls) if f.init]
     values = {f.name: getattr(example, f.name) for f in fields}

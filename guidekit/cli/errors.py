@@ -3,6 +3,7 @@
 import contextlib
 import errno
 import os
+import re
 import sys
 import traceback
 from collections.abc import Callable, Iterator
@@ -15,6 +16,8 @@ from guidekit.cli.terminal import say
 from guidekit.errors import GuidekitError, where_of
 
 VARIABLE = "GUIDEKIT_TRACEBACK"
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # what a full disk says
+ROOM = "free some space, or choose another folder with --out"
 
 
 @dataclass
@@ -83,7 +86,7 @@ def _refusal(error: Exception) -> str | None:
     elif isinstance(error, OSError):
         text = _file_error(error)
     elif isinstance(error, SafetensorError):  # it does not say which file
-        text = f"a file of weights is damaged ({error}); download or save it again"
+        text = _weights_error(error)
     elif isinstance(error, RuntimeError) and _out_of_memory(error):
         text = f"not enough memory; try --batch 1 or --memory low ({_first_line(error)})"
     elif isinstance(error, RuntimeError) and str(error).startswith("attention "):
@@ -118,8 +121,18 @@ def _file_error(error: OSError) -> str:
     """What went wrong with which file, and what to do if the disk is full."""
     told = (error.filename, error.strerror)  # the name may be a Path
     text = ": ".join(str(part) for part in told if part) or str(error)
-    full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-    return f"{text}; free some space, or choose another folder with --out" if full else text
+    return f"{text}; {ROOM}" if error.errno in FULL else text
+
+
+def _weights_error(error: SafetensorError) -> str:
+    """What went wrong with weights: the disk was full while they were written, or they are damaged.
+
+    safetensors tells both by one exception, the first with the system's number in its text.
+    """
+    number = re.search(r"os error (\d+)", str(error))
+    if number and int(number[1]) in FULL:
+        return f"weights could not be written ({_first_line(error)}); {ROOM}"
+    return f"a file of weights is damaged ({error}); download or save it again"
 
 
 def _out_of_memory(error: RuntimeError) -> bool:

@@ -10,7 +10,7 @@ from typing import Any
 import click
 
 from guidekit.cli.errors import traceback_option
-from guidekit.cli.terminal import say
+from guidekit.cli.terminal import images, say
 from guidekit.errors import GuidekitError
 
 
@@ -78,6 +78,8 @@ def fit(shots: Path, model: str, out: Path, device: str, quiet: bool, as_json: b
     channels, height, width = denoiser.latent_shape(None, None)
     size = (height * denoiser.factor, width * denoiser.factor)
     examples = read_examples(shots, size, channels if denoiser.vae is None else 3)
+    if not (quiet or as_json):
+        say(f"fitting  a head on {images(len(examples))}")
     head, report = fit_head(denoiser, examples, FitOptions(**options))
     head.save(out)
     if as_json:

@@ -11,8 +11,9 @@ from typing import Any
 import click
 
 from guidekit.cli.errors import traceback_option
-from guidekit.cli.terminal import Progress, images, say
+from guidekit.cli.terminal import images, say
 from guidekit.errors import GuidekitError
+from guidekit.progress import Progress
 
 # The options of `sample` have no defaults here, so that a config file shows through.
 OPTIONS = (
@@ -124,7 +125,7 @@ def _drawn(session: Any, silent: bool) -> dict[str, Any]:
         are = "is" if len(finished) == 1 else "are"
         return f"{images(len(finished), 'finished')} {are} in {session.plan.folder}"
 
-    with Progress(silent) as progress:
+    with Progress(silent=silent, leave=False) as progress:
         try:
             return session.draw(progress)
         except KeyboardInterrupt:

@@ -20,7 +20,7 @@ from guidekit.attention.call import AttentionCall
 from guidekit.backbones.loading import LOAD_ERRORS
 from guidekit.errors import GuidekitError
 from guidekit.taps import find_sites, tap_attention
-from guidekit.testing.miniatures import randomised
+from guidekit.testing.weights import randomised
 from guidekit.untrusted import check_configs, read_weights
 from guidekit.zoo.shipped import ZOO
 

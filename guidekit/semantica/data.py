@@ -19,10 +19,10 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch import Tensor
-from tqdm.auto import tqdm
 
 from guidekit.errors import GuidekitError
 from guidekit.images import IMAGE_ERRORS
+from guidekit.progress import Progress
 from guidekit.references import square, to_pixels
 from guidekit.semantica.columns import Columns, packed, write_columns
 from guidekit.semantica.encode import ImageEncoder
@@ -109,10 +109,9 @@ def write_pages(
         begin(folder, how.facts() | (facts or {}))
     store = Store(folder)
     own = range(how.process, len(parts), how.processes)
-    bar = tqdm(desc="encoding", disable=quiet, unit=" images")
-    with bar:
+    with Progress("encoding", "image", silent=quiet) as progress:
         for number in own:
-            _encode_part(parts[number], number, how, store, bar)
+            _encode_part(parts[number], number, how, store, progress)
     return Store(folder)
 
 
@@ -132,7 +131,9 @@ def begin(folder: Path, facts: dict) -> None:
     put_text(path, json.dumps(facts))
 
 
-def _encode_part(part: Part, number: int, how: Encoding, store: "Store", bar: tqdm) -> None:
+def _encode_part(
+    part: Part, number: int, how: Encoding, store: "Store", progress: Progress
+) -> None:
     """Writes the chunks that the part lacks."""
     state = store.state(number)
     if state["last"]:
@@ -140,7 +141,7 @@ def _encode_part(part: Part, number: int, how: Encoding, store: "Store", bar: tq
     writer = _Writer(how, store.folder, number, state)
     for decoded, item, place in _decoded(part.items(state["next"]), how):
         writer.add(decoded, item, place)
-        bar.update()
+        progress.add()
         if writer.count == how.chunk:
             writer.flush(last=False)
     writer.flush(last=True)

@@ -174,7 +174,7 @@ def make_episodes(
         processes=state.num_processes,
     )
     if not quiet:
-        print(size_text(options, how, store))
+        print(size_text(options, how, store), flush=True)
     growth = Growth(
         parts,
         how,
@@ -220,5 +220,6 @@ def _tell(store: Store, found: Filtered, folder: Path) -> None:
     totals = store.totals()
     print(
         f"pages    {totals['rows']} images, {totals['unreadable']} unreadable; "
-        f"{found.share:.0%} of {found.total} pairs kept, {folder}/histogram.png"
+        f"{found.share:.0%} of {found.total} pairs kept, {folder}/histogram.png",
+        flush=True,
     )

@@ -1,7 +1,8 @@
 """Tiny pipelines of every family with random weights, for tests of plugins.
 
 They are real diffusers classes at 32x32 pixels (latents 16x16), made in a moment on a CPU without
-any download, and the same at every call; their text encoders are in `guidekit.testing.encoders`.
+any download, and the same at every call. Their tokenizers and text encoders are in
+`text_encoders.py`.
 """
 
 import functools
@@ -38,10 +39,8 @@ from diffusers import (
     UNet2DConditionModel,
     UNet2DModel,
 )
-from torch import nn
 
-from guidekit.testing.encoders import (
-    frozen_model,
+from guidekit.testing.text_encoders import (
     gemma_encoder,
     gemma_tokenizer,
     qwen_encoder,
@@ -51,6 +50,7 @@ from guidekit.testing.encoders import (
     text_encoder,
     tokenizer,
 )
+from guidekit.testing.weights import frozen_model
 
 # Topologies of Stable Diffusion 1.x and of SDXL with two levels.
 SD_UNET = dict(
@@ -75,17 +75,6 @@ SDXL_UNET = SD_UNET | dict(
     projection_class_embeddings_input_dim=32 + 6 * 8,
     transformer_layers_per_block=(1, 2),
 )
-
-
-def randomised(model: nn.Module, seed: int = 0) -> nn.Module:
-    """The model with random weights everywhere, also where its residual branches begin at zero."""
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for p in model.parameters():
-            std = 0.05 if p.ndim < 2 else (p[0].numel()) ** -0.5
-            noise = torch.randn(p.shape, generator=generator) * std
-            p.copy_(1 + noise if p.ndim == 1 and bool((p == 1).all()) else noise)
-    return model.eval()
 
 
 def autoencoder(**config) -> AutoencoderKL:

@@ -19,9 +19,9 @@ from accelerate.state import AcceleratorState
 from diffusers.training_utils import EMAModel
 from PIL import Image
 from torch import Tensor, nn
-from tqdm.auto import tqdm
 
 from guidekit.errors import GuidekitError
+from guidekit.progress import Progress
 from guidekit.seeds import derived_seed
 from guidekit.train.batches import Source, batches
 from guidekit.train.checkpoint import Checkpoint, last_checkpoint, write_checkpoint
@@ -97,20 +97,21 @@ class Loop:
         A kill loses at most `save_every` steps. Ctrl-C and SIGTERM lose none: all processes agree
         on the step after which they save, and end with KeyboardInterrupt or with exit code 0.
         """
-        bar = tqdm(
+        progress = Progress(
+            self.folder.name,
             total=self.options.steps,
-            initial=self.step,
-            desc=self.folder.name,
-            disable=self.quiet or not self.accelerator.is_main_process,
+            done=self.step,
+            silent=self.quiet or not self.accelerator.is_main_process,
         )
         agreement = Agreement(self.accelerator, self.options.agree_every, self.options.minutes)
         self.metrics.begin(self.step)
         with contextlib.ExitStack() as stack:
-            stack.enter_context(bar)
+            stack.enter_context(progress)
             stack.enter_context(self._taking_batches())
             stack.enter_context(self._own_draws())
             stack.enter_context(searched_convolutions())
             signals = stack.enter_context(Interrupt())
+            words = ""
             while True:
                 done = self.step >= self.options.steps
                 reason = agreement.reached(0 if done else self.step, signals.asked)
@@ -121,10 +122,10 @@ class Loop:
                 self._make_ready()
                 losses = self._train_step()
                 self.step += 1
-                bar.update()
                 if self.step % self.options.log_every == 0 or self.step == self.options.steps:
                     values = self.metrics.write(self.step, losses, self.skipped)
-                    bar.set_postfix({k: f"{v:.4f}" for k, v in values.items()})
+                    words = ", ".join(f"{k} {v:.4f}" for k, v in values.items())
+                progress(self.step, words=words)
                 if self.step % self.options.save_every == 0 and not self._skipped_in_a_row:
                     self.save()
                 if self.step % self.options.preview_every == 0:

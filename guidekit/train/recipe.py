@@ -256,11 +256,14 @@ def _train_stage(stage: Stage, folder: Path, size: int, quiet: bool) -> None:
     same = check_same(home, now, stage.loop.changed)
     if model.exists() and same:
         if not quiet and state.is_main_process:
-            print(f"finished {stage.name}: {model} (remove {home} to train it again)")
+            text = f"finished {stage.name}: {model} (remove {home} to train it again)"
+            print(text, flush=True)
         return
     state.wait_for_everyone()  # all have read what the first one writes
     if state.is_main_process:
         keep(home, now)
+    if not quiet and state.is_main_process:
+        print(_stage_text(stage), flush=True)
     torch.manual_seed(stage.loop.seed)  # of the first weights
     task = task_kind(stage.task)[1](stage.options, folder, size, quiet)
     loop = Loop(task, stage.loop, home, quiet)
@@ -272,3 +275,11 @@ def _train_stage(stage: Stage, folder: Path, size: int, quiet: bool) -> None:
             shutil.rmtree(model)
         put(part, model)
     state.wait_for_everyone()
+
+
+def _stage_text(stage: Stage) -> str:
+    """What a stage is about to do, and why it may be silent for long at first."""
+    text = f"stage    {stage.name} ({stage.task}): {stage.loop.steps} steps of {stage.loop.batch}"
+    if getattr(stage.options, "compile", False):
+        text += "; the first step compiles the model, which takes minutes"
+    return text

@@ -10,7 +10,7 @@ from guidekit import Condition, Guidance, Sampling, Segment, attach, box_mask
 from guidekit.backbones.phrases import places
 from guidekit.backbones.tokens import append_phrases, segment_columns, token_columns
 from guidekit.layouts import parse_layout
-from guidekit.testing import miniatures
+from guidekit.testing import text_encoders
 from guidekit_zest import Zest
 
 LEFT, RIGHT = box_mask((0, 0, 0.5, 1)), box_mask((0.5, 0, 1, 1))
@@ -199,7 +199,7 @@ def test_words_are_whole_where_their_script_divides_words(prompt, phrase, count)
     ],
 )
 def test_scripts_without_spaces_on_a_tokenizer_of_bytes(prompt, phrase):
-    tokenizer = miniatures.qwen_tokenizer()
+    tokenizer = text_encoders.qwen_tokenizer()
     found = token_columns(tokenizer, prompt, phrase)
     ids = tokenizer(prompt)["input_ids"]
     assert tokenizer.decode([ids[i] for i in found]) == phrase
@@ -212,4 +212,4 @@ def test_scripts_without_spaces_on_a_tokenizer_of_bytes(prompt, phrase):
 
 def test_a_script_that_the_tokenizer_does_not_know_is_refused():
     with pytest.raises(ValueError, match="tokenizer does not know '红色'"):
-        token_columns(miniatures.t5_tokenizer(), "a 红色 circle", "红色")
+        token_columns(text_encoders.t5_tokenizer(), "a 红色 circle", "红色")

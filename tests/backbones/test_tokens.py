@@ -11,7 +11,7 @@ from guidekit.backbones.tokens import (
     segment_weights,
     token_columns,
 )
-from guidekit.testing import encoders
+from guidekit.testing import text_encoders
 
 MASK = box_mask((0, 0, 0.5, 1))
 
@@ -83,7 +83,7 @@ def test_both_tokenizers_of_sdxl_must_agree(words, monkeypatch):
     tokenizers = Sampling(pipe, condition, steps=1).denoiser.tokenizers
     assert len(tokenizers) == 2 and segment_columns(tokenizers, condition) == [[2, 3]]
 
-    monkeypatch.setattr(encoders, "WORDS", ("red",))  # `circle` falls into letters
+    monkeypatch.setattr(text_encoders, "WORDS", ("red",))  # `circle` falls into letters
     other = tiny.tokenizer()
     with pytest.raises(ValueError, match="cut 'red circle' into different tokens"):
         segment_columns([words, other], condition)

@@ -12,10 +12,13 @@ import sys
 import time
 
 import pytest
+import torch
 from click.testing import CliRunner
 from PIL import Image
+from safetensors.torch import save_file
 
 from guidekit.backbones.loading import load
+from guidekit.cli.errors import Tracebacks, shown_errors
 from guidekit.cli.main import main
 
 PROMPT = "a red circle and a blue square on white"
@@ -201,6 +204,17 @@ def test_a_full_disk(model, tmp_path):
         assert {f"{seed}.png" for seed in record["finished"]} <= {path.name for path in kept}
         assert record["finished"]
         assert f"{len(record['finished'])} finished image" in result.stderr
+
+
+def test_weights_that_a_full_disk_does_not_take_are_not_called_damaged(tmp_path, capsys):
+    path = tmp_path / "disk/a.safetensors"
+    with small_disk(tmp_path / "disk"), pytest.raises(SystemExit) as left:
+        with shown_errors(Tracebacks()):
+            save_file({"a": torch.zeros(10**6)}, path)
+    assert left.value.code == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "weights could not be written" in line
+    assert line.endswith("free some space, or choose another folder with --out")
 
 
 @pytest.mark.parametrize("code", [errno.ENOSPC, errno.EDQUOT, errno.EFBIG])

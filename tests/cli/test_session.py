@@ -26,9 +26,9 @@ from guidekit.cli.main import main
 from guidekit.cli.plan import make_plan
 from guidekit.cli.session import Session
 from guidekit.cli.settings import Settings, make_settings, read_config
-from guidekit.cli.terminal import Progress
 from guidekit.cli.words import unknown_words
 from guidekit.engine import evaluator
+from guidekit.progress import Progress
 from guidekit.worlds import scenes
 from guidekit.zoo.shipped import ZOO
 
@@ -213,7 +213,7 @@ def test_progress_in_a_log_is_a_line_now_and_then(capsys):
             progress(step, 10)
     lines = capsys.readouterr().out.splitlines()
     assert 1 <= len(lines) <= 4
-    assert all(line.startswith("step     ") and " of 10, " in line for line in lines)
+    assert all(line.startswith("drawing  step ") and " of 10, " in line for line in lines)
     with Progress(silent=True, seconds=0) as progress:
         progress(1, 10)
     assert capsys.readouterr() == ("", "")

@@ -24,6 +24,7 @@ from guidekit import Guidance, Segment, attach, box_mask, sample
 from guidekit.backbones.records import FAMILIES
 from guidekit.taps import tap_attention
 from guidekit.testing import miniatures
+from guidekit.testing.weights import randomised
 from guidekit.toolbox import to_image
 from guidekit_pag import PerturbedAttention
 from guidekit_pww import PaintWithWords
@@ -70,7 +71,7 @@ def fill():
     torch.manual_seed(0)
     config = {k: v for k, v in tiny_flux().transformer.config.items() if k[0] != "_"}
     config |= {"in_channels": 3 * 16, "out_channels": 16}
-    model = miniatures.randomised(FluxTransformer2DModel(**config).eval())
+    model = randomised(FluxTransformer2DModel(**config).eval())
     own = parts(tiny_flux(), "image_encoder", "feature_extractor", transformer=model)
     pipe = quiet(FluxFillPipeline(**own))
     pipe.default_sample_size = 16
@@ -79,7 +80,7 @@ def fill():
 
 def unet(**config):
     torch.manual_seed(0)
-    return miniatures.randomised(UNet2DConditionModel(**miniatures.SD_UNET | config).eval())
+    return randomised(UNet2DConditionModel(**miniatures.SD_UNET | config).eval())
 
 
 def inpainting(channels=9):
@@ -103,7 +104,7 @@ def refiner():
         "projection_class_embeddings_input_dim": 32 + 5 * 8,
     }
     own |= {"text_encoder": None, "tokenizer": None}
-    own["unet"] = miniatures.randomised(UNet2DConditionModel(**config).eval())
+    own["unet"] = randomised(UNet2DConditionModel(**config).eval())
     pipe = StableDiffusionXLImg2ImgPipeline(
         **own, requires_aesthetics_score=True, add_watermarker=False
     )

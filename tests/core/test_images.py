@@ -131,6 +131,7 @@ def test_a_reference_that_is_no_square_is_cut_padded_or_cut_thrice(size):
     assert torch.equal(reference.pixels(8), green.expand(3, 8, 8))
     views = reference.views(8, "crops")
     assert torch.equal(views, torch.stack([c.expand(3, 8, 8) for c in (red, green, blue)]))
+    assert torch.equal(Reference(image, fit="crops").pixels(8), views[1])
     (padded,) = reference.views(24, "pad")
     assert torch.equal(Reference(image, fit="pad").pixels(24), padded)
     along = padded if size[0] > size[1] else padded.transpose(1, 2)
@@ -146,9 +147,20 @@ def test_a_square_is_the_same_however_it_is_fitted():
         assert len(found) == count and all(f.tobytes() == image.tobytes() for f in found)
 
 
+def test_a_reference_of_a_path_is_the_loaded_one(tmp_path):
+    Image.fromarray(RGB).save(tmp_path / "a.png")
+    loaded = load_reference(tmp_path / "a.png")
+    for path in (tmp_path / "a.png", str(tmp_path / "a.png")):
+        found = Reference(path, fit="pad")
+        assert found.image.tobytes() == loaded.image.tobytes()
+        assert (found.path, found.fit) == (loaded.path, "pad")
+    with pytest.raises(GuidekitError, match="an image or the path of one, not ndarray"):
+        Reference(RGB)
+
+
 def test_a_fit_that_is_none_is_refused():
-    with pytest.raises(GuidekitError, match="fit is crop or pad, not 'crops'"):
-        Reference(Image.fromarray(RGB), fit="crops")
+    with pytest.raises(GuidekitError, match="fit is one of crop, pad, crops, not 'whole'"):
+        Reference(Image.fromarray(RGB), fit="whole")
 
 
 def test_parts_of_a_drawings_shape(tmp_path):

@@ -3,6 +3,8 @@
 import ast
 import importlib
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -26,6 +28,16 @@ def _imports(path: Path) -> set[str]:
 )
 def test_kernels_do_not_import_guidekit(path):
     assert not {m for m in _imports(path) if m.split(".")[0] == "guidekit"}
+
+
+def test_a_folder_of_the_same_name_does_not_hide_the_package(tmp_path):
+    """A clone lies in a folder called guidekit, which Python may take for a namespace package."""
+    (tmp_path / "guidekit").mkdir()
+    code = "import guidekit; print(guidekit.__file__)"
+    found = subprocess.run(
+        [sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=True
+    )
+    assert Path(found.stdout.strip()) == ROOT / "guidekit" / "__init__.py"
 
 
 PROMISED = {"guidekit", "guidekit.toolbox", "guidekit.testing"}

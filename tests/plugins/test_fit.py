@@ -78,6 +78,12 @@ def test_three_squares_are_three_times_the_tokens():
     assert counts["crops"] == 3 * counts["crop"] == 3 * counts["pad"]
 
 
+def follow(pipe, images, seeds=(5, 6), **options):
+    """Images of a Semantica model that follow a reference each."""
+    conditions = [Condition(image=image) for image in images]
+    return Sampling(pipe, conditions, [Semantica(**options)], seeds=seeds, steps=2).finish().images
+
+
 def test_a_semantica_model_sees_a_crop_or_the_whole():
     pipe = semantica_tiny.pipeline()
     side = pipe.encoder.config.image_size
@@ -85,17 +91,52 @@ def test_a_semantica_model_sees_a_crop_or_the_whole():
     padded = guidekit.toolbox.to_image(whole / 2 + 0.5)
 
     def images(image, **options):
-        follow = Semantica(**options)
-        return (
-            Sampling(pipe, Condition(image=image), [follow], seeds=(5, 6), steps=2).finish().images
-        )
+        return follow(pipe, [image, image], **options)
 
     expected = images(padded)
     assert torch.equal(images(three(), fit="pad"), expected)
     assert torch.equal(images(Reference(three(), fit="pad")), expected)
     assert not torch.equal(images(three()), expected)
-    with pytest.raises(ValueError, match="fit=crops is for adapters: .*; use crop or pad"):
-        images(three(), fit="crops")
+
+
+def squares():
+    """The three squares of `three` (1, 3, s, s), as the tiny encoder sees them."""
+    size = (semantica_tiny.SIZE,) * 2
+    images = [Image.new("RGB", size, colour) for colour in ("red", "lime", "blue")]
+    return [Reference(image).pixels(semantica_tiny.SIZE)[None] for image in images]
+
+
+def test_three_squares_are_read_side_by_side_by_a_semantica_model():
+    """Beside the model called by hand with the tokens of all three."""
+    pipe = semantica_tiny.pipeline()
+    wide = Condition(image=three(48, 16))
+    step = next(iter(Sampling(pipe, wide, [Semantica(w=0.5, fit="crops")], steps=2)))
+    tokens = [pipe.states(square) for square in squares()]
+    with torch.no_grad():
+        cond = pipe.unet(step.z, step.timestep, torch.cat(tokens, 1)).sample
+        null = pipe.unet(step.z, step.timestep, torch.zeros_like(tokens[0])).sample
+    torch.testing.assert_close(step.out, null + 1.5 * (cond - null), rtol=1e-4, atol=1e-5)
+
+
+def test_a_film_model_reads_the_mean_of_three_squares():
+    pipe = semantica_tiny.pipeline(conditioning="film")
+    wide = Condition(image=Reference(three(48, 16), fit="crops"))
+    step = next(iter(Sampling(pipe, wide, steps=2)))
+    tokens = [pipe.states(square) for square in squares()]
+    with torch.no_grad():
+        expected = pipe.unet(step.z, step.timestep, torch.stack(tokens).mean(0)).sample
+    torch.testing.assert_close(step.out, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_references_of_one_and_of_three_squares_share_a_batch():
+    """Each is as it is alone: the same tokens thrice weigh as much as once."""
+    pipe = semantica_tiny.pipeline()
+    wide, lime = Reference(three(), fit="crops"), Reference(LIME)
+    both = follow(pipe, [wide, lime])
+    alone = torch.cat([follow(pipe, [wide], (5,)), follow(pipe, [lime], (6,))])
+    torch.testing.assert_close(both, alone, atol=1e-5, rtol=0)
+    thrice = follow(pipe, [LIME], (6,), fit="crops")
+    torch.testing.assert_close(thrice, alone[1:], atol=1e-5, rtol=0)
 
 
 @pytest.mark.parametrize("on", ["z", "x0"])

@@ -11,7 +11,7 @@ from guidekit.blocks import block_features
 from guidekit.semantica.model import VARIANTS, UViT, variant
 from guidekit.semantica.schedule import shift
 from guidekit.taps import find_sites, tap_attention, tap_blocks
-from guidekit.testing.miniatures import randomised
+from guidekit.testing.weights import randomised
 
 SMALL = dict(
     sample_size=16,

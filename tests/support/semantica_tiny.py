@@ -12,8 +12,7 @@ from guidekit.semantica.model import UViT
 from guidekit.semantica.pipeline import SemanticaPipeline
 from guidekit.semantica.schedule import SemanticaScheduler
 from guidekit.semantica.sources import Item, numbered
-from guidekit.testing.encoders import frozen_model
-from guidekit.testing.miniatures import randomised
+from guidekit.testing.weights import frozen_model, randomised
 
 SIZE = 16
 UVIT = dict(

@@ -18,8 +18,6 @@ from diffusers import (
 )
 from diffusers.utils import logging
 
-from guidekit.testing.encoders import WORDS, text_encoder, tokenizer
-from guidekit.testing.encoders import frozen_model as _frozen
 from guidekit.testing.miniatures import (
     SD_UNET,
     SDXL_UNET,
@@ -27,6 +25,8 @@ from guidekit.testing.miniatures import (
     sd_pipeline,
     sdxl_pipeline,
 )
+from guidekit.testing.text_encoders import WORDS, text_encoder, tokenizer
+from guidekit.testing.weights import frozen_model as _frozen
 
 __all__ = [
     "MODELS",

@@ -15,12 +15,12 @@ from accelerate import Accelerator
 from diffusers import StableDiffusionPipeline
 from safetensors.torch import load_file
 
-from guidekit import Condition, Sampling, load
+from guidekit import Condition, Sampling, load, progress
 from guidekit.train.batches import batches
 from guidekit.train.digits import DigitJudge
 from guidekit.train.loop import Options, lr_at
 from guidekit.train.pixels import jitter
-from guidekit.train.recipe import read_recipe, recipes, train
+from guidekit.train.recipe import TASKS, read_recipe, recipes, train
 from guidekit.train.text import TextOptions, train_tokenizer, varied_caption
 from guidekit.worlds import digits, scenes
 
@@ -300,3 +300,24 @@ def test_digits_judge_trains(tmp_path):
     with torch.no_grad():
         found = judge.eval()(pictures)[0].argmax(1)
     assert (found == labels).float().mean() > 0.8
+
+
+def test_every_stage_says_what_it_does_before_it_begins(recipe, tmp_path, capsys, monkeypatch):
+    """A log of a batch job, which has no terminal, is never silent for long."""
+    monkeypatch.setattr(progress, "SECONDS", 0.0)
+    told = []
+
+    def making(*args):
+        told.append(capsys.readouterr().out)
+        return make_vae(*args)
+
+    options, make_vae = TASKS["vae"]
+    monkeypatch.setitem(TASKS, "vae", (options, making))
+    recipe.write_text(RECIPE[: RECIPE.index('[[stage]]\ntask = "text"')])
+    train(recipe, tmp_path)
+    assert told == ["stage    vae (vae): 6 steps of 4\n"]
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.partition(",")[0] for line in lines] == [
+        f"vae      step {step} of 6" for step in range(1, 7)
+    ]
+    assert all(" s left" in line and ", reconstruction " in line for line in lines)

@@ -1,4 +1,4 @@
-"""Tiny text encoders with random weights, and the tokenizers that they read.
+"""Tiny tokenizers and text encoders of the families, with random weights.
 
 The words of `WORDS` are one token each; others fall into letters.
 """
@@ -21,14 +21,11 @@ from transformers import (
     T5Tokenizer,
 )
 
+from guidekit.testing.weights import frozen_model
+
 WORDS = ("a", "and", "red", "blue", "green", "circle", "square", "on", "white")
 # Merges in this order leave no word a part of another's: the "re" of "red" splits "green".
 LONGEST = sorted(WORDS, key=len, reverse=True)
-
-
-def frozen_model(model: nn.Module) -> nn.Module:
-    """The model in eval mode, its weights without gradient."""
-    return model.eval().requires_grad_(False)
 
 
 def joins(parts: list[str]) -> list[tuple[str, str]]:
