@@ -12,6 +12,7 @@ from guidekit.attention.choice import choose
 from guidekit.backbones.denoiser import Denoiser, Text
 from guidekit.backbones.records import layout_sites, site_grid
 from guidekit.backbones.tokens import looked_up
+from guidekit.branches import Branch
 from guidekit.conditions import Condition, stretched
 from guidekit.errors import GuidekitError
 from guidekit.levels import Levels
@@ -58,6 +59,9 @@ class Run:
         self.account = Account(calls={} if calls is None else dict(calls))
         for text in stretched(conditions, self.size):
             self.account.note(text)
+        own = denoiser.controls
+        #: The denoiser's controls with what they see here; None without any.
+        self.controls = None if own is None else own.prepared(conditions, self.size)
         self.reads = Reads()
         #: The run's own copies of the user's guidances; the engine puts them here.
         self.guidances: list[Any] = []
@@ -159,6 +163,12 @@ class Run:
             with self.denoiser.asserted(words):
                 self._texts[key] = self.denoiser.text(prompts, self.size, null)
         return self._texts[key]
+
+    def told(self, branch: Branch, index: int, n: int) -> Text:
+        """What call `index` of `n` tells the model for a branch: text, and hints of controls."""
+        text = self.text(branch.prompts, branch.null)
+        hints = {} if self.controls is None else self.controls.hints(branch, index, n)
+        return Text(text.given | hints) if hints else text
 
     def noise(self, shape: tuple[int, ...], *tags: int | str) -> Tensor:
         """Normal noise (B, *shape) that depends on each image's seed and the tags only."""

@@ -14,7 +14,9 @@ from diffusers import DiffusionPipeline
 from torch import Tensor
 
 from guidekit.account import Account
+from guidekit.backbones.controls import Control
 from guidekit.backbones.denoiser import Denoiser, frozen
+from guidekit.backbones.residuals import with_controls
 from guidekit.conditions import Condition
 from guidekit.engine.engine import Engine
 from guidekit.errors import GuidekitError
@@ -45,7 +47,7 @@ class Sampling:
     or "low" for gradient checkpointing. nonfinite: "raise" or "zero" for gradients that are not
     finite. attention: eager | sdpa | triton | xformers. calls: how branches with and without a
     graph ride, "batched" or "split" by kind of call, for a replay bit for bit (`account.calls`); by
-    default what is faster.
+    default what is faster. controls: ControlNets and T2I-Adapters beside the denoiser.
 
     Raises GuidekitError for settings that cannot work, before anything is computed.
     """
@@ -73,8 +75,9 @@ class Sampling:
         nonfinite: str = "raise",
         attention: str | None = None,
         calls: dict[str, str] | None = None,
+        controls: Control | Sequence[Control] = (),
     ):
-        denoiser = as_denoiser(denoiser)
+        denoiser = with_controls(as_denoiser(denoiser), controls)
         own, guidances = (
             tuned(denoiser.pipeline),
             as_guidances(guidances, denoiser.pipeline),
@@ -118,6 +121,7 @@ class Sampling:
         # One of scale 0 may still reject finished images; it acts at no step.
         used = [g for g in guidances if g.scale != 0 or g.rejects]
         _check_images(denoiser, self.conditions, guidances)
+        _check_maps(denoiser, self.conditions)
         _check_targets(self.conditions, guidances)
         with frozen(*denoiser.models):
             self.engine = Engine(self.run, used)
@@ -311,6 +315,15 @@ def _check_images(
         raise GuidekitError(
             f"{type(denoiser.pipeline).__name__} reads no image; leave it out, or name a plugin "
             "that does, such as semantica with an adapter"
+        )
+
+
+def _check_maps(denoiser: Denoiser, conditions: list[Condition]) -> None:
+    """Raises GuidekitError for a label map that nothing reads."""
+    if any(c.map is not None for c in conditions) and not denoiser.reads_map:
+        raise GuidekitError(
+            "nothing here reads a label map; leave the map out, or name a control without an image "
+            "(--control FOLDER)"
         )
 
 
