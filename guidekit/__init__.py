@@ -21,11 +21,14 @@ _HOME = {
     "BlockCall": "blocks",
     "Branch": "branches",
     "Condition": "conditions",
+    "Control": "backbones.controls",
     "Denoiser": "backbones.denoiser",
     "Eval": "reads",
     "FeatureRead": "reads",
     "Guidance": "guidance",
     "GuidekitError": "errors",
+    "LabelMap": "labels",
+    "LabelSet": "labels",
     "Level": "noise",
     "Levels": "levels",
     "Move": "levels",
@@ -42,9 +45,11 @@ _HOME = {
     "level": "noise",
     "load": "inputs",
     "make": "inputs",
+    "load_label_set": "labels",
     "load_layout": "layouts",
     "load_mask": "masks",
     "load_reference": "references",
+    "read_label_map": "labels",
     "sample": "sampler",
     "tap_attention": "taps",
     "tap_blocks": "taps",
@@ -57,6 +62,7 @@ if TYPE_CHECKING:
     from guidekit.attached import attach
     from guidekit.attention.call import AttentionCall
     from guidekit.attention.maps import token_maps
+    from guidekit.backbones.controls import Control
     from guidekit.backbones.denoiser import Denoiser
     from guidekit.blocks import BlockCall
     from guidekit.branches import Branch
@@ -64,6 +70,7 @@ if TYPE_CHECKING:
     from guidekit.errors import GuidekitError
     from guidekit.guidance import Guidance
     from guidekit.inputs import load, make
+    from guidekit.labels import LabelMap, LabelSet, load_label_set, read_label_map
     from guidekit.layouts import load_layout
     from guidekit.levels import Levels, Move
     from guidekit.masks import box_mask, load_mask

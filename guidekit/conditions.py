@@ -11,6 +11,7 @@ from PIL import Image
 from torch import Tensor
 
 from guidekit.errors import GuidekitError
+from guidekit.labels import LabelMap
 from guidekit.masks import Box, as_mask, resize_mask, size_of
 from guidekit.references import Reference, as_reference
 
@@ -111,6 +112,7 @@ class Condition:
     segments: tuple[Segment, ...] = field(default=())
     label: int | None = None  # of models that are conditioned on classes
     image: Reference | None = None  # an image to follow; also given as one of PIL, or a path
+    map: LabelMap | None = None  # the class of every pixel, for controls and models of maps
     # What guidances are to reach in this image, by their names: for fewshot a class's number or
     # name, or a mask of class numbers. It goes with the image through batches and retries.
     targets: Mapping[str, Any] = field(default_factory=dict, compare=False)
@@ -133,6 +135,10 @@ class Condition:
                     f"{type(segment).__name__}"
                 )
         object.__setattr__(self, "segments", tuple(segments))
+        if not isinstance(self.map, LabelMap | None):
+            raise GuidekitError(
+                f"a condition's map is a guidekit.LabelMap, not {type(self.map).__name__}"
+            )
         if self.image is not None:
             object.__setattr__(self, "image", as_reference(self.image))
 

@@ -13,6 +13,7 @@ from guidekit.backbones.denoiser import Denoiser, Text
 from guidekit.backbones.records import layout_sites, site_grid
 from guidekit.backbones.sites import named_sites
 from guidekit.backbones.tokens import looked_up
+from guidekit.branches import Branch
 from guidekit.conditions import Condition, stretched
 from guidekit.errors import GuidekitError
 from guidekit.groups import rows_by_group
@@ -63,6 +64,9 @@ class Run:
             self.account.note(text)
         #: Rows of the images of every group; an image alone is one.
         self.groups = rows_by_group(conditions)
+        own = denoiser.controls
+        #: The denoiser's controls with what they see here; None without any.
+        self.controls = None if own is None else own.prepared(conditions, self.size)
         self.reads = Reads()
         #: The run's own copies of the user's guidances; the engine puts them here.
         self.guidances: list[Any] = []
@@ -168,6 +172,12 @@ class Run:
             with self.denoiser.asserted(words):
                 self._texts[key] = self.denoiser.text(prompts, self.size, null)
         return self._texts[key]
+
+    def told(self, branch: Branch, index: int, n: int) -> Text:
+        """What call `index` of `n` tells the model for a branch: text, and hints of controls."""
+        text = self.text(branch.prompts, branch.null)
+        hints = {} if self.controls is None else self.controls.hints(branch, index, n)
+        return Text(text.given | hints) if hints else text
 
     def noise(self, shape: tuple[int, ...], *tags: int | str) -> Tensor:
         """Normal noise of `shape` for every image, which depends on its seed and the tags only."""

@@ -15,7 +15,9 @@ from torch import Tensor
 
 from guidekit.account import Account
 from guidekit.backbones.compiled import as_backend, compiled
+from guidekit.backbones.controls import Control
 from guidekit.backbones.denoiser import Denoiser, frozen
+from guidekit.backbones.residuals import with_controls
 from guidekit.conditions import Condition
 from guidekit.engine.engine import Engine
 from guidekit.errors import GuidekitError
@@ -51,6 +53,7 @@ class Sampling:
     calls: how branches with and without a graph ride, "batched" or "split" by kind of call, for a
     replay bit for bit (`account.calls`); by default what is faster. particles: images of so many
     seeds, one after the other, are a group (`Condition.group`), in which they may see each other.
+    controls: ControlNets and T2I-Adapters beside the denoiser.
 
     Raises GuidekitError for settings that cannot work, before anything is computed.
     """
@@ -80,9 +83,10 @@ class Sampling:
         compile: bool | str = False,
         calls: dict[str, str] | None = None,
         particles: int = 1,
+        controls: Control | Sequence[Control] = (),
     ):
         self._backend = as_backend(compile)
-        denoiser = as_denoiser(denoiser)
+        denoiser = with_controls(as_denoiser(denoiser), controls)
         own, guidances = (
             tuned(denoiser.pipeline),
             as_guidances(guidances, denoiser.pipeline),
@@ -127,6 +131,7 @@ class Sampling:
         # One of scale 0 may still reject finished images; it acts at no step.
         used = [g for g in guidances if g.scale != 0 or g.rejects]
         _check_images(denoiser, self.conditions, guidances)
+        _check_maps(denoiser, self.conditions)
         _check_targets(self.conditions, guidances)
         with frozen(*denoiser.models):
             self.engine = Engine(self.run, used)
@@ -345,6 +350,15 @@ def _check_images(
         raise GuidekitError(
             f"{type(denoiser.pipeline).__name__} reads no image; leave it out, or name a plugin "
             "that does, such as semantica with an adapter"
+        )
+
+
+def _check_maps(denoiser: Denoiser, conditions: list[Condition]) -> None:
+    """Raises GuidekitError for a label map that nothing reads."""
+    if any(c.map is not None for c in conditions) and not denoiser.reads_map:
+        raise GuidekitError(
+            "nothing here reads a label map; leave the map out, or name a control without an image "
+            "(--control FOLDER)"
         )
 
 

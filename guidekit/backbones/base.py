@@ -61,6 +61,10 @@ class Denoiser:
     cfg: ClassVar[float] = 1.0  # guidance scale where the user names none
     reads_text: ClassVar[bool] = False  # whether phrases have tokens that pixels attend to
     reads_image: ClassVar[bool] = False  # whether it follows `Condition.image`
+    takes_controls: ClassVar[bool] = False  # whether ControlNets and T2I-Adapters go beside it
+
+    #: The controls beside it, of `with_controls`.
+    controls: Any = None
 
     _kinds: ClassVar[dict[str, type["Denoiser"]]] = {}
 
@@ -107,7 +111,13 @@ class Denoiser:
     @property
     def models(self) -> list[nn.Module]:
         """The networks of a run that must not ask for gradients of their weights."""
-        return [self.model] if self.vae is None else [self.model, self.vae]
+        own = [self.model] if self.vae is None else [self.model, self.vae]
+        return own if self.controls is None else [*own, *self.controls.models]
+
+    @property
+    def reads_map(self) -> bool:
+        """Whether it, or a control beside it, follows `Condition.map`."""
+        return self.controls is not None and self.controls.reads_map
 
     @property
     def tokenizers(self) -> list:
@@ -222,7 +232,10 @@ class Denoiser:
 
         (B, C, h, w), or (B, 2C, h, w) where the model learned the variance.
         """
-        return self.network(z, timestep=timestep, return_dict=False, **text.kwargs())[0]
+        given = text.kwargs()
+        if self.controls is not None:
+            given = self.controls.added(z, timestep, given)
+        return self.network(z, timestep=timestep, return_dict=False, **given)[0]
 
     def rescaled(self, combined: Tensor, cond: Tensor) -> Tensor:
         """What the pipeline makes of classifier-free guidance's combination (B, C, h, w)."""

@@ -19,6 +19,8 @@ from guidekit.zoo.shipped import ZOO
 
 # What diffusers and transformers raise for files that are missing, cut short or not theirs.
 LOAD_ERRORS = (OSError, ValueError, TypeError, KeyError, AttributeError, RuntimeError, ImportError)
+PICKLES = ("*.bin", "*.ckpt", "*.pt", "*.pth")
+CONVERT = "save_pretrained(..., safe_serialization=True)"
 VOCABULARIES = ("tokenizer.json", "vocab.*", "*.model")
 # Pipelines of guidekit's own, which diffusers finds once their module is imported.
 PIPELINES = {"SemanticaPipeline": "guidekit.semantica.pipeline"}
@@ -59,7 +61,7 @@ def load(
     else:
         _require_download(name)
     try:
-        with _quiet():
+        with quiet():
             folder = path if there else _downloaded(name)
             pipeline = _pipeline_class(folder).from_pretrained(
                 folder, dtype=dtype, use_safetensors=True
@@ -75,7 +77,7 @@ def load(
 
 
 @contextlib.contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """No progress bars of diffusers and transformers; afterwards they are as they were."""
     shown = [
         lib for lib in (diffusers_logging, transformers_logging) if lib.is_progress_bar_enabled()
@@ -125,20 +127,23 @@ def _check_directory(path: Path) -> None:
         folder = path / part
         if not folder.is_dir():
             raise GuidekitError(f"{path} lacks the folder {part!r}; download the model again")
-        _check_weights(folder)
+        check_part(folder)
         # transformers makes a tokenizer without words of a folder that has none.
         if "Tokenizer" in str(kind[1]) and not any(any(folder.glob(v)) for v in VOCABULARIES):
             raise GuidekitError(f"{folder} lacks its vocabulary; download the model again")
 
 
-def _check_weights(folder: Path) -> None:
-    """Raises GuidekitError for pickled weights without safetensors and for files cut short."""
-    pickled = [*folder.glob("*.bin"), *folder.glob("*.ckpt"), *folder.glob("*.pt")]
+def check_part(folder: Path, convert: str = CONVERT) -> None:
+    """Raises GuidekitError for pickled weights without safetensors and for files cut short.
+
+    convert: how the pickle is made safe, as the message says it.
+    """
+    pickled = [p for kind in PICKLES for p in folder.glob(kind)]
     safe = list(folder.glob("*.safetensors"))
     if pickled and not safe:
         raise GuidekitError(
             f"{pickled[0]} is a pickle, which can run code when it is read; convert it to "
-            "safetensors (save_pretrained(..., safe_serialization=True))"
+            f"safetensors ({convert})"
         )
     if safe and not (folder / "config.json").exists():
         raise GuidekitError(f"{folder} lacks config.json; download the model again")

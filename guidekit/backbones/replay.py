@@ -43,6 +43,8 @@ class Replay:
     """
 
     families = ("sd", "sdxl", "sd3", "flux", "pixart")
+    #: Those of the pipeline are in its own call.
+    controls = None
 
     def __init__(self, pipeline: DiffusionPipeline):
         own = Denoiser(pipeline)

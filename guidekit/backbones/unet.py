@@ -12,6 +12,8 @@ from guidekit.errors import GuidekitError
 class StableDiffusion(TextDenoiser, families=("sd",)):
     """Stable Diffusion 1.x and 2.x."""
 
+    takes_controls = True
+
     def check_own_loop(self) -> None:
         """Raises GuidekitError, too, for a model that takes the guidance scale as an input."""
         super().check_own_loop()

@@ -7,6 +7,7 @@ from typing import Any
 import click
 
 from guidekit import __version__
+from guidekit.cli.affinity import affinity
 from guidekit.cli.doctor import doctor
 from guidekit.cli.errors import Tracebacks, shown_errors, traceback_option
 from guidekit.cli.heads import augment, fit
@@ -76,5 +77,5 @@ def main() -> None:
     """Steer frozen diffusion backbones while they sample."""
 
 
-for command in (sample, plugins, fit, augment, train, doctor):
+for command in (sample, plugins, fit, augment, affinity, train, doctor):
     main.add_command(command)

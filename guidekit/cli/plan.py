@@ -8,11 +8,14 @@ from typing import Any
 import torch
 
 from guidekit.backbones.compiled import as_backend
+from guidekit.backbones.controls import Control
 from guidekit.backbones.denoiser import Denoiser
 from guidekit.backbones.loading import make_scheduler
+from guidekit.backbones.residuals import with_controls
 from guidekit.backbones.schedulers import scheduler_name
 from guidekit.backbones.tokens import append_phrases
 from guidekit.cli import outputs
+from guidekit.cli.controls import control_tables, read_controls, read_map
 from guidekit.cli.models import load_model
 from guidekit.cli.settings import Settings
 from guidekit.conditions import Condition, Segment
@@ -54,6 +57,8 @@ class Plan:
     #: What all images have in common.
     condition: Condition
     guidances: tuple[Guidance, ...]
+    #: As the user named them; the denoiser has them loaded.
+    controls: tuple[Control, ...]
     targets: tuple[Target, ...]
     #: New, and this run's alone.
     folder: Path
@@ -86,22 +91,24 @@ def make_plan(settings: Settings, blocked: tuple[str, ...] = ()) -> Plan:
     check_settings(settings)
     registry, own = Registry(blocked), model_defaults(settings.model)
     guidances = tuple(_guidance(registry, settings, own, name) for name in settings.plugin)
+    controls = read_controls(settings)
     asked = condition_of(settings)
     references = _references(settings)
     name = asked.prompt or Path(settings.model).name
     folder = outputs.new_folder(settings.out, name)
     with outputs.removed_if_empty(folder):
         pipeline = load_model(settings.model, registry, settings.device, settings.dtype)
-        denoiser = Denoiser(pipeline)
+        denoiser = with_controls(Denoiser(pipeline), controls)
         condition = _completed(asked, settings, denoiser)
         targets = _in_groups(_targets(settings, condition, references), settings.particles)
         scheduler = settings.scheduler and make_scheduler(pipeline, settings.scheduler)
         return Plan(
-            settings=_resolved(settings, own, denoiser, condition, guidances, targets),
+            settings=_resolved(settings, own, denoiser, condition, guidances, targets, controls),
             denoiser=denoiser,
             scheduler=scheduler,
             condition=condition,
             guidances=guidances,
+            controls=controls,
             targets=targets,
             folder=folder,
         )
@@ -161,7 +168,7 @@ def condition_of(settings: Settings) -> Condition:
         raise GuidekitError("there are segments but no prompt; give --prompt with their phrases")
     label = layout.label if settings.label is None else settings.label
     image = None if settings.image is None else load_reference(settings.image)
-    return Condition(prompt, negative, segments, label, image)
+    return Condition(prompt, negative, segments, label, image, read_map(settings))
 
 
 def is_empty(settings: Settings, condition: Condition) -> bool:
@@ -227,6 +234,7 @@ def _resolved(
     condition: Condition,
     guidances: tuple[Guidance, ...],
     targets: tuple[Target, ...],
+    controls: tuple[Control, ...],
 ) -> Settings:
     """The settings with every choice that the user left to the model."""
     cfg = own.get("cfg", denoiser.cfg) if settings.cfg is None else settings.cfg
@@ -236,6 +244,7 @@ def _resolved(
         negative=condition.negative,
         label=condition.label,
         segment=outputs.segment_tables(condition.segments),
+        control=control_tables(controls),
         plugin={guidance.name: _options(guidance) for guidance in guidances},
         seeds=Seeds(target.seed for target in targets),
         steps=own.get("steps", STEPS) if settings.steps is None else settings.steps,

@@ -137,6 +137,7 @@ def _first_facts(plan: Plan) -> dict[str, Any]:
         "model": model_facts(plan.settings.model, plan.denoiser.pipeline),
         "scheduler": type(plan.scheduler or plan.denoiser.pipeline.scheduler).__name__,
         "tokens": _tokens(plan),
+        "controls": _controls(plan),
         "targets": _data_set(plan),
     }
 
@@ -157,6 +158,18 @@ def _tokens(plan: Plan) -> list[dict[str, Any]]:
             "coverage": round(coverage(segment.mask), 4),
         }
         for segment, found in zip(condition.segments, columns, strict=True)
+    ]
+
+
+def _controls(plan: Plan) -> list[dict[str, Any]]:
+    """Every control's table, with the class of its network and a hash of its weights' sizes."""
+    tables = plan.settings.control
+    loaded = [] if plan.denoiser.controls is None else plan.denoiser.controls.models
+    return [
+        table
+        | {"class": type(model).__name__, "image": table["image"] or plan.settings.map.name}
+        | {"parameters": sum(p.numel() for p in model.parameters())}
+        for table, model in zip(tables, loaded, strict=True)
     ]
 
 

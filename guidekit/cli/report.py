@@ -222,6 +222,7 @@ def _settings(run: dict[str, Any]) -> str:
     sections = {"Settings": run["sample"]}
     sections |= {f"Plugin {name}": options for name, options in run["plugin"].items()}
     record = run["record"]
+    sections |= {f"Control {i}": table for i, table in enumerate(record.get("controls", []))}
     sections["Machine"] = record["versions"] | record["machine"]
     sections["Resolved"] = {
         "scheduler": record["scheduler"],

@@ -22,6 +22,13 @@ OPTIONS = (
     ("--negative", str, "What not to draw."),
     ("--label", int, "Class to draw, for models of classes."),
     ("--layout", click.Path(path_type=Path), "JSON file with prompt and segments."),
+    ("--map", click.Path(path_type=Path), "Label map, for controls without an image."),
+    ("--labels", str, "Label set of --map: ade20k-150, coco-stuff-182 or a JSON file."),
+    (
+        "--affinity",
+        click.Path(path_type=Path),
+        "From `guidekit affinity`: turns --map into its source.",
+    ),
     ("--image", click.Path(path_type=Path), "Image to follow, by models and plugins that can."),
     ("--image-folder", click.Path(path_type=Path), "Images to follow, a class each: a data set."),
     ("--per-image", int, "Images for each of --image-folder, from the first seed on [1]."),
@@ -49,6 +56,10 @@ OPTIONS = (
 )
 LISTS = (
     ("--segment", "PHRASE=MASK.png or PHRASE=left,top,right,bottom; @0.7 at the end: strength."),
+    (
+        "--control",
+        "FOLDER=IMAGE.png@SCALE:START-STOP, a ControlNet or T2I-Adapter; all but FOLDER may lack.",
+    ),
     ("--plugin", "Plugin to use; repeat for several, in order."),
     ("--no-plugin", "Plugin that must not be used or imported."),
     ("--set", "Option of a plugin, such as zest.scale=2."),
@@ -147,6 +158,7 @@ def _introduction(session: Any) -> str:
         *([f"prompt   {s.prompt}"] if s.prompt else []),
         *([f"label    {s.label}"] if s.label is not None else []),
         *map(_segment, facts["tokens"]),
+        *map(_control, facts["controls"]),
         f"plugins  {', '.join(names) or 'none'}",
         f"drawing  seeds {s.seeds}, {s.steps} steps, cfg {s.cfg:g}"
         + (", and the same unguided" if plan.compares else ""),
@@ -158,6 +170,14 @@ def _segment(row: dict[str, Any]) -> str:
     """A segment's tokens, and how much of the image its mask covers."""
     share = f"{100 * row['coverage']:.3g}% of the image"
     return f"segment  {row['phrase']}: tokens {row['columns']}, {share}"
+
+
+def _control(row: dict[str, Any]) -> str:
+    """A control, what it looks at, and when it acts."""
+    return (
+        f"control  {row['model']} ({row['class']}): {row['image']}, scale {row['scale']:g}, "
+        f"{row['start']:g} to {row['stop']:g}"
+    )
 
 
 def _conclusion(session: Any, run: dict[str, Any]) -> str:

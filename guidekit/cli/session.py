@@ -9,6 +9,7 @@ from torch import Tensor
 from guidekit import images as pictures
 from guidekit.backbones.safety import flagged
 from guidekit.cli import outputs
+from guidekit.cli.controls import save_controls
 from guidekit.cli.plan import Plan, Target
 from guidekit.cli.record import Record
 from guidekit.cli.report import write_report
@@ -145,6 +146,7 @@ class Session:
         """What all images were asked to follow: masks, and the reference."""
         condition, folder = self.plan.condition, self.plan.folder
         outputs.save_masks(condition.segments, folder)
+        save_controls(self.plan.controls, condition.map, folder)
         if condition.image is not None:
             seen = condition.image.pixels(min(condition.image.image.size))
             outputs.save_picture(pictures.to_image(seen / 2 + 0.5), folder / "reference.png")

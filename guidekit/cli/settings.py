@@ -1,8 +1,8 @@
 """Settings of a run. Flag, field, TOML key and run.json key are the same word.
 
-A TOML file has the tables [sample], [plugin.NAME] and [[segment]]; run.json has the same, a
-`format` and a `record` of what happened, so `--config` takes either. Paths in them are relative to
-the file.
+A TOML file has the tables [sample], [plugin.NAME], [[segment]] and [[control]]; run.json has the
+same, a `format` and a `record` of what happened, so `--config` takes either. Paths in them are
+relative to the file.
 """
 
 import typing
@@ -16,9 +16,10 @@ from guidekit.seeds import Seeds
 from guidekit.untrusted import read_json, read_toml
 from guidekit.zoo.shipped import ZOO
 
-TABLES = ("sample", "plugin", "segment")
+TABLES = ("sample", "plugin", "segment", "control")
+MAP, LABELS = "map.png", "labels.json"  # a run's label map and its set, in its folder
 FORMAT = 1  # of run.json; another number is one that this version cannot read
-NOT_SAMPLE = ("plugin", "segment", "changes", "folder", "replays")
+NOT_SAMPLE = ("plugin", "segment", "control", "changes", "folder", "replays")
 
 
 @dataclass(kw_only=True, frozen=True)
@@ -30,6 +31,9 @@ class Settings:
     negative: str | None = None
     label: int | None = None
     layout: Path | None = None
+    map: Path | None = None
+    labels: str | None = None
+    affinity: Path | None = None
     image: Path | None = None
     image_folder: Path | None = None
     per_image: int | None = None
@@ -55,6 +59,7 @@ class Settings:
     out: Path | None = None
     plugin: dict[str, dict[str, Any]] = field(default_factory=dict)  # options, in the user's order
     segment: list[Any] = field(default_factory=list)  # texts of --segment, or tables of a file
+    control: list[Any] = field(default_factory=list)  # texts of --control, or tables of a file
     changes: dict[str, dict[str, Any]] = field(default_factory=dict)  # options by --set
     folder: Path = Path()  # what paths in `plugin` and `segment` are relative to
     replays: dict[str, Any] = field(default_factory=dict)  # the record of the run.json followed
@@ -69,14 +74,15 @@ def sample_keys() -> dict[str, Any]:
 def make_settings(config: dict[str, Any], flags: dict[str, Any]) -> Settings:
     """Settings from what `read_config` returned and flags; a flag that is not None wins.
 
-    flags: the keys of [sample], and `plugin` (names), `no_plugin` (names), `set` and `segment`
-    (texts). Raises GuidekitError that names what exists.
+    flags: the keys of [sample], and `plugin` (names), `no_plugin` (names), `set`, `segment`
+    and `control` (texts). Raises GuidekitError that names what exists.
     """
     plugin = _plugins(config.get("plugin", {}), flags)
     return Settings(
         **_sample(config.get("sample", {}), flags),
         plugin=plugin,
         segment=_segments(config.get("segment", []), flags),
+        control=list(flags.get("control") or config.get("control", [])),
         changes=_changes(plugin, flags.get("set") or ()),
         folder=config.get("folder", Path()),
         replays=config.get("record", {}),
@@ -147,12 +153,14 @@ def read_config(path: str | Path) -> dict[str, Any]:
     plugin, segment = tables.get("plugin", {}), tables.get("segment", [])
     if not isinstance(plugin, dict) or not all(isinstance(p, dict) for p in plugin.values()):
         raise GuidekitError(f"{where}: write a table [plugin.NAME] for every plugin")
-    if not isinstance(segment, list):
-        raise GuidekitError(f"{where}: write a table [[segment]] for every segment")
+    control = tables.get("control", [])
+    for name, value in (("segment", segment), ("control", control)):
+        if not isinstance(value, list):
+            raise GuidekitError(f"{where}: write a table [[{name}]] for every {name}")
     record = tables.get("record", {})
     if not isinstance(record, dict):
         raise GuidekitError(f"{where}: `record` must be an object")
-    found = {"sample": sample, "plugin": plugin, "segment": segment}
+    found = {"sample": sample, "plugin": plugin, "segment": segment, "control": control}
     return found | {"folder": path.parent, "record": record}
 
 
@@ -177,6 +185,8 @@ def _read_sample(table: object, folder: Path, where: str) -> dict[str, Any]:
             sample[name] = convert(value, kinds[name], name, folder)
         except ValueError as error:
             raise GuidekitError(f"{where} {error}") from None
+    if sample.get("labels") and (folder / sample["labels"]).is_file():
+        sample["labels"] = str(folder / sample["labels"])
     own = folder / sample.get("model", "")
     if "model" in sample and own.is_dir() and not (ZOO / sample["model"]).is_dir():
         sample["model"] = str(own)
@@ -196,5 +206,8 @@ def dump(settings: Settings) -> dict[str, Any]:
     sample = {name: getattr(settings, name) for name in sample_keys()}
     del sample["out"], sample["layout"]
     sample |= {k: str(v.resolve()) for k, v in sample.items() if isinstance(v, Path)}
+    if settings.map is not None:  # copies in the run's folder, as the controls saw them
+        sample |= {"map": MAP, "labels": LABELS, "affinity": None}
     sample["seeds"] = list(settings.seeds)
-    return {"sample": sample, "plugin": settings.plugin, "segment": settings.segment}
+    own = {"plugin": settings.plugin, "segment": settings.segment, "control": settings.control}
+    return {"sample": sample, **own}

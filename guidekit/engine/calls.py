@@ -46,7 +46,7 @@ def branch_calls(hooks: Hooks, energies: list[Guidance]) -> list[Call]:
             branch,
             branch.of(step.z),
             step.timestep,
-            run.text(branch.prompts, branch.null),
+            run.told(branch, step.index, step.n),
             ready=partial(_scaled, hooks, branch),
             reads=run.reads.of(hooks.active, branch=branch.name),
             edits=_edits(hooks, branch),
@@ -73,7 +73,7 @@ def second_call(
             f"{guidance.name} denoises the branch {branch!r}; this step has {', '.join(known)}"
         )
     found = branch if isinstance(branch, Branch) else known[branch]
-    reads, text = run.reads.of([guidance], main=False), run.text(found.prompts, found.null)
+    reads, text = run.reads.of([guidance], main=False), run.told(found, step.index, step.n)
     lengths = run.lengths(found.prompts)
     return Call(found, x, timestep, text, reads=reads, lengths=lengths, graph=graph, stop=stop)
 

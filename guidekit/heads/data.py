@@ -133,7 +133,8 @@ def _layout(path: Path) -> Callable[[Path, tuple[int, int], int], Examples]:
     return _from_folders
 
 
-def _pictures_in(folder: Path) -> list[Path]:
+def image_files(folder: Path) -> list[Path]:
+    """The images in a folder, numbers in their names counting as numbers."""
     found = (p for p in folder.iterdir() if p.suffix.lower() in PICTURES)
     return sorted(found, key=lambda path: numbered(path.name))
 
@@ -143,7 +144,7 @@ def _from_folders(path: Path, size: tuple[int, int], channels: int) -> Examples:
     folders = [p for p in path.iterdir() if p.is_dir() and not p.name.startswith(".")]
     folders.sort(key=lambda folder: numbered(folder.name))
     if not folders:
-        found = _pictures_in(path)
+        found = image_files(path)
         if found:
             raise GuidekitError(
                 f"the {len(found)} images in {path} have no labels; put them into a folder per "
@@ -152,7 +153,7 @@ def _from_folders(path: Path, size: tuple[int, int], channels: int) -> Examples:
         raise GuidekitError(f"{path} is empty; put a folder of images per class into it")
     files, targets = [], []
     for index, folder in enumerate(folders):
-        found = _pictures_in(folder)
+        found = image_files(folder)
         if not found:
             raise GuidekitError(f"the class folder {folder} has no images; fill or remove it")
         files += found
@@ -246,10 +247,10 @@ def _from_masks(path: Path, size: tuple[int, int], channels: int) -> Examples:
     """images/ and masks/ with the same stems; a mask's pixel values are class indices."""
     pictures, masks = path / "images", path / "masks"
     for folder in (pictures, masks):
-        if not folder.is_dir() or not _pictures_in(folder):
+        if not folder.is_dir() or not image_files(folder):
             raise GuidekitError(f"{folder} has no images; images/ and masks/ go together by stem")
-    by_stem = {p.stem: p for p in _pictures_in(masks)}
-    files = _pictures_in(pictures)
+    by_stem = {p.stem: p for p in image_files(masks)}
+    files = image_files(pictures)
     stems = {f.stem for f in files}
     if lonely := sorted(stems.symmetric_difference(by_stem)):
         raise GuidekitError(

@@ -30,7 +30,7 @@ class JudgeOptions:
     width: int = 32
     noise: float = 0.08  # largest standard deviation of pixel noise, images in [-1, 1]
     blur: float = 0.5  # share of images that are shrunk and enlarged again
-    source: str = "scenes"  # scenes | cutouts
+    source: str = "scenes"  # scenes | dense | prints | cutouts
     cutouts: str = ""  # folder of the cut-outs; `guidekit train --cutouts` sets it
 
 

@@ -1,4 +1,4 @@
-"""Where the trainers' scenes come from: `guidekit.worlds.scenes`, or a folder of cut-outs."""
+"""Where the trainers' scenes come from: the worlds that draw themselves, a folder of cut-outs."""
 
 import dataclasses
 from functools import cache
@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from guidekit.errors import GuidekitError
-from guidekit.worlds import objects, scenes
+from guidekit.worlds import objects, prints, scenes
 
-SOURCES = ("scenes", "cutouts")
+SOURCES = ("scenes", "dense", "prints", "cutouts")
 
 
 class World(Protocol):
@@ -58,6 +58,42 @@ class Shapes:
         return self.images(plans, size), torch.stack(labels)
 
 
+class Dense(Shapes):
+    """The same scenes; backgrounds are classes too, so that no pixel is free."""
+
+    classes = scenes.DENSE
+
+    def images_and_labels(self, plans: list[scenes.Scene], size: int) -> tuple[Tensor, Tensor]:
+        """Images (B, 3, H, W) in [-1, 1], and the class of every pixel (B, H, W), from 1 on."""
+        labels = [torch.from_numpy(scenes.dense_labels(plan, size)) for plan in plans]
+        return self.images(plans, size), torch.stack(labels) + 1
+
+
+class Prints:
+    """The world of `guidekit.worlds.prints`, in which no pixel is free."""
+
+    classes = prints.DENSE
+
+    def scene(self, number: int, split: str = "train") -> scenes.Scene:
+        """Scene `number` of a split."""
+        return prints.scene(number, split)
+
+    def varied_caption(self, plan: scenes.Scene, rng: np.random.Generator) -> str:
+        """The scene's caption, which has one wording."""
+        return scenes.caption([thing.phrase for thing in plan.things], plan.background)
+
+    def images(self, plans: list[scenes.Scene], size: int) -> Tensor:
+        """Images (B, 3, H, W) in [-1, 1] of scenes."""
+        return self.images_and_labels(plans, size)[0]
+
+    def images_and_labels(self, plans: list[scenes.Scene], size: int) -> tuple[Tensor, Tensor]:
+        """Images (B, 3, H, W) in [-1, 1], and the class of every pixel (B, H, W), from 1 on."""
+        drawn = [prints.draw(plan, size) for plan in plans]
+        images = torch.from_numpy(np.stack([image for image, _ in drawn]))
+        labels = [prints.label_map(p, masks) for p, (_, masks) in zip(plans, drawn, strict=True)]
+        return scenes.pixels(images), torch.from_numpy(np.stack(labels)) + 1
+
+
 class Things(objects.World):
     """The world of a folder of cut-outs, as tensors."""
 
@@ -81,6 +117,7 @@ class Things(objects.World):
 
 
 SHAPES = Shapes()
+_DRAWN: dict[str, World] = {"scenes": SHAPES, "dense": Dense(), "prints": Prints()}
 _things = cache(Things)  # its sprites serve every stage of a run
 
 
@@ -88,8 +125,8 @@ def source(options: Any) -> World:
     """The world that a stage's options name. Raises GuidekitError that says what is missing."""
     if options.source not in SOURCES:
         raise GuidekitError(f"source must be {' or '.join(SOURCES)}, not {options.source!r}")
-    if options.source == "scenes":
-        return SHAPES
+    if options.source in _DRAWN:
+        return _DRAWN[options.source]
     if not options.cutouts:
         raise GuidekitError(
             "this stage draws scenes of cut-outs; name their folder by --cutouts FOLDER. The "

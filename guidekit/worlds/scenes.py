@@ -5,6 +5,7 @@ backgrounds. Scene number i of a split is the same on every machine and in every
 training set needs no storage and a held-out split is a range of numbers.
 """
 
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -32,6 +33,8 @@ BACKGROUNDS = {
 }
 COLOUR_NAMES, BACKGROUND_NAMES = tuple(COLOURS), tuple(BACKGROUNDS)
 CLASSES = tuple(f"{colour} {shape}" for colour in COLOURS for shape in SHAPES)  # judge's 48 + free
+#: Every pixel's class: the objects, then the backgrounds.
+DENSE = (*CLASSES, *(f"{name} background" for name in BACKGROUND_NAMES))
 SPLITS = {"train": 0, "test": 1, "judge": 2, "shots": 3}
 MIN_SIZE, MAX_SIZE = 0.30, 0.55  # object's width over the image's side
 MAX_OVERLAP = 0.12  # intersection of two bounding boxes over the smaller one
@@ -87,7 +90,7 @@ def scene(number: int, split: str = "train", objects: tuple[int, ...] = (1, 2, 3
     count = objects[int(rng.integers(len(objects)))]
     background = BACKGROUND_NAMES[int(rng.integers(len(BACKGROUND_NAMES)))]
     kinds = rng.permutation(len(CLASSES))[:count]
-    places = _places(rng, count)
+    places = placements(rng, count)
     things = tuple(
         Thing(*reversed(CLASSES[kind].split()), *place)
         for kind, place in zip(kinds, places, strict=True)
@@ -103,13 +106,13 @@ def episode(number: int, size: int, split: str = "train") -> list[Scene]:
         rng = np.random.Generator(np.random.Philox(key=[number, SPLITS[split] + 16 * (i + 1)]))
         things = tuple(
             Thing(thing.shape, thing.colour, *place)
-            for thing, place in zip(first.things, _places(rng, len(first.things)), strict=True)
+            for thing, place in zip(first.things, placements(rng, len(first.things)), strict=True)
         )
         scenes.append(Scene(split, number, first.background, things))
     return scenes
 
 
-def _places(rng: np.random.Generator, count: int) -> list[tuple[float, float, float, float]]:
+def placements(rng: np.random.Generator, count: int) -> list[tuple[float, float, float, float]]:
     """Centres, sizes and angles whose bounding boxes hardly overlap."""
     places: list[tuple[float, float, float, float]] = []
     largest = {1: MAX_SIZE, 2: 0.48, 3: 0.42}[count]
@@ -132,6 +135,8 @@ def _overlap(x: float, y: float, size: float, x2: float, y2: float, size2: float
     dy = min(y + size / 2, y2 + size2 / 2) - max(y - size / 2, y2 - size2 / 2)
     return max(dx, 0.0) * max(dy, 0.0) / min(size, size2) ** 2
 
+
+Distance = Callable[[np.ndarray, np.ndarray], np.ndarray]
 
 # Signed distances in units of the object's half width; u, v are the object's own coordinates.
 
@@ -169,7 +174,8 @@ def _ring(u, v):
     return np.abs(np.hypot(u, v) - 0.74) - 0.26
 
 
-_DISTANCE = dict(zip(SHAPES, (_circle, _square, _triangle, _star, _cross, _ring), strict=True))
+#: Signed distance of each shape, by name.
+DISTANCES = dict(zip(SHAPES, (_circle, _square, _triangle, _star, _cross, _ring), strict=True))
 
 
 def draw(scene: Scene, size: int = 64) -> tuple[np.ndarray, np.ndarray]:
@@ -183,18 +189,31 @@ def draw(scene: Scene, size: int = 64) -> tuple[np.ndarray, np.ndarray]:
     picture[:] = BACKGROUNDS[scene.background] + rng.normal(0, 3, 3)
     masks = np.zeros((len(scene.things), size, size), bool)
     for i, thing in enumerate(scene.things):
-        rows, columns, cover = _cover(thing, size)
+        rows, columns, share = cover(thing, size)
         tint = COLOURS[thing.colour] + rng.normal(0, 4, 3)
         patch = picture[rows, columns]
-        patch += cover[..., None] * (tint.astype(np.float32) - patch)
-        seen = cover >= 0.5
+        patch += share[..., None] * (tint.astype(np.float32) - patch)
+        seen = share >= 0.5
         masks[: i + 1, rows, columns] &= ~seen
         masks[i, rows, columns] |= seen
     return picture.clip(0, 255).astype(np.uint8), masks
 
 
-def _cover(thing: Thing, size: int) -> tuple[slice, slice, np.ndarray]:
-    """The window of pixels an object can touch and the share of each pixel that it covers."""
+def cover(
+    thing: Thing, size: int, distances: Mapping[str, Distance] = DISTANCES
+) -> tuple[slice, slice, np.ndarray]:
+    """The window of pixels an object can touch and the share of each pixel that it covers.
+
+    distances: the shapes' signed distances.
+    """
+    rows, columns, inside = depth(thing, size, distances)
+    return rows, columns, np.clip(0.5 + inside, 0, 1)
+
+
+def depth(
+    thing: Thing, size: int, distances: Mapping[str, Distance] = DISTANCES
+) -> tuple[slice, slice, np.ndarray]:
+    """The window of pixels an object can touch and how many pixels deep each is inside of it."""
     half, reach = thing.size * size / 2, thing.size * size * 0.75 + 1
     cx, cy = thing.x * size, thing.y * size
     rows = slice(max(int(cy - reach), 0), min(int(cy + reach) + 1, size))
@@ -202,8 +221,8 @@ def _cover(thing: Thing, size: int) -> tuple[slice, slice, np.ndarray]:
     y = (np.arange(rows.start, rows.stop, dtype=np.float32) + 0.5 - cy)[:, None] / half
     x = (np.arange(columns.start, columns.stop, dtype=np.float32) + 0.5 - cx)[None] / half
     cos, sin = np.cos(thing.angle), np.sin(thing.angle)
-    distance = _DISTANCE[thing.shape](cos * x + sin * y, cos * y - sin * x)
-    return rows, columns, np.clip(0.5 - distance * half, 0, 1)
+    distance = distances[thing.shape](cos * x + sin * y, cos * y - sin * x)
+    return rows, columns, -distance * half
 
 
 def batch(scenes: list[Scene], size: int = 64) -> tuple[Tensor, list[str]]:
@@ -224,3 +243,10 @@ def labels(scene: Scene, size: int = 64) -> np.ndarray:
     for thing, mask in zip(scene.things, masks, strict=True):
         out[mask] = 1 + CLASSES.index(thing.phrase)
     return out
+
+
+def dense_labels(scene: Scene, size: int = 64) -> np.ndarray:
+    """Class map `(size, size)` of indices in `DENSE`."""
+    ground = len(CLASSES) + BACKGROUND_NAMES.index(scene.background)
+    found = labels(scene, size)
+    return np.where(found > 0, found - 1, ground)

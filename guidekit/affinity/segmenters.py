@@ -1,0 +1,138 @@
+"""Segmenters: networks that give every pixel of an image a class of a label set."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from guidekit.backbones.hub import require_hub
+from guidekit.backbones.loading import LOAD_ERRORS, check_part, quiet
+from guidekit.errors import GuidekitError
+from guidekit.images import to_image
+from guidekit.labels import VOID, LabelSet, load_label_set
+from guidekit.train.judge import Judge
+from guidekit.untrusted import check_configs, read_object
+from guidekit.worlds import scenes
+from guidekit.zoo.shipped import ZOO
+
+LABELS = "labels.json"  # a label set beside a model's weights
+#: Classes of segmenters that say nothing of a pixel.
+NOTHING = ("void", "unlabeled", "unlabelled", "background", "free", "ignore", "other")
+#: What transformers calls its classes of semantic and of panoptic segmenters.
+SEMANTIC, PANOPTIC = "ForSemanticSegmentation", "ForUniversalSegmentation"
+
+
+@dataclass(frozen=True, eq=False)
+class Segmenter:
+    """Classes of a label set for the pixels of an image.
+
+    labels: the set. see: pixels (3, H, W) in [-1, 1] to indices (H, W), VOID where it says nothing.
+    """
+
+    labels: LabelSet
+    see: Callable[[Tensor], Tensor]
+
+    def __call__(self, pixels: Tensor) -> Tensor:
+        """Indices (H, W) for pixels (3, H, W) in [-1, 1]."""
+        with torch.no_grad():
+            return self.see(pixels)
+
+
+def load_segmenter(name: str | Path, device: str = "cpu") -> Segmenter:
+    """A segmenter from a built-in judge's name, a judge's folder, or one of transformers.
+
+    Semantic and panoptic models of transformers give their classes by `id2label`; a judge's are in
+    labels.json beside it. Raises GuidekitError for other folders, pickles and folders with code.
+    """
+    places = [ZOO / name, Path(name)]
+    folder = next((p for p in places if (p / "config.json").is_file()), None)
+    if folder is None:
+        folder = _downloaded(str(name))
+    check_configs(folder)
+    check_part(folder)
+    config = read_object(folder / "config.json")
+    if config.get("_class_name") == "Judge":
+        return _judge(folder, device)
+    kinds = [str(kind) for kind in config.get("architectures") or []]
+    if not any(kind.endswith((SEMANTIC, PANOPTIC)) for kind in kinds):
+        raise GuidekitError(
+            f"segmenter {name} is a {', '.join(kinds) or 'model without architectures'}; give one "
+            f"of transformers (...{SEMANTIC}, ...{PANOPTIC}) or a judge"
+        )
+    return _of_transformers(folder, kinds[0].endswith(PANOPTIC), device)
+
+
+def _downloaded(name: str) -> Path:
+    if name.count("/") != 1 or Path(name).exists():
+        raise GuidekitError(
+            f"no segmenter {name!r}: not built in, not a folder with config.json, not a hub id"
+        )
+    from huggingface_hub import snapshot_download
+
+    require_hub(name, "config.json")
+    return Path(snapshot_download(name, allow_patterns=["*.json", "*.safetensors"]))
+
+
+def _judge(folder: Path, device: str) -> Segmenter:
+    """A judge, whose class 0 is free space, and its label set."""
+    judge = Judge.from_pretrained(folder, dtype=torch.float32, use_safetensors=True)
+    return judge_segmenter(judge.to(device), _judged(folder, judge.config.classes))
+
+
+def _judged(folder: Path, count: int) -> LabelSet:
+    """The classes of a judge."""
+    if (folder / LABELS).is_file():
+        labels = load_label_set(folder / LABELS)
+    elif folder == ZOO / "scenes-judge":
+        things = scenes.CLASSES
+        labels = LabelSet("scenes", things, things=things, first=1, void=(0,))
+    else:
+        raise GuidekitError(f"{folder} has no {LABELS}, the label set of its classes; add one")
+    if len(labels) + 1 != count:
+        raise GuidekitError(
+            f"{folder / LABELS} has {len(labels)} classes, the judge {count - 1} and free space"
+        )
+    return labels
+
+
+def judge_segmenter(judge: Judge, labels: LabelSet) -> Segmenter:
+    """A live judge as a segmenter; its class 0, free space, is void."""
+    judge = judge.eval().requires_grad_(False)
+
+    def see(pixels: Tensor) -> Tensor:
+        logits, _ = judge(pixels[None].to(judge.device, judge.dtype))
+        return logits[0].argmax(0).cpu() - 1
+
+    return Segmenter(labels, see)
+
+
+def _of_transformers(folder: Path, panoptic: bool, device: str) -> Segmenter:
+    """A semantic or panoptic model of transformers, with its own image processor."""
+    import transformers
+
+    kind: Any = transformers.AutoModelForSemanticSegmentation
+    if panoptic:
+        kind = transformers.AutoModelForUniversalSegmentation
+    try:
+        with quiet():
+            processor = transformers.AutoImageProcessor.from_pretrained(folder)
+            model = kind.from_pretrained(folder, use_safetensors=True).to(device).eval()
+    except LOAD_ERRORS as error:
+        first = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise GuidekitError(f"segmenter {folder} cannot be loaded: {first}") from None
+    names = [text for _, text in sorted((int(k), v) for k, v in model.config.id2label.items())]
+    kept = [i for i, text in enumerate(names) if text.strip().lower() not in NOTHING]
+    labels = LabelSet(folder.name, tuple(names[i].strip() for i in kept))
+    place = torch.full((len(names),), VOID)
+    place[kept] = torch.arange(len(kept))
+
+    def see(pixels: Tensor) -> Tensor:
+        inputs = processor(images=to_image(pixels / 2 + 0.5), return_tensors="pt").to(device)
+        size = [tuple(pixels.shape[1:])]
+        (found,) = processor.post_process_semantic_segmentation(model(**inputs), size)
+        return place[found.cpu()]
+
+    return Segmenter(labels, see)

@@ -1,0 +1,238 @@
+"""`guidekit affinity`. Everything that needs torch is imported inside."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import click
+
+from guidekit.cli.errors import traceback_option
+from guidekit.cli.terminal import say
+from guidekit.errors import GuidekitError
+
+KINDS = ("segmentation", "features", "text")
+VOTE = "vote"
+
+
+@click.command()
+@click.argument("shots", metavar="SHOTS", type=click.Path(path_type=Path))
+@click.option("--source", help="What to map to: a label set by name or JSON, or a segmenter.")
+@click.option("--target", help="Label set of the shots' masks [SHOTS/classes.json].")
+@click.option("--by", help="segmentation,features,text, and vote [all that has its model].")
+@click.option("--segmenter", help="Built-in judge, or a folder or hub id of transformers.")
+@click.option("--text", "text_model", help="Encoder of names: a CLIP, a folder, or a model.")
+@click.option("--features", "feature_model", help="A model whose features count, or timm/NAME.")
+@click.option("--site", default="", help="Block of the features [the decoder's middle one].")
+@click.option("--timestep", type=click.IntRange(0), default=100, show_default=True)
+@click.option(
+    "--source-shots",
+    type=click.Path(path_type=Path),
+    help="Images labelled with source classes, which features are compared with.",
+)
+@click.option("--template", default="{}", show_default=True, help="What is said of a name.")
+@click.option("--hand", type=click.Path(path_type=Path), help="JSON of target to source names.")
+@click.option("--any-kind", is_flag=True, help="Let things stand for stuff and stuff for things.")
+@click.option("--apply", "maps", type=click.Path(path_type=Path), help="Label maps to rewrite.")
+@click.option("--coloured", is_flag=True, help="Rewrite them in the source's colours.")
+@click.option("--out", type=click.Path(path_type=Path), required=True, help="New folder.")
+@click.option("--device", default=None, help="cpu, cuda, cuda:1 [cuda if there is one].")
+@click.option("--quiet", is_flag=True, help="Print nothing but errors.")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+@traceback_option
+def affinity(shots: Path, out: Path, quiet: bool, as_json: bool, **options: Any) -> None:
+    """Say which classes of a source label set stand for those of a few labelled images.
+
+    SHOTS holds images/ and masks/ by stem and classes.json, their label set. With --apply it may be
+    the folder of an affinity that was made before; every label map of the folder is then rewritten
+    in the source's classes, for programs that know no others.
+    """
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise GuidekitError(f"{out} exists; choose another --out")
+    from guidekit.affinity import load_affinity
+
+    if (shots / "affinity.json").is_file():
+        found = load_affinity(shots)
+        if options["maps"] is None:
+            raise GuidekitError(f"{shots} is an affinity; give --apply with a folder of label maps")
+        written = _rewritten(found, options["maps"], out, options["coloured"])
+    else:
+        found = _estimated(shots, options)
+        _save(found, out)
+        maps = options["maps"]
+        written = [] if maps is None else _rewritten(found, maps, out / "maps", options["coloured"])
+    if as_json:
+        click.echo(json.dumps({"folder": str(out), "maps": written, **found.table()}))
+    elif not quiet:
+        say(_told(found, out, written))
+
+
+def _estimated(shots: Path, options: dict[str, Any]) -> Any:
+    """The affinity of the shots, by all that was named."""
+    from guidekit.affinity import estimate, read_shots
+    from guidekit.affinity.encoders import load_features, load_texts
+    from guidekit.affinity.matrix import parse_hand
+    from guidekit.untrusted import read_object
+
+    kinds = _kinds(options)
+    source, segmenter = _source(options, "segmentation" in kinds)
+    own = read_shots(shots, options["target"])
+    hand = options["hand"]
+    table = {} if hand is None else read_object(hand)
+    load = _loader(options["device"])
+    theirs = options["source_shots"]
+    place = {"site": options["site"], "timestep": options["timestep"]}
+    features = options["feature_model"] if "features" in kinds else None
+    return estimate(
+        own,
+        source,
+        segmenter=segmenter,
+        texts=load_texts(options["text_model"], load) if "text" in kinds else None,
+        features=None if features is None else load_features(features, load, **place),
+        source_shots=() if theirs is None else read_shots(theirs, source),
+        template=options["template"],
+        by_hand=parse_hand(table, source, own.labels, f"--hand {hand}"),
+        by_kind=not options["any_kind"],
+    )
+
+
+def _kinds(options: dict[str, Any]) -> list[str]:
+    """The estimates that are asked for. Raises GuidekitError for one without its model."""
+    models = {
+        "segmentation": options["segmenter"] or options["source"],
+        "features": options["feature_model"],
+        "text": options["text_model"],
+    }
+    if options["by"] is None:
+        given = ("segmenter", "feature_model", "text_model")
+        return [k for k, o in zip(KINDS, given, strict=True) if options[o] is not None]
+    named = [word.strip() for word in options["by"].split(",") if word.strip()]
+    if unknown := [name for name in named if name not in (*KINDS, VOTE)]:
+        there = ", ".join((*KINDS, VOTE))
+        raise GuidekitError(f"--by {options['by']}: no estimate {unknown[0]!r}; there are {there}")
+    flags = {"segmentation": "--segmenter", "features": "--features", "text": "--text"}
+    for kind in named:
+        if kind != VOTE and models[kind] is None:
+            raise GuidekitError(f"--by {kind} needs {flags[kind]}, the model that it asks")
+    return [kind for kind in KINDS if kind in named]
+
+
+def _source(options: dict[str, Any], segments: bool) -> tuple[Any, Any]:
+    """The label set to map to, and the segmenter if one is asked for.
+
+    Raises GuidekitError for a model that says nothing of its classes.
+    """
+    from guidekit.affinity.segmenters import LABELS, load_segmenter
+    from guidekit.labels import label_sets, load_label_set
+
+    name, device = options["source"], options["device"] or "cpu"
+    segmenter = options["segmenter"]
+    network = load_segmenter(segmenter or name, device) if segments else None
+    if name is None:
+        if network is None:
+            raise GuidekitError(
+                f"--source says what to map to: one of {', '.join(label_sets())}, a JSON file, or "
+                "a segmenter"
+            )
+        return network.labels, network
+    if name in label_sets() or Path(name).is_file():
+        labels = load_label_set(name)
+    elif (Path(name) / LABELS).is_file():
+        labels = load_label_set(Path(name) / LABELS)
+    elif (Path(name) / "config.json").is_file() and _is_control(Path(name)):
+        raise GuidekitError(
+            f"{name} does not say which classes its maps hold; name their label set "
+            f"({', '.join(label_sets())}), or put it beside the weights as {LABELS}"
+        )
+    else:
+        labels = (network or load_segmenter(name, device)).labels
+    return _matched(labels, network)
+
+
+def _is_control(folder: Path) -> bool:
+    from guidekit.untrusted import read_object
+
+    return read_object(folder / "config.json").get("_class_name") in (
+        "ControlNetModel",
+        "T2IAdapter",
+    )
+
+
+def _matched(labels: Any, network: Any) -> tuple[Any, Any]:
+    """The set and a segmenter whose classes are the set's, by name where they differ in order.
+
+    A segmenter's names count without what stands after a comma or semicolon. Raises GuidekitError
+    for a segmenter that has none of them.
+    """
+    if network is None or network.labels.classes == labels.classes:
+        return labels, network
+    import torch
+
+    from guidekit.affinity.segmenters import Segmenter
+    from guidekit.labels import VOID
+
+    known = {_plain(name): i for i, name in enumerate(labels.classes)}
+    place = torch.tensor([known.get(_plain(n), VOID) for n in network.labels.classes] + [VOID])
+    if (place == VOID).all():
+        if len(network.labels) != len(labels):
+            raise GuidekitError(
+                f"the segmenter knows none of the classes of {labels.name!r} by name; give one "
+                "that was trained on them"
+            )
+        place = torch.tensor([*range(len(labels)), VOID])
+    return labels, Segmenter(labels, lambda pixels: place[network(pixels)])
+
+
+def _plain(name: str) -> str:
+    return name.replace(";", ",").partition(",")[0].strip().lower()
+
+
+def _loader(device: str | None) -> Any:
+    """Loads a model by the names that `--model` takes."""
+    from guidekit.cli.models import load_model
+    from guidekit.registry import Registry
+
+    return lambda name: load_model(name, Registry(), device)
+
+
+def _save(found: Any, out: Path) -> None:
+    """The affinity's files, and the picture of its matrix."""
+    from guidekit.affinity.report import matrix_image
+    from guidekit.images import save_picture
+
+    found.save(out)
+    save_picture(matrix_image(found), out / "affinity.png")
+
+
+def _rewritten(found: Any, maps: Path, out: Path, coloured: bool) -> list[str]:
+    """Every label map of a folder in the source's classes; the names of the files.
+
+    All are read before any is written.
+    """
+    from guidekit.heads.data import image_files
+    from guidekit.images import save_picture
+    from guidekit.labels import read_label_map
+
+    files = image_files(maps) if maps.is_dir() else []
+    if not files:
+        raise GuidekitError(f"{maps} has no label maps; give a folder of PNG files")
+    for file in files:
+        found.remap(read_label_map(file, found.target))
+    out.mkdir(parents=True, exist_ok=True)
+    for file in files:
+        remapped = found.remap(read_label_map(file, found.target))
+        image = remapped.coloured() if coloured else remapped.indexed()
+        save_picture(image, out / f"{file.stem}.png")
+    return [f"{file.stem}.png" for file in files]
+
+
+def _told(found: Any, out: Path, written: list[str]) -> str:
+    """What stands for what, where it is, and what to do with it."""
+    from guidekit.affinity.report import summary
+
+    lines = summary(found)
+    if written:
+        lines.append(f"wrote    {len(written)} label maps in {found.source.name!r}'s classes")
+    lines.append(f"wrote    {out}/")
+    if not written:
+        lines.append(f"next     guidekit sample --control FOLDER --map MAP.png --affinity {out}")
+    return "\n".join(lines)

@@ -1,0 +1,219 @@
+"""`--control`, `--map` and `--affinity`: what they draw, what they leave, what they refuse."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from click.testing import CliRunner
+from diffusers import StableDiffusionControlNetPipeline
+from PIL import Image
+
+import tiny
+from guidekit.cli.controls import parse_control
+from guidekit.cli.main import main
+from guidekit.testing.conditioners import control_net, t2i_adapter
+
+PROMPT = "a red circle and a blue square on white"
+SETS = {
+    "source": {"classes": ["sky", "grass", "sea"], "palette": ["#0000ff", "#00ff00", "#00ffff"]},
+    "target": {"classes": ["lawn", "lake"], "palette": ["#101010", "#f0f0f0"]},
+}
+IDS = np.zeros((32, 32), np.uint8)
+IDS[16:] = 1
+
+
+@pytest.fixture(scope="session")
+def kit(tmp_path_factory):
+    """Folders of a ControlNet, an adapter, and of the same ControlNet pickled; files beside."""
+    folder, pipe = tmp_path_factory.mktemp("kit"), tiny.sd_pipeline()
+    control_net(pipe).save_pretrained(folder / "net")
+    t2i_adapter(pipe).save_pretrained(folder / "adapter")
+    control_net(pipe).save_pretrained(folder / "pickle", safe_serialization=False)
+    control_net(tiny.sdxl_pipeline()).save_pretrained(folder / "xl")
+    noise = torch.rand(32, 32, 3, generator=torch.Generator().manual_seed(0))
+    Image.fromarray((noise * 255).byte().numpy()).save(folder / "image.png")
+    Image.fromarray(IDS).save(folder / "map.png")
+    Image.fromarray(IDS).save(folder / "map.jpg")
+    Image.fromarray(IDS + 5).save(folder / "unknown.png")
+    Image.new("RGB", (32, 32), "#123456").save(folder / "colours.png")
+    Image.fromarray(np.pad(IDS, ((0, 0), (0, 32)))).save(folder / "wide.png")
+    for name, table in SETS.items():
+        (folder / f"{name}.json").write_text(json.dumps(table))
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def own_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+
+
+def run(*args):
+    return CliRunner().invoke(main, [str(arg) for arg in args])
+
+
+def sample(model, *args, out="o"):
+    words = ("--model", model, "--prompt", PROMPT, "--steps", 2, "--seeds", 0, "--out", out)
+    return run("sample", *words, "--json", *args)
+
+
+def drawn(model, *args, out="o"):
+    result = sample(model, *args, out=out)
+    assert result.exit_code == 0, (result.stderr, result.exception)
+    return np.asarray(Image.open(f"{out}/0.png"))
+
+
+@pytest.fixture
+def affinity(kit, tmp_path):
+    """A's folder: lawn is grass, lake is sea."""
+    shots = tmp_path / "shots"
+    for name in ("images", "masks"):
+        (shots / name).mkdir(parents=True)
+    Image.open(kit / "image.png").save(shots / "images/1.png")
+    Image.fromarray(IDS).save(shots / "masks/1.png")
+    (shots / "classes.json").write_text(json.dumps(SETS["target"]))
+    (tmp_path / "hand.json").write_text('{"lawn": "grass", "lake": {"sea": 3, "sky": 1}}')
+    words = ("--source", kit / "source.json", "--hand", "hand.json", "--out", "A")
+    result = run("affinity", "shots", *words, "--json")
+    assert result.exit_code == 0, (result.stderr, result.exception)
+    return tmp_path / "A"
+
+
+def test_a_control_is_drawn_noted_and_replayed(model, kit):
+    text = f"{kit}/net={kit}/image.png@0.5:0-0.5"
+    image = drawn(model, "--control", text, "--control", f"{kit}/adapter={kit}/image.png@0.7")
+    assert not np.array_equal(image, drawn(model, out="plain"))
+    record = json.loads(Path("o/run.json").read_text())
+    first, second = record["control"]
+    assert first == {
+        "model": str(kit / "net"),
+        "image": "controls/0.png",
+        "scale": 0.5,
+        "start": 0.0,
+        "stop": 0.5,
+        "guess": False,
+    }
+    assert second["scale"] == 0.7 and record["record"]["controls"][1]["class"] == "T2IAdapter"
+    again = run("sample", "--config", "o/run.json", "--out", "again", "--json")
+    assert again.exit_code == 0, again.stderr
+    assert np.array_equal(np.asarray(Image.open("again/0.png")), image)
+
+
+def test_a_control_is_that_of_the_pipeline(model, kit):
+    image = drawn(model, "--control", f"{kit}/net={kit}/image.png", "--cfg", 5)
+    pipe = StableDiffusionControlNetPipeline.from_pretrained(
+        model, controlnet=control_net(tiny.sd_pipeline()), safety_checker=None
+    )
+    pipe.set_progress_bar_config(disable=True)
+    expected = pipe(
+        PROMPT,
+        image=Image.open(kit / "image.png"),
+        num_inference_steps=2,
+        guidance_scale=5.0,
+        generator=torch.Generator().manual_seed(0),
+    ).images[0]
+    assert np.array_equal(image, np.asarray(expected))
+
+
+def test_a_map_through_an_affinity_is_the_map_in_the_sources_colours(model, kit, affinity):
+    """Training-free transfer: what the control sees is grass above and sea below."""
+    image = drawn(model, "--control", f"{kit}/net", "--map", kit / "map.png", "--affinity", "A")
+    shown = np.zeros((32, 32, 3), np.uint8)
+    shown[:16], shown[16:] = (0, 255, 0), (0, 255, 255)
+    Image.fromarray(shown).save("shown.png")
+    expected = drawn(model, "--control", f"{kit}/net=shown.png", out="expected")
+    assert np.array_equal(image, expected)
+    again = run("sample", "--config", "o/run.json", "--out", "again", "--json")
+    assert again.exit_code == 0, again.stderr
+    assert np.array_equal(np.asarray(Image.open("again/0.png")), image)
+
+
+def test_apply_rewrites_maps_for_other_programs(kit, affinity):
+    maps = affinity.parent / "maps"
+    maps.mkdir()
+    Image.open(kit / "map.png").save(maps / "7.png")
+    void = IDS.copy()
+    void[0, 0] = 255
+    Image.fromarray(void).save(maps / "8.png")
+    assert run("affinity", "A", "--apply", "maps", "--out", "B").exit_code == 0
+    assert np.array_equal(np.asarray(Image.open("B/7.png")), np.where(IDS == 0, 1, 2))
+    assert np.asarray(Image.open("B/8.png"))[0, 0] == 255
+    assert run("affinity", "A", "--apply", "maps", "--out", "C", "--coloured").exit_code == 0
+    assert Image.open("C/7.png").getpixel((0, 0)) == (0, 255, 0)
+
+
+@pytest.mark.parametrize(
+    "text, expected",
+    [
+        ("net", ("net", None, 1.0, 0.0, 1.0, False)),
+        ("net@0.5", ("net", None, 0.5, 0.0, 1.0, False)),
+        ("net@0.5:0.2-0.8", ("net", None, 0.5, 0.2, 0.8, False)),
+        ("owner/name:0-0.5:guess", ("owner/name", None, 1.0, 0.0, 0.5, True)),
+        ("a=b@1/net=x.png", ("a=b@1/net", "x", 1.0, 0.0, 1.0, False)),
+        ("net=a@2.png@0.3:guess", ("net", "a", 0.3, 0.0, 1.0, True)),
+    ],
+)
+def test_controls_as_text(text, expected):
+    for name in ("x.png", "a@2.png"):
+        Image.new("RGB", (4, 4)).save(name)
+    found = parse_control(text)
+    own = (found.model, found.image, found.scale, found.start, found.stop, found.guess)
+    assert own[0] == expected[0] and own[2:] == expected[2:]
+    assert (own[1] is None) == (expected[1] is None)
+
+
+def fails(result, *texts):
+    assert result.exit_code == 2, (result.output, result.exception)
+    assert len(result.stderr.splitlines()) == 1, result.stderr
+    for text in texts:
+        assert text in result.stderr
+
+
+@pytest.mark.parametrize(
+    "args, text",
+    [
+        (["--control", "{kit}/pickle={kit}/image.png"], "python -c"),
+        (["--control", "{kit}/xl={kit}/image.png"], "ControlNet for another model"),
+        (["--control", "{kit}/net={kit}/wide.png"], "64x32 and the drawing 32x32"),
+        (["--control", "{kit}/net=nowhere.png"], "no such file"),
+        (["--control", "{kit}/net"], "no image and its condition no map"),
+        (["--control", "{kit}/net={kit}/image.png@x"], "no number"),
+        (["--control", "{kit}/net={kit}/image.png:0.9-0.1"], "0 <= start < stop <= 1"),
+        (["--map", "{kit}/map.png"], "--map needs the label set"),
+        (["--map", "{kit}/map.png", "--labels", "{kit}/target.json"], "nothing here reads a label"),
+        (["--labels", "ade20k-150"], "give --map"),
+        (["--map", "{kit}/unknown.png", "--labels", "{kit}/target.json"], "hold 5, 6; label set"),
+        (["--map", "{kit}/colours.png", "--labels", "{kit}/target.json"], "#123456"),
+        (["--map", "{kit}/map.jpg", "--labels", "{kit}/target.json"], "is a JPEG"),
+        (["--map", "{kit}/map.png", "--labels", "coco"], "one of ade20k-150, coco-stuff-182"),
+        (["--map", "{kit}/map.png", "--affinity", "{kit}"], "is no affinity"),
+        (
+            ["--map", "{kit}/map.png", "--affinity", "A", "--labels", "{kit}/source.json"],
+            "is of label set 'source', and this affinity is for 'shots'",
+        ),
+    ],
+)
+def test_bad_input_is_one_line(model, kit, affinity, args, text):
+    fails(sample(model, *(arg.format(kit=kit) for arg in args)), text)
+    assert not (affinity.parent / "o").exists()
+
+
+@pytest.mark.parametrize(
+    "args, text",
+    [
+        (["nowhere", "--source", "ade20k-150"], "nowhere is no folder"),
+        (["shots"], "--source says what to map to: one of ade20k-150"),
+        (["shots", "--source", "ade20k-150"], "nothing to estimate from"),
+        (["shots", "--source", "{kit}/net"], "does not say which classes its maps hold"),
+        (["shots", "--source", "ade20k-150", "--by", "text"], "--by text needs --text"),
+        (["shots", "--source", "ade20k-150", "--by", "x"], "there are segmentation, features"),
+        (["shots", "--source", "ade20k-150", "--hand", "hand.json"], "has no class 'bad'"),
+        (["A"], "give --apply"),
+        (["A", "--apply", "nowhere"], "has no label maps"),
+    ],
+)
+def test_bad_affinities_are_one_line(kit, affinity, args, text):
+    (affinity.parent / "hand.json").write_text('{"lawn": "bad"}')
+    fails(run("affinity", *(arg.format(kit=kit) for arg in args), "--out", "B"), text)
+    assert not (affinity.parent / "B").exists()
