@@ -44,8 +44,8 @@ class Sampling:
     noise; image and strength: an image to begin with, see `guidekit.start.Start`. memory: "fast",
     or "low" for gradient checkpointing. nonfinite: "raise" or "zero" for gradients that are not
     finite. attention: eager | sdpa | triton | xformers. calls: how branches with and without a
-    graph ride, "batched" or "split" by kind of call, for a replay bit for bit (`account.calls`); by
-    default what is faster.
+    graph ride, "batched" or "split" by kind of call or for all ("*"), for a replay bit for bit
+    (`account.calls`); by default what is faster.
 
     Raises GuidekitError for settings that cannot work, before anything is computed.
     """

@@ -27,14 +27,14 @@ class Progress:
     Logs of batch jobs and pipes get the lines, at least `seconds` apart.
     """
 
-    def __init__(self, silent: bool = False, seconds: float = SECONDS):
-        self.silent, self.seconds = silent, seconds
+    def __init__(self, silent: bool = False, seconds: float = SECONDS, unit: str = "step"):
+        self.silent, self.seconds, self.unit = silent, seconds, unit
         self._bar: Any = None
         self._told = self._started = time.monotonic()
         if not silent and sys.stderr.isatty():
             from tqdm import tqdm
 
-            self._bar = tqdm(desc="drawing", unit="step", leave=False)
+            self._bar = tqdm(desc="drawing", unit=unit, leave=False)
 
     def __enter__(self) -> "Progress":
         return self
@@ -44,7 +44,7 @@ class Progress:
             self._bar.close()
 
     def __call__(self, done: int, total: int) -> None:
-        """Tells that `done` of `total` steps are done."""
+        """Tells that `done` of `total` steps, or whatever the unit is, are done."""
         if self._bar is not None:
             self._bar.total = total
             self._bar.update(done - self._bar.n)
@@ -52,4 +52,4 @@ class Progress:
             self._told = time.monotonic()
             spent = self._told - self._started
             left = spent / done * (total - done)
-            say(f"step     {done} of {total}, {spent:.0f} s, about {left:.0f} s left")
+            say(f"{self.unit:<9}{done} of {total}, {spent:.0f} s, about {left:.0f} s left")
