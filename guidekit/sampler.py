@@ -50,10 +50,10 @@ class Sampling:
     or "low" for gradient checkpointing. nonfinite: "raise" or "zero" for gradients that are not
     finite. attention: eager | sdpa | triton | xformers. compile: True, or a backend's name, for a
     denoiser that torch.compile compiles while the run is drawn, and that is afterwards as it was.
-    calls: how branches with and without a graph ride, "batched" or "split" by kind of call, for a
-    replay bit for bit (`account.calls`); by default what is faster. particles: images of so many
-    seeds, one after the other, are a group (`Condition.group`), in which they may see each other.
-    controls: ControlNets and T2I-Adapters beside the denoiser.
+    calls: how branches with and without a graph ride, "batched" or "split" by kind of call or for
+    all ("*"), for a replay bit for bit (`account.calls`); by default what is faster. particles:
+    images of so many seeds, one after the other, are a group (`Condition.group`), in which they may
+    see each other. controls: ControlNets and T2I-Adapters beside the denoiser.
 
     Raises GuidekitError for settings that cannot work, before anything is computed.
     """

@@ -15,6 +15,7 @@ torch.set_num_threads(1)
 # Folders and modules that leave the tier `fast` whole. Single tests carry `pytest.mark.full`.
 FULL = (
     "backbones/test_families.py",
+    "cli/test_scale_processes.py",
     "core/test_offload.py",
     "kernels",
     "noisy_clip",

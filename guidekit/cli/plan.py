@@ -91,27 +91,51 @@ def make_plan(settings: Settings, blocked: tuple[str, ...] = ()) -> Plan:
     check_settings(settings)
     registry, own = Registry(blocked), model_defaults(settings.model)
     guidances = tuple(_guidance(registry, settings, own, name) for name in settings.plugin)
-    controls = read_controls(settings)
     asked = condition_of(settings)
     references = _references(settings)
     name = asked.prompt or Path(settings.model).name
     folder = outputs.new_folder(settings.out, name)
     with outputs.removed_if_empty(folder):
-        pipeline = load_model(settings.model, registry, settings.device, settings.dtype)
-        denoiser = with_controls(Denoiser(pipeline), controls)
-        condition = _completed(asked, settings, denoiser)
-        targets = _in_groups(_targets(settings, condition, references), settings.particles)
-        scheduler = settings.scheduler and make_scheduler(pipeline, settings.scheduler)
-        return Plan(
-            settings=_resolved(settings, own, denoiser, condition, guidances, targets, controls),
-            denoiser=denoiser,
-            scheduler=scheduler,
-            condition=condition,
-            guidances=guidances,
-            controls=controls,
-            targets=targets,
-            folder=folder,
-        )
+        return _loaded(settings, registry, guidances, asked, references, folder)
+
+
+def plan_of_none(settings: Settings, folder: Path, blocked: tuple[str, ...] = ()) -> Plan:
+    """A plan without targets, which are added later, in a folder that is there.
+
+    Raises GuidekitError as `make_plan`.
+    """
+    check_settings(settings)
+    registry, own = Registry(blocked), model_defaults(settings.model)
+    guidances = tuple(_guidance(registry, settings, own, name) for name in settings.plugin)
+    return _loaded(settings, registry, guidances, condition_of(settings), None, folder)
+
+
+def _loaded(
+    settings: Settings,
+    registry: Registry,
+    guidances: tuple[Guidance, ...],
+    asked: Condition,
+    references: dict[str, Reference] | None,
+    folder: Path,
+) -> Plan:
+    """The plan with its model; without targets where `references` is None."""
+    own, controls = model_defaults(settings.model), read_controls(settings)
+    pipeline = load_model(settings.model, registry, settings.device, settings.dtype)
+    denoiser = with_controls(Denoiser(pipeline), controls)
+    condition = completed(asked, settings, denoiser)
+    targets = () if references is None else _targets(settings, condition, references)
+    targets = _in_groups(targets, settings.particles)
+    scheduler = settings.scheduler and make_scheduler(pipeline, settings.scheduler)
+    return Plan(
+        settings=_resolved(settings, own, denoiser, condition, guidances, targets, controls),
+        denoiser=denoiser,
+        scheduler=scheduler,
+        condition=condition,
+        guidances=guidances,
+        controls=controls,
+        targets=targets,
+        folder=folder,
+    )
 
 
 def check_settings(settings: Settings) -> None:
@@ -171,6 +195,13 @@ def condition_of(settings: Settings) -> Condition:
     return Condition(prompt, negative, segments, label, image, read_map(settings))
 
 
+def guidance_options(settings: Settings, blocked: tuple[str, ...] = ()) -> Settings:
+    """The settings with every option of every plugin, for whichever process reads them later."""
+    registry, own = Registry(blocked), model_defaults(settings.model)
+    made = [_guidance(registry, settings, own, name) for name in settings.plugin]
+    return replace(settings, plugin={g.name: _options(g) for g in made}, changes={})
+
+
 def is_empty(settings: Settings, condition: Condition) -> bool:
     """Whether there is no prompt, not even an empty one, and nothing in its place."""
     follows = settings.image_folder is not None
@@ -184,11 +215,15 @@ def example(negative: str = "") -> Condition:
     return Condition(PROMPT, negative, segments)
 
 
-def _completed(condition: Condition, settings: Settings, denoiser: Denoiser) -> Condition:
+def completed(condition: Condition, settings: Settings, denoiser: Denoiser) -> Condition:
     """The condition as this model reads it."""
     if denoiser.reads_text and is_empty(settings, condition):
         condition = example(condition.negative)
-    condition = denoiser.prepared(condition)
+    return append_wanted(denoiser.prepared(condition), settings, denoiser)
+
+
+def append_wanted(condition: Condition, settings: Settings, denoiser: Denoiser) -> Condition:
+    """The condition with its phrases added to the prompt where the settings say so."""
     if settings.append_phrases and denoiser.tokenizers:
         condition = append_phrases(condition, denoiser.tokenizers[0])
     return condition
@@ -246,7 +281,7 @@ def _resolved(
         segment=outputs.segment_tables(condition.segments),
         control=control_tables(controls),
         plugin={guidance.name: _options(guidance) for guidance in guidances},
-        seeds=Seeds(target.seed for target in targets),
+        seeds=Seeds(target.seed for target in targets) if targets else settings.seeds,
         steps=own.get("steps", STEPS) if settings.steps is None else settings.steps,
         scheduler=settings.scheduler and scheduler_name(settings.scheduler),
         cfg=cfg,

@@ -90,6 +90,13 @@ def _options(command: Callable) -> Callable:
     "--compare/--no-compare", default=None, help="Draw the same seeds unguided too [compare]."
 )
 @click.option("--config", type=click.Path(path_type=Path), help="TOML file or run.json to follow.")
+@click.option(
+    "--plan", type=click.Path(path_type=Path), help="Blocks to draw: a plan.json, or its folder."
+)
+@click.option("--count", type=int, help="Images to draw in blocks, by any number of processes.")
+@click.option("--block", type=int, help="Images of a block, which are one batch [16].")
+@click.option("--form", help="folders, or tars: what a block becomes [folders].")
+@click.option("--shard", help="This process's share of the blocks, such as 2/8 [any that is free].")
 @click.option("--quiet", is_flag=True, help="Print nothing but errors.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 @traceback_option
@@ -97,6 +104,9 @@ def sample(config: Path | None, quiet: bool, as_json: bool, **flags: Any) -> Non
     """Draw images, guided by plugins, into a new folder."""
     from guidekit.cli.settings import make_settings, read_config
 
+    if _draws_blocks(config, flags):
+        _draw_blocks(config, flags, quiet, as_json)
+        return
     settings = make_settings({} if config is None else read_config(config), flags)
     if flags["compare"] and settings.image_folder is not None:
         raise GuidekitError(
@@ -115,6 +125,46 @@ def sample(config: Path | None, quiet: bool, as_json: bool, **flags: Any) -> Non
         click.echo(json.dumps({"folder": str(session.plan.folder), **run}))
     elif not quiet:
         say(_conclusion(session, run))
+
+
+def _draws_blocks(config: Path | None, flags: dict[str, Any]) -> bool:
+    """Whether a plan of blocks is asked for. Raises GuidekitError for what does not go with it."""
+    if flags["plan"] is not None:
+        kept = ("plan", "out", "shard", "device", "no_plugin")
+        others = [name for name, value in flags.items() if name not in kept and value]
+        if others or config is not None:
+            names = ", ".join(f"--{name.replace('_', '-')}" for name in others or ["config"])
+            raise GuidekitError(f"{names}: a plan says it all; write it there, or leave --plan out")
+    elif flags["count"] is None:
+        for name in ("block", "form", "shard"):
+            if flags[name] is not None:
+                raise GuidekitError(f"--{name} is for blocks; give --count, or --plan")
+        return False
+    elif flags["compare"] or flags["batch"]:
+        name = "compare" if flags["compare"] else "batch"
+        raise GuidekitError(f"--{name} is not for --count; a batch is a --block, drawn once")
+    return True
+
+
+def _draw_blocks(config: Path | None, flags: dict[str, Any], quiet: bool, as_json: bool) -> None:
+    """Draws what is free of a plan of blocks."""
+    from guidekit.cli.scale.command import draw_count, draw_plan
+    from guidekit.cli.settings import make_settings, read_config
+
+    silent = quiet or as_json
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
+            if flags["plan"] is not None:
+                done = draw_plan(flags["plan"], flags, silent)
+            else:
+                settings = make_settings({} if config is None else read_config(config), flags)
+                done = draw_count(settings, flags, silent)
+        except KeyboardInterrupt:
+            say("stopped: the same command goes on from here", err=True)
+            sys.exit(130)
+    if as_json:
+        click.echo(json.dumps(done))
 
 
 def _prepared(settings: Any, blocked: tuple[str, ...]) -> Any:

@@ -3,21 +3,17 @@
 from collections.abc import Callable
 from dataclasses import replace
 
-import torch
 from torch import Tensor
 
 from guidekit import images as pictures
-from guidekit.backbones.safety import flagged
 from guidekit.cli import outputs
+from guidekit.cli.batch import begin, finish
 from guidekit.cli.controls import save_controls
 from guidekit.cli.plan import Plan, Target
 from guidekit.cli.record import Record
 from guidekit.cli.report import write_report
-from guidekit.errors import NonFiniteError
-from guidekit.guidance import Guidance
 from guidekit.masks import resize_mask
 from guidekit.sampler import Sampling, accepted
-from guidekit.seeds import derived_seed
 from guidekit.step import Step
 
 Progress = Callable[[int, int], None]  # steps done, steps in all
@@ -33,34 +29,12 @@ class Session:
     def __init__(self, plan: Plan):
         self.plan = plan
         self._calls: dict[str, str] = dict(plan.settings.replays.get("calls") or {})
-        self._prepared: Sampling | None = self._sampling(plan.batches[0], plan.guidances)
+        self._prepared: Sampling | None = begin(
+            plan, plan.batches[0], plan.guidances, calls=self._calls
+        )
         self.record = Record(plan)
         self._parts = len(plan.batches) * (1 + plan.compares)  # draws of a batch, from start to end
         self._steps = 0
-
-    def _sampling(
-        self, targets: tuple[Target, ...], guidances: tuple[Guidance, ...], attempt: int = 0
-    ) -> Sampling:
-        """A batch with the settings of the plan; later attempts have seeds of their own."""
-        s = self.plan.settings
-        return Sampling(
-            self.plan.denoiser,
-            [target.condition for target in targets],
-            guidances,
-            seeds=_seeds(targets, attempt),
-            steps=s.steps,
-            cfg=s.cfg,
-            embedded_cfg=s.embedded_cfg,
-            eta=s.eta,
-            height=s.height,
-            width=s.width,
-            scheduler=self.plan.scheduler,
-            memory=s.memory,
-            nonfinite=s.nonfinite,
-            attention=s.attention,
-            compile=s.compile or False,
-            calls=self._calls,
-        )
 
     def draw(self, progress: Progress | None = None) -> dict:
         """Draws all batches and returns what run.json holds; keeps it also when it is stopped."""
@@ -83,44 +57,28 @@ class Session:
         return self.record.contents(status)
 
     def _finish(self, sampling: Sampling, progress: Progress | None) -> Tensor:
-        """Draws a batch to its end: images (B, 3, H, W), black where the model's checker says so.
-
-        Raises NonFiniteError for images with NaN, which would be black files.
-        """
+        """Draws a batch to its end: images (B, 3, H, W); what the model's checker did is noted."""
 
         def tell(step: Step) -> None:
             self._steps += 1
             progress(self._steps, max(self._steps, self._parts * step.n))
 
-        images = sampling.finish(progress and tell).images
+        drawn = finish(self.plan.denoiser, sampling, progress and tell)
         self._calls |= sampling.account.calls  # what the first batch measured holds for all
-        finite = torch.isfinite(images).flatten(1).all(1).tolist()
-        if bad := [seed for seed, fine in zip(sampling.seeds, finite, strict=True) if not fine]:
-            raise NonFiniteError(
-                f"the images of seeds {bad} are not finite; lower the scale of a plugin, cfg or "
-                "eta, or use --dtype float32"
+        if drawn.black is not None:
+            self.record.account.note(
+                "the model's safety checker looked at every image, as in the bare pipeline"
             )
-        return self._checked(sampling, images)
-
-    def _checked(self, sampling: Sampling, images: Tensor) -> Tensor:
-        """The images, black where the pipeline has a safety checker that says so; it is noted."""
-        found = flagged(self.plan.denoiser, images)
-        if found is None:
-            return images
-        self.record.account.note(
-            "the model's safety checker looked at every image, as in the bare pipeline"
-        )
-        if black := [seed for seed, bad in zip(sampling.seeds, found, strict=True) if bad]:
+        if black := [s for s, bad in zip(sampling.seeds, drawn.black or (), strict=False) if bad]:
             self.record.account.note(f"the model's safety checker blackened seeds {black}")
-        shown = torch.tensor(found, device=images.device)[:, None, None, None]
-        return torch.where(shown, torch.zeros_like(images), images)
+        return drawn.images
 
     def _draw_guided(self, targets: tuple[Target, ...], progress: Progress | None) -> None:
         """One batch; images that a guidance rejects are drawn again, at most `tries` times."""
         for attempt in range(self.plan.settings.tries):
             sampling, self._prepared = self._prepared, None
             if sampling is None:
-                sampling = self._sampling(targets, self.plan.guidances, attempt)
+                sampling = begin(self.plan, targets, self.plan.guidances, attempt, self._calls)
             self._parts += attempt > 0
             images = self._finish(sampling, progress)
             self.record.add(sampling)
@@ -137,7 +95,7 @@ class Session:
         """The same seeds without guidance."""
         if not self.plan.denoiser.reads_image:
             targets = tuple(replace(t, condition=replace(t.condition, image=None)) for t in targets)
-        images = self._finish(self._sampling(targets, ()), progress)
+        images = self._finish(begin(self.plan, targets, (), calls=self._calls), progress)
         for target, picture in zip(targets, images, strict=True):
             path = self.plan.folder / "unguided" / f"{target.seed}.png"
             outputs.save_picture(pictures.to_image(picture), path)
@@ -183,9 +141,3 @@ def _inside(attention: Tensor, mask: Tensor) -> float:
     values = attention.detach().float().cpu()
     share = (values * resize_mask(mask, *values.shape)).sum() / values.sum()
     return round(float(share.nan_to_num()), 4)
-
-
-def _seeds(targets: tuple[Target, ...], attempt: int) -> list[int]:
-    """The seeds of an attempt: their own, then derived ones."""
-    seeds = [target.seed for target in targets]
-    return seeds if attempt == 0 else [derived_seed(seed, attempt) for seed in seeds]

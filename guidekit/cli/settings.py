@@ -143,13 +143,20 @@ def read_config(path: str | Path) -> dict[str, Any]:
     where = f"config {path}"
     tables = _read_tables(path, where)
     known = (*TABLES, "format", "record") if path.suffix == ".json" else TABLES
+    return parse_config(tables, path.parent, where, known)
+
+
+def parse_config(
+    tables: object, folder: Path, where: str, known: tuple[str, ...] = TABLES
+) -> dict[str, Any]:
+    """What `read_config` returns of the tables of a file in `folder`; raises as it does."""
     _check_table(tables, known, where)
     if tables.get("format", FORMAT) != FORMAT:
         raise GuidekitError(
             f"{where}: this guidekit reads format {FORMAT}, not {tables['format']!r}; use the "
             "version that wrote it"
         )
-    sample = _read_sample(tables.get("sample", {}), path.parent, f"{where}: [sample]")
+    sample = _read_sample(tables.get("sample", {}), folder, f"{where}: [sample]")
     plugin, segment = tables.get("plugin", {}), tables.get("segment", [])
     if not isinstance(plugin, dict) or not all(isinstance(p, dict) for p in plugin.values()):
         raise GuidekitError(f"{where}: write a table [plugin.NAME] for every plugin")
@@ -161,7 +168,7 @@ def read_config(path: str | Path) -> dict[str, Any]:
     if not isinstance(record, dict):
         raise GuidekitError(f"{where}: `record` must be an object")
     found = {"sample": sample, "plugin": plugin, "segment": segment, "control": control}
-    return found | {"folder": path.parent, "record": record}
+    return found | {"folder": folder, "record": record}
 
 
 def _read_tables(path: Path, where: str) -> object:

@@ -12,6 +12,7 @@ from torch import Tensor
 from guidekit.backbones.denoiser import Denoiser
 from guidekit.branches import Branch, combination
 from guidekit.engine.calls import branch_calls, check_branches, own_branches, second_call
+from guidekit.engine.devices import check_devices
 from guidekit.engine.evaluator import Evaluator
 from guidekit.engine.hooks import Hooks, copied
 from guidekit.engine.injector import Injector
@@ -54,6 +55,7 @@ class Engine:
                 )
             with blame(guidance.name, "prepare"):
                 guidance.prepare(run)
+        check_devices(run, self.guidances)
         kinds = ("attention", "block")
         self._sites = {kind: run.reads.sites(self.guidances, kind) for kind in kinds}
 

@@ -23,6 +23,7 @@ ROWS = 16
 #: How the branches ride where some need a graph and others do not: all in one call, whose graph
 #: covers all rows, or those with a graph apart.
 BATCHED, SPLIT = "batched", "split"
+EVERY = "*"  # the kind that stands for all that are not named, so that nothing is measured
 
 # What was measured in this process, so that its runs on one architecture are all alike.
 _MEASURED: dict[tuple, str] = {}
@@ -87,6 +88,8 @@ class Evaluator:
         if self._groups(calls, True) == self._groups(calls, False):
             return BATCHED
         kind = "+".join(f"{c.branch.name}*" if c.graph else c.branch.name for c in calls)
+        if kind not in self.chosen and EVERY in self.chosen:
+            return self.chosen[EVERY]
         if kind not in self.chosen:
             key = (kind, *self._architecture(calls))
             with _MEASURING:

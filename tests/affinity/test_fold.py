@@ -9,7 +9,7 @@ from torch import nn
 import tiny
 from guidekit import GuidekitError, LabelMap, LabelSet
 from guidekit.affinity import Affinity, fold, fold_state
-from guidekit.testing import miniatures
+from guidekit.testing import conditioners
 
 SOURCES, TARGETS = 7, 4
 COLOURS = tuple((37 * i % 256, 91 * i % 256, 151 * i % 256) for i in range(1, SOURCES + 1))
@@ -111,7 +111,7 @@ def pixels(label_map):
 
 
 def test_controlnet_reads_colours():
-    net = miniatures.control_net(tiny.sd_pipeline()).double()
+    net = conditioners.control_net(tiny.sd_pipeline()).double()
     state = fold_state(net.state_dict(), "controlnet", matrix(), SOURCE.colours)
     wide = ControlNetModel.from_config(net.config, conditioning_channels=TARGETS).double()
     wide.load_state_dict(state)
@@ -120,7 +120,7 @@ def test_controlnet_reads_colours():
 
 
 def test_t2i_adapter_reads_colours_in_blocks_of_pixels():
-    adapter = miniatures.t2i_adapter(tiny.sd_pipeline()).double()
+    adapter = conditioners.t2i_adapter(tiny.sd_pipeline()).double()
     state = fold_state(adapter.state_dict(), "t2i-adapter", matrix(), SOURCE.colours, unshuffle=2)
     wide = T2IAdapter.from_config(adapter.config, in_channels=TARGETS).double()
     wide.load_state_dict(state)

@@ -112,6 +112,7 @@ def test_every_plugin_is_explained(name):
 def test_flag_field_and_key_are_one_word():
     """--append-phrases, Settings.append_phrases, [sample] append_phrases, the key of run.json."""
     own = {"config", "quiet", "as_json", "traceback", "plugin", "no_plugin", "set", "segment"}
+    own |= {"plan", "count", "block", "form", "shard"}  # of plans of blocks: fields of BlockPlan
     options = {option.name: option for option in sample.params if isinstance(option, click.Option)}
     assert set(options) - own == set(sample_keys())
     for name in set(options) - own:

@@ -1,0 +1,1 @@
+"""Drawing many images in fixed blocks, by any number of processes."""
