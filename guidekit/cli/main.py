@@ -12,6 +12,7 @@ from guidekit.cli.errors import Tracebacks, shown_errors, traceback_option
 from guidekit.cli.heads import augment, fit
 from guidekit.cli.plugins import plugins
 from guidekit.cli.sample import sample
+from guidekit.cli.serve import serve
 from guidekit.cli.train import train
 from guidekit.errors import GuidekitError, blame
 
@@ -76,5 +77,5 @@ def main() -> None:
     """Steer frozen diffusion backbones while they sample."""
 
 
-for command in (sample, plugins, fit, augment, train, doctor):
+for command in (sample, serve, plugins, fit, augment, train, doctor):
     main.add_command(command)

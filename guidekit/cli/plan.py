@@ -1,6 +1,7 @@
 """What a run will draw, decided once: settings, condition, guidances, a target for every seed."""
 
 import dataclasses
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -76,21 +77,24 @@ class Plan:
         return guided and self.settings.compare and not self.follows_folder
 
 
-def make_plan(settings: Settings, blocked: tuple[str, ...] = ()) -> Plan:
+def make_plan(
+    settings: Settings,
+    blocked: tuple[str, ...] = (),
+    load: Callable[..., Any] = load_model,
+) -> Plan:
     """The plan of a run: checks what can be checked, makes the folder, loads the model.
 
-    blocked: plugins that must not be imported. Raises GuidekitError for settings that cannot work,
-    before anything is loaded where it can be known by then.
+    blocked: plugins that must not be imported. load: `load_model`, or what keeps the models of
+    several runs. Raises GuidekitError for settings that cannot work, before anything is loaded
+    where it can be known by then.
     """
-    check_settings(settings)
-    registry, own = Registry(blocked), model_defaults(settings.model)
-    guidances = tuple(_guidance(registry, settings, own, name) for name in settings.plugin)
-    asked = condition_of(settings)
+    registry = Registry(blocked)
+    own, guidances, asked = model_defaults(settings.model), *checked(settings, registry)
     references = _references(settings)
     name = asked.prompt or Path(settings.model).name
     folder = outputs.new_folder(settings.out, name)
     with outputs.removed_if_empty(folder):
-        pipeline = load_model(settings.model, registry, settings.device, settings.dtype)
+        pipeline = load(settings.model, registry, settings.device, settings.dtype)
         denoiser = Denoiser(pipeline)
         condition = _completed(asked, settings, denoiser)
         targets = _in_groups(_targets(settings, condition, references), settings.particles)
@@ -104,6 +108,19 @@ def make_plan(settings: Settings, blocked: tuple[str, ...] = ()) -> Plan:
             targets=targets,
             folder=folder,
         )
+
+
+def checked(
+    settings: Settings, registry: Registry
+) -> tuple[tuple[Guidance, ...], Condition]:
+    """The guidances and the condition of the settings, without the model.
+
+    Raises GuidekitError for what is known to be wrong before anything is loaded.
+    """
+    check_settings(settings)
+    own = model_defaults(settings.model)
+    guidances = tuple(_guidance(registry, settings, own, name) for name in settings.plugin)
+    return guidances, condition_of(settings)
 
 
 def check_settings(settings: Settings) -> None:
