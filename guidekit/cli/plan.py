@@ -110,9 +110,7 @@ def make_plan(
         )
 
 
-def checked(
-    settings: Settings, registry: Registry
-) -> tuple[tuple[Guidance, ...], Condition]:
+def checked(settings: Settings, registry: Registry) -> tuple[tuple[Guidance, ...], Condition]:
     """The guidances and the condition of the settings, without the model.
 
     Raises GuidekitError for what is known to be wrong before anything is loaded.
