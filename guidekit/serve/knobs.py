@@ -34,7 +34,6 @@ def guidance_knobs(name: str, cls: type[Guidance]) -> dict[str, Any]:
     return {
         "name": name,
         "about": (inspect.getdoc(cls) or "").partition("\n\n")[0],
-        "needs": list(cls.needs),
         "reads_image": cls.reads_image,
         "rejects": cls.overrides("accept"),
         "knobs": [
