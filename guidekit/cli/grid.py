@@ -31,7 +31,7 @@ class Axis:
         return f"{self.name} {self.values[index]}"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Cell:
     """One run of a grid: its place, and its settings."""
 

@@ -89,7 +89,7 @@ function sentence(text) {
 function covered(one) {
   if (one.place?.box) return "a box";
   const share = state.map.counts()[one.value] / state.map.values.length;
-  return share ? `${(100 * share).toFixed(share < 0.1 ? 1 : 0)} % of the image` : "nothing painted yet";
+  return share ? `${(100 * share).toFixed(share < 0.1 ? 1 : 0)} %` : "nothing painted yet";
 }
 
 export function showCoverage() {

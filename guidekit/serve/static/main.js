@@ -67,6 +67,7 @@ async function draw() {
   try {
     const run = await api.draw(await request());
     await view.show(run.id);
+    $("result").scrollIntoView({ block: "nearest", behavior: "smooth" });
     say(`Run ${run.id} is waiting`);
   } catch (error) {
     fail(error);
