@@ -112,7 +112,7 @@ class Server:
         return JSONResponse(found)
 
     def _own_model(self, name: Any) -> str:
-        if name not in self.options.models:
+        if not isinstance(name, str) or name not in self.options.models:
             there = ", ".join(self.options.models)
             raise GuidekitError(f"this server has no model {name!r}; it was started with {there}")
         return str(name)
@@ -222,7 +222,7 @@ class Server:
 
 async def _json(request: Request) -> dict[str, Any]:
     """The object of a request's body."""
-    body = parse_json(await request.body())
+    body = parse_json(await request.body(), finite=True)
     if not isinstance(body, dict):
         raise GuidekitError("the body must be a JSON object")
     return body

@@ -10,6 +10,7 @@ import binascii
 import dataclasses
 import json
 import re
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -137,7 +138,7 @@ def _write_files(files: dict[str, Any], folder: Path, limits: Limits) -> set[str
 def _check_sample(sample: dict[str, Any], files: set[str], options: ServeOptions) -> None:
     """Raises GuidekitError for another model, and for paths and devices that are the server's."""
     model = sample.setdefault("model", options.models[0])
-    if model not in options.models:
+    if not _is_among(model, options.models):
         there = ", ".join(options.models)
         raise GuidekitError(f"this server has no model {model!r}; it was started with {there}")
     own = {"device": options.device, "dtype": options.dtype}
@@ -146,8 +147,12 @@ def _check_sample(sample: dict[str, Any], files: set[str], options: ServeOptions
             raise GuidekitError(f"{key!r} is the server's own; leave it out")
         sample.pop(key, None)
     for key in OWN_FILES:
-        if sample.get(key) is not None and sample[key] not in files:
+        if sample.get(key) is not None and not _is_among(sample[key], files):
             _refuse_path(f"sample.{key}", sample[key], files)
+
+
+def _is_among(value: Any, files: Collection[str]) -> bool:
+    return isinstance(value, str) and value in files
 
 
 def _refuse_path(where: str, value: Any, files: set[str] | list[str]) -> None:
@@ -162,7 +167,7 @@ def _check_segments(segments: list[Any], files: set[str], limits: Limits) -> Non
     for index, entry in enumerate(segments):
         if not isinstance(entry, dict):
             raise GuidekitError(f"segment {index} must be an object with `phrase` and a place")
-        if "mask" in entry and entry["mask"] not in files:
+        if "mask" in entry and not _is_among(entry["mask"], files):
             _refuse_path(f"segment {index}: mask", entry["mask"], files)
 
 
@@ -199,9 +204,9 @@ def _placed(where: str, value: Any, files: set[str], options: ServeOptions) -> A
         return [_placed(where, one, files, options) for one in value]
     if isinstance(value, str) and "," in value:
         return [_placed(where, one.strip(), files, options) for one in value.split(",")]
-    if value in (None, "") or value in files:
+    if value in (None, "") or _is_among(value, files):
         return value
-    if isinstance(value, str) and value in options.files:
+    if _is_among(value, options.files):
         return str(options.files[value].resolve())
     if isinstance(value, str) and (BUILT_IN.fullmatch(value) or _is_built_in(value)):
         return value

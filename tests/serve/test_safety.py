@@ -225,13 +225,11 @@ def test_an_image_of_a_request_has_a_size(options, body, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "model", ["scenes", "/etc", "../scenes", "", "acme:x", "owner/name", 7, None]
+    "name", ["scenes", "/etc", "../scenes", "", "acme:x", "owner/name", 7, None]
 )
-def test_a_model_is_one_of_the_servers(client, body, model):
-    refused(
-        client, body | {"sample": body["sample"] | {"model": model}}, "this server has no model"
-    )
-    asked = {"model": model, "prompt": "a"}
+def test_a_model_is_one_of_the_servers(client, body, name):
+    refused(client, body | {"sample": body["sample"] | {"model": name}}, "this server has no model")
+    asked = {"model": name, "prompt": "a"}
     refused(client, asked, "this server has no model", path="/api/tokens")
 
 
@@ -317,7 +315,7 @@ def test_where_it_runs_and_writes_is_the_servers(client, body, key, value):
         ("x.py", "a request brings"),
         ("x.safetensors", "a request brings"),
         ("request.json", "a request brings"),
-        ("x\n.png", "folder's name"),
+        ("x\x1b.png", "folder's name"),
         ("x.png", "not a readable image"),
     ],
 )
