@@ -1,13 +1,14 @@
 """Runs over the values of one or two options, and the labelled sheet of what they drew."""
 
 import itertools
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from PIL import Image, ImageDraw, ImageFont
 
+from guidekit.cli.outputs import CLAIM
 from guidekit.cli.settings import Settings, sample_keys
 from guidekit.errors import GuidekitError
 from guidekit.images import enlarge, grid
@@ -70,6 +71,8 @@ def cells_of(settings: Settings, axes: tuple[Axis, ...]) -> list[Cell]:
 
     Raises GuidekitError for an option that there is not, or that is the same in all cells.
     """
+    if settings.image_folder is not None:
+        raise GuidekitError("a grid is not for image_folder; give image, or leave --grid out")
     down, across = axes[0], axes[1] if len(axes) > 1 else None
     if across is None:  # one option is read from left to right
         return [Cell(0, i, _with(settings, down, i)) for i in range(len(down.values))]
@@ -97,6 +100,19 @@ def _with(settings: Settings, axis: Axis, index: int) -> Settings:
         )
     changed: dict[str, Any] = {axis.name: convert(value, kinds[axis.name], axis.name)}
     return replace(settings, **changed)
+
+
+def draw_cells(
+    folder: Path, axes: tuple[Axis, ...], cells: list[Cell], draw: Callable[[Cell, Path], None]
+) -> None:
+    """Draws every run of a grid into the new `folder`, and the sheet anew after each.
+
+    draw: draws a cell into the folder that it is given.
+    """
+    for cell in cells:
+        draw(cell, folder / cell.name)
+        (folder / CLAIM).unlink(missing_ok=True)
+        write_sheet(folder, axes, cells)
 
 
 def write_sheet(folder: Path, axes: tuple[Axis, ...], cells: list[Cell]) -> Path:

@@ -1,6 +1,5 @@
 """What a run will draw, decided once: settings, condition, guidances, a target for every seed."""
 
-import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -21,6 +20,7 @@ from guidekit.groups import batches, with_particles
 from guidekit.guidance import Guidance
 from guidekit.layouts import load_layout, parse_layout, parse_segment
 from guidekit.masks import box_mask
+from guidekit.options import stated
 from guidekit.references import Reference, load_reference, load_references
 from guidekit.registry import Registry
 from guidekit.run import MEMORY, POLICIES
@@ -249,7 +249,7 @@ def _resolved(
         negative=condition.negative,
         label=condition.label,
         segment=outputs.segment_tables(condition.segments),
-        plugin={guidance.name: _options(guidance) for guidance in guidances},
+        plugin={guidance.name: stated(guidance) for guidance in guidances},
         seeds=Seeds(target.seed for target in targets),
         steps=own.get("steps", STEPS) if settings.steps is None else settings.steps,
         scheduler=settings.scheduler and scheduler_name(settings.scheduler),
@@ -257,16 +257,3 @@ def _resolved(
         device=str(denoiser.device),
         dtype=str(denoiser.dtype).removeprefix("torch."),
     )
-
-
-def _options(guidance: Guidance) -> dict[str, Any]:
-    """The options of a guidance as JSON has them."""
-    values = {f.name: getattr(guidance, f.name) for f in dataclasses.fields(guidance) if f.init}
-    return {name: _as_json(value) for name, value in values.items()}
-
-
-def _as_json(value: Any) -> Any:
-    """Paths as absolute texts, also inside lists."""
-    if isinstance(value, list | tuple):
-        return [_as_json(item) for item in value]
-    return str(value.resolve()) if isinstance(value, Path) else value

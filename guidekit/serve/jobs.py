@@ -13,8 +13,8 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from guidekit.cli.grid import SHEET, Cell, cells_of, write_sheet
-from guidekit.cli.outputs import CLAIM, new_folder, removed_if_empty, slug
+from guidekit.cli.grid import Cell, cells_of, draw_cells
+from guidekit.cli.outputs import new_folder, removed_if_empty, slug
 from guidekit.cli.plan import make_plan
 from guidekit.cli.session import Session, Stopped
 from guidekit.errors import GuidekitError, where_of
@@ -181,11 +181,11 @@ class Jobs:
             self._draw_cell(job, cells[0], self._folder(job), 0, 1)
             return
         job.folder = new_folder(self._folder(job), "grid")
-        for index, cell in enumerate(cells):
-            self._draw_cell(job, cell, job.folder / cell.name, index, len(cells))
-            (job.folder / CLAIM).unlink(missing_ok=True)
-            write_sheet(job.folder, job.asked.axes, cells)
-            job.events.add("sheet", file=SHEET)
+
+        def draw(cell: Cell, out: Path) -> None:
+            self._draw_cell(job, cell, out, cells.index(cell), len(cells))
+
+        draw_cells(job.folder, job.asked.axes, cells, draw)
 
     def _folder(self, job: Job) -> Path:
         """Where a run is to be written."""

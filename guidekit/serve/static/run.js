@@ -86,7 +86,6 @@ export class RunView {
       data.maps.forEach((maps, i) => (this.heats[`${data.cell} ${data.seeds[i]}`] = maps));
       this.#heat();
     });
-    on("sheet", () => {});
   }
 
   async #again(id) {
