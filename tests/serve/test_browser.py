@@ -213,7 +213,7 @@ def test_a_run_is_stopped(page, port):
 
 
 def test_a_reload_loses_nothing(page):
-    page.get_by_role("textbox", name="Prompt", exact=True).fill("a green ring on a gray background")
+    page.get_by_role("textbox", name="Prompt", exact=True).fill("a green ring and a blue square on gray")
     page.get_by_label("Phrase").first.fill("green ring")
     drag(page, (100, 100), (140, 60))
     page.get_by_label("scale").first.fill("0.7")
@@ -225,7 +225,7 @@ def test_a_reload_loses_nothing(page):
     expect(page.locator("html")).to_have_attribute("data-ready", "yes", timeout=WAIT)
     assert np.array_equal(numbers(page), before)
     expect(page.get_by_role("textbox", name="Prompt", exact=True)).to_have_value(
-        "a green ring on a gray background"
+        "a green ring and a blue square on gray"
     )
     expect(page.get_by_label("Phrase").first).to_have_value("green ring")
     expect(page.get_by_label("scale").first).to_have_value("0.7")
@@ -397,9 +397,9 @@ def test_a_lost_connection_is_told_and_comes_back(context, port):
     proxy = Proxy(port)
     page = opened(context, proxy.port)
     page.get_by_label("unguided").uncheck()
-    quick(page, steps=60)
+    quick(page, steps=40)
     page.locator("#draw").click()
-    expect(page.locator("#run-state")).to_have_text(re.compile(r"step \d+ of 60"), timeout=WAIT)
+    expect(page.locator("#run-state")).to_have_text(re.compile(r"step \d+ of 40"), timeout=WAIT)
     proxy.cut()
     expect(page.locator("#banner")).to_be_visible(timeout=WAIT)
     drag(page, (30, 30), (60, 60))  # painting goes on without a server
@@ -408,7 +408,7 @@ def test_a_lost_connection_is_told_and_comes_back(context, port):
     expect(page.locator("#banner")).to_be_hidden(timeout=WAIT)
     expect(page.locator("#run-state")).to_have_text("finished", timeout=WAIT)
     points = page.locator("#curves polyline").first.get_attribute("points").split()
-    assert len(points) == 45  # zest is tuned to stop at 0.75 of 60 steps; none is lost or twice
+    assert len(points) == 45  # zest is tuned to stop at 0.75 of 40 steps; none is lost or twice
     proxy.listening.close()
     page.close()
 
