@@ -117,7 +117,7 @@ export class RunView {
     $("stop").hidden = ENDED.includes(name);
     $("run-error").hidden = !error;
     $("run-error").textContent = error ?? "";
-    $("progress").hidden = ENDED.includes(name);
+    $("progress").classList.toggle("done", ENDED.includes(name));
     if (before !== name) {
       say(`Run ${this.run.id} ${STATES[name]}`);
       this.changed();
