@@ -7,12 +7,10 @@ for bit.
 import copy
 import inspect
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from pathlib import Path
 from typing import Any, cast
 
 import torch
 from diffusers import DiffusionPipeline
-from PIL import Image
 from torch import Tensor
 
 from guidekit.account import Account
@@ -22,12 +20,11 @@ from guidekit.engine.engine import Engine
 from guidekit.errors import GuidekitError
 from guidekit.groups import batches, rows_by_group, with_particles
 from guidekit.guidance import Guidance
-from guidekit.images import to_image
 from guidekit.inputs import as_conditions, as_denoiser, as_guidances, as_scheduler, tuned
 from guidekit.levels import Levels
 from guidekit.noise import is_flow
 from guidekit.run import Run
-from guidekit.saved import as_html, save_run
+from guidekit.saved import Drawn
 from guidekit.seeds import Seeds, derived_seed
 from guidekit.start import Start, own_copy
 from guidekit.step import Step
@@ -36,7 +33,7 @@ STEPS = 50  # where neither the user nor the model says
 MOST = 1000  # times that one step may be done
 
 
-class Sampling:
+class Sampling(Drawn):
     """One batch of images being drawn: iterate over its steps, then read `images`.
 
     denoiser: a Denoiser, a live pipeline or a model's name. conditions: one for all images or one
@@ -131,7 +128,7 @@ class Sampling:
         with frozen(*denoiser.models):
             self.engine = Engine(self.run, used)
         self.guidances = self.engine.guidances  # the run's own copies
-        self._drawn, self._steps = False, steps
+        self._drawn, self.steps = False, steps
         #: By the number of a solver's step: the scheduler before it, and how often it was done.
         self._before: dict[int, Any] = {}
         self._done: dict[int, int] = {}
@@ -142,29 +139,6 @@ class Sampling:
     def account(self) -> Account:
         """What every guidance did."""
         return self.run.account
-
-    @property
-    def pil(self) -> list[Image.Image]:
-        """The finished images as PIL has them. Raises GuidekitError before they are drawn."""
-        return [to_image(image) for image in self._finished()]
-
-    def save(self, folder: str | Path) -> Path:
-        """Writes the finished images into a new folder, as `guidekit sample` does; returns it.
-
-        SEED.png, `overlay/`, `attention/`, `masks/` and run.json. What only Python can give, such
-        as a live scheduler or several conditions, is noted in run.json, which cannot repeat it.
-        Raises GuidekitError before the images are drawn, and for a folder that cannot be made.
-        """
-        return save_run(self.run, self._finished(), Path(folder), self._steps)
-
-    def _repr_html_(self) -> str:
-        """What a notebook shows: every image with its masks and attention maps."""
-        return as_html(self.run, self.images)
-
-    def _finished(self) -> Tensor:
-        if self.images is None:
-            raise GuidekitError("nothing is drawn yet; call finish(), or iterate to the end")
-        return self.images
 
     def finish(self, progress: Callable[[Step], None] | None = None) -> "Sampling":
         """Draws to the end and returns itself; `progress` is called after every step.

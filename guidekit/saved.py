@@ -12,6 +12,7 @@ from torch import Tensor
 from guidekit.backbones.schedulers import SCHEDULERS
 from guidekit.cli import outputs
 from guidekit.conditions import Condition
+from guidekit.errors import GuidekitError
 from guidekit.images import enlarge, heat_map, overlay, save_picture, to_image
 from guidekit.options import stated
 from guidekit.run import Run
@@ -21,6 +22,39 @@ from guidekit.zoo.shipped import ZOO
 FORMAT = 1  # of run.json
 MAPS = "attention after"  # by which name guidances keep maps in the account
 SHOWN = 160  # pixels of an image in a notebook
+
+
+class Drawn:
+    """What a run shows and keeps of itself, for `guidekit.Sampling`."""
+
+    run: Run
+    #: Images (B, 3, H, W) in [0, 1]; None before they are drawn.
+    images: Tensor | None
+    #: Number of denoising steps.
+    steps: int
+
+    @property
+    def pil(self) -> list[Image.Image]:
+        """The finished images as PIL has them. Raises GuidekitError before they are drawn."""
+        return [to_image(image) for image in self._finished()]
+
+    def save(self, folder: str | Path) -> Path:
+        """Writes the finished images into a new folder, as `guidekit sample` does; returns it.
+
+        SEED.png, `overlay/`, `attention/`, `masks/` and run.json. What only Python can give, such
+        as a live scheduler or several conditions, is noted in run.json, which cannot repeat it.
+        Raises GuidekitError before the images are drawn, and for a folder that cannot be made.
+        """
+        return save_run(self.run, self._finished(), Path(folder), self.steps)
+
+    def _repr_html_(self) -> str:
+        """What a notebook shows: every image with its masks and attention maps."""
+        return as_html(self.run, self.images)
+
+    def _finished(self) -> Tensor:
+        if self.images is None:
+            raise GuidekitError("nothing is drawn yet; call finish(), or iterate to the end")
+        return self.images
 
 
 def save_run(run: Run, images: Tensor, folder: Path, steps: int) -> Path:

@@ -14,7 +14,15 @@ from guidekit.errors import GuidekitError
 from guidekit.images import enlarge, grid
 from guidekit.options import convert, parse_value
 
-TOGETHER = ("seeds", "out", "layout", "model", "image_folder", "per_image")  # the same in all cells
+TOGETHER = (
+    "seeds",
+    "particles",
+    "out",
+    "layout",
+    "model",
+    "image_folder",
+    "per_image",
+)  # the same in all cells
 SHEET = "sheet.png"
 INK, PAPER = "#1b1b1b", "white"
 TEXT, GAP = 16, 10  # pixels: size of labels, space between cells

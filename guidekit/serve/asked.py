@@ -32,7 +32,7 @@ PICTURES = (".jpeg", ".jpg", ".png", ".webp")
 SUFFIXES = (*PICTURES, ".json")
 MOST_FILES = 64
 #: Keys of [sample] that say where the server reads and writes and what it runs on.
-SERVERS = ("out", "image_folder", "per_image", "device", "dtype")
+SERVERS = ("out", "image_folder", "per_image", "device", "dtype", "compile")
 OWN_FILES = ("layout", "image")
 REQUEST = "request.json"
 
@@ -226,6 +226,7 @@ def _check_numbers(settings: Settings, limits: Limits) -> None:
         "steps": limits.steps,
         "tries": limits.tries,
         "batch": limits.images,
+        "particles": limits.images,
     }
     for name, allowed in most.items():
         if (value := getattr(settings, name)) is not None and value > allowed:

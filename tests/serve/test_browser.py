@@ -213,7 +213,7 @@ def test_a_run_is_stopped(page, port):
 
 
 def test_a_reload_loses_nothing(page):
-    page.get_by_role("textbox", name="Prompt", exact=True).fill("a green ring and a blue square on gray")
+    page.get_by_role("textbox", name="Prompt", exact=True).fill("a green ring, a blue square")
     page.get_by_label("Phrase").first.fill("green ring")
     drag(page, (100, 100), (140, 60))
     page.get_by_label("scale").first.fill("0.7")
@@ -225,7 +225,7 @@ def test_a_reload_loses_nothing(page):
     expect(page.locator("html")).to_have_attribute("data-ready", "yes", timeout=WAIT)
     assert np.array_equal(numbers(page), before)
     expect(page.get_by_role("textbox", name="Prompt", exact=True)).to_have_value(
-        "a green ring and a blue square on gray"
+        "a green ring, a blue square"
     )
     expect(page.get_by_label("Phrase").first).to_have_value("green ring")
     expect(page.get_by_label("scale").first).to_have_value("0.7")
