@@ -1,8 +1,13 @@
 """The API: a run is posted, followed, read and stopped; what arrives is what was sent."""
 
+import base64
+import dataclasses
+import io
 import json
+import re
 import socket
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -24,6 +29,15 @@ def painted(size=48):
     y, x = np.mgrid[:size, :size]
     disc, corner = (x - 12) ** 2 + (y - 14) ** 2 <= 81, (x >= 30) & (y >= 31)
     return disc.astype("uint8") + 2 * corner.astype("uint8"), disc, corner
+
+
+def test_the_client_of_the_documentation_draws(port, body):
+    docs = Path(__file__).parents[2] / "docs/reference/serve-api.md"
+    (code,) = re.findall(r"```python\n(.*?)```", docs.read_text(), re.DOTALL)
+    names = {}
+    exec(compile(code, str(docs), "exec"), names)
+    image = Image.open(io.BytesIO(names["draw"](f"http://127.0.0.1:{port}", body["sample"])))
+    assert image.text["guidekit"] and image.format == "PNG"
 
 
 def with_layout(body, **plugin):
@@ -169,14 +183,10 @@ def opened(client, **request):
 
 def numbers_of(found):
     """The map of an answer."""
-    import base64
-
     return np.frombuffer(base64.b64decode(found["map"]), np.uint8).reshape(found["size"])
 
 
 def test_an_image_restores_the_run_that_drew_it(client, body):
-    import base64
-
     id = client.draw(with_layout(body, zest={"stop": 0.7}))
     client.finished(id)
     *_, image = client.raw("GET", f"/api/runs/{id}/files/3.png")
@@ -231,11 +241,9 @@ def test_a_grid_is_a_sheet_of_runs(client, body):
 
 
 def test_knobs_come_from_the_fields_of_any_plugin():
-    from dataclasses import dataclass
-    from pathlib import Path
     from typing import Literal
 
-    @dataclass(kw_only=True)
+    @dataclasses.dataclass(kw_only=True)
     class Fog(Guidance):
         """Thickens the fog.
 
@@ -266,8 +274,6 @@ def test_knobs_come_from_the_fields_of_any_plugin():
 
 def test_nothing_is_lost_under_load(options, body, tmp_path):
     """Fifty runs, of which some clients listen and vanish, and one server."""
-    import dataclasses
-
     own = dataclasses.replace(options, out=tmp_path, preview=0)
     one = body | {"sample": body["sample"] | {"steps": 1}}
     with serving(own) as port:
@@ -293,8 +299,6 @@ def test_nothing_is_lost_under_load(options, body, tmp_path):
 
 
 def test_what_is_over_is_let_go(options, body, tmp_path):
-    import dataclasses
-
     limits = dataclasses.replace(options.limits, queue=2, kept=2)
     own = dataclasses.replace(options, out=tmp_path, limits=limits)
     with serving(own) as port:
