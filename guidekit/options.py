@@ -148,3 +148,15 @@ def option_kinds(cls: type) -> dict[str, Any]:
 def _kinds(cls: type) -> dict[str, Any]:
     hints = typing.get_type_hints(cls)
     return {f.name: hints[f.name] for f in dataclasses.fields(cls) if f.init}
+
+
+def stated(made: Any) -> dict[str, Any]:
+    """The options of a dataclass as JSON has them; paths in them are absolute texts."""
+    return {f.name: _stated(getattr(made, f.name)) for f in dataclasses.fields(made) if f.init}
+
+
+def _stated(value: Any) -> Any:
+    """Paths as absolute texts, also inside lists."""
+    if isinstance(value, list | tuple):
+        return [_stated(item) for item in value]
+    return str(value.resolve()) if isinstance(value, Path) else value

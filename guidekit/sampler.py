@@ -27,6 +27,7 @@ from guidekit.inputs import as_conditions, as_denoiser, as_guidances, as_schedul
 from guidekit.levels import Levels
 from guidekit.noise import is_flow
 from guidekit.run import Run
+from guidekit.saved import Drawn
 from guidekit.seeds import Seeds, derived_seed
 from guidekit.start import Start, own_copy
 from guidekit.step import Step
@@ -35,7 +36,7 @@ STEPS = 50  # where neither the user nor the model says
 MOST = 1000  # times that one step may be done
 
 
-class Sampling:
+class Sampling(Drawn):
     """One batch of images being drawn: iterate over its steps, then read `images`.
 
     denoiser: a Denoiser, a live pipeline or a model's name. conditions: one for all images or one
@@ -136,7 +137,7 @@ class Sampling:
         with frozen(*denoiser.models):
             self.engine = Engine(self.run, used)
         self.guidances = self.engine.guidances  # the run's own copies
-        self._drawn = False
+        self._drawn, self.steps = False, steps
         #: By the number of a solver's step: the scheduler before it, and how often it was done.
         self._before: dict[int, Any] = {}
         self._done: dict[int, int] = {}

@@ -6,6 +6,7 @@ is taken for it; what is echoed of it is printable. SECURITY.md says the same fo
 """
 
 import json
+import math
 import os
 import pkgutil
 import re
@@ -128,14 +129,24 @@ def _require_file(path: Path) -> None:
         raise GuidekitError("it is a folder" if stat.S_ISDIR(mode) else "it is no file")
 
 
-def parse_json(text: str | bytes) -> Any:
-    """What a JSON text holds. Raises GuidekitError, also for one that is too deeply nested."""
+def parse_json(text: str | bytes, finite: bool = False) -> Any:
+    """What a JSON text holds. Raises GuidekitError, also for one that is too deeply nested.
+
+    finite: no NaN and no infinity, which JSON has not and Python reads.
+    """
+    own: dict[str, Any] = {"parse_constant": _finite, "parse_float": _finite} if finite else {}
     try:
-        return json.loads(text)
+        return json.loads(text, **own)
     except RecursionError:
         raise GuidekitError("it is too deeply nested") from None
     except ValueError as error:
         raise GuidekitError(str(error)) from None
+
+
+def _finite(text: str) -> float:
+    if not math.isfinite(number := float(text)):
+        raise ValueError(f"{text} is no number of JSON")
+    return number
 
 
 def read_json(path: Path) -> Any:

@@ -43,7 +43,8 @@ class Clip(Guidance):
     # paper: the mean moves by scale * variance * gradient; noise: a share of the noise's length.
     units: Literal["paper", "noise"] = "paper"
     on: Literal["z", "x0"] = "z"  # what the encoder reads: the sample, or the clean estimate
-    encoder: str = "scenes-clip-noisy"  # built-in, folder, or ARCHITECTURE/TAG of open_clip (x0)
+    # Built-in, folder, or ARCHITECTURE/TAG of open_clip (x0).
+    encoder: str | Path = "scenes-clip-noisy"
     text: str = ""  # texts, separated by |, each with @WEIGHT; without any, or an image, the prompt
     negative: str = ""  # texts to move away from
     image: tuple[Path, ...] = ()  # reference images; scene-3 is a built-in one

@@ -55,7 +55,7 @@ class Semantica(Guidance):
     scale: float = 1.0  # strength: of the adapter's tokens, or a factor of w
     w: float = 0.5  # of a Semantica model: guidance, (1 + w) cond - w null
     adapter: Path | None = None  # of text-to-image: folder, or IP-Adapter .safetensors; or none
-    encoder: str = ""  # of the adapter: what encodes the reference; "" is the adapter's own
+    encoder: str | Path = ""  # of the adapter: what encodes the reference; "" is the adapter's own
     fit: Literal["crop", "pad", "crops"] = "crop"  # what is seen of a reference that is no square
 
     reads_image: ClassVar[bool] = True

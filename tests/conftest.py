@@ -25,6 +25,7 @@ FULL = (
     "semantica/test_semantica_processes.py",
     "semantica/test_semantica_train.py",
     "semantica/test_semantica_weights.py",
+    "serve",
     "testing",
     "train",
 )

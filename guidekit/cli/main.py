@@ -13,6 +13,7 @@ from guidekit.cli.errors import Tracebacks, shown_errors, traceback_option
 from guidekit.cli.heads import augment, fit
 from guidekit.cli.plugins import plugins
 from guidekit.cli.sample import sample
+from guidekit.cli.serve import serve
 from guidekit.cli.status import status
 from guidekit.cli.train import train
 from guidekit.errors import GuidekitError, blame
@@ -78,5 +79,5 @@ def main() -> None:
     """Steer frozen diffusion backbones while they sample."""
 
 
-for command in (sample, status, plugins, fit, augment, affinity, train, doctor):
+for command in (sample, serve, status, plugins, fit, augment, affinity, train, doctor):
     main.add_command(command)

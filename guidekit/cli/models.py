@@ -1,6 +1,7 @@
 """The model of a run: where its name leads, and what `run.json` says of it."""
 
 import logging
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,19 @@ def load_model(name: str, registry: Registry, device: str | None, dtype: str | N
     if ":" in name and not Path(name).exists():
         registry.backbone(name)  # of a plugin that may be blocked
     return load(name, device, None if dtype is None else getattr(torch, dtype))
+
+
+def loading_once() -> Callable[..., Any]:
+    """`load_model` that loads each model once, for several runs."""
+    kept: dict[tuple, Any] = {}
+
+    def load(name: str, registry: Registry, device: str | None, dtype: str | None = None) -> Any:
+        key = (name, device, dtype)
+        if key not in kept:
+            kept[key] = load_model(name, registry, device, dtype)
+        return kept[key]
+
+    return load
 
 
 def quiet_libraries() -> None:

@@ -106,6 +106,11 @@ def save_masks(segments: tuple[Segment, ...], folder: Path) -> None:
             save_picture(mask_image(segment.mask), folder / table["mask"])
 
 
+def mask_names(segments: tuple[Segment, ...]) -> list[str]:
+    """The files that `save_masks` writes, by their paths in the run's folder."""
+    return [table["mask"] for table in segment_tables(segments) if "mask" in table]
+
+
 def write_record(record: dict[str, Any], folder: Path) -> None:
     """Writes run.json; the old one stays until the new one is complete."""
     with replacing(folder / RECORD) as part:

@@ -1,6 +1,6 @@
 """What a run will draw, decided once: settings, condition, guidances, a target for every seed."""
 
-import dataclasses
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -24,6 +24,7 @@ from guidekit.groups import batches, with_particles
 from guidekit.guidance import Guidance
 from guidekit.layouts import load_layout, parse_layout, parse_segment
 from guidekit.masks import box_mask
+from guidekit.options import stated
 from guidekit.references import Reference, load_reference, load_references
 from guidekit.registry import Registry
 from guidekit.run import MEMORY, POLICIES
@@ -82,21 +83,24 @@ class Plan:
         return guided and self.settings.compare and not self.follows_folder
 
 
-def make_plan(settings: Settings, blocked: tuple[str, ...] = ()) -> Plan:
+def make_plan(
+    settings: Settings,
+    blocked: tuple[str, ...] = (),
+    load: Callable[..., Any] = load_model,
+) -> Plan:
     """The plan of a run: checks what can be checked, makes the folder, loads the model.
 
-    blocked: plugins that must not be imported. Raises GuidekitError for settings that cannot work,
-    before anything is loaded where it can be known by then.
+    blocked: plugins that must not be imported. load: `load_model`, or what keeps the models of
+    several runs. Raises GuidekitError for settings that cannot work, before anything is loaded
+    where it can be known by then.
     """
-    check_settings(settings)
-    registry, own = Registry(blocked), model_defaults(settings.model)
-    guidances = tuple(_guidance(registry, settings, own, name) for name in settings.plugin)
-    asked = condition_of(settings)
+    registry = Registry(blocked)
+    guidances, asked = checked(settings, registry)
     references = _references(settings)
     name = asked.prompt or Path(settings.model).name
     folder = outputs.new_folder(settings.out, name)
     with outputs.removed_if_empty(folder):
-        return _loaded(settings, registry, guidances, asked, references, folder)
+        return _loaded(settings, registry, guidances, asked, references, folder, load)
 
 
 def plan_of_none(settings: Settings, folder: Path, blocked: tuple[str, ...] = ()) -> Plan:
@@ -104,10 +108,9 @@ def plan_of_none(settings: Settings, folder: Path, blocked: tuple[str, ...] = ()
 
     Raises GuidekitError as `make_plan`.
     """
-    check_settings(settings)
-    registry, own = Registry(blocked), model_defaults(settings.model)
-    guidances = tuple(_guidance(registry, settings, own, name) for name in settings.plugin)
-    return _loaded(settings, registry, guidances, condition_of(settings), None, folder)
+    registry = Registry(blocked)
+    guidances, asked = checked(settings, registry)
+    return _loaded(settings, registry, guidances, asked, None, folder)
 
 
 def _loaded(
@@ -117,10 +120,11 @@ def _loaded(
     asked: Condition,
     references: dict[str, Reference] | None,
     folder: Path,
+    load: Callable[..., Any] = load_model,
 ) -> Plan:
     """The plan with its model; without targets where `references` is None."""
     own, controls = model_defaults(settings.model), read_controls(settings)
-    pipeline = load_model(settings.model, registry, settings.device, settings.dtype)
+    pipeline = load(settings.model, registry, settings.device, settings.dtype)
     denoiser = with_controls(Denoiser(pipeline), controls)
     condition = completed(asked, settings, denoiser)
     targets = () if references is None else _targets(settings, condition, references)
@@ -136,6 +140,17 @@ def _loaded(
         targets=targets,
         folder=folder,
     )
+
+
+def checked(settings: Settings, registry: Registry) -> tuple[tuple[Guidance, ...], Condition]:
+    """The guidances and the condition of the settings, without the model.
+
+    Raises GuidekitError for what is known to be wrong before anything is loaded.
+    """
+    check_settings(settings)
+    own = model_defaults(settings.model)
+    guidances = tuple(_guidance(registry, settings, own, name) for name in settings.plugin)
+    return guidances, condition_of(settings)
 
 
 def check_settings(settings: Settings) -> None:
@@ -199,7 +214,7 @@ def guidance_options(settings: Settings, blocked: tuple[str, ...] = ()) -> Setti
     """The settings with every option of every plugin, for whichever process reads them later."""
     registry, own = Registry(blocked), model_defaults(settings.model)
     made = [_guidance(registry, settings, own, name) for name in settings.plugin]
-    return replace(settings, plugin={g.name: _options(g) for g in made}, changes={})
+    return replace(settings, plugin={g.name: stated(g) for g in made}, changes={})
 
 
 def is_empty(settings: Settings, condition: Condition) -> bool:
@@ -280,7 +295,7 @@ def _resolved(
         label=condition.label,
         segment=outputs.segment_tables(condition.segments),
         control=control_tables(controls),
-        plugin={guidance.name: _options(guidance) for guidance in guidances},
+        plugin={guidance.name: stated(guidance) for guidance in guidances},
         seeds=Seeds(target.seed for target in targets) if targets else settings.seeds,
         steps=own.get("steps", STEPS) if settings.steps is None else settings.steps,
         scheduler=settings.scheduler and scheduler_name(settings.scheduler),
@@ -288,16 +303,3 @@ def _resolved(
         device=str(denoiser.device),
         dtype=str(denoiser.dtype).removeprefix("torch."),
     )
-
-
-def _options(guidance: Guidance) -> dict[str, Any]:
-    """The options of a guidance as JSON has them."""
-    values = {f.name: getattr(guidance, f.name) for f in dataclasses.fields(guidance) if f.init}
-    return {name: _as_json(value) for name, value in values.items()}
-
-
-def _as_json(value: Any) -> Any:
-    """Paths as absolute texts, also inside lists."""
-    if isinstance(value, list | tuple):
-        return [_as_json(item) for item in value]
-    return str(value.resolve()) if isinstance(value, Path) else value

@@ -1,5 +1,7 @@
 """What is written of a run: run.json, `format = 1`, kept up to date while it is drawn."""
 
+import base64
+import functools
 import time
 from pathlib import Path
 from typing import Any
@@ -16,6 +18,7 @@ from guidekit.masks import coverage
 from guidekit.sampler import Sampling
 from guidekit.zoo.shipped import ZOO
 
+CARRIED = 2**20  # bytes of masks that an image carries at most
 SHARE = 0.01  # of the time of a run that may go into writing its record
 
 
@@ -56,11 +59,23 @@ class Record:
                 )
 
     def settings_of(self, target: Target) -> dict[str, Any]:
-        """The settings that an image carries; those of a data set leave out its other seeds."""
-        own = self.tables
+        """The settings that an image carries, with the masks that they name as `files`.
+
+        Those of a data set leave out its other seeds and the masks, which all its images share.
+        """
+        own = self.tables | {"seed": target.seed, "versions": self.facts["versions"]}
         if self.plan.follows_folder:
-            own = own | {"sample": own["sample"] | {"seeds": [target.seed]}}
-        return own | {"seed": target.seed, "versions": self.facts["versions"]}
+            return own | {"sample": own["sample"] | {"seeds": [target.seed]}}
+        return own | ({"files": self._files} if self._files else {})
+
+    @functools.cached_property
+    def _files(self) -> dict[str, str]:
+        """The masks that the settings name, in base64; none where they are large."""
+        names, folder = outputs.mask_names(self.plan.condition.segments), self.plan.folder
+        data = {name: (folder / name).read_bytes() for name in names}
+        if sum(map(len, data.values())) > CARRIED:
+            return {}
+        return {name: base64.b64encode(mask).decode() for name, mask in data.items()}
 
     def add(self, sampling: Sampling) -> None:
         """Adds what the guidances did to a batch."""

@@ -1,5 +1,6 @@
 """`guidekit sample`. Everything that needs torch is imported inside."""
 
+import dataclasses
 import json
 import shlex
 import sys
@@ -63,6 +64,7 @@ LISTS = (
     ("--plugin", "Plugin to use; repeat for several, in order."),
     ("--no-plugin", "Plugin that must not be used or imported."),
     ("--set", "Option of a plugin, such as zest.scale=2."),
+    ("--grid", "Values to draw a sheet over, such as zest.scale=0.5,1,2; once or twice."),
 )
 
 
@@ -115,6 +117,9 @@ def sample(config: Path | None, quiet: bool, as_json: bool, **flags: Any) -> Non
     silent = quiet or as_json
     if not silent:
         say(f"loading  {settings.model}")
+    if flags["grid"]:
+        _sample_grid(settings, flags, silent, as_json)
+        return
     with warnings.catch_warnings():  # what matters of them is in the account's notes
         warnings.simplefilter("ignore")
         session = _prepared(settings, flags["no_plugin"])
@@ -167,13 +172,48 @@ def _draw_blocks(config: Path | None, flags: dict[str, Any], quiet: bool, as_jso
         click.echo(json.dumps(done))
 
 
-def _prepared(settings: Any, blocked: tuple[str, ...]) -> Any:
+def _sample_grid(settings: Any, flags: dict[str, Any], silent: bool, as_json: bool) -> None:
+    """Draws a run for every combination of values, and a sheet of them all."""
+    from guidekit.cli.grid import SHEET, cells_of, draw_cells, parse_axes
+    from guidekit.cli.models import loading_once
+    from guidekit.cli.outputs import new_folder, removed_if_empty
+
+    axes = parse_axes(flags["grid"])
+    cells = cells_of(settings, axes)
+    load = loading_once()
+    folder = new_folder(settings.out, settings.prompt or Path(settings.model).name)
+
+    def draw(cell: Any, out: Path) -> None:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            own = dataclasses.replace(cell.settings, out=out)
+            run = _drawn(_prepared(own, flags["no_plugin"], load), silent)
+        if not silent:
+            say(f"cell     {cell.name}: {_energies(run['record'])}")
+
+    with removed_if_empty(folder):
+        draw_cells(folder, axes, cells, draw)
+    if as_json:
+        rows = [{"row": c.row, "column": c.column, "folder": str(folder / c.name)} for c in cells]
+        click.echo(json.dumps({"folder": str(folder), "sheet": str(folder / SHEET), "cells": rows}))
+    elif not silent:
+        say(f"wrote    {folder}/: {SHEET}, and a folder for each of {len(cells)} cells")
+
+
+def _energies(record: dict[str, Any]) -> str:
+    """Energies of a run in a line, and its time."""
+    energies = [f"{n} {e[0]:.4g} -> {e[1]:.4g}" for n, e in record["energy"].items() if e]
+    return ", ".join([*energies, f"{record['seconds']:.1f} s"])
+
+
+def _prepared(settings: Any, blocked: tuple[str, ...], load: Callable | None = None) -> Any:
     """The session for the settings, ready to draw."""
+    from guidekit.cli.models import load_model
     from guidekit.cli.outputs import removed_if_empty
     from guidekit.cli.plan import make_plan
     from guidekit.cli.session import Session
 
-    plan = make_plan(settings, blocked)
+    plan = make_plan(settings, blocked, load or load_model)
     with removed_if_empty(plan.folder):
         return Session(plan)
 

@@ -17,17 +17,22 @@ from guidekit.sampler import Sampling, accepted
 from guidekit.step import Step
 
 Progress = Callable[[int, int], None]  # steps done, steps in all
+Watch = Callable[[Sampling, Step], None]  # called after every step; it may raise Stopped
+
+
+class Stopped(Exception):
+    """Raised by who watches a run, to end it within a step; what is finished is kept."""
 
 
 class Session:
     """Draws a plan into its folder, and keeps what is finished.
 
     The first batch is prepared at once: GuidekitError for what cannot work comes before anything
-    is drawn or written.
+    is drawn or written. watch: sees every step of every batch, guided or not.
     """
 
-    def __init__(self, plan: Plan):
-        self.plan = plan
+    def __init__(self, plan: Plan, watch: Watch | None = None):
+        self.plan, self._watch = plan, watch
         self._calls: dict[str, str] = dict(plan.settings.replays.get("calls") or {})
         self._prepared: Sampling | None = begin(
             plan, plan.batches[0], plan.guidances, calls=self._calls
@@ -48,7 +53,7 @@ class Session:
                     self._draw_unguided(batch, progress)
                 self.record.finish(batch)
             status = "finished"
-        except KeyboardInterrupt:
+        except (KeyboardInterrupt, Stopped):
             status = "stopped"
             raise
         finally:
@@ -61,9 +66,12 @@ class Session:
 
         def tell(step: Step) -> None:
             self._steps += 1
-            progress(self._steps, max(self._steps, self._parts * step.n))
+            if progress:
+                progress(self._steps, max(self._steps, self._parts * step.n))
+            if self._watch:
+                self._watch(sampling, step)
 
-        drawn = finish(self.plan.denoiser, sampling, progress and tell)
+        drawn = finish(self.plan.denoiser, sampling, tell)
         self._calls |= sampling.account.calls  # what the first batch measured holds for all
         if drawn.black is not None:
             self.record.account.note(

@@ -1,0 +1,245 @@
+"""What a request asks for: the tables of run.json, with the files that they name beside them.
+
+A request is data of a stranger. A path in it is a name among its own files, or of what the server
+was started with; its model and plugins are those of the server; its numbers are bounded. It is
+read as `guidekit sample --config` reads a file, from a folder that holds its files alone.
+"""
+
+import base64
+import binascii
+import dataclasses
+import json
+import re
+from collections.abc import Collection
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from guidekit.cli.grid import Axis, cells_of, parse_axes
+from guidekit.cli.plan import checked
+from guidekit.cli.settings import FORMAT, Settings, make_settings, read_config
+from guidekit.errors import GuidekitError
+from guidekit.options import option_kinds
+from guidekit.references import BUILT_IN
+from guidekit.registry import Registry
+from guidekit.serve.knobs import as_json, names_files
+from guidekit.serve.options import Limits, ServeOptions
+from guidekit.untrusted import file_name, inside, open_picture
+from guidekit.zoo.shipped import ZOO
+
+KEYS = ("format", "sample", "plugin", "segment", "files", "grid", "record")
+PICTURES = (".jpeg", ".jpg", ".png", ".webp")
+SUFFIXES = (*PICTURES, ".json")
+MOST_FILES = 64
+#: Keys of [sample] that say where the server reads and writes and what it runs on.
+SERVERS = ("out", "image_folder", "per_image", "device", "dtype", "compile")
+OWN_FILES = ("layout", "image")
+REQUEST = "request.json"
+
+
+@dataclass(frozen=True)
+class Asked:
+    """A run that a request asks for, checked as far as it can be without the model."""
+
+    settings: Settings
+    axes: tuple[Axis, ...]
+    #: The request itself, from which a page restores everything.
+    body: dict[str, Any]
+
+
+def read_asked(body: Any, options: ServeOptions, registry: Registry, folder: Path) -> Asked:
+    """A run out of the JSON of a request; its files are written into the new `folder`.
+
+    Raises GuidekitError, in one line, for what the server does not do.
+    """
+    body = _tables(body)
+    files = _write_files(body["files"], folder, options.limits)
+    _check_sample(body["sample"], files, options)
+    _check_plugins(body["plugin"], files, options, registry)
+    _check_segments(body["segment"], files, options.limits)
+    config = folder / REQUEST
+    tables = {key: body[key] for key in ("sample", "plugin", "segment")} | {"format": FORMAT}
+    config.write_text(json.dumps(tables))
+    calls = body["record"].get("calls")
+    record = {"calls": calls} if isinstance(calls, dict) else {}
+    settings = make_settings(read_config(config) | {"record": record}, {})
+    settings = dataclasses.replace(settings, device=options.device, dtype=options.dtype)
+    _check_numbers(settings, options.limits)
+    axes = parse_axes(body["grid"])
+    for cell in cells_of(settings, axes) if axes else ():
+        _check_numbers(cell.settings, options.limits)
+        _check_plugins(cell.settings.changes, files, options, registry)
+    _check_cells(axes, options.limits)
+    _, condition = checked(settings, registry)
+    if len(condition.segments) > options.limits.segments:
+        raise GuidekitError(f"a layout has {options.limits.segments} segments at most here")
+    return Asked(settings, axes, body)
+
+
+def _tables(body: Any) -> dict[str, Any]:
+    """The tables of a request, each there and of its kind; raises GuidekitError for others."""
+    if not isinstance(body, dict):
+        raise GuidekitError(f"a request is an object with the keys {', '.join(KEYS)}")
+    if unknown := sorted(set(body) - set(KEYS)):
+        raise GuidekitError(f"a request has no key {unknown[0]!r}; it has {', '.join(KEYS)}")
+    if body.get("format", FORMAT) != FORMAT:
+        raise GuidekitError(f"this server reads format {FORMAT}, not {body['format']!r}")
+    kinds = {"sample": dict, "plugin": dict, "segment": list, "files": dict, "grid": list}
+    tables = {key: body.get(key, kind()) for key, kind in (kinds | {"record": dict}).items()}
+    for key, kind in (kinds | {"record": dict}).items():
+        if not isinstance(tables[key], kind):
+            raise GuidekitError(f"`{key}` must be {'a list' if kind is list else 'an object'}")
+    if not all(isinstance(text, str) for text in tables["grid"]):
+        raise GuidekitError("`grid` must be a list of texts such as 'zest.scale=0.5,1,2'")
+    return {"format": FORMAT} | tables
+
+
+def write_file(name: str, text: Any, folder: Path, limits: Limits) -> Path:
+    """A file of a request, in base64, written below `folder`.
+
+    Raises GuidekitError for a name that leads out of it, another kind of file, or a huge image.
+    """
+    path = inside(folder, name, "file")
+    for part in path.relative_to(folder).parts:
+        file_name(part, "a part of a file's name")
+    if path.suffix.lower() not in SUFFIXES or path.name == REQUEST:
+        raise GuidekitError(f"file {name!r}: a request brings {', '.join(SUFFIXES)} files")
+    try:
+        data = base64.b64decode(text, validate=True)
+    except (binascii.Error, TypeError, ValueError):
+        raise GuidekitError(f"file {name!r} is not written in base64") from None
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(data)
+    if path.suffix.lower() in PICTURES:
+        _check_picture(path, name, limits)
+    return path
+
+
+def _check_picture(path: Path, name: str, limits: Limits) -> None:
+    """Raises GuidekitError for what is no image, or too large a one, before it is decoded."""
+    try:
+        with open_picture(path) as image:
+            pixels = image.width * image.height
+    except Exception as error:  # Pillow's decoders pass on whatever they meet
+        raise GuidekitError(f"file {name!r}: not a readable image ({error})") from None
+    if pixels > limits.pixels:
+        raise GuidekitError(f"file {name!r} has {pixels} pixels; {limits.pixels} at most are read")
+
+
+def _write_files(files: dict[str, Any], folder: Path, limits: Limits) -> set[str]:
+    if len(files) > MOST_FILES:
+        raise GuidekitError(f"a request brings {MOST_FILES} files at most, not {len(files)}")
+    folder.mkdir(parents=True)
+    for name, text in files.items():
+        write_file(name, text, folder, limits)
+    return set(files)
+
+
+def _check_sample(sample: dict[str, Any], files: set[str], options: ServeOptions) -> None:
+    """Raises GuidekitError for another model, and for paths and devices that are the server's."""
+    model = sample.setdefault("model", options.models[0])
+    if not _is_among(model, options.models):
+        there = ", ".join(options.models)
+        raise GuidekitError(f"this server has no model {model!r}; it was started with {there}")
+    own = {"device": options.device, "dtype": options.dtype}
+    for key in SERVERS:
+        if sample.get(key) not in (None, own.get(key)):
+            raise GuidekitError(f"{key!r} is the server's own; leave it out")
+        sample.pop(key, None)
+    for key in OWN_FILES:
+        if sample.get(key) is not None and not _is_among(sample[key], files):
+            _refuse_path(f"sample.{key}", sample[key], files)
+
+
+def _is_among(value: Any, files: Collection[str]) -> bool:
+    return isinstance(value, str) and value in files
+
+
+def _refuse_path(where: str, value: Any, files: set[str] | list[str]) -> None:
+    there = ", ".join(sorted(files)) or "none"
+    raise GuidekitError(f"{where} {value!r} is not among the files of this request ({there})")
+
+
+def _check_segments(segments: list[Any], files: set[str], limits: Limits) -> None:
+    """Raises GuidekitError for a mask that is no file of the request, and for texts."""
+    if len(segments) > limits.segments:
+        raise GuidekitError(f"a layout has {limits.segments} segments at most here")
+    for index, entry in enumerate(segments):
+        if not isinstance(entry, dict):
+            raise GuidekitError(f"segment {index} must be an object with `phrase` and a place")
+        if "mask" in entry and not _is_among(entry["mask"], files):
+            _refuse_path(f"segment {index}: mask", entry["mask"], files)
+
+
+def _check_plugins(
+    tables: dict[str, Any], files: set[str], options: ServeOptions, registry: Registry
+) -> None:
+    """Raises GuidekitError for a plugin, and for a file or folder, that the server has not."""
+    for name, table in tables.items():
+        if name.partition(".")[0] not in options.plugins:
+            there = ", ".join(options.plugins) or "none"
+            raise GuidekitError(f"this server has no plugin {name!r}; it has {there}")
+        if not isinstance(table, dict):
+            raise GuidekitError(f"plugin {name!r}: its options must be an object")
+        cls = registry.guidance_class(name)
+        kinds = option_kinds(cls)
+        defaults = {f.name: as_json(_default(f)) for f in dataclasses.fields(cls)}
+        for option, value in table.items():
+            if option in kinds and names_files(kinds[option]) and value != defaults[option]:
+                table[option] = _placed(f"{name}.{option}", value, files, options)
+
+
+def _default(field: dataclasses.Field[Any]) -> Any:
+    made = field.default_factory is not dataclasses.MISSING
+    return field.default_factory() if made else field.default
+
+
+def _placed(where: str, value: Any, files: set[str], options: ServeOptions) -> Any:
+    """A file or folder that a request may name, as the plugin takes it; a list of them as such.
+
+    Those are files of the request, what the server was started with, the built-in models and the
+    built-in references. Raises GuidekitError for any other.
+    """
+    if isinstance(value, list):
+        return [_placed(where, one, files, options) for one in value]
+    if isinstance(value, str) and "," in value:
+        return [_placed(where, one.strip(), files, options) for one in value.split(",")]
+    if value in (None, "") or _is_among(value, files):
+        return value
+    if _is_among(value, options.files):
+        return str(options.files[value].resolve())
+    if isinstance(value, str) and (BUILT_IN.fullmatch(value) or _is_built_in(value)):
+        return value
+    return _refuse_path(where, value, [*files, *options.files])
+
+
+def _is_built_in(name: str) -> bool:
+    """Whether it is the name of a built-in model."""
+    return re.fullmatch(r"[a-z0-9-]+", name) is not None and (ZOO / name).is_dir()
+
+
+def _check_numbers(settings: Settings, limits: Limits) -> None:
+    """Raises GuidekitError for more than the server draws at once."""
+    most = {
+        "height": limits.side,
+        "width": limits.side,
+        "steps": limits.steps,
+        "tries": limits.tries,
+        "batch": limits.images,
+        "particles": limits.images,
+    }
+    for name, allowed in most.items():
+        if (value := getattr(settings, name)) is not None and value > allowed:
+            raise GuidekitError(f"{name} is {allowed} at most on this server, not {value}")
+    if len(settings.seeds) > limits.images:
+        raise GuidekitError(
+            f"a run draws {limits.images} images at most on this server, not {len(settings.seeds)}"
+        )
+
+
+def _check_cells(axes: tuple[Axis, ...], limits: Limits) -> None:
+    count = 1
+    for axis in axes:
+        count *= len(axis.values)
+    if count > limits.cells:
+        raise GuidekitError(f"a grid has {limits.cells} cells at most on this server, not {count}")

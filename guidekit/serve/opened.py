@@ -1,0 +1,186 @@
+"""Files that a user drops on the page: masks, layouts, run.json, and images that carry one.
+
+An image that guidekit drew has its settings and masks in its text chunk `guidekit`, so that it
+alone restores a run. What is read here was checked as a request's own files are.
+"""
+
+import base64
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from guidekit.cli.settings import sample_keys
+from guidekit.errors import GuidekitError
+from guidekit.layouts import parse_layout
+from guidekit.masks import load_mask, resize_mask
+from guidekit.serve.asked import PICTURES, SERVERS, write_file
+from guidekit.serve.options import ServeOptions
+from guidekit.untrusted import MOST_TEXT, open_picture, parse_json, read_json
+
+CHUNK = "guidekit"  # text chunk of an image, see `guidekit.images.save_picture`
+KEPT = ("phrase", "strength", "negative", "prompt", "occurrence", "tokens", "box", "mask")
+OPEN_KEYS = ("files", "main", "body", "size")
+
+
+def opened(request: Any, options: ServeOptions, folder: Path) -> dict[str, Any]:
+    """What the page shows of dropped files, written into the new `folder`.
+
+    request: `files` by name in base64 and the name of the `main` one, or the `body` of an earlier
+    request; `size` (height, width) of the map to paint on. Raises GuidekitError for anything else.
+    """
+    if not isinstance(request, dict) or set(request) - set(OPEN_KEYS):
+        raise GuidekitError(f"a request to open has the keys {', '.join(OPEN_KEYS)}")
+    size = _size(request.get("size"), options)
+    body = request.get("body")
+    files = (body or {}).get("files", {}) if isinstance(body, dict) else request.get("files", {})
+    if not isinstance(files, dict):
+        raise GuidekitError("`files` must be an object")
+    folder.mkdir(parents=True)
+    paths = {name: write_file(name, text, folder, options.limits) for name, text in files.items()}
+    if isinstance(body, dict):
+        return _run(body, files, folder, size, options)
+    main = request.get("main")
+    if main not in paths:
+        raise GuidekitError(f"`main` {main!r} is not among the files ({', '.join(paths)})")
+    if Path(main).suffix.lower() not in PICTURES:
+        return _document(read_json(paths[main]), files, folder, size, options)
+    if (tables := _carried(paths[main])) is None:
+        return _mask(paths[main], size)
+    own = tables.get("files", {}) if isinstance(tables.get("files"), dict) else {}
+    for name, text in own.items():
+        write_file(name, text, folder, options.limits)
+    return _run(tables, own, folder, size, options)
+
+
+def _size(given: Any, options: ServeOptions) -> tuple[int, int]:
+    whole = isinstance(given, list) and len(given) == 2 and all(type(side) is int for side in given)
+    if not whole or not all(1 <= side <= options.limits.side for side in given):
+        raise GuidekitError(
+            f"`size` is [height, width] of the map, {options.limits.side} at most each"
+        )
+    return given[0], given[1]
+
+
+def _carried(path: Path) -> dict[str, Any] | None:
+    """The settings in an image; None for an image of others."""
+    with open_picture(path) as image:
+        image.load()  # a chunk may stand behind the pixels
+        text = getattr(image, "text", {}).get(CHUNK)
+    if text is None:
+        return None
+    if len(text) > MOST_TEXT:
+        raise GuidekitError("its settings are larger than any that guidekit writes")
+    tables = parse_json(text)
+    return tables if isinstance(tables, dict) else None
+
+
+def _mask(path: Path, size: tuple[int, int]) -> dict[str, Any]:
+    """An image as a mask of one layer."""
+    mask = load_mask(path)
+    return {"kind": "mask", "size": list(size), "map": _bytes([mask], size), "notes": []}
+
+
+def _document(
+    table: Any, files: dict[str, str], folder: Path, size: tuple[int, int], options: ServeOptions
+) -> dict[str, Any]:
+    """A run.json or a layout.json."""
+    if isinstance(table, dict) and ("sample" in table or "segment" in table):
+        return _run(table, files, folder, size, options)
+    if isinstance(table, dict) and ("segments" in table or "prompt" in table):
+        sample = {key: table[key] for key in ("prompt", "negative", "label") if key in table}
+        return _layers("layout", sample, {}, table, files, folder, size, [])
+    raise GuidekitError("it is neither a run.json (`sample`) nor a layout.json (`segments`)")
+
+
+def _run(
+    tables: dict[str, Any],
+    files: dict[str, str],
+    folder: Path,
+    size: tuple[int, int],
+    options: ServeOptions,
+) -> dict[str, Any]:
+    """The tables of a run, as far as this server has what they name; what it has not is noted."""
+    notes: list[str] = []
+    sample = {
+        key: value
+        for key, value in dict(tables.get("sample") or {}).items()
+        if key in sample_keys() and key not in SERVERS and value is not None
+    }
+    layout: dict[str, Any] = {"segments": list(tables.get("segment") or [])}
+    if (name := sample.pop("layout", None)) in files:
+        layout = read_json(folder / name)
+        if not isinstance(layout, dict):
+            raise GuidekitError(f"{name} holds no object")
+        sample = {k: layout[k] for k in ("prompt", "negative") if k in layout} | sample
+    if sample.get("model", options.models[0]) not in options.models:
+        notes.append(f"this server has no model {sample.pop('model')!r}")
+    plugin = {}
+    for name, own in dict(tables.get("plugin") or {}).items():
+        if name.partition(".")[0] in options.plugins and isinstance(own, dict):
+            plugin[name] = own
+        else:
+            notes.append(f"this server has no plugin {name!r}")
+    if (image := sample.get("image")) is not None and image not in files:
+        notes.append(f"the image {Path(str(image)).name} to follow is not here; add it again")
+        sample.pop("image")
+    return _layers("run", sample, plugin, layout, files, folder, size, notes)
+
+
+def _layers(
+    kind: str,
+    sample: dict[str, Any],
+    plugin: dict[str, Any],
+    layout: dict[str, Any],
+    files: dict[str, str],
+    folder: Path,
+    size: tuple[int, int],
+    notes: list[str],
+) -> dict[str, Any]:
+    """A layout as layers: each segment's words, its place, and all of them in one map."""
+    entries = []
+    for entry in layout.get("segments") or []:
+        found = _with_file(entry, files) if isinstance(entry, dict) else entry
+        if found is None:
+            notes.append(f"the mask {entry['mask']} is not here; drop it together with the file")
+        else:
+            entries.append(found)
+    table = {key: layout[key] for key in ("map",) if key in layout} | {"segments": entries}
+    segments = parse_layout(table, folder, "layout").segments
+    if "map" in layout and segments:  # a painted map keeps its own pixels
+        with open_picture(folder / layout["map"]) as image:
+            own = (image.height, image.width)
+        size = own if max(own) <= 1024 else size
+    shown = [{key: entry[key] for key in KEPT if key in entry} for entry in entries]
+    used = {entry["mask"] for entry in shown if "mask" in entry} | {sample.get("image")}
+    return {
+        "kind": kind,
+        "sample": sample,
+        "plugin": plugin,
+        "segments": shown,
+        "size": list(size),
+        "map": _bytes([segment.mask for segment in segments], size),
+        "files": {name: text for name, text in files.items() if name in used},
+        "notes": notes,
+    }
+
+
+def _with_file(entry: dict[str, Any], files: dict[str, str]) -> dict[str, Any] | None:
+    """An entry whose mask is one of the files, also by its last name; None where it is not."""
+    mask = entry.get("mask")
+    if mask is None or mask in files:
+        return entry
+    found = next((f for f in files if PurePosixPath(f).name == PurePosixPath(str(mask)).name), None)
+    return None if found is None else entry | {"mask": found}
+
+
+def _bytes(masks: list[Tensor], size: tuple[int, int]) -> str:
+    """One number (0 none, 1 the first mask) a pixel, row by row, in base64; later masks win."""
+    numbers = np.zeros(size, np.uint8)
+    for index, mask in enumerate(masks, 1):
+        same = tuple(mask.shape) == size
+        inside = mask if same else resize_mask(mask.to(torch.float32), *size)
+        numbers[inside.numpy() >= 0.5] = index
+    return base64.b64encode(numbers.tobytes()).decode()

@@ -1,0 +1,218 @@
+// The page: puts its parts together.
+
+import { api } from "./api.js";
+import { toBase64 } from "./bytes.js";
+import { Easel } from "./canvas.js";
+import { $, el, saveFile, say } from "./dom.js";
+import { compare, showRuns } from "./gallery.js";
+import { showPlugins, showSampling } from "./knobs.js";
+import { askTokens, bindLayers, phrasesFit, showAsk, showCoverage, showLayers } from "./layers.js";
+import { RunView } from "./run.js";
+import { adopt, keepDraft, layer, layoutFiles, newLayer, request, restoreDraft, state } from "./state.js";
+
+const EVERY = 2000; // milliseconds between two looks at the list of runs
+
+// What the page begins with: the example of `guidekit sample`.
+const EXAMPLE = {
+  prompt: "a red circle and a blue square on a white background",
+  places: { "red circle": ["ellipse", 0.06, 0.06, 0.48, 0.48], "blue square": ["box", 0.52, 0.52, 0.94, 0.94] },
+};
+
+let easel, view, runs = [], last = 0;
+
+function begin() {
+  state.model = state.about.models[0];
+  state.prompt = EXAMPLE.prompt;
+  const names = state.about.plugins.map((one) => one.name);
+  state.plugins = ["zest", "pww"].filter((name) => names.includes(name)).map((name) => ({ name, options: {} }));
+}
+
+function paintExample() {
+  const { width, height } = state.map;
+  for (const [phrase, [shape, l, t, r, b]] of Object.entries(EXAMPLE.places)) {
+    const { value } = newLayer(phrase);
+    state.map[shape]({ x: l * width, y: t * height }, { x: r * width, y: b * height }, value);
+  }
+  state.selected = 1;
+}
+
+async function chooseModel(name) {
+  state.facts = await api.model(name);
+  state.model = name;
+  $("model").value = name;
+}
+
+function showAll() {
+  easel.reset();
+  showAsk(easel);
+  showPlugins();
+  showSampling();
+}
+
+function under(source) {
+  $("under").src = source ?? "";
+  $("under").hidden = !source;
+}
+
+function fail(error) {
+  $("ask-error").textContent = error.message ?? String(error);
+  $("ask-error").hidden = false;
+}
+
+async function draw() {
+  $("ask-error").hidden = true;
+  await askTokens();
+  if (!phrasesFit() && !state.sample.append_phrases) return fail("A layer's phrase is not in the prompt; see the layers.");
+  $("draw").disabled = true;
+  try {
+    const run = await api.draw(await request());
+    await view.show(run.id);
+    $("result").scrollIntoView({ block: "nearest", behavior: "smooth" });
+    say(`Run ${run.id} is waiting`);
+  } catch (error) {
+    fail(error);
+  } finally {
+    $("draw").disabled = false;
+  }
+  refresh();
+}
+
+async function refresh() {
+  const own = ++last;
+  try {
+    const found = (await api.runs()).runs;
+    if (own !== last) return;
+    runs = found;
+    if (!view.source) $("banner").hidden = true;
+  } catch (error) {
+    if (own !== last) return;
+    $("banner").textContent = error.message;
+    $("banner").hidden = false;
+    return;
+  }
+  const busy = runs.filter((run) => !["finished", "stopped", "failed"].includes(run.state));
+  $("queue").textContent = busy.length > 1 ? `${busy.length} runs in the queue` : "";
+  showRuns(runs, (id) => view.show(id).then(() => $("result").scrollIntoView({ block: "nearest" })).catch(fail));
+}
+
+async function openFiles(list) {
+  $("ask-error").hidden = true;
+  const given = [...list];
+  const files = {};
+  for (const file of given) files[file.name] = toBase64(new Uint8Array(await file.arrayBuffer()));
+  const main = (given.find((file) => file.name.endsWith(".json")) ?? given[0])?.name;
+  if (!main) return;
+  try {
+    const found = await api.open({ files, main, size: [state.map.height, state.map.width] });
+    if (found.kind === "mask") return openMask(main, files[main], found);
+    await take(found);
+    say(found.kind === "run" ? "Everything of that run is restored" : "The layout is opened");
+  } catch (error) {
+    fail(error);
+  }
+}
+
+// A mask goes to the layer at hand; it stays the file that it is until it is painted on.
+function openMask(name, data, found) {
+  const one = layer() ?? newLayer("");
+  const inside = Uint8Array.from(atob(found.map), (c) => c.charCodeAt(0));
+  easel.change((map) => {
+    for (let i = 0; i < inside.length; i++)
+      if (inside[i]) map.values[i] = one.value;
+      else if (map.values[i] === one.value) map.values[i] = 0;
+  });
+  let own = name;
+  while (own in state.files && state.files[own] !== data) own = `again-${own}`;
+  state.files[own] = data;
+  one.place = { mask: own };
+  showLayers(easel);
+  askTokens();
+  showSampling();
+  keepDraft();
+  say(`The mask is on the layer ${one.phrase}`);
+}
+
+async function take(found) {
+  const model = state.model;
+  adopt(found);
+  if (state.model !== model) await chooseModel(state.model);
+  under(null);
+  showAll();
+  keepDraft();
+  if (found.notes.length) fail(found.notes.join("; "));
+}
+
+async function restore(id) {
+  try {
+    const run = await api.run(id);
+    await take(await api.open({ body: run.body, size: [state.map.height, state.map.width] }));
+    say(`The settings of run ${id} are restored`);
+  } catch (error) {
+    fail(error);
+  }
+}
+
+async function saveLayout() {
+  const { layout, files } = await layoutFiles();
+  saveFile("layout.json", [JSON.stringify(layout, null, 1)], "application/json");
+  for (const [name, data] of Object.entries(files)) saveFile(name, [Uint8Array.from(atob(data), (c) => c.charCodeAt(0))], "image/png");
+}
+
+function listen() {
+  $("draw").addEventListener("click", draw);
+  $("compare").addEventListener("click", () => compare().catch(fail));
+  $("save-layout").addEventListener("click", () => saveLayout().catch(fail));
+  $("open").addEventListener("change", (event) => openFiles(event.target.files).finally(() => (event.target.value = "")));
+  $("model").addEventListener("change", async (event) => {
+    try {
+      await chooseModel(event.target.value);
+      if (state.map.values.every((value) => !value)) state.map.resize(...state.facts.paint.toReversed());
+      showAll();
+      keepDraft();
+    } catch (error) {
+      fail(error);
+    }
+  });
+  document.addEventListener("keydown", (event) => {
+    if (event.key === "Enter" && (event.ctrlKey || event.metaKey)) draw();
+  });
+  for (const kind of ["dragenter", "dragover"])
+    document.addEventListener(kind, (event) => {
+      event.preventDefault();
+      document.body.classList.add("dropping");
+    });
+  document.addEventListener("dragleave", (event) => event.relatedTarget || document.body.classList.remove("dropping"));
+  document.addEventListener("drop", (event) => {
+    event.preventDefault();
+    document.body.classList.remove("dropping");
+    openFiles(event.dataTransfer.files);
+  });
+  document.addEventListener("visibilitychange", () => document.hidden || refresh());
+}
+
+async function start() {
+  state.about = await api.about();
+  const old = restoreDraft();
+  if (!old || !state.about.models.includes(state.model)) begin();
+  $("model").replaceChildren(...state.about.models.map((name) => el("option", { value: name }, name)));
+  await chooseModel(state.model);
+  if (!old) {
+    state.map.resize(...state.facts.paint.toReversed());
+    paintExample();
+  }
+  easel = new Easel(() => {
+    showCoverage();
+    for (const item of $("layers").children) item.classList.toggle("selected", item.dataset.layer === String(state.selected));
+  });
+  view = new RunView({ changed: refresh, under, restore });
+  bindLayers(easel);
+  listen();
+  showAll();
+  if (state.run) await view.show(state.run).catch(() => (state.run = null));
+  await refresh();
+  setInterval(() => document.hidden || refresh(), EVERY);
+  document.documentElement.dataset.ready = "yes";
+}
+
+window.guidekit = { state }; // for tests, and for who looks under the hood
+start().catch(fail);

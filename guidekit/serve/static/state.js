@@ -1,0 +1,141 @@
+// What the user has asked for so far, kept in the tab so that a reload loses nothing.
+
+import { packed, unpacked, toBase64, fromBase64, greyPng } from "./bytes.js";
+import { LayerMap } from "./map.js";
+
+const DRAFT = "guidekit-draft";
+
+export const state = {
+  about: null, // what GET /api said
+  facts: null, // of the model
+  model: null,
+  prompt: "",
+  negative: "",
+  sample: {}, // keys of [sample] that the user set
+  plugins: [], // {name, options}
+  layers: [], // {value, phrase, strength, negative, visible, place, more}
+  selected: 1,
+  files: {}, // base64 by name: masks and images that layers and settings name
+  map: new LayerMap(256, 256),
+  grid: [["", ""], ["", ""]],
+  run: null, // id of the run that is shown
+};
+
+export const colour = (value) => state.about.colours[(value - 1) % state.about.colours.length];
+export const layer = (value = state.selected) => state.layers.find((one) => one.value === value);
+
+export function newLayer(phrase = "", more = {}) {
+  const used = new Set(state.layers.map((one) => one.value));
+  let value = 1;
+  while (used.has(value)) value++;
+  const made = { value, phrase, strength: 1, negative: "", visible: true, place: null, more: {}, ...more };
+  state.layers.push(made);
+  return made;
+}
+
+export function keepDraft() {
+  const { model, prompt, negative, sample, plugins, layers, selected, files, grid, run, map } = state;
+  const painted = { width: map.width, height: map.height, runs: packed(map.values) };
+  const draft = { model, prompt, negative, sample, plugins, layers, selected, files, grid, run, painted };
+  try {
+    sessionStorage.setItem(DRAFT, JSON.stringify(draft));
+  } catch {
+    sessionStorage.removeItem(DRAFT); // too large for the browser: better none than an old one
+  }
+}
+
+export function restoreDraft() {
+  const text = sessionStorage.getItem(DRAFT);
+  if (!text) return false;
+  const { painted, ...draft } = JSON.parse(text);
+  Object.assign(state, draft);
+  state.map.resize(painted.width, painted.height);
+  unpacked(painted.runs, state.map.values);
+  return true;
+}
+
+// A layer that was a box or a file stays one until its pixels change.
+export function looseChanged(before) {
+  for (const one of state.layers) {
+    if (!one.place) continue;
+    const { values } = state.map;
+    for (let i = 0; i < values.length; i++) {
+      if (before[i] !== values[i] && (before[i] === one.value || values[i] === one.value)) {
+        one.place = null;
+        break;
+      }
+    }
+  }
+}
+
+// Layers that are drawn: visible, and somewhere.
+export function drawnLayers() {
+  const counts = state.map.counts();
+  return state.layers.filter((one) => one.visible && (one.place || counts[one.value]));
+}
+
+function segment(one) {
+  const words = { phrase: one.phrase, strength: one.strength, ...one.more };
+  if (one.negative) words.negative = one.negative;
+  return { ...words, ...(one.place ?? { value: one.value }) };
+}
+
+export async function layoutFiles() {
+  const layers = drawnLayers();
+  const painted = layers.some((one) => !one.place);
+  const layout = { prompt: state.prompt, negative: state.negative };
+  const files = {};
+  if (painted) {
+    const { width, height, values } = state.map;
+    files["map.png"] = toBase64(await greyPng(width, height, values));
+    layout.map = "map.png";
+  }
+  layout.segments = layers.map(segment);
+  for (const one of layers) if (one.place?.mask) files[one.place.mask] = state.files[one.place.mask];
+  return { layout, files, any: layers.length > 0 };
+}
+
+// The request for what the user asks: run.json's tables with the files that they name.
+export async function request() {
+  const { layout, files, any } = await layoutFiles();
+  const sample = { model: state.model, prompt: state.prompt, negative: state.negative, ...state.sample };
+  if (any) {
+    files["layout.json"] = toBase64(new TextEncoder().encode(JSON.stringify(layout)));
+    sample.layout = "layout.json";
+  }
+  if (sample.image) files[sample.image] = state.files[sample.image];
+  const plugin = Object.fromEntries(state.plugins.map((one) => [one.name, one.options]));
+  for (const options of Object.values(plugin))
+    for (const value of Object.values(options).flat()) if (value in state.files) files[value] = state.files[value];
+  const grid = state.grid.filter(([name, values]) => name && values.trim()).map(([name, values]) => `${name}=${values}`);
+  return { format: 1, sample, plugin, files, grid };
+}
+
+// Takes over what POST /api/open found in files.
+export function adopt(found) {
+  const map = state.map;
+  map.resize(found.size[1], found.size[0]);
+  map.values = fromBase64(found.map);
+  const { prompt, negative, model, ...sample } = found.sample;
+  state.prompt = prompt ?? "";
+  state.negative = negative ?? "";
+  if (found.kind === "run") {
+    if (model) state.model = model;
+    if (Array.isArray(sample.seeds)) sample.seeds = seedsText(sample.seeds);
+    state.sample = sample;
+    state.plugins = Object.entries(found.plugin).map(([name, options]) => ({ name, options }));
+  }
+  state.files = { ...found.files };
+  state.layers = [];
+  for (const { phrase, strength, negative, box, mask, ...more } of found.segments) {
+    const place = box ? { box } : mask ? { mask } : null;
+    newLayer(phrase, { strength: strength ?? 1, negative: negative ?? "", place, more });
+  }
+  state.selected = state.layers[0]?.value ?? 1;
+}
+
+export function seedsText(seeds) {
+  const last = seeds[0] + seeds.length - 1;
+  const whole = seeds.length > 1 && seeds.every((seed, i) => seed === seeds[0] + i);
+  return whole ? `${seeds[0]}-${last}` : seeds.join(",");
+}
