@@ -18,12 +18,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import click
+import guidekit_kernels.attention_map_joint as joint
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 import guidekit_kernels.attention_map as kernels
-import guidekit_kernels.attention_map_joint as joint
 from attention_model import BANDWIDTH, CHOSEN, COLUMNS, RATE, SHAPES, Shape, modelled
 from guidekit.attention.maps import token_maps
 from guidekit_kernels import tiles
