@@ -67,8 +67,9 @@ def lacks(query: Tensor, key: Tensor, value: Tensor, weights: Tensor, mask=None)
     if key.shape != value.shape or key.shape != (b, h, t, d):
         given = f"{tuple(query.shape)}, {tuple(key.shape)}, {tuple(value.shape)}"
         return f"query (B, H, N, d), key and value (B, H, T, d), not {given}"
-    if t > tiles.MAX_KEYS or d > tiles.MAX_HEAD or d % 8:
-        most = f"{tiles.MAX_KEYS} keys, heads of at most {tiles.MAX_HEAD} numbers that 8 divides"
+    head = tiles.max_head(query.device)
+    if t > tiles.MAX_KEYS or d > head or d % 8:
+        most = f"{tiles.MAX_KEYS} keys, heads of at most {head} numbers that 8 divides"
         return f"at most {most}, not {t} keys and {d} numbers"
     if weights.ndim != 3 or len(weights) not in (1, b) or weights.shape[1] != t:
         return f"weights (1 or {b}, {t}, S), not {tuple(weights.shape)}"

@@ -21,8 +21,6 @@ def attention_map(
     for the shapes.
     """
     scale = query.shape[-1] ** -0.5 if scale is None else scale
-    shared = query.shape[1] // key.shape[1]
-    key, value = (t.repeat_interleave(shared, dim=1) for t in (key, value))
     logits = query @ key.transpose(-1, -2) * scale
     if mask is not None and mask.dtype == torch.bool:
         logits = logits.masked_fill(~mask, float("-inf"))

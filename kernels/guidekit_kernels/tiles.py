@@ -10,7 +10,8 @@ from dataclasses import dataclass
 
 import torch
 
-MAX_HEAD = 160
+MAX_HEAD = 160  # 128 where a program has less than `SHARED` bytes of shared memory
+SHARED = 131072
 MAX_KEYS = 128  # of one block: the 77 tokens of CLIP fit, the 300 of T5 do not
 MAX_MAPS = 32  # more columns would not stay in registers
 
@@ -54,6 +55,15 @@ def key_block(t: int) -> int:
 def map_block(s: int) -> int:
     """Map columns of a tile; 16 is the least that tensor cores multiply."""
     return 16 if s <= 16 else MAX_MAPS
+
+
+@torch.compiler.assume_constant_result
+def max_head(device: torch.device) -> int:
+    """Largest head size that a device has the shared memory for: 128 on 8.6, 8.9 and 12.0."""
+    if device.type != "cuda":
+        return MAX_HEAD
+    shared = torch.cuda.get_device_properties(device).shared_memory_per_block_optin
+    return MAX_HEAD if shared >= SHARED else 128
 
 
 @functools.cache

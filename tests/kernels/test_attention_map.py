@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -98,6 +99,13 @@ def test_compiled_by_the_oldest_and_the_newest_triton(arch, other_triton):
 @pytest.mark.parametrize("arch", SHARED_MEMORY)
 def test_compiled_table(arch):
     fits(compiled(arch, *CASES))
+
+
+@pytest.mark.parametrize("shared, most", [(101376, 128), (166912, 160), (232448, 160)])
+def test_head_size_by_shared_memory(shared, most, monkeypatch):
+    about = SimpleNamespace(shared_memory_per_block_optin=shared)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: about)
+    assert tiles.max_head(torch.device("cuda")) == most
 
 
 def test_table_is_complete():
