@@ -18,7 +18,7 @@ from measured import Results
 ROOT = Path(__file__).parents[1]
 COMMANDS = {
     "check": ["-m", "guidekit_kernels.check"],
-    "tests": ["-m", "pytest", "-p", "no:cacheprovider", "-q", "-m", "gpu", "tests"],
+    "tests": ["-m", "pytest", "-p", "no:cacheprovider", "-q", "-m", "gpu", "tests/kernels"],
 }
 
 

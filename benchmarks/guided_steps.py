@@ -59,6 +59,7 @@ def timed(step: Callable, repeats: int) -> dict:
             synchronise()
             times.append(1000 * (time.perf_counter() - start))
         finite = bool(torch.isfinite(result).all())
+        torch.compiler.cudagraph_mark_step_begin()
         with PeakMemory() as peak:
             step()
             synchronise()
@@ -122,11 +123,9 @@ def main(model, batches, compiled, only, repeats, quick, seed, json_file):
     """Prints what a guided step costs, a JSON object a row."""
     torch.manual_seed(seed)
     xl, changes = MODELS[model]
-    device, dtype = (
-        ("cuda", torch.bfloat16) if torch.cuda.is_available() else ("cpu", torch.float32)
-    )
-    results = Results(json_file, model=model, dtype=str(dtype)[6:], repeats=repeats)
-    pipeline = random_pipeline(xl, dtype, device, **changes)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    results = Results(json_file, model=model, dtype="bfloat16", repeats=repeats)
+    pipeline = random_pipeline(xl, torch.bfloat16, device, **changes)
     if compiled:
         compile_denoiser(pipeline, compiled)
     for batch in batches or (1, 4):

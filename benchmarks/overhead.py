@@ -108,7 +108,9 @@ class Plain:
         read, maps = self.guide._read, {}
         for site, (h, w) in read.sites.items():
             p = self.store[site].unflatten(0, (2 * self.batch, -1))[self.batch :]
-            maps[site] = (p @ read.weights[:, None]).mean(1).transpose(1, 2).unflatten(2, (h, w))
+            maps[site] = (
+                (p.float() @ read.weights[:, None]).mean(1).transpose(1, 2).unflatten(2, (h, w))
+            )
         average = average_maps(maps, self.guide._common)
         return self.guide._loss(average, self.guide._masks[self.guide._common]).sum()
 
