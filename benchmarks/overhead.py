@@ -108,7 +108,9 @@ class Plain:
         read, maps = self.guide._read, {}
         for site, (h, w) in read.sites.items():
             p = self.store[site].unflatten(0, (2 * self.batch, -1))[self.batch :]
-            maps[site] = (p @ read.weights[:, None]).mean(1).transpose(1, 2).unflatten(2, (h, w))
+            maps[site] = (
+                (p.float() @ read.weights[:, None]).mean(1).transpose(1, 2).unflatten(2, (h, w))
+            )
         average = average_maps(maps, self.guide._common)
         return self.guide._loss(average, self.guide._masks[self.guide._common]).sum()
 
@@ -318,17 +320,21 @@ SDXL = {
 }
 
 
-def random_pipeline(xl: bool, dtype: torch.dtype):
-    """Full-size UNet of SD 1.5 or SDXL with random weights and the smallest texts that fit it."""
+def random_pipeline(xl: bool, dtype: torch.dtype, device: str = "cpu", **changes):
+    """UNet of SD 1.5 or SDXL with random weights and the smallest texts that fit it.
+
+    Full size but for `changes` of its configuration; made on a device, which a GPU does fast.
+    """
     from diffusers import UNet2DConditionModel
 
     scenes = guidekit.load("scenes")
     tokenizer = scenes.tokenizer
     tokenizer.model_max_length = 77
-    with torch.device("cpu"):
+    config = {"sample_size": 128 if xl else 64} | (SDXL if xl else SD15) | changes
+    with torch.device(device):
         torch.set_default_dtype(dtype)
         try:
-            unet = UNet2DConditionModel(sample_size=128 if xl else 64, **(SDXL if xl else SD15))
+            unet = UNet2DConditionModel(**config)
         finally:
             torch.set_default_dtype(torch.float32)
     texts = [_text(tokenizer, 768, False)] + ([_text(tokenizer, 1280, True)] if xl else [])
@@ -354,7 +360,7 @@ def random_pipeline(xl: bool, dtype: torch.dtype):
             **parts, safety_checker=None, feature_extractor=None, requires_safety_checker=False
         )
     pipeline.set_progress_bar_config(disable=True)
-    return pipeline.to(dtype)
+    return pipeline.to(device, dtype)
 
 
 def _text(tokenizer, width: int, projection: bool):

@@ -1,6 +1,5 @@
 """What guidances read and edit: wishes for maps and features, by whom, and what came of them."""
 
-import functools
 import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
@@ -42,11 +41,6 @@ class AttentionRead:
     def shape(self, site: str) -> tuple[int, int]:
         """Grid (h, w) of its maps of a site."""
         return self.resize or self.sites[site]
-
-    @functools.cached_property
-    def columns(self) -> frozenset[int]:
-        """Tokens that have weight in some image; looked up once, as that waits for the GPU."""
-        return frozenset(self.weights.ne(0).any(0).any(-1).nonzero().flatten().tolist())
 
 
 @dataclass(eq=False, frozen=True)

@@ -6,7 +6,6 @@ the identity, or run by another implementation. The maps never keep P = softmax(
 Letters: B batch, H heads, N queries, T keys, S map columns, d head size.
 """
 
-import functools
 import importlib
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -19,8 +18,7 @@ from guidekit.attention.choice import automatic, choose
 from guidekit.attention.maps import logits_of, masked, token_maps
 from guidekit.errors import GuidekitError
 
-KERNELS = "guidekit_kernels.routes"
-PAINTED = 32  # segments of a bias that the kernels take by its factors
+KERNELS = "guidekit_kernels.attention_map"
 
 
 @dataclass(eq=False)
@@ -44,7 +42,6 @@ class AttentionCall:
     dropout_p: float = 0.0
     enable_gqa: bool = False
     implementation: str = "sdpa"
-    factors: tuple[Tensor, Tensor] | None = None  # see `paint`
     made: Tensor | None = field(default=None, repr=False)  # what `run` gave
     _extensions: list[tuple] = field(default_factory=list, repr=False)
     _identity: bool = field(default=False, repr=False)
@@ -57,21 +54,9 @@ class AttentionCall:
         """Add segments^T words^T to the logits, after the scale.
 
         segments (B, S, N), words (B, T, S). Paint-with-Words (eDiff-I, Balaji et al. 2022, arXiv
-        2211.01324, section 5); the triton kernels never write the (B, N, T) of up to 32 segments.
+        2211.01324, section 5).
         """
-        if self.factors is not None:
-            segments = torch.cat([self.factors[0], segments], 1)
-            words = torch.cat([self.factors[1], words], 2)
-        self.factors = (segments, words)
-
-    def whole_mask(self) -> Tensor | None:
-        """`mask` with what `paint` adds, broadcastable to (B, H, N, T)."""
-        if self.factors is None:
-            return self.mask
-        segments, words = self.factors
-        return _biased(
-            self.mask, (segments.mT @ words.mT.to(segments.dtype))[:, None].to(self.query.dtype)
-        )
+        self.bias((segments.mT @ words.mT.to(segments.dtype))[:, None])
 
     def extend(self, key: Tensor, value: Tensor, scale: float | Tensor = 1.0) -> None:
         """Add `scale` * attention(query, key, value) to the output, without the call's mask.
@@ -134,7 +119,6 @@ class AttentionCall:
             self.key,
             self.value,
             self.mask,
-            self.factors,
             self.scale,
             self._identity,
             len(self._extensions),
@@ -178,7 +162,7 @@ def _check_plain(call: AttentionCall) -> None:
 
 def _read_mask(call: AttentionCall) -> Tensor | None:
     _check_plain(call)
-    return call.whole_mask()
+    return call.mask
 
 
 def _run_sdpa(call: AttentionCall) -> Tensor:
@@ -186,7 +170,7 @@ def _run_sdpa(call: AttentionCall) -> Tensor:
         call.query,
         call.key,
         call.value,
-        attn_mask=call.whole_mask(),
+        attn_mask=call.mask,
         dropout_p=call.dropout_p,
         is_causal=call.is_causal,
         scale=call.scale,
@@ -221,17 +205,10 @@ def _run_xformers(call: AttentionCall) -> Tensor:
     return memory_efficient_attention(q, k, v, attn_bias=mask, scale=call.scale).transpose(1, 2)
 
 
-def _run_triton(call: AttentionCall) -> Tensor:
-    """Its kernel where a bias has factors, else it has nothing over stock SDPA without maps."""
-    if call.factors is None:
-        return _run_sdpa(call)
-    return _attend_triton(call, call.key.new_zeros(1, call.key.shape[2], 1), slice(0), "mean")[0]
-
-
 _RUN = {
     "sdpa": _run_sdpa,
     "auto": _run_sdpa,
-    "triton": _run_triton,
+    "triton": _run_sdpa,  # without maps its kernel has nothing over stock SDPA
     "eager": lambda call: _eager(call)[0],
     "xformers": _run_xformers,
 }
@@ -243,16 +220,15 @@ def attend(
     implementation: str | None = None,
     rows: slice | None = None,
     reduce: str = "mean",
-    columns: Sequence[int] | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Output and maps of one call: (B, H, N, d) and what `token_maps` returns.
 
     eager   materialises P and lets autograd keep it; the reference.
-    sdpa    in fp32 and fp64 stock SDPA with `weights` appended to V as columns (the output
-            within rounding of the untouched call); in half precision, where such maps would
-            have three digits, stock SDPA and `token_maps`.
-    triton  the kernels of `guidekit_kernels`; `columns`, the keys with weight where they are known,
-            let joint attention take the vendor's kernels if its table favours them.
+    sdpa    stock SDPA with `weights` appended to V as columns (the output within rounding of the
+            untouched call). In half precision P and each head's map are rounded; heads are summed
+            in fp32.
+    triton  the kernel of `guidekit_kernels`, where it takes the call (frozen keys, at most 128 of
+            them, half precision); else sdpa.
     None means `call.implementation`, which afterwards names the one that ran. Raises GuidekitError
     for xformers, which returns no maps, and RuntimeError for one that is not available here.
 
@@ -263,16 +239,17 @@ def attend(
     name = choose(implementation) if implementation else call.implementation
     if name == "auto":  # the table of times is not for compiled denoisers
         name = "sdpa" if torch.compiler.is_compiling() else automatic(call.query, call.key)
+    if name == "triton" and importlib.import_module(KERNELS).lacks(
+        call.query, call.key, call.value, weights, call.mask
+    ):
+        name = "sdpa"
     call.implementation = name
     rows = slice(None) if rows is None else rows
     if name == "xformers":
         raise GuidekitError("xformers returns no maps; read with: eager, sdpa, triton")
-    half = call.value.dtype not in (torch.float32, torch.float64)
-    half = half or torch.is_autocast_enabled(call.query.device.type)
-    if call._identity or (half and name == "sdpa"):
+    if call._identity:
         return call.run(), call.read(weights, rows, reduce)
-    known = {"columns": columns} if name == "triton" and columns is not None else {}
-    out, maps = _ATTEND[name](call, weights, rows, reduce, **known)
+    out, maps = _ATTEND[name](call, weights, rows, reduce)
     return call._extended(out), maps
 
 
@@ -285,47 +262,58 @@ def _attend_eager(call, weights, rows, reduce) -> tuple[Tensor, Tensor]:
 
 def _attend_sdpa(call, weights, rows, reduce) -> tuple[Tensor, Tensor]:
     """P @ [V | weights]; zeros keep the sizes equal, without which the CPU has no flash kernel."""
-    d, s = call.query.shape[-1], weights.shape[-1]
+    query, key, value, mask = _autocast(call)
+    d, s = query.shape[-1], weights.shape[-1]
     extra = -(-s // 8) * 8  # alignment for the CUDA kernels
-    columns = F.pad(weights.to(call.value.dtype), (0, extra - s))[:, None]
-    columns = columns.expand(*call.value.shape[:3], extra)
-    both = F.scaled_dot_product_attention(
-        F.pad(call.query, (0, extra)),
-        F.pad(call.key, (0, extra)),
-        torch.cat([call.value, columns], -1),
-        attn_mask=_read_mask(call),
-        scale=d**-0.5 if call.scale is None else call.scale,
-        enable_gqa=call.enable_gqa,
+    half = value.dtype in (torch.float16, torch.bfloat16)
+    columns, size = _units(weights) if half else (weights, None)
+    columns = F.pad(columns.to(value.dtype), (0, extra - s))[:, None]
+    with torch.autocast(query.device.type, enabled=False):
+        both = F.scaled_dot_product_attention(
+            F.pad(query, (0, extra)),
+            F.pad(key, (0, extra)),
+            torch.cat([value, columns.expand(*value.shape[:3], extra)], -1),
+            attn_mask=mask,
+            scale=d**-0.5 if call.scale is None else call.scale,
+            enable_gqa=call.enable_gqa,
+        )
+    return both[..., :d], _averaged(both[:, :, rows, d : d + s].mT, size, reduce)
+
+
+def _attend_triton(call, weights, rows, reduce) -> tuple[Tensor, Tensor]:
+    columns, size = _units(weights)
+    out, maps = importlib.import_module(KERNELS).attend(
+        call.query, call.key, call.value, columns, _read_mask(call), call.scale, rows, "none"
     )
-    maps = both[:, :, rows, d : d + s].transpose(-1, -2)
-    return both[..., :d], maps.mean(1) if reduce == "mean" else maps
+    return out, _averaged(maps, size, reduce)
 
 
-def _attend_triton(call, weights, rows, reduce, columns=None) -> tuple[Tensor, Tensor]:
-    _check_plain(call)
-    if columns is not None:
-        columns = _on_device(tuple(columns), call.key.device)
-    mask, factors = call.mask, call.factors
-    if factors is not None and factors[0].shape[1] > PAINTED:
-        mask, factors = call.whole_mask(), None
-    return importlib.import_module(KERNELS).attend(
-        call.query,
-        call.key,
-        call.value,
-        weights,
-        mask=mask,
-        scale=call.scale,
-        rows=rows,
-        reduce=reduce,
-        columns=columns,
-        bias=factors,
-    )
+def _autocast(call: AttentionCall) -> list[Tensor | None]:
+    """Query, key, value and mask in autocast's dtype where it is on, as SDPA takes them."""
+    given, device = [call.query, call.key, call.value, _read_mask(call)], call.query.device.type
+    if not torch.is_autocast_enabled(device):
+        return given
+    dtype = torch.get_autocast_dtype(device)
+    return [x if x is None or x.dtype in _KEPT else x.to(dtype) for x in given]
 
 
-@functools.lru_cache(16)
-def _on_device(columns: tuple[int, ...], device: torch.device) -> Tensor:
-    """Numbers of keys where the kernels read them; each copy would wait for the GPU."""
-    return torch.tensor(columns, device=device)
+def _units(weights: Tensor) -> tuple[Tensor, Tensor]:
+    """Weights with a largest value of 1 in each column, and what they were divided by (B, S, 1).
+
+    Those of a token or of a segment's average are then 0 and 1, which halves hold exactly.
+    """
+    size = torch.linalg.vector_norm(weights, torch.inf, 1, keepdim=True)
+    size = size.clamp(min=torch.finfo(size.dtype).tiny)
+    return weights / size, size.mT
 
 
+def _averaged(maps: Tensor, size: Tensor | None, reduce: str) -> Tensor:
+    """Maps (B, H, S, rows) of `_units`, summed over heads in fp32 or better, times the sizes."""
+    maps = maps.to(torch.promote_types(maps.dtype, torch.float32))
+    maps = maps.mean(1, keepdim=True) if reduce == "mean" else maps
+    maps = maps if size is None else maps * size[:, None]
+    return maps.squeeze(1) if reduce == "mean" else maps
+
+
+_KEPT = (torch.float64, torch.bool)  # of autocast
 _ATTEND = {"eager": _attend_eager, "sdpa": _attend_sdpa, "triton": _attend_triton}

@@ -14,7 +14,7 @@ from guidekit.errors import GuidekitError
 
 IMPLEMENTATIONS = ("eager", "sdpa", "triton", "xformers")
 KERNELS = "guidekit_kernels"
-CHECKING = 600  # seconds that the kernels' own check may take
+CHECKING = 300  # seconds that the kernels' own check may take
 
 
 def implementations() -> dict[str, str]:
@@ -26,14 +26,14 @@ def choose(name: str | None = None) -> str:
     """The implementation to use: `name`, else GUIDEKIT_ATTENTION, else by measurement.
 
     By measurement is "auto", sdpa or triton call by call as `automatic` says, on a GPU for whose
-    architecture the table of `guidekit_kernels` holds measured times; elsewhere it is sdpa.
+    compute capability `guidekit_kernels` has measured times and on which its check has passed;
+    elsewhere it is sdpa.
     xformers is used only when named. The result belongs in run.json. Raises GuidekitError for an
     unknown name and RuntimeError for one that cannot run here.
     """
     name = name or os.environ.get("GUIDEKIT_ATTENTION") or "auto"
     if name == "auto":
-        timed = torch.cuda.is_available() and not _triton_lacks("cuda") and measured_on()
-        return "auto" if timed and _state("triton") == "available" else "sdpa"
+        return "auto" if measured_on() and _state("triton") == "available" else "sdpa"
     if name not in IMPLEMENTATIONS:
         raise GuidekitError(f"no attention implementation {name!r}; there are {IMPLEMENTATIONS}")
     if _state(name) != "available":
@@ -45,19 +45,17 @@ def choose(name: str | None = None) -> str:
 def automatic(query: Tensor, key: Tensor) -> str:
     """sdpa or triton for one call with maps, whichever was measured faster at such sizes."""
     half = query.dtype in (torch.float16, torch.bfloat16)
-    if not (query.is_cuda and half and query.shape[-1] <= 256):  # only halves are measured
+    if not (query.is_cuda and half):  # only halves are measured
         return "sdpa"
-    routes = importlib.import_module(f"{KERNELS}.routes")
-    return "sdpa" if routes.fastest(query, key, ("sdpa", "fused", "vendor")) == "sdpa" else "triton"
+    return "triton" if importlib.import_module(f"{KERNELS}.timings").faster(query, key) else "sdpa"
 
 
 def measured_on() -> str | None:
-    """The GPU on which the kernels were measured, if it is of this one's architecture."""
-    if not torch.cuda.is_available():
+    """The GPU on which the kernels were measured, if it is of this one's compute capability."""
+    if not torch.cuda.is_available() or importlib.util.find_spec(KERNELS) is None:
         return None
-    tiles = importlib.import_module(f"{KERNELS}.tiles")
-    routes = importlib.import_module(f"{KERNELS}.routes")
-    return routes.measured(tiles.architecture(torch.device("cuda")))
+    timings = importlib.import_module(f"{KERNELS}.timings")
+    return timings.measured(torch.cuda.get_device_capability())
 
 
 def _state(name: str) -> str:
@@ -78,18 +76,20 @@ def _triton_lacks(device: str) -> str:
         return f"{KERNELS} is not installed"
     if importlib.util.find_spec("triton") is None:
         return "triton is not installed"
-    if device == "cuda" and torch.cuda.get_device_capability()[0] < 8:
+    if device != "cuda":
+        return "" if os.environ.get("TRITON_INTERPRET") == "1" else "no CUDA device"
+    if torch.cuda.get_device_capability()[0] < 8:
         return "the GPU's compute capability is below 8.0"
-    if device != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
-        return "no CUDA device"
-    return ""
+    return importlib.import_module(f"{KERNELS}.ptxas").fault()
 
 
 def _checked() -> str:
-    """Availability by the kernels' own check on the first GPU; it compiles them, a minute once.
+    """Availability by the kernels' own check on the first GPU, run once and then remembered.
 
     In a process of its own, because a fault in a kernel ends all use of the GPU in its process.
     """
+    if importlib.import_module(f"{KERNELS}.record").passed().exists():
+        return "available"
     command = [sys.executable, "-m", f"{KERNELS}.check"]
     try:
         run = subprocess.run(command, capture_output=True, text=True, check=False, timeout=CHECKING)

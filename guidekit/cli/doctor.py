@@ -41,7 +41,7 @@ def doctor_facts() -> dict[str, Any]:
         "devices": ["cpu", *(f"cuda:{i} {name}" for i, name in enumerate(devices))],
         "attention": _attention(),
         "chosen": choose(),
-        "kernel times": measured_on() or "a model: not measured on a GPU of this kind",
+        "kernel times": measured_on() or "none of a GPU of this kind",
         "models": models,
         "plugins": [entry.name for entry in entries()],
         "healthy": all(state.startswith("intact") for state in models.values()),

@@ -188,10 +188,8 @@ class Part:
     ) -> Tensor:
         """The call's output; its maps come out of the same pass."""
         weights = [_placed(r.weights, self.family, call) for _, r in reads]
-        kernels = call.implementation in ("triton", "auto")  # the others read every column
-        columns = _columns([r for _, r in reads], self.family, call) if kernels else None
         joined = weights[0] if len(weights) == 1 else torch.cat(weights, -1)
-        out, maps = attend(call, joined, rows=rows, columns=columns)
+        out, maps = attend(call, joined, rows=rows)
         parts = maps.split([w.shape[-1] for w in weights], 1)
         for (n, read), part in zip(reads, parts, strict=True):
             self._keep(n, read, call.site, part)
@@ -306,16 +304,9 @@ def _placed(weights: Tensor, family: Family, call: AttentionCall) -> Tensor:
     return full
 
 
-def _columns(reads: list[AttentionRead], family: Family, call: AttentionCall) -> list[int]:
-    """The call's keys that have weight in some read."""
-    keys, n_text = call.key.shape[2], reads[0].weights.shape[1]
-    text = range(keys) if keys == n_text else range(keys)[family.text_keys(keys, n_text)]
-    return [text[i] for i in sorted(frozenset().union(*(read.columns for read in reads)))]
-
-
 def _variant(call: AttentionCall, read: AttentionRead, family: Family, rows: slice) -> Tensor:
     """Maps per head, over some of the tokens, or with further keys in the softmax."""
-    key, weights, mask = call.key, _placed(read.weights, family, call), call.whole_mask()
+    key, weights, mask = call.key, _placed(read.weights, family, call), call.mask
     if read.tokens is not None:
         allowed = torch.zeros(len(read.tokens), key.shape[2], dtype=torch.bool, device=key.device)
         n_text = read.weights.shape[1]

@@ -13,21 +13,15 @@ def attention_map(
     scale: float | None = None,
     rows: slice = slice(None),
     reduce: str = "mean",
-    bias: tuple[Tensor, Tensor] | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Output O = P V (B, H, N, d) and maps P W (B, [H,] S, rows), with P materialised.
 
-    P = softmax(Q K^T scale + A^T U^T + mask) for bias = (A (B or 1, C, N), U (B or 1, T, C)).
-    Everything is computed in the dtype of the inputs: in float64 this is the truth, in fp16 the
-    error that a kernel may be held to. See `attention_map.attend` for the shapes.
+    P = softmax(Q K^T scale + mask). Everything is computed in the dtype of the inputs: in float64
+    this is the truth, in fp16 the error that a kernel may be held to. See `attention_map.attend`
+    for the shapes.
     """
     scale = query.shape[-1] ** -0.5 if scale is None else scale
-    shared = query.shape[1] // key.shape[1]
-    key, value = (t.repeat_interleave(shared, dim=1) for t in (key, value))
     logits = query @ key.transpose(-1, -2) * scale
-    if bias is not None:
-        segments, words = (t.to(query.dtype) for t in bias)
-        logits = logits + (words @ segments).transpose(-1, -2)[:, None]
     if mask is not None and mask.dtype == torch.bool:
         logits = logits.masked_fill(~mask, float("-inf"))
     elif mask is not None:

@@ -25,9 +25,9 @@ TYPES = {
     torch.float32: "*fp32",
     torch.float16: "*fp16",
     torch.bfloat16: "*bf16",
-    torch.uint8: "*u8",
 }
-KERNELS = dict(forward=launch.forward_kernel, query=launch.query_kernel, key=launch.key_kernel)
+NAMES = ("forward_kernel", "query_kernel")
+KERNELS = {name: getattr(launch, name) for name in NAMES}
 
 
 class Recorder:
@@ -40,48 +40,54 @@ class Recorder:
         self.arguments = arguments
 
 
-def launched(arch, d, t, dtype, n=1024, h=8, mask=None, bias=False, keys=True) -> dict[str, dict]:
-    """Arguments of the forward, dQ and (`keys`) dK/dV launches for one shape on an architecture."""
+def launched(arch, d, t, dtype, n=1024, h=8, b=2, s=4, mask=None) -> dict[str, dict]:
+    """Arguments of the two launches for one shape on an architecture."""
     tiles.architecture = lambda device: 90 if arch == 90 else 80
-    tiles.processors = lambda device: 132
-    query = torch.empty(1, n, h, d, dtype=dtype, device="meta").transpose(1, 2)
-    key = torch.empty(1, t, h, d, dtype=dtype, device="meta").transpose(1, 2)
-    weights = torch.empty(1, t, 4, device="meta")
-    segments = torch.empty(1, 3, n, device="meta") if bias else None
-    words = torch.empty(1, t, 3, device="meta") if bias else None
+    query = torch.empty(b, n, h, d, dtype=dtype, device="meta").transpose(1, 2)
+    key = torch.empty(b, t, h, d, dtype=dtype, device="meta").transpose(1, 2)
+    weights = attention_map.padded_weights(torch.empty(1, t, s, device="meta"), query)
     if mask is not None:
-        mask = torch.empty(1, 1, n if mask == "rows" else 1, t, dtype=dtype, device="meta")
-    tensors = [query, key, key, weights, mask, segments, words]
-    given = dict(scale=0.1, row_start=0, row_stop=n, key_start=0, key_stop=t, mean=True)
-    recorders = {name: Recorder() for name in KERNELS}
-    launch.forward_kernel, launch.query_kernel = recorders["forward"], recorders["query"]
-    launch.key_kernel = recorders["key"]
-    results = attention_map.forward_results(query, key, weights, mask, n, True, True)
-    launch.launch_forward(tensors, given, results)
-    saved = results if results[2].numel() else (None, None, None)
-    grads = [torch.empty_like(query), torch.empty_like(results[1])]
-    launch.launch_backward(tensors, given, grads, saved, keys)
-    return {name: r.arguments for name, r in recorders.items() if hasattr(r, "arguments")}
+        mask = torch.empty(b, 1, n if mask == "rows" else 1, t, dtype=dtype, device="meta")
+    bias = attention_map.padded_bias(mask, query, t)
+    inputs = [query, key, key, weights, bias]
+    maps = torch.empty(b, h, s, n, device="meta")
+    recorders = {name: Recorder() for name in NAMES}
+    for name, recorder in recorders.items():
+        setattr(launch, name, recorder)
+    launch.launch_forward(inputs, 0.1, query, maps)
+    launch.launch_query(inputs, 0.1, query, maps, query)
+    return {name: recorder.arguments for name, recorder in recorders.items()}
+
+
+class Signature:
+    """Types, constants and divisibility of a launch's arguments, as triton specialises them."""
+
+    def __init__(self, kernel, arguments: dict):
+        self.compile_time = {p.name for p in kernel.params if p.is_constexpr}
+        self.constants, self.hints = {}, {}
+        self.types = {
+            name: self.typed(arguments[name], (i,), name in self.compile_time)
+            for i, name in enumerate(kernel.arg_names)
+        }
+
+    def typed(self, value, path: tuple, constant: bool = False):
+        if isinstance(value, tuple):
+            return tuple(self.typed(part, (*path, i)) for i, part in enumerate(value))
+        if constant or (type(value) is int and value == 1):
+            self.constants[path] = value
+            return "constexpr"
+        if isinstance(value, torch.Tensor) or (type(value) is int and value % 16 == 0):
+            self.hints[path] = [["tt.divisibility", 16]]
+        if isinstance(value, torch.Tensor):
+            return TYPES[value.dtype]
+        return "fp32" if isinstance(value, float) else "i32"
 
 
 def compiled(kernel, arguments: dict, arch: int) -> dict:
     """Shared memory, registers and spilled bytes of one launch compiled for sm_<arch>."""
     options = {name: arguments.pop(name) for name in ("num_warps", "num_stages")}
-    compile_time = {p.name for p in kernel.params if p.is_constexpr}
-    signature, constants, hints = {}, {}, {}
-    for i, name in enumerate(kernel.arg_names):
-        value = arguments[name]
-        if name in compile_time or value is None or (type(value) is int and value == 1):
-            signature[name], constants[(i,)] = "constexpr", value
-        elif isinstance(value, torch.Tensor):
-            signature[name], hints[(i,)] = TYPES[value.dtype], [["tt.divisibility", 16]]
-        elif isinstance(value, float):
-            signature[name] = "fp32"
-        else:
-            signature[name] = "i32"
-            if value % 16 == 0:
-                hints[(i,)] = [["tt.divisibility", 16]]
-    source = ASTSource(kernel, signature, constants, hints)
+    found = Signature(kernel, arguments)
+    source = ASTSource(kernel, found.types, found.constants, found.hints)
     binary = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
     return dict(shared=binary.metadata.shared, **resources(binary.asm["ptx"], arch))
 

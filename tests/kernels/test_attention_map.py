@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -13,8 +14,8 @@ from guidekit_kernels import tiles
 from guidekit_kernels.attention_map import attend
 
 HERE = Path(__file__).parent
-SIZES = (32, 40, 64, 72, 80, 96, 128, 160)
-SHARED_MEMORY = {80: 166912, 86: 101376, 90: 232448}  # of one program, in bytes
+SHARED_MEMORY = {80: 166912, 90: 232448, 100: 232448}  # of one program, in bytes
+OLDEST, NEWEST = "3.6.0", "3.9.0"  # triton that is supported
 
 
 # Half a minute on an idle core; a busy machine may take many times that.
@@ -55,112 +56,94 @@ def fits(rows: list[dict]) -> None:
         assert row["spilled"] == 0 and row["vector"] > 0, row
 
 
-# SDXL's and PixArt's cross-attention, Flux's joint attention.
-TYPICAL = (
-    dict(d=64, t=77, dtype="bfloat16", keys=False),
-    dict(d=72, t=300, dtype="float16", mask="keys", keys=False),
-    dict(d=128, t=4608, n=4608, dtype="bfloat16"),
-)
+# SD 1.5's and SDXL's cross-attention; the bias of Paint-with-Words.
+CASES = [
+    *(dict(d=d, t=77, dtype="bfloat16", mask="rows") for d in (40, 64, 128, 160)),
+    dict(d=64, t=77, dtype="bfloat16"),
+    dict(d=80, t=77, dtype="float16", mask="rows"),
+    dict(d=160, t=77, dtype="float16", mask="keys"),
+]
 
 
-@pytest.mark.parametrize("arch", [80, 90])
+@pytest.mark.parametrize("arch", SHARED_MEMORY)
 def test_compiled(arch):
-    """No spills, memory within the limit, vector loads; Paint-with-Words and fp32 at SDXL's too."""
-    painted = dict(d=64, t=77, dtype="bfloat16", bias=True, keys=False)
-    rows = compiled(arch, *TYPICAL, painted, dict(d=64, t=77, dtype="float32"))
-    assert len(rows) == 12
+    """No spills, memory within the limit, vector loads: SDXL's, plain and painted."""
+    rows = compiled(arch, CASES[1], CASES[4])
+    assert len(rows) == 4
     fits(rows)
 
 
-@pytest.fixture(scope="session")
-def triton_36(tmp_path_factory):
-    """A folder with triton 3.6: GUIDEKIT_TRITON, else installed from the package index."""
+@pytest.fixture(scope="session", params=[OLDEST, NEWEST])
+def other_triton(request, tmp_path_factory):
+    """A version of triton and a folder with it: GUIDEKIT_TRITON/version, else from the index."""
     if folder := os.environ.get("GUIDEKIT_TRITON"):
-        return folder
+        return request.param, f"{folder}/{request.param}"
     folder = str(tmp_path_factory.mktemp("triton"))
     install = [sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--target", folder]
-    subprocess.run([*install, "triton==3.6.0"], check=True)
-    return folder
+    subprocess.run([*install, f"triton=={request.param}"], check=True)
+    return request.param, folder
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(1200)
-@pytest.mark.parametrize("arch", [80, 90])
-def test_compiled_by_triton_36(arch, triton_36):
-    rows = compiled(arch, *TYPICAL, other=triton_36)
-    assert len(rows) == 7 and {row["triton"] for row in rows} == {"3.6.0"}
+@pytest.mark.parametrize("arch", SHARED_MEMORY)
+def test_compiled_by_the_oldest_and_the_newest_triton(arch, other_triton):
+    version, folder = other_triton
+    rows = compiled(arch, *CASES, other=folder)
+    assert len(rows) == 2 * len(CASES) and {row["triton"] for row in rows} == {version}
     fits(rows)
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(1200)
-@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
-@pytest.mark.parametrize("d", SIZES)
 @pytest.mark.parametrize("arch", SHARED_MEMORY)
-def test_compiled_table(arch, d, dtype):
-    """Every entry of the table, few keys and many, with the masks and the bias."""
-    cases = [dict(d=d, t=t, dtype=dtype, mask="keys") for t in (77, 4096)]
-    if dtype == "bfloat16":
-        cases += [
-            dict(d=d, t=77, dtype=dtype, mask="rows"),
-            dict(d=d, t=77, dtype=dtype, bias=True),
-        ]
-    fits(compiled(arch, *cases))
+def test_compiled_table(arch):
+    fits(compiled(arch, *CASES))
+
+
+@pytest.mark.parametrize("shared, most", [(101376, 128), (166912, 160), (232448, 160)])
+def test_head_size_by_shared_memory(shared, most, monkeypatch):
+    about = SimpleNamespace(shared_memory_per_block_optin=shared)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: about)
+    assert tiles.max_head(torch.device("cuda")) == most
 
 
 def test_table_is_complete():
     for arch in (80, 90):
-        for kernel in ("forward", "query", "key"):
-            for d in (1, *SIZES, tiles.MAX_HEAD):
-                for t, itemsize in ((1, 2), (77, 2), (77, 4), (8192, 2), (8192, 4)):
-                    tile = tiles.tile(kernel, d, t, itemsize, arch)
-                    assert tile.keys >= 16 and tile.rows >= 16, (arch, kernel, d, t)
-                    assert t > 16 or tile.keys == 16
-
-
-def test_saves_nothing_where_one_block_holds_the_keys():
-    assert tiles.one_block(64, 77, 2, 90) and tiles.one_block(40, 77, 2, 80)
-    assert not tiles.one_block(64, 129, 2, 90)
-
-
-def test_programs_fill_the_processors():
-    assert tiles.heads_per_program(1, 8, 4096, 128, 132) == 1
-    assert tiles.heads_per_program(2, 8, 16384, 128, 132) == 4
-    assert tiles.heads_per_program(1, 5, 100, 128, 1) == 1
-    assert tiles.parts(programs=8, n=4096, rows=64, processors=132) == 16
-    assert tiles.parts(programs=8, n=100, rows=64, processors=132) == 1
+        for kernel in ("forward", "query"):
+            for d in range(8, tiles.MAX_HEAD + 1, 8):
+                assert tiles.tile(kernel, d, arch).rows >= 16, (arch, kernel, d)
 
 
 def inputs(**changes):
-    q, k, v = torch.zeros(2, 4, 8, 16), torch.zeros(2, 2, 6, 16), torch.zeros(2, 2, 6, 16)
+    q, k, v = torch.zeros(2, 4, 8, 16), torch.zeros(2, 4, 6, 16), torch.zeros(2, 4, 6, 16)
+    q, k, v = (x.bfloat16() for x in (q, k, v))
     return dict(query=q, key=k, value=v, weights=torch.zeros(1, 6, 3)) | changes
-
-
-BIAS = torch.zeros(2, 5, 8), torch.zeros(1, 6, 5)
 
 
 @pytest.mark.parametrize(
     "changes, message",
     [
-        (dict(reduce="sum"), "reduce is 'mean' or 'none', not 'sum'"),
-        (dict(query=torch.zeros(2, 4, 8, 16).double()), "share one of fp32, fp16, bf16"),
-        (dict(key=torch.zeros(2, 3, 6, 16)), "Hk dividing H"),
-        (dict(value=torch.zeros(2, 2, 6, 8)), "'sdpa' takes others"),
-        (dict(weights=torch.zeros(6, 3)), r"weights must be \(1 or 2, 6, 3\), not \(6, 3\)"),
-        (dict(weights=torch.zeros(3, 6, 3)), r"weights must be \(1 or 2"),
-        (dict(weights=torch.zeros(1, 6, 0)), "without maps call SDPA"),
-        (dict(weights=torch.zeros(1, 6, 3).requires_grad_()), "no gradient .*weights.*detach"),
-        (dict(mask=torch.zeros(2, 1, 1, 6).requires_grad_()), "no gradient .*mask.*detach"),
-        (dict(mask=torch.zeros(2, 1, 7, 6)), "does not broadcast"),
-        (dict(bias=(BIAS[0], BIAS[0])), r"words of bias must be \(1 or 2, 6, 5\)"),
-        (dict(bias=(BIAS[0][..., 1:], BIAS[1])), r"segments of bias must be \(1 or 2, 5, 8\)"),
-        (dict(bias=(torch.zeros(1, 33, 8), torch.zeros(1, 6, 33))), "at most 32, or pass it as"),
-        (dict(rows=slice(0, 8, 2)), "rows is a slice of step 1, not 2"),
+        (dict(query=torch.zeros(2, 4, 8, 16).double()), "in fp16 or bf16, all in one, not torch.f"),
+        (dict(key=torch.zeros(2, 2, 6, 16).bfloat16()), r"key and value \(B, H, T, d\), not"),
+        (dict(weights=torch.zeros(6, 3)), r"weights \(1 or 2, 6, S\), not \(6, 3\)"),
+        (dict(weights=torch.zeros(3, 6, 3)), r"weights \(1 or 2"),
+        (dict(weights=torch.zeros(1, 6, 0)), "1 to 32 maps, not 0"),
+        (dict(weights=torch.zeros(1, 6, 3).requires_grad_()), "frozen .* one that requires grad"),
+        (dict(mask=torch.zeros(2, 1, 1, 6).requires_grad_()), "frozen .* one that requires grad"),
+        (dict(value=torch.zeros(2, 4, 6, 16).bfloat16().requires_grad_()), "frozen keys"),
     ],
 )
 def test_errors_name_the_remedy(changes, message):
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(ValueError, match=f"{message}.*; 'sdpa' takes others"):
         attend(**inputs(**changes))
+
+
+@pytest.mark.parametrize("t, d", [(129, 64), (77, 168), (77, 20)])
+def test_long_keys_and_large_heads_are_for_others(t, d):
+    q, k = torch.zeros(1, 1, 4, d).half(), torch.zeros(1, 1, t, d).half()
+    with pytest.raises(ValueError, match=f"not {t} keys and {d} numbers; 'sdpa' takes others"):
+        attend(q, k, k, torch.zeros(1, t, 1))
 
 
 @pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="the interpreter has no need")
