@@ -198,8 +198,9 @@ class Guidance:
         """
 
     def begin(self, run: Run) -> Tensor | None:
-        """The first z (B, C, h, w), at the level `run.levels.at(0)`; None for the run's own noise.
+        """The first z (B, C, h, w), at the level `run.levels.at(0)`; None for `run.first`.
 
+        `run.rollout(z)` is what the run makes of a z without guidances, with gradient.
         One guidance of a run has it at most; it needs guidekit's own loop.
         """
         return None

@@ -20,7 +20,7 @@ from guidekit.backbones.denoiser import Denoiser, frozen
 from guidekit.backbones.residuals import with_controls
 from guidekit.conditions import Condition
 from guidekit.engine.engine import Engine
-from guidekit.errors import GuidekitError
+from guidekit.errors import GuidekitError, blame
 from guidekit.groups import batches, rows_by_group, with_particles
 from guidekit.guidance import Guidance
 from guidekit.inputs import as_conditions, as_denoiser, as_guidances, as_scheduler, tuned
@@ -193,12 +193,15 @@ class Sampling(Drawn):
     def _start(self) -> Tensor:
         """The first z of every image, at the run's first level."""
         run = self.run
-        found = [(g.name, g.begin(run)) for g in self.engine.guidances]
-        if begun := [(name, z) for name, z in found if z is not None]:
-            return self._begun(begun)
         timestep = run.scheduler.timesteps[run.levels.start]
         shape, generators = run.latent_shape, self.generators
-        return self.start.first(self.denoiser, run.scheduler, timestep, shape, generators)
+        run.first = self.start.first(self.denoiser, run.scheduler, timestep, shape, generators)
+        found = []
+        for guidance in self.engine.guidances:
+            with blame(guidance.name, "begin"):
+                found.append((guidance.name, guidance.begin(run)))
+        begun = [(name, z) for name, z in found if z is not None]
+        return self._begun(begun) if begun else run.first
 
     def _begun(self, begun: list[tuple[str, Tensor]]) -> Tensor:
         """The z that a guidance begins with; GuidekitError for two, or one of another shape."""
