@@ -20,6 +20,7 @@ from guidekit.backbones.denoiser import Denoiser, frozen
 from guidekit.backbones.residuals import with_controls
 from guidekit.conditions import Condition
 from guidekit.engine.engine import Engine
+from guidekit.engine.solution import solved, solver_of
 from guidekit.errors import GuidekitError, blame
 from guidekit.groups import batches, rows_by_group, with_particles
 from guidekit.guidance import Guidance
@@ -175,20 +176,44 @@ class Sampling(Drawn):
         self._drawn = True
         network, models = self.denoiser.network, self.denoiser.models
         with frozen(*models), compiled(network, self._backend), self.engine.opened():
-            z, place, path = self._start(), 0, run.levels.steps
-            while place < len(path):
-                back = 0
-                for step, z in self._advance(z, place, timesteps):  # noqa: B020
-                    if step.index == path[place][-1]:
-                        back = self.engine.jumps(step, place + 1)
-                    if step.index == len(timesteps) - 1 and not back:
-                        self.latents = z
-                        self.images = step.images = self.denoiser.decode(z)
-                        self.engine.close()
-                    yield step
-                if back:
-                    z = self._noise_again(z, place + 1 - back, place)
-                place += 1 - back
+            solver, z = solver_of(self.guidances, run.levels), self._start()
+            if solver is None:
+                yield from self._walked(z, timesteps)
+            else:
+                yield from self._ended(solved(self.engine, solver, z, timesteps))
+
+    def _walked(self, z: Tensor, timesteps: list[Tensor]) -> Iterator[Step]:
+        """The steps of the scheduler, from its first level to its last."""
+        place, path = 0, self.run.levels.steps
+        while place < len(path):
+            back = 0
+            for step, z in self._advance(z, place, timesteps):  # noqa: B020
+                if step.index == path[place][-1]:
+                    back = self.engine.jumps(step, place + 1)
+                if step.index == len(timesteps) - 1 and not back:
+                    self._finished(step, z)
+                yield step
+            if back:
+                z = self._noise_again(z, place + 1 - back, place)
+            place += 1 - back
+
+    def _ended(self, solution: Iterator[tuple[Step, Tensor]]) -> Iterator[Step]:
+        """The steps of a guidance's own loop, of which the last holds the images."""
+        latest: tuple[Step, Tensor] | None = None
+        for following in solution:
+            if latest is not None:
+                yield latest[0]
+            latest = following
+        if latest is None:
+            raise GuidekitError("a solver drew nothing; yield a step and z at least once")
+        self._finished(*latest)
+        yield latest[0]
+
+    def _finished(self, step: Step, z: Tensor) -> None:
+        """Keeps what the run has drawn."""
+        self.latents = z
+        self.images = step.images = self.denoiser.decode(z)
+        self.engine.close()
 
     def _start(self) -> Tensor:
         """The first z of every image, at the run's first level."""
