@@ -51,7 +51,7 @@ class Rollout:
                 branch,
                 x,
                 timestep,
-                run.text(branch.prompts, branch.null),
+                run.told(branch, index, len(run.levels)),
                 lengths=run.lengths(branch.prompts),
                 graph=torch.is_grad_enabled(),
             )
