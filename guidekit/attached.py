@@ -225,6 +225,7 @@ def _refuse_loop(guidance: Guidance) -> None:
     why = {
         "begins elsewhere": guidance.overrides("begin"),
         "rejects finished images": guidance.overrides("accept"),
+        "draws by a loop of its own": guidance.overrides("solve"),
         "jumps back": guidance.overrides("jumps"),
         "resamples particles": guidance.overrides("resample"),
         "needs its own loop": guidance.own_loop,

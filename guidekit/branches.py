@@ -16,7 +16,8 @@ class Branch:
     the branch whose weight is None. x: own carried input (B, C, h, w) in place of z. view: window
     (top, left, height, width) of the latents that this branch sees. group: branches combine with
     those of their own group; the combinations of other groups than "main" are for the guidance that
-    made them to use.
+    made them to use. images: (B,) bool, which images it is evaluated for; the output of "cond"
+    stands in for the others, so that they have no difference to it; None for all.
     """
 
     name: str
@@ -26,6 +27,7 @@ class Branch:
     x: Tensor | None = None
     view: tuple[int, int, int, int] | None = None
     group: str = "main"
+    images: Tensor | None = None
 
     def of(self, z: Tensor) -> Tensor:
         """What this branch sees of the carried z (B, C, h, w): its own input, its window."""

@@ -8,6 +8,7 @@ guidances chain in the order in which the user named them.
 import dataclasses
 import inspect
 import math
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, Self, get_args
 
@@ -198,11 +199,24 @@ class Guidance:
         """
 
     def begin(self, run: Run) -> Tensor | None:
-        """The first z (B, C, h, w), at the level `run.levels.at(0)`; None for the run's own noise.
+        """The first z (B, C, h, w), at the level `run.levels.at(0)`; None for `run.first`.
 
+        `run.rollout(z)` is what the run makes of a z without guidances, with gradient.
         One guidance of a run has it at most; it needs guidekit's own loop.
         """
         return None
+
+    def solve(
+        self, run: Run, z: Tensor, predict: Callable[[Tensor, int], Step]
+    ) -> Iterator[tuple[Step, Tensor]]:
+        """Draws in place of the scheduler's loop, for methods without a carried trajectory.
+
+        Yields a step and what z (B, C, h, w) is after it; the last z are the finished latents.
+        `predict(z, k)` is the guided step of call k at its level `run.levels.at(k)`, in any order
+        and as often as it takes; what the model says is its `prediction`. One guidance of a run has
+        it at most, and it needs guidekit's own loop. z: the first one.
+        """
+        raise NotImplementedError(f"{self.name} leaves the loop to the scheduler")
 
     def refine(self, step: Step, z: Tensor) -> Tensor:
         """Another z (B, C, h, w) at the step's own level, before its branches are evaluated.

@@ -70,6 +70,10 @@ class Run:
         self.reads = Reads()
         #: The run's own copies of the user's guidances; the engine puts them here.
         self.guidances: list[Any] = []
+        #: Finished latents of a first z, with gradient; see `guidekit.engine.rollout.Rollout`.
+        self.rollout: Any = None
+        #: The z that the run would begin with by itself (B, C, h, w), known from `begin` on.
+        self.first: Tensor | None = None
         self._texts: dict[tuple[tuple[str | int, ...], bool], Text] = {}
         self._lengths: dict[tuple[str | int, ...], list[int]] = {}
 

@@ -5,7 +5,6 @@ for bit.
 """
 
 import copy
-import inspect
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, cast
 
@@ -18,14 +17,22 @@ from guidekit.backbones.compiled import as_backend, compiled
 from guidekit.backbones.controls import Control
 from guidekit.backbones.denoiser import Denoiser, frozen
 from guidekit.backbones.residuals import with_controls
+from guidekit.checks import (
+    check_images,
+    check_maps,
+    check_numbers,
+    check_scheduler,
+    check_targets,
+    step_arguments,
+)
 from guidekit.conditions import Condition
 from guidekit.engine.engine import Engine
-from guidekit.errors import GuidekitError
+from guidekit.engine.solution import solved, solver_of
+from guidekit.errors import GuidekitError, blame
 from guidekit.groups import batches, rows_by_group, with_particles
 from guidekit.guidance import Guidance
 from guidekit.inputs import as_conditions, as_denoiser, as_guidances, as_scheduler, tuned
 from guidekit.levels import Levels
-from guidekit.noise import is_flow
 from guidekit.run import Run
 from guidekit.saved import Drawn
 from guidekit.seeds import Seeds, derived_seed
@@ -102,19 +109,19 @@ class Sampling(Drawn):
         self.denoiser, self.seeds = denoiser, list(Seeds(seeds))
         asked = with_particles(as_conditions(conditions, len(self.seeds)), particles)
         self.conditions = [denoiser.prepared(c) for c in asked]
-        _check_numbers(steps, cfg=cfg, eta=eta, embedded_cfg=embedded_cfg or 0.0)
+        check_numbers(steps, cfg=cfg, eta=eta, embedded_cfg=embedded_cfg or 0.0)
         denoiser.check_own_loop()
         denoiser.check_cfg(cfg)
         denoiser.check(self.conditions)
         scheduler = as_scheduler(scheduler, denoiser.pipeline)
-        _check_scheduler(scheduler, denoiser.pipeline.scheduler, steps)
+        check_scheduler(scheduler, denoiser.pipeline.scheduler, steps)
         # Schedulers keep state from step to step; this run has its own, with the same tables.
         scheduler = own_copy(scheduler)
         shape = denoiser.latent_shape(height, width)
         self.start.check(denoiser, shape, len(self.seeds))
         first = self.start.lay_out(denoiser, scheduler, steps, shape)
         self.generators = [torch.Generator().manual_seed(seed) for seed in self.seeds]
-        step_kwargs = _step_kwargs(scheduler, eta, self.generators)
+        step_kwargs = step_arguments(scheduler, eta, self.generators)
         self.run = Run(
             denoiser,
             self.conditions,
@@ -131,9 +138,9 @@ class Sampling(Drawn):
         )
         # One of scale 0 may still reject finished images; it acts at no step.
         used = [g for g in guidances if g.scale != 0 or g.rejects]
-        _check_images(denoiser, self.conditions, guidances)
-        _check_maps(denoiser, self.conditions)
-        _check_targets(self.conditions, guidances)
+        check_images(denoiser, self.conditions, guidances)
+        check_maps(denoiser, self.conditions)
+        check_targets(self.conditions, guidances)
         with frozen(*denoiser.models):
             self.engine = Engine(self.run, used)
         self.guidances = self.engine.guidances  # the run's own copies
@@ -175,30 +182,57 @@ class Sampling(Drawn):
         self._drawn = True
         network, models = self.denoiser.network, self.denoiser.models
         with frozen(*models), compiled(network, self._backend), self.engine.opened():
-            z, place, path = self._start(), 0, run.levels.steps
-            while place < len(path):
-                back = 0
-                for step, z in self._advance(z, place, timesteps):  # noqa: B020
-                    if step.index == path[place][-1]:
-                        back = self.engine.jumps(step, place + 1)
-                    if step.index == len(timesteps) - 1 and not back:
-                        self.latents = z
-                        self.images = step.images = self.denoiser.decode(z)
-                        self.engine.close()
-                    yield step
-                if back:
-                    z = self._noise_again(z, place + 1 - back, place)
-                place += 1 - back
+            solver, z = solver_of(self.guidances, run.levels), self._start()
+            if solver is None:
+                yield from self._walked(z, timesteps)
+            else:
+                yield from self._ended(solved(self.engine, solver, z, timesteps))
+
+    def _walked(self, z: Tensor, timesteps: list[Tensor]) -> Iterator[Step]:
+        """The steps of the scheduler, from its first level to its last."""
+        place, path = 0, self.run.levels.steps
+        while place < len(path):
+            back = 0
+            for step, z in self._advance(z, place, timesteps):  # noqa: B020
+                if step.index == path[place][-1]:
+                    back = self.engine.jumps(step, place + 1)
+                if step.index == len(timesteps) - 1 and not back:
+                    self._decode(step, z)
+                yield step
+            if back:
+                z = self._noise_again(z, place + 1 - back, place)
+            place += 1 - back
+
+    def _ended(self, solution: Iterator[tuple[Step, Tensor]]) -> Iterator[Step]:
+        """The steps of a guidance's own loop, of which the last holds the images."""
+        latest: tuple[Step, Tensor] | None = None
+        for following in solution:
+            if latest is not None:
+                yield latest[0]
+            latest = following
+        if latest is None:
+            raise GuidekitError("a solver drew nothing; yield a step and z at least once")
+        self._decode(*latest)
+        yield latest[0]
+
+    def _decode(self, step: Step, z: Tensor) -> None:
+        """Keeps what the run has drawn."""
+        self.latents = z
+        self.images = step.images = self.denoiser.decode(z)
+        self.engine.close()
 
     def _start(self) -> Tensor:
         """The first z of every image, at the run's first level."""
         run = self.run
-        found = [(g.name, g.begin(run)) for g in self.engine.guidances]
-        if begun := [(name, z) for name, z in found if z is not None]:
-            return self._begun(begun)
         timestep = run.scheduler.timesteps[run.levels.start]
         shape, generators = run.latent_shape, self.generators
-        return self.start.first(self.denoiser, run.scheduler, timestep, shape, generators)
+        run.first = self.start.first(self.denoiser, run.scheduler, timestep, shape, generators)
+        found = []
+        for guidance in self.engine.guidances:
+            with blame(guidance.name, "begin"):
+                found.append((guidance.name, guidance.begin(run)))
+        begun = [(name, z) for name, z in found if z is not None]
+        return self._begun(begun) if begun else run.first
 
     def _begun(self, begun: list[tuple[str, Tensor]]) -> Tensor:
         """The z that a guidance begins with; GuidekitError for two, or one of another shape."""
@@ -332,70 +366,3 @@ def accepted(guidances: Sequence[Guidance], images: Tensor) -> Tensor:
     for guidance in guidances:
         kept &= guidance.accept(images).cpu()
     return kept
-
-
-def _check_numbers(steps: int, **numbers: float) -> None:
-    if steps < 1:
-        raise GuidekitError(f"steps must be at least 1, not {steps}")
-    for name, value in numbers.items():
-        if not 0 <= value < float("inf"):
-            raise GuidekitError(f"{name} must be a finite number of at least 0, not {value}")
-
-
-def _check_images(
-    denoiser: Denoiser, conditions: list[Condition], guidances: Sequence[Guidance]
-) -> None:
-    """Raises GuidekitError for a reference image that nothing reads."""
-    given = any(c.image is not None for c in conditions)
-    if given and not (denoiser.reads_image or any(g.reads_image for g in guidances)):
-        raise GuidekitError(
-            f"{type(denoiser.pipeline).__name__} reads no image; leave it out, or name a plugin "
-            "that does, such as semantica with an adapter"
-        )
-
-
-def _check_maps(denoiser: Denoiser, conditions: list[Condition]) -> None:
-    """Raises GuidekitError for a label map that nothing reads."""
-    if any(c.map is not None for c in conditions) and not denoiser.reads_map:
-        raise GuidekitError(
-            "nothing here reads a label map; leave the map out, or name a control without an image "
-            "(--control FOLDER)"
-        )
-
-
-def _check_targets(conditions: list[Condition], guidances: Sequence[Guidance]) -> None:
-    """Raises GuidekitError for a target of a guidance that is not there."""
-    names = {g.name for g in guidances}
-    for name in sorted({name for c in conditions for name in c.targets} - names):
-        exist = ", ".join(sorted(names)) or "none"
-        raise GuidekitError(f"a condition has a target for {name!r}; the guidances are {exist}")
-
-
-def _check_scheduler(scheduler: Any, own: Any, steps: int) -> None:
-    """Raises GuidekitError for too few steps, and for a flow scheduler for a model that is none.
-
-    And for the reverse. PNDM's Runge-Kutta start takes its `pndm_order` last steps.
-    """
-    least = getattr(scheduler, "pndm_order", 0)
-    if steps < least and not scheduler.config.get("skip_prk_steps", True):
-        raise GuidekitError(f"{type(scheduler).__name__} needs at least {least} steps, not {steps}")
-    if is_flow(scheduler) != is_flow(own):
-        raise GuidekitError(
-            f"{type(scheduler).__name__} and the pipeline's {type(own).__name__} differ in what "
-            "the model's output means to them: one is for flow models, the other is not; DPM++ and "
-            "UniPC are both, by use_flow_sigmas"
-        )
-
-
-def _step_kwargs(scheduler: Any, eta: float, generators: list[torch.Generator]) -> dict[str, Any]:
-    """What the scheduler's step takes, as diffusers' pipelines find it out.
-
-    Raises GuidekitError for a noise that the scheduler would ignore.
-    """
-    accepted = inspect.signature(scheduler.step).parameters
-    if eta and "eta" not in accepted:
-        raise GuidekitError(
-            f"{type(scheduler).__name__} has no eta; leave it at 0 or use --scheduler ddim"
-        )
-    given = {"eta": eta, "generator": generators}
-    return {name: value for name, value in given.items() if name in accepted}

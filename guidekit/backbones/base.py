@@ -38,10 +38,21 @@ class Text:
         """Arguments of the model's forward, in containers of their own."""
         return {k: dict(v) if isinstance(v, dict) else v for k, v in self.given.items()}
 
+    def rows(self, index: Tensor) -> "Text":
+        """The text of some images, by their numbers."""
+        return Text(_selected(self.given, index))
+
     @staticmethod
     def cat(texts: list["Text"]) -> "Text":
         """The texts one after the other along the batch."""
         return texts[0] if len(texts) == 1 else Text(_joined([t.given for t in texts]))
+
+
+def _selected(value: Any, index: Tensor) -> Any:
+    """Rows of tensors, also inside dicts; what is None stays it."""
+    if isinstance(value, dict):
+        return {key: _selected(inner, index) for key, inner in value.items()}
+    return None if value is None else value[index.to(value.device)]
 
 
 def _joined(values: list[Any]) -> Any:

@@ -128,7 +128,7 @@ def _loaded(
     denoiser = with_controls(Denoiser(pipeline), controls)
     condition = completed(asked, settings, denoiser)
     targets = () if references is None else _targets(settings, condition, references)
-    targets = _in_groups(targets, settings.particles)
+    targets = in_groups(targets, settings.particles)
     scheduler = settings.scheduler and make_scheduler(pipeline, settings.scheduler)
     return Plan(
         settings=_resolved(settings, own, denoiser, condition, guidances, targets, controls),
@@ -271,7 +271,7 @@ def _targets(
     )
 
 
-def _in_groups(targets: tuple[Target, ...], particles: int) -> tuple[Target, ...]:
+def in_groups(targets: tuple[Target, ...], particles: int) -> tuple[Target, ...]:
     """The targets with the particles of one group after one another."""
     conditions = with_particles([target.condition for target in targets], particles)
     return tuple(replace(t, condition=c) for t, c in zip(targets, conditions, strict=True))

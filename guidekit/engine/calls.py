@@ -8,6 +8,7 @@ from torch import Tensor
 from guidekit.branches import Branch
 from guidekit.engine.capture import Call, Edit
 from guidekit.engine.hooks import Hooks
+from guidekit.engine.sparse import check_images
 from guidekit.errors import GuidekitError, blame
 from guidekit.guidance import Guidance
 from guidekit.run import Run
@@ -28,6 +29,7 @@ def check_branches(run: Run, branches: list[Branch], active: list[Guidance]) -> 
     names = [b.name for b in branches]
     if doubled := sorted({n for n in names if names.count(n) > 1}):
         raise GuidekitError(f"two branches are called {doubled[0]!r}; give each its own name")
+    check_images(branches, len(run.seeds))
     for guidance in active:
         for read in run.reads.of([guidance]):
             if read.branch not in names:

@@ -17,6 +17,8 @@ from guidekit.engine.evaluator import Evaluator
 from guidekit.engine.hooks import Hooks, copied
 from guidekit.engine.injector import Injector
 from guidekit.engine.refinement import refined
+from guidekit.engine.rollout import Rollout
+from guidekit.engine.sparse import dense, sparse
 from guidekit.errors import GuidekitError, blame
 from guidekit.groups import checked_rows, permute_history
 from guidekit.guidance import Guidance
@@ -46,6 +48,7 @@ class Engine:
             run.denoiser, run.latent_shape[0], run.attention, run.memory, run.account.calls
         )
         self.injector = Injector(run)
+        run.rollout = Rollout(run, self.evaluator)
         for guidance in self.guidances:
             guidance.check_contract()
             if lacking := lack(guidance, run.denoiser):
@@ -172,7 +175,9 @@ class Engine:
     def _evaluate_branches(self, hooks: Hooks, energies: list[Guidance]) -> None:
         """The denoiser's outputs for the branches, and what was read and changed on the way."""
         calls, account = branch_calls(hooks, energies), self.run.account
-        evals = self.evaluator.evaluate(calls)
+        edits_input = any(g.overrides("edit_input") for g in hooks.active)
+        numbers, made = zip(*sparse(calls, edits_input), strict=True)
+        evals = dense(calls, dict(zip(numbers, self.evaluator.evaluate(made), strict=True)))
         hooks.step.evals = {e.branch.name: e for e in evals}
         for call, evaluation in zip(calls, evals, strict=True):
             for edit in call.edits:

@@ -67,7 +67,7 @@ class Hooks:
         """
         if isinstance(value, list):  # branches
             fields = [(b.name, b.weight, b.null, b.view, b.group, tuple(b.prompts)) for b in value]
-            return [*value, *(b.x for b in value)], fields
+            return [*value, *(b.x for b in value), *(b.images for b in value)], fields
         groups = list(self.step.groups.values())
         tensors = [x for x in (value, *groups) if isinstance(x, Tensor) and not x.is_inference()]
         return [value, *groups], [x._version for x in tensors]

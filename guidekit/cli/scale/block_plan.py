@@ -57,6 +57,12 @@ class BlockPlan:
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
                 raise GuidekitError(f"{name} of a plan must be a number from 1, not {value!r}")
+        particles = self.sample.get("particles", 1)
+        if self.block % particles or self.count % particles:
+            raise GuidekitError(
+                f"block and count of a plan are multiples of its {particles} particles, not "
+                f"{self.block} and {self.count}"
+            )
         for name, kind in (("calls", Calls), ("form", Form)):
             if getattr(self, name) not in get_args(kind):
                 exist = " or ".join(get_args(kind))

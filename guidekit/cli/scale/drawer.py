@@ -12,7 +12,7 @@ from torch import Tensor
 from guidekit.cli import outputs
 from guidekit.cli.batch import begin, finish
 from guidekit.cli.models import model_facts
-from guidekit.cli.plan import Target, append_wanted, plan_of_none
+from guidekit.cli.plan import Target, append_wanted, in_groups, plan_of_none
 from guidekit.cli.scale.store import RECORD, Store
 from guidekit.cli.settings import FORMAT, dump
 from guidekit.engine.evaluator import EVERY
@@ -71,6 +71,7 @@ class Drawer:
 
     def _draw(self, targets: tuple[Target, ...]) -> tuple[dict[int, Tensor], dict[int, dict]]:
         """Images and facts by seed; what a guidance rejects is drawn again as a batch."""
+        targets = in_groups(targets, self.run.settings.particles)
         run = dataclasses.replace(self.run, targets=targets)
         images: dict[int, Tensor] = {}
         facts: dict[int, dict] = {}

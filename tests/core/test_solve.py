@@ -1,0 +1,109 @@
+"""A guidance that draws by a loop of its own: on levels in any order, beside other guidances."""
+
+from dataclasses import dataclass
+
+import pytest
+import torch
+import torch.nn.functional as F
+from diffusers import (
+    DDIMScheduler,
+    DPMSolverMultistepScheduler,
+    EulerDiscreteScheduler,
+    HeunDiscreteScheduler,
+)
+
+import exact
+import guidekit
+import tiny
+from guidekit import Condition, Guidance, Sampling
+from guidekit.testing.miniatures import sd3_pipeline
+from guidekit_red_diff import RedDiff
+from guidekit_zest import Zest
+
+RED = Condition("a red circle")
+
+
+@pytest.fixture(scope="module")
+def pipe():
+    return tiny.sd_pipeline()
+
+
+@dataclass(kw_only=True)
+class Ode(Guidance):
+    """First-order steps of its own; asks for the last level before and between them."""
+
+    def solve(self, run, z, predict):
+        for k in range(len(run.levels)):
+            predict(z, len(run.levels) - 1)
+            step = predict(z, k)
+            x0 = step.level.x0(step.prediction, step.z)
+            eps = step.level.eps(step.prediction, step.z)
+            z = step.next_level.a * x0 + step.next_level.s * eps
+            yield step, z
+
+
+@dataclass(kw_only=True)
+class Bright(Guidance):
+    """Pulls x0 up."""
+
+    scale: float = 3.0
+
+    def energy(self, step):
+        return -step.x0.flatten(1).mean(1)
+
+
+def drawn(pipe, *guidances, scheduler=None, **options):
+    given = {"seeds": [5, 6], "steps": 4, "cfg": 5.0, "scheduler": scheduler, **options}
+    return Sampling(pipe, RED, guidances, **given).finish()
+
+
+@pytest.mark.parametrize("cls", [DDIMScheduler, EulerDiscreteScheduler, None])
+@pytest.mark.parametrize("others", [(), (Bright(),)])
+def test_first_order_steps_are_the_schedulers(pipe, cls, others):
+    pipe = pipe if cls else sd3_pipeline()
+    scheduler = cls.from_config(pipe.scheduler.config) if cls else None
+    own = drawn(pipe, Ode(), *others, scheduler=scheduler)
+    theirs = drawn(pipe, *others, scheduler=scheduler)
+    torch.testing.assert_close(own.latents, theirs.latents, rtol=1e-3, atol=1e-4)
+    assert own.account.edits["ode"] == 4 and own.images.shape == theirs.images.shape
+
+
+def test_other_schedulers_lend_their_levels(pipe):
+    cls = DPMSolverMultistepScheduler
+    found = drawn(pipe, Ode(), scheduler=cls.from_config(pipe.scheduler.config))
+    assert torch.isfinite(found.latents).all()
+    heun = HeunDiscreteScheduler.from_config(pipe.scheduler.config)
+    with pytest.raises(ValueError, match="scheduler of one call a step"):
+        drawn(pipe, Ode(), scheduler=heun)
+
+
+def test_what_acts_on_the_schedulers_step_is_refused(pipe):
+    segments = (guidekit.Segment("red circle", guidekit.box_mask((0, 0, 0.5, 1))),)
+    with pytest.raises(ValueError, match=r"zest acts on the scheduler's step \(push\), and ode"):
+        Sampling(pipe, Condition("a red circle", segments=segments), [Ode(), Zest()]).finish()
+    with pytest.raises(ValueError, match="ode and ode-2 both draw by a loop of their own"):
+        drawn(pipe, Ode(), Ode())
+    with pytest.raises(ValueError, match="ode draws by a loop of its own, which a pipeline's"):
+        with guidekit.attach(pipe, [Ode()]):
+            pass
+
+    class Idle(Ode):
+        def solve(self, run, z, predict):
+            return iter(())
+
+    with pytest.raises(ValueError, match="a solver drew nothing"):
+        drawn(pipe, Idle())
+
+
+def test_red_diff_meets_its_measurement():
+    """On an exact model, and for each image its own."""
+    images = [torch.full((3, 8, 8), value) for value in (0.5, -0.5)]
+    conditions = [Condition(targets={"red-diff": image}) for image in images]
+    found = Sampling(exact.pipeline(), conditions, [RedDiff()], seeds=[5, 6], steps=40).finish()
+    small = F.avg_pool2d(found.latents, 4)
+    torch.testing.assert_close(small[0], torch.full((3, 2, 2), 0.5), rtol=0, atol=0.2)
+    torch.testing.assert_close(small[1], torch.full((3, 2, 2), -0.5), rtol=0, atol=0.2)
+    assert [row["step"] for row in found.account.rows] == list(range(40))
+    assert all(reward <= 0 for row in found.account.rows for reward in row["reward"])
+    with pytest.raises(ValueError, match="red-diff needs a reference: --set red-diff.image=FILE"):
+        Sampling(exact.pipeline(), Condition(), [RedDiff()], steps=4)
