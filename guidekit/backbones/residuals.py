@@ -13,6 +13,7 @@ import torch
 from diffusers import ControlNetModel, T2IAdapter
 from torch import Tensor, nn
 
+from guidekit.backbones.base import Denoiser
 from guidekit.backbones.control_images import control_pixels
 from guidekit.backbones.controls import Control, check_adapter, check_net, load_control
 from guidekit.branches import Branch
@@ -27,7 +28,7 @@ class Controls:
     """The controls beside a denoiser; `prepared` with what they see in a run."""
 
     controls: tuple[Control, ...]
-    denoiser: Any
+    denoiser: Denoiser
     pixels: list[Tensor] = field(default_factory=list)  # (B, C, H, W) for each
     _features: dict[tuple, dict[str, Tensor]] = field(default_factory=dict)
 
@@ -172,7 +173,7 @@ def _image_of(control: Control, condition: Condition) -> Any:
     return condition.map
 
 
-def with_controls(denoiser: Any, controls: Control | Sequence[Control]) -> Any:
+def with_controls(denoiser: Denoiser, controls: Control | Sequence[Control]) -> Denoiser:
     """A view of the denoiser beside which the controls act; itself without any.
 
     Raises GuidekitError for a denoiser that takes none, and for a control of another family.
@@ -194,7 +195,7 @@ def with_controls(denoiser: Any, controls: Control | Sequence[Control]) -> Any:
     return view
 
 
-def _loaded(control: Control, denoiser: Any) -> Control:
+def _loaded(control: Control, denoiser: Denoiser) -> Control:
     """The control with its network, where it was given by name; it fits the denoiser."""
     if isinstance(control.model, str | Path):
         model = load_control(control.model, denoiser.device, denoiser.model.dtype)

@@ -29,7 +29,7 @@ from guidekit.registry import Registry
 from guidekit.step import Step
 from guidekit.taps import find_sites
 from guidekit.testing.miniatures import sd_pipeline, sdxl_pipeline
-from guidekit.testing.subject import SEEDS, Subject, same, state
+from guidekit.testing.subject import CONTROL, SEEDS, Subject, same, state
 
 __all__ = ["CHECKS", "check_guidance", "run_check", "sd_pipeline", "sdxl_pipeline"]
 
@@ -304,6 +304,8 @@ _ON_OTHERS = {
     "dit": (acts, scale_0, energy, restored),
     "sd3": (acts, scale_0, energy, restored, window, batch),
 }
+# A ControlNet beside Stable Diffusion, whose residuals depend on z.
+_WITH_CONTROL = (acts, scale_0, energy, restored, batch)
 # Name: the check, the family of the pipeline.
 CHECKS: dict[str, tuple[Callable[[Subject], str | None], str]] = {
     **{check.__name__: (check, "sd") for check in _ON_SD},
@@ -312,6 +314,7 @@ CHECKS: dict[str, tuple[Callable[[Subject], str | None], str]] = {
         for family, checks in _ON_OTHERS.items()
         for check in checks
     },
+    **{f"{check.__name__}_with_control": (check, CONTROL) for check in _WITH_CONTROL},
 }
 
 
