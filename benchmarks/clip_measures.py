@@ -1,12 +1,12 @@
 """Measures of clip_guidance.py: what the judge finds, spread, retrieval, colours; tables."""
 
-import itertools
 from collections.abc import Callable
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from guidekit.evaluate import diversity, retrieval
 from guidekit.evaluate import judge as evaluate
 from guidekit.worlds import scenes
 
@@ -73,22 +73,12 @@ def asked_found(found: np.ndarray, kinds: list[str]) -> dict[str, np.ndarray]:
 def spread(features: np.ndarray) -> np.ndarray:
     """Mean distance of features (n, d) between the samples of each condition."""
     groups = features[: len(features) // SAMPLES * SAMPLES].reshape(-1, SAMPLES, features.shape[1])
-    pairs = [
-        np.linalg.norm(groups[:, i] - groups[:, j], axis=1)
-        for i, j in itertools.combinations(range(SAMPLES), 2)
-    ]
-    return np.mean(pairs, 0)
+    return np.array([diversity.spread(group) for group in groups])
 
 
 def ranks(images: Tensor, queries: Tensor, real: Tensor, seed: int) -> np.ndarray:
     """Place of each image (n, D) among real ones by its query (n, D); 0 is the first."""
-    rng = np.random.default_rng(seed)
-    own = (images * queries).sum(1)
-    places = []
-    for i, query in enumerate(queries):
-        others = real[torch.from_numpy(rng.choice(len(real), NEGATIVES, replace=False))]
-        places.append(int((others @ query > own[i]).sum()))
-    return np.array(places)
+    return retrieval.ranks(images.numpy(), queries.numpy(), real.numpy(), NEGATIVES, seed)
 
 
 def silhouettes(found: np.ndarray, other: np.ndarray) -> np.ndarray:

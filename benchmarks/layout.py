@@ -30,6 +30,8 @@ import guidekit
 from guidekit import Condition, Segment
 from guidekit.backbones.loading import make_scheduler
 from guidekit.evaluate import judge as evaluate
+from guidekit.evaluate import label_maps
+from guidekit.evaluate.layout import LayoutCounts
 from guidekit.registry import Registry
 from guidekit.worlds import scenes
 from guidekit.zoo.shipped import model_defaults
@@ -92,9 +94,7 @@ class Layouts:
 
 def held_out(n: int, first: int = 0, size: int = 64) -> Layouts:
     """Scenes `first` to `first + n` of the test split; every object visible somewhere."""
-    plans = [scenes.scene(i, "test") for i in range(first, first + n)]
-    # Neighbours share a batch, and regions of a batch are padded to the most of it.
-    plans.sort(key=lambda plan: len(plan.things))
+    plans = label_maps.held_out(n, first)
     conditions = []
     for plan in plans:
         _, masks = scenes.draw(plan, size)
@@ -200,25 +200,9 @@ class Bench:
     def judged(self, method: str, images: Tensor) -> dict:
         """The measures of images (n, 3, 64, 64), with 95% bootstrap intervals over layouts."""
         verdict = evaluate.see(self.judge, images)
-        wanted = self.layouts.wanted
-        asked = evaluate.asked_pixels(wanted)
-        row = {"method": method, "n": len(images)}
-        for name, only in (("mIoU", False), ("mIoU labelled", True)):
-            inter, union = evaluate.overlaps(verdict.classes, wanted, only)
-
-            def statistic(i, inter=inter, union=union):
-                return evaluate.mean_iou(inter[i], union[i], asked[i])
-
-            row[name] = statistic(np.arange(len(images)))
-            row[f"{name} 95%"] = evaluate.interval(statistic, len(images))
-        found, objects = evaluate.presence(verdict.classes, wanted)
-        groups = {"presence": objects > 0, "presence 1": objects == 1, "presence 2-3": objects > 1}
-        for name, chosen in groups.items():
-            f, o = found[chosen], objects[chosen]
-            row[name] = float(f.sum() / o.sum())
-            row[f"{name} 95%"] = evaluate.interval(
-                lambda i, f=f, o=o: float(f[i].sum() / o[i].sum()), len(f)
-            )
+        counts = LayoutCounts()
+        counts.add(verdict.classes, self.layouts.wanted)
+        row = {"method": method, "n": len(images)} | counts.row()
         row["Frechet"] = evaluate.frechet(verdict.features, self.reference)
         row["kernel"] = evaluate.kernel_distance(verdict.features, self.reference)
         return row

@@ -10,6 +10,7 @@ from guidekit import __version__
 from guidekit.cli.affinity import affinity
 from guidekit.cli.doctor import doctor
 from guidekit.cli.errors import Tracebacks, shown_errors, traceback_option
+from guidekit.cli.evaluate import evaluate
 from guidekit.cli.heads import augment, fit
 from guidekit.cli.plugins import plugins
 from guidekit.cli.sample import sample
@@ -79,5 +80,5 @@ def main() -> None:
     """Steer frozen diffusion backbones while they sample."""
 
 
-for command in (sample, serve, status, plugins, fit, augment, affinity, train, doctor):
+for command in (sample, serve, status, evaluate, plugins, fit, augment, affinity, train, doctor):
     main.add_command(command)

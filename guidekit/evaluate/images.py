@@ -1,0 +1,158 @@
+"""Images to evaluate, as people have them: folders, runs, plans of blocks, WebDataset tars."""
+
+import io
+import json
+import tarfile
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+
+from PIL.Image import Image
+
+from guidekit.errors import GuidekitError
+from guidekit.images import as_rgb, load_image, numbered, upright
+from guidekit.untrusted import MOST_MEMBER, open_picture, read_json
+
+ENDINGS = (".png", ".jpg", ".jpeg", ".webp")
+BESIDE = ("unguided", "overlay", "attention", "masks", "state")  # of a run's or plan's own folder
+LONGEST = 2**16  # bytes of a prompt
+
+
+@dataclass(frozen=True)
+class ImageSet:
+    """Images by key: what a file is called without its ending, a number without its zeros."""
+
+    name: str
+    #: What reads each image, when it is asked for.
+    openers: dict[str, Callable[[], Image]]
+
+    def __len__(self) -> int:
+        return len(self.openers)
+
+    @property
+    def keys(self) -> list[str]:
+        """Keys, numbers in their order."""
+        return sorted(self.openers, key=numbered)
+
+    def image(self, key: str) -> Image:
+        """An image in 8 bits of red, green and blue. Raises GuidekitError for a damaged file."""
+        return self.openers[key]()
+
+    def batches(self, size: int, keys: list[str] | None = None) -> Iterator[list[Image]]:
+        """All images, or those of the keys, `size` at a time."""
+        keys = self.keys if keys is None else keys
+        for i in range(0, len(keys), size):
+            yield [self.image(key) for key in keys[i : i + size]]
+
+
+def key_of(name: str) -> str:
+    """The key of a file's name."""
+    stem = PurePosixPath(name).name.partition(".")[0].removesuffix("_leftImg8bit")
+    return str(int(stem)) if stem.isdecimal() and stem.isascii() else stem
+
+
+def read_images(path: Path) -> ImageSet:
+    """The images of a folder with its subfolders, of a run, of a plan, or of tars.
+
+    Raises GuidekitError for a folder without images and for two images of one key.
+    """
+    if not path.exists():
+        raise GuidekitError(f"images {path}: no such folder")
+    found: dict[str, Callable[[], Image]] = {}
+    where: dict[str, str] = {}
+    for source, opener in (*_files(path), *_members(path)):
+        key = _key(path, source)
+        if key in found:
+            raise GuidekitError(f"{path} has two images for {key!r}: {where[key]} and {source}")
+        found[key], where[key] = opener, source
+    if not found:
+        raise GuidekitError(f"images {path}: no {', '.join(ENDINGS)} and no tar in it")
+    return ImageSet(path.name or str(path), found)
+
+
+def _key(path: Path, source: str) -> str:
+    """The key of a file, after the folder that it is in where folders are classes."""
+    own = PurePosixPath(source)
+    nested = own.parent.name if len(own.parts) > 1 and not own.parent.name.isdecimal() else ""
+    return f"{nested}/{key_of(source)}" if nested else key_of(source)
+
+
+def _files(path: Path) -> Iterator[tuple[str, Callable[[], Image]]]:
+    if path.is_file():
+        return
+    own = _is_own(path)
+    for file in sorted(path.rglob("*")):
+        inner = file.relative_to(path)
+        if file.suffix.lower() in ENDINGS and not (
+            own and inner.parts[0] in (*BESIDE, "reference.png")
+        ):
+            yield inner.as_posix(), lambda file=file: load_image(file)
+
+
+def _is_own(path: Path) -> bool:
+    return (path / "run.json").exists()
+
+
+def _members(path: Path) -> Iterator[tuple[str, Callable[[], Image]]]:
+    """The images of a tar, or of a folder's tars; their contents are read when asked for."""
+    tars = [path] if path.suffix == ".tar" else sorted(path.glob("*.tar")) if path.is_dir() else []
+    for file in tars:
+        try:
+            with tarfile.open(file, "r:") as tar:
+                entries = [(m.name, m.offset_data, m.size) for m in tar if m.isfile()]
+        except (tarfile.TarError, OSError) as error:
+            raise GuidekitError(f"{file} is not a readable tar ({error})") from None
+        for name, offset, size in entries:
+            if PurePosixPath(name).suffix.lower() in ENDINGS:
+                yield PurePosixPath(name).name, _member(file, name, offset, size)
+
+
+def _member(file: Path, name: str, offset: int, size: int) -> Callable[[], Image]:
+    def opened() -> Image:
+        if size > MOST_MEMBER:
+            raise GuidekitError(f"{name} of {file} is larger than {MOST_MEMBER >> 20} MB")
+        with open(file, "rb") as handle:
+            handle.seek(offset)
+            data = handle.read(size)
+        try:
+            with open_picture(io.BytesIO(data)) as image:
+                return as_rgb(upright(image))
+        except Exception as error:  # whatever Pillow meets in a damaged file
+            raise GuidekitError(f"{name} of {file}: not a readable image ({error})") from None
+
+    return opened
+
+
+def prompts_of(path: Path) -> dict[str, str]:
+    """Prompts by key: of a run, of .txt beside images or in tars, or of prompts.jsonl.
+
+    Raises GuidekitError where there are none.
+    """
+    found: dict[str, str] = {}
+    if _is_own(path) and not (path / "plan.json").exists():
+        prompt = read_json(path / "run.json")["sample"].get("prompt")
+        return dict.fromkeys(read_images(path).keys, prompt or "")
+    for file in sorted(path.rglob("*.txt")) if path.is_dir() else ():
+        found[_key(path, file.relative_to(path).as_posix())] = file.read_text("utf-8").strip()
+    for tar in sorted(path.glob("*.tar")) if path.is_dir() else [path]:
+        found |= _texts(tar)
+    if (lines := path / "prompts.jsonl").exists():
+        rows = [json.loads(line) for line in lines.read_text("utf-8").splitlines() if line.strip()]
+        found |= {key_of(str(row["key"])): str(row["prompt"]) for row in rows}
+    if not found:
+        raise GuidekitError(
+            f"{path} has no prompts; put a .txt beside each image, or prompts.jsonl with lines "
+            '{"key": "0", "prompt": "a cat"}'
+        )
+    return found
+
+
+def _texts(tar: Path) -> dict[str, str]:
+    """The .txt of a tar."""
+    found = {}
+    with tarfile.open(tar, "r:") as opened:
+        for member in opened:
+            if member.isfile() and member.name.endswith(".txt") and member.size < LONGEST:
+                text = opened.extractfile(member).read().decode("utf-8", "replace")
+                found[key_of(member.name)] = text.strip()
+    return found

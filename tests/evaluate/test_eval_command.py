@@ -1,0 +1,235 @@
+"""`guidekit eval` from end to end: inputs as people have them, rules that hold."""
+
+import json
+import tarfile
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from guidekit.evaluate import judge as evaluate
+from guidekit.evaluate.commands import real_scenes
+from guidekit.evaluate.images import prompts_of, read_images
+from guidekit.evaluate.judges import load_extractor, load_segmenter
+from guidekit.evaluate.label_maps import chosen, held_out, read_label_maps
+from guidekit.evaluate.layout import LayoutCounts
+from guidekit.images import to_uint8
+from guidekit.worlds import scenes
+from guidekit.zoo.shipped import ZOO
+from panoptic import NAMES, write_mask2former, write_panoptic
+from plans import run
+
+N = 12
+
+
+@pytest.fixture(scope="module")
+def drawn(tmp_path_factory):
+    """Real scenes of the test split, the first N, as a folder of PNG with their captions."""
+    folder = tmp_path_factory.mktemp("drawn")
+    plans = held_out(N)
+    images = real_scenes(plans)
+    for key, plan in zip(images.keys, plans, strict=True):
+        images.image(key).save(folder / f"{int(key):08d}.png")
+        (folder / f"{int(key):08d}.txt").write_text(plan.caption)
+    return folder
+
+
+def shuffled(folder, drawn):
+    """The same images, each under the next one's name."""
+    folder.mkdir()
+    files = sorted(drawn.glob("*.png"))
+    for file, name in zip(files, [*files[1:], files[0]], strict=True):
+        (folder / name.name).write_bytes(file.read_bytes())
+    return folder
+
+
+@pytest.mark.full
+def test_layout_on_the_built_in_world_is_the_benchmarks_row(drawn, tmp_path):
+    other = shuffled(tmp_path / "other", drawn)
+    words = ("--maps", N, "--form", "scenes", "--paired", "--out", tmp_path / "r")
+    done = run("eval", "layout", drawn, other, *words)
+    assert done.exit_code == 0, done.stderr
+    table = json.loads((tmp_path / "r/results.json").read_text())
+    rows = {row.pop("images"): row for row in table["rows"]}
+    assert list(rows) == [drawn.name, "other", "real scenes", f"{drawn.name} - other",
+                          f"{drawn.name} - real scenes"]  # fmt: skip
+    wanted = np.stack([scenes.labels(plan, 64) for plan in held_out(N)])
+    images = read_images(drawn)
+    pixels = [to_uint8(images.image(key)).float() / 255 for key in images.keys]
+    seen = evaluate.see(evaluate.load_judge(), torch.stack(pixels))
+    counts = LayoutCounts()
+    counts.add(seen.classes, wanted)
+    assert rows[drawn.name] == json.loads(json.dumps({"n": N} | counts.row()))
+    assert rows["real scenes"] == rows[drawn.name]
+    gain = rows[drawn.name]["mIoU"] - rows["other"]["mIoU"]
+    assert rows[f"{drawn.name} - other"]["mIoU"] == pytest.approx(gain) and gain > 0.3
+    assert table["judge"]["sha256"] and table["versions"]["torch"]
+    assert "| real scenes | 12 |" in (tmp_path / "r/results.md").read_text()
+
+
+@pytest.mark.full
+def test_a_panoptic_sample_with_a_mask2former(tmp_path):
+    maps = write_panoptic(tmp_path / "coco")
+    judge = write_mask2former(tmp_path / "judge")
+    images = tmp_path / "coco/images"
+    words = ("--maps", maps, "--form", "panoptic", "--judge", judge, "--json")
+    done = run("eval", "layout", images, *words)
+    assert done.exit_code == 0, done.stderr
+    table = json.loads(done.stdout)
+    (row,) = table["rows"]
+    assert row["n"] == 10 and 0 <= row["mIoU"] <= row["mIoU labelled"] <= 1
+    assert "give --real" in table["notes"][0]
+    found = read_label_maps(str(maps), "panoptic")
+    assert found.names == NAMES
+    one = found.map("3")
+    assert (one[0, 0], one[-1, 0], one[10, 6]) == (3, 2, 1)
+
+
+def test_maps_of_every_data_set_have_one_numbering(tmp_path):
+    def written(name, values, form):
+        folder = tmp_path / form
+        folder.mkdir()
+        Image.fromarray(np.array(values, np.uint8)).save(folder / f"{name}.png")
+        maps = read_label_maps(str(folder), form)
+        return maps.keys, maps.map(maps.keys[0]).tolist(), maps.classes
+
+    assert written("000000000139", [[0, 181], [255, 3]], "coco-stuff") == (
+        ["139"], [[1, 182], [0, 4]], 182,
+    )  # fmt: skip
+    assert written("ADE_val_1", [[0, 1], [150, 2]], "ade20k") == (
+        ["ADE_val_1"], [[0, 1], [150, 2]], 150,
+    )  # fmt: skip
+    assert written("aachen_0_gtFine_labelIds", [[7, 33], [0, 9]], "cityscapes") == (
+        ["aachen_0"], [[1, 19], [0, 0]], 19,
+    )  # fmt: skip
+    place = [{"phrase": "cat", "box": [0, 0, 0.5, 1]}, {"phrase": "ant", "box": [0.5, 0, 1, 1]}]
+    (tmp_path / "7.json").write_text(json.dumps({"prompt": "a cat, an ant", "segments": place}))
+    maps = read_label_maps(str(tmp_path), "layout")
+    assert maps.names == ("ant", "cat") and maps.map("7")[0, [0, -1]].tolist() == [2, 1]
+
+
+def test_zestguides_protocols():
+    wanted = np.zeros((10, 10), int)
+    wanted[0, :4], wanted[1:3], wanted[3:5], wanted[5:7] = 1, 2, 3, 4
+    assert set(np.unique(chosen(wanted, "all"))) == {0, 1, 2, 3, 4}
+    assert set(np.unique(chosen(wanted, "filtered"))) == {0, 2, 3, 4}
+    assert chosen(wanted, "few") is not None
+    wanted[7:9] = 5
+    assert chosen(wanted, "few") is None
+
+
+def test_a_judge_that_guided_is_refused(drawn, tmp_path):
+    folder = shuffled(tmp_path / "o", drawn)
+    plugin = {"clip": {"model": "scenes-clip", "scale": 1.0}}
+    (folder / "run.json").write_text(json.dumps({"sample": {"prompt": "x"}, "plugin": plugin}))
+    done = run("eval", "prompts", folder)
+    assert done.exit_code == 2 and "scenes-clip guided the images" in done.stderr
+    assert run("eval", "prompts", folder, "--clip", "scenes-clip-2").exit_code == 0
+
+
+def test_captions_fit_their_own_images_best(drawn, tmp_path):
+    other = shuffled(tmp_path / "other", drawn)
+    for file in drawn.glob("*.txt"):
+        (other / file.name).write_text(file.read_text())
+    rows = json.loads(run("eval", "prompts", drawn, other, "--json").stdout)["rows"]
+    assert rows[0]["CLIP score"] > rows[1]["CLIP score"] + 1
+    words = ("--real", other, "--among", N, "--json")
+    (row,) = json.loads(run("eval", "retrieval", drawn, *words).stdout)["rows"]
+    assert row["top 10"] >= row["top 1"] > 0.2
+
+
+@pytest.mark.full
+def test_quality_is_torch_fidelitys_by_our_extractor(drawn, tmp_path):
+    torch_fidelity = pytest.importorskip("torch_fidelity")
+    from guidekit.evaluate.fidelity import register
+
+    real = tmp_path / "real"
+    real.mkdir()
+    images = real_scenes([scenes.scene(5000 + i, "test") for i in range(N)])
+    for key in images.keys:
+        images.image(key).save(real / f"{key}.png")
+    done = run("eval", "quality", drawn, "--real", real, "--draws", 5, "--json")
+    assert done.exit_code == 0, done.stderr
+    row, ceiling = json.loads(done.stdout)["rows"]
+    assert row["n"] == row["n real"] == N and ceiling["images"] == "real against real"
+    theirs = torch_fidelity.calculate_metrics(
+        input1=str(drawn), input2=str(real), feature_extractor=register("scenes-judge"), cuda=False,
+        kid=True, prc=True, kid_subsets=1, kid_subset_size=N, cache=False, verbose=False,
+        save_cpu_ram=True,
+    )  # fmt: skip
+    assert row["kernel"] == pytest.approx(theirs["kernel_inception_distance_mean"], rel=1e-4)
+    assert row["precision"] == pytest.approx(theirs["precision"])
+    assert row["recall"] == pytest.approx(theirs["recall"])
+    features = load_extractor("scenes-judge").read([images.image(k) for k in images.keys])
+    values = {"mu": features.mean(0), "sigma": np.cov(features, rowvar=False)}
+    np.savez(tmp_path / "real.npz", **values)
+    done = run("eval", "quality", drawn, "--real", tmp_path / "real.npz", "--json")
+    assert json.loads(done.stdout)["rows"][0]["Frechet"] == pytest.approx(row["Frechet"], rel=1e-6)
+
+
+def test_inverse_and_diversity(drawn, tmp_path):
+    (row,) = json.loads(run("eval", "inverse", drawn, "--real", drawn, "--json").stdout)["rows"]
+    assert row["SSIM"] == 1 and row["PSNR"] == 100
+    pairs = tmp_path / "pairs"
+    pairs.mkdir()
+    for i, file in enumerate(sorted(drawn.glob("*.png"))[:4]):
+        (pairs / f"{i}.png").write_bytes(file.read_bytes())
+        (pairs / f"{i}.txt").write_text(f"prompt {i // 2}")
+    (row,) = json.loads(run("eval", "diversity", pairs, "--json").stdout)["rows"]
+    assert (row["n"], row["prompts"]) == (4, 2) and row["distance"] > 0
+    done = run("eval", "diversity", drawn)
+    assert done.exit_code == 2 and "diversity needs two" in done.stderr
+
+
+def test_tars_and_folders_are_the_same_images(drawn, tmp_path):
+    with tarfile.open(tmp_path / "00000.tar", "w") as tar:
+        for file in sorted(drawn.iterdir()):
+            tar.add(file, file.name)
+    for source in (tmp_path, tmp_path / "00000.tar"):
+        images, same = read_images(source), read_images(drawn)
+        assert images.keys == same.keys == [str(i) for i in range(N)]
+        assert all(images.image(k).tobytes() == same.image(k).tobytes() for k in images.keys)
+        assert prompts_of(source) == prompts_of(drawn)
+
+
+def test_other_scorers_find_their_folders(drawn, tmp_path):
+    prompts = prompts_of(drawn)
+    metadata = tmp_path / "evaluation_metadata.jsonl"
+    rows = [{"tag": "single_object", "prompt": prompts[str(i)]} for i in (3, 1)]
+    metadata.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    words = ("--write", "geneval", "--metadata", metadata, "--out", tmp_path / "g")
+    assert run("eval", "prompts", drawn, *words).exit_code == 0
+    assert json.loads((tmp_path / "g/00000/metadata.jsonl").read_text()) == rows[0]
+    first = Image.open(tmp_path / "g/00000/samples/0000.png")
+    assert first.tobytes() == Image.open(drawn / "00000003.png").tobytes()
+    words = ("--write", "t2i-compbench", "--out", tmp_path / "t")
+    assert run("eval", "prompts", drawn, *words).exit_code == 0
+    names = sorted(path.name for path in (tmp_path / "t/samples").iterdir())
+    assert len(names) == N and any(name.startswith(f"{prompts['3']}_") for name in names)
+    (tmp_path / "none.jsonl").write_text('{"prompt": "a zebra"}\n')
+    words = ("--write", "geneval", "--metadata", tmp_path / "none.jsonl", "--out", tmp_path / "x")
+    done = run("eval", "prompts", drawn, *words)
+    assert done.exit_code == 2 and "'a zebra'" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (("layout", "D", "--maps", 3, "--form", "voc"), "maps are one of"),
+        (("layout", "D", "--maps", 3, "--form", "scenes", "--judge", "x"), "no segmenter 'x'"),
+        (("layout", "nope", "--maps", 3, "--form", "scenes"), "no such folder"),
+        (("quality", "D", "--real", "scenes", "--features", "x"), "no extractor 'x'"),
+        (("prompts", "D", "--clip", "scenes-judge"), "reads no texts"),
+        (("prompts", "D", "--write", "geneval"), "--write needs"),
+    ],
+)
+def test_what_cannot_work_is_refused(drawn, words, message):
+    done = run("eval", *(drawn if word == "D" else word for word in words))
+    assert done.exit_code == 2 and message in done.stderr, done.stderr
+
+
+def test_judges_say_which_weights_they_are():
+    hashes = json.loads((ZOO / "hashes.json").read_text())["scenes-judge"]
+    own = {v for k, v in hashes.items() if k.endswith(".safetensors")}
+    assert load_segmenter("scenes-judge").hashes == own

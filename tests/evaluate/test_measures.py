@@ -1,0 +1,114 @@
+"""Each measure against kept libraries' own numbers, or a truth that is known."""
+
+import numpy as np
+import pytest
+import torch
+from sklearn.metrics import jaccard_score
+from sklearn.neighbors import NearestNeighbors
+
+from guidekit.evaluate import diversity, retrieval
+from guidekit.evaluate.frechet import Moments, frechet, of_moments
+from guidekit.evaluate.intervals import difference, interval
+from guidekit.evaluate.kernel_distance import kernel_distance
+from guidekit.evaluate.layout import LayoutCounts
+from guidekit.evaluate.overlap import mean_iou, overlaps
+from guidekit.evaluate.precision_recall import precision_recall
+from guidekit.evaluate.restoration import psnr, ssim
+
+RNG = np.random.default_rng(0)
+A, B = RNG.normal(size=(80, 6)), RNG.normal(size=(80, 6)) * 1.5 + 0.3
+
+
+def test_distances_are_torch_fidelitys():
+    fid = pytest.importorskip("torch_fidelity.metric_fid")
+    kid = pytest.importorskip("torch_fidelity.metric_kid")
+    prc = pytest.importorskip("torch_fidelity.metric_prc")
+    a, b = torch.from_numpy(A), torch.from_numpy(B)
+    both = [fid.fid_features_to_statistics(features) for features in (a, b)]
+    theirs = fid.fid_statistics_to_metric(*both, verbose=False)["frechet_inception_distance"]
+    assert frechet(A, B) == pytest.approx(theirs, rel=1e-6)
+    one = {"kid_subsets": 1, "kid_subset_size": 80, "verbose": False}
+    mmd = kid.kid_features_to_metric(a, b, **one)["kernel_inception_distance_mean"]
+    assert kernel_distance(A, B) == pytest.approx(mmd, rel=1e-6)
+    found = prc.prc_features_to_metric(a, b, verbose=False)
+    assert precision_recall(a, b) == pytest.approx((found["precision"], found["recall"]))
+
+
+def test_precision_and_recall_are_those_of_scikit_learns_neighbours():
+    def covered(points, balls):
+        radii = NearestNeighbors(n_neighbors=4).fit(balls).kneighbors(balls)[0][:, 3]
+        gaps = np.linalg.norm(points[:, None] - balls[None], axis=-1)
+        return (gaps <= radii + 1e-12).any(1).mean()
+
+    found = precision_recall(torch.from_numpy(A), torch.from_numpy(B))
+    assert found == pytest.approx((covered(A, B), covered(B, A)))
+    assert 0.3 < found[1] < 1
+
+
+def test_sums_by_shards_give_the_distance_of_the_whole():
+    kept = [Moments(), Moments()]
+    for moments, features in zip(kept, (A, B), strict=True):
+        for shard in np.array_split(features, 7):
+            moments.add(shard)
+    assert of_moments(*kept) == pytest.approx(frechet(A, B), rel=1e-9)
+
+
+def test_miou_is_scikit_learns_jaccard():
+    found, wanted = RNG.integers(0, 5, (2, 6, 8, 8))
+    inter, union = overlaps(found, wanted, classes=4)
+    asked = (wanted[..., None] == np.arange(1, 5)).sum((1, 2))
+    flat = wanted.ravel(), found.ravel()
+    theirs = jaccard_score(*flat, labels=[1, 2, 3, 4], average="macro")
+    assert mean_iou(inter, union, asked) == pytest.approx(theirs)
+    inside = wanted > 0
+    labelled = overlaps(found, wanted, True, classes=4)
+    flat = wanted[inside], found[inside]
+    theirs = jaccard_score(*flat, labels=[1, 2, 3, 4], average="macro")
+    assert mean_iou(*labelled, asked) == pytest.approx(theirs)
+
+
+def test_counts_by_parts_are_those_of_the_whole():
+    found, wanted = RNG.integers(0, 4, (2, 9, 8, 8))
+    whole, parts = LayoutCounts(3), LayoutCounts(3)
+    whole.add(found, wanted)
+    for i in range(0, 9, 2):
+        parts.add(found[i : i + 2], wanted[i : i + 2])
+    assert parts.row() == whole.row() and parts.n == 9
+
+
+def test_a_paired_difference_is_surer_than_two_intervals():
+    """Of numbers that go up and down together: the shift is known, though each is not."""
+    noise = RNG.normal(size=200)
+    a, b = noise + 0.2 + 0.01 * RNG.normal(size=200), noise
+
+    def mean(values):
+        return lambda i: float(values[i].mean())
+
+    value, (low, high) = difference(mean(a), mean(b), 200)
+    assert value == pytest.approx(0.2, abs=0.01) and low < value < high and high - low < 0.01
+    own = interval(mean(a), 200)
+    assert own[1] - own[0] > 0.2
+
+
+def test_psnr_and_ssim_of_known_images():
+    a = torch.zeros(1, 3, 16, 16, dtype=torch.float64)
+    b = a + 0.1
+    assert float(psnr(a, b)) == pytest.approx(20)
+    assert float(ssim(a, a)) == 1
+    # Of constant images only the term of the means is left.
+    assert float(ssim(a, b)) == pytest.approx(1e-4 / (0.01 + 1e-4))
+    noisy = torch.rand(1, 3, 32, 32, dtype=torch.float64)
+    assert float(ssim(noisy, 1 - noisy)) < -0.9
+    shifted = torch.roll(noisy, 1, -1)
+    assert abs(float(ssim(noisy, shifted))) < 0.2
+
+
+def test_an_image_is_ranked_by_how_many_others_fit_its_query_better():
+    real = np.eye(4)
+    images, queries = np.array([[0.9, 0, 0, 0]]), np.array([[1.0, 0, 0, 0]])
+    assert retrieval.ranks(images, queries, real, among=4).tolist() == [1]
+    assert retrieval.ranks(images, queries[:, ::-1], real[:3], among=3).tolist() == [0]
+
+
+def test_spread_is_the_mean_of_all_pairs():
+    assert diversity.spread(np.array([[0.0], [1.0], [3.0]])) == pytest.approx(2)
