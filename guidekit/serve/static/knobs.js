@@ -13,7 +13,7 @@ function control(knob, value, changed) {
     const box = el("input", { type: "checkbox", id, checked: Boolean(shown), onchange: () => changed(box.checked) });
     return field(knob, id, box, "switch");
   }
-  const choices = knob.presets?.length ? ["", ...knob.presets] : knob.control === "file" ? files(knob) : knob.choices;
+  const choices = knob.presets?.length ? ["", ...knob.presets] : knob.choices;
   if (choices?.length && !knob.list) {
     const box = el("select", { id, onchange: () => changed(box.value) }, ...choices.map((one) => el("option", { value: one }, one || "none")));
     box.value = shown ?? "";
@@ -29,7 +29,10 @@ function control(knob, value, changed) {
   }
   if (knob.choices?.length) box.placeholder = knob.choices.join(", ");
   box.addEventListener("change", () => changed(read(box.value, knob, numeric)));
-  return field(knob, id, box, numeric ? "" : "full");
+  if (knob.control !== "file") return field(knob, id, box, numeric ? "" : "full");
+  box.setAttribute("list", `${id}-files`);
+  const names = el("datalist", { id: `${id}-files` }, ...files(knob).map((value) => el("option", { value })));
+  return field(knob, id, el("div", {}, box, names), "full");
 }
 
 function read(text, knob, numeric) {
@@ -39,9 +42,10 @@ function read(text, knob, numeric) {
   return ["number", "whole"].includes(knob.control) ? parts.map(Number) : parts;
 }
 
-// What an option of files may name here: what the server was started with, what was opened.
+// What an option of files may name here: what was added, what the server was started with.
 function files(knob) {
-  return ["", ...new Set([String(knob.default ?? ""), ...state.about.files, ...Object.keys(state.files)])].filter((one, i, all) => all.indexOf(one) === i);
+  const found = [...Object.keys(state.files), ...state.about.files, String(knob.default ?? ""), "scene-3"];
+  return [...new Set(found)].filter(Boolean);
 }
 
 function slider(knob, id, value, changed) {
@@ -55,7 +59,7 @@ function slider(knob, id, value, changed) {
 
 function field(knob, id, box, kind) {
   const words = knob.comment ? el("span", { className: "help", id: `${id}-help` }, knob.comment) : null;
-  if (words) (box.id ? box : box.querySelector("input")).setAttribute("aria-describedby", words.id);
+  if (words) (box.id ? box : box.querySelector("input, select")).setAttribute("aria-describedby", words.id);
   const name = el("label", { htmlFor: id, title: knob.words ?? "" }, knob.label ?? knob.option);
   return el("div", { className: `field ${kind}` }, ...(kind === "switch" ? [box, name] : [name, box]), words);
 }
@@ -123,7 +127,8 @@ export function showSampling() {
     { option: "compare", label: "Also draw the same seeds unguided", default: true, control: "switch" },
     { option: "append_phrases", label: "Append missing phrases to the prompt", default: false, control: "switch" },
   ];
-  if (facts.reads_image || state.sample.image)
+  if (!facts.reads_text) knobs.push({ option: "label", label: "Class", default: undefined, control: "whole" });
+  if (facts.reads_image || state.sample.image || Object.keys(state.files).length)
     knobs.push({ option: "image", label: "Image to follow", default: "", control: "choice", choices: ["", ...Object.keys(state.files)] });
   const made = knobs.map((knob) =>
     control(knob, state.sample[knob.option], (value) => {

@@ -132,6 +132,17 @@ function openMask(name, data, found) {
   say(`The mask is on the layer ${one.phrase}`);
 }
 
+// An image that the model, or an option of a plugin, is to follow.
+async function addImage(file) {
+  if (!file) return;
+  state.files[file.name] = toBase64(new Uint8Array(await file.arrayBuffer()));
+  if (state.facts.reads_image) state.sample.image = file.name;
+  showSampling();
+  showPlugins();
+  keepDraft();
+  say(`${file.name} can be followed`);
+}
+
 async function take(found) {
   const model = state.model;
   adopt(found);
@@ -163,6 +174,7 @@ function listen() {
   $("compare").addEventListener("click", () => compare().catch(fail));
   $("save-layout").addEventListener("click", () => saveLayout().catch(fail));
   $("open").addEventListener("change", (event) => openFiles(event.target.files).finally(() => (event.target.value = "")));
+  $("add-file").addEventListener("change", (event) => addImage(event.target.files[0]).catch(fail));
   $("model").addEventListener("change", async (event) => {
     try {
       await chooseModel(event.target.value);
