@@ -31,7 +31,8 @@ class MultiDiffusion(Guidance):
 
     A region's prompt is its segment's `prompt`, else `template` with the phrase, its negative one
     the segment's `negative`; masks are cut at 0.5. Where regions overlap their outputs are averaged
-    by the segments' strengths. The classifier-free scale is that of the conditional branch.
+    by the segments' strengths. The classifier-free scale is that of the conditional branch. With
+    `circular` the latents close; the autoencoder, which decodes them once, still sees an edge.
     """
 
     scale: float = 1.0  # 1 on, 0 off
