@@ -7,7 +7,7 @@ images by `guidekit fit`; the backbone stays as it is.
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -38,6 +38,11 @@ class Fewshot(Guidance):
     # Where the gradient goes: both calls, up to the last site, the second one, the first one.
     form: Literal["paper", "stopped", "detached", "first"] = "stopped"
     threshold: float = 0.2  # least probability of the class in a finished image, to be accepted
+
+    usage: ClassVar[str] = (
+        "--model digits-ddpm --set fewshot.head=heads/digits --set fewshot.label=7"
+        "  # after guidekit fit shots/ --model digits-ddpm --out heads/digits"
+    )
 
     def __post_init__(self):
         super().__post_init__()

@@ -31,7 +31,8 @@ class MultiDiffusion(Guidance):
 
     A region's prompt is its segment's `prompt`, else `template` with the phrase, its negative one
     the segment's `negative`; masks are cut at 0.5. Where regions overlap their outputs are averaged
-    by the segments' strengths. The classifier-free scale is that of the conditional branch.
+    by the segments' strengths. The classifier-free scale is that of the conditional branch. With
+    `circular` the latents close; the autoencoder, which decodes them once, still sees an edge.
     """
 
     scale: float = 1.0  # 1 on, 0 off
@@ -39,6 +40,7 @@ class MultiDiffusion(Guidance):
     bootstrap: float = 0.4  # share of the steps, the first, with one-coloured surroundings
     window: int = 0  # side of the windows in latent pixels, the model's own size; 0: no windows
     stride: int = 8  # between windows, in latent pixels
+    circular: bool = False  # windows go on from the right edge at the left one: a full turn
 
     def __post_init__(self):
         super().__post_init__()
@@ -50,6 +52,8 @@ class MultiDiffusion(Guidance):
             raise GuidekitError(f"multidiffusion.bootstrap lies in 0 to 1, not {self.bootstrap}")
         if self.window < 0 or self.stride < 1:
             raise GuidekitError("multidiffusion.window is at least 0 and stride at least 1")
+        if self.circular and not self.window:
+            raise GuidekitError("multidiffusion.circular needs multidiffusion.window")
 
     @property
     def needs(self) -> tuple[str, ...]:
@@ -64,8 +68,10 @@ class MultiDiffusion(Guidance):
         for _, prompts, negatives in self._regions:
             run.denoiser.check([Condition(*t) for t in zip(prompts, negatives, strict=True)])
         self._masks = region_masks(run.conditions, run.grid).to(run.device)
-        self._shares = _shares(run.conditions, self._masks)
-        self._views = windows(*run.grid, self.window, self.stride)
+        self._views = windows(*run.grid, self.window, self.stride, self.circular)
+        last = [view[1] + view[3] for view in self._views if view]
+        self._beyond = max([*last, run.grid[1]]) - run.grid[1]  # columns past the right edge
+        self._shares = self._wrapped(_shares(run.conditions, self._masks))
         self._noise: Tensor | None = None
         if self.bootstrap and len(self._regions) > 1:
             self._backgrounds = _backgrounds(run)
@@ -103,11 +109,22 @@ class MultiDiffusion(Guidance):
         for region, view in self._parts():
             name = _group(self._regions[region][0], view)
             _, prompts, negatives = self._regions[region]
-            own = {"x": inputs[region], "view": view, "group": name}
+            x = step.z if inputs[region] is None and self._beyond else inputs[region]
+            own = {"x": x if x is None else self._wrapped(x), "view": view, "group": name}
             if weight is not None:
                 added.append(Branch(f"{name}.null", negatives, null=True, **own))
             added.append(Branch(name, prompts, weight, **own))
         return added
+
+    def _wrapped(self, x: Tensor) -> Tensor:
+        """x (..., h, w) with its first columns once more after its last, as far as windows go."""
+        return torch.cat([x, x[..., : self._beyond]], -1) if self._beyond else x
+
+    def _folded(self, x: Tensor) -> Tensor:
+        """Columns past the right edge added to those that they are: (..., h, w)."""
+        folded = x[..., : x.shape[-1] - self._beyond].clone()
+        folded[..., : self._beyond] += x[..., x.shape[-1] - self._beyond :]
+        return folded
 
     def _parts(self) -> list[tuple[int, View | None]]:
         """Regions and windows to denoise; the main prompt on the whole image is there already.
@@ -148,7 +165,7 @@ class MultiDiffusion(Guidance):
     def combine(self, step: Step, outs: dict[str, Tensor], combined: Tensor | None) -> Tensor:
         """Mean of the regions' outputs at every pixel, by their shares; 0 where nobody has one."""
         wide = torch.promote_types(step.z.dtype, torch.float32)
-        value = torch.zeros_like(step.z.detach(), dtype=wide)
+        value = torch.zeros_like(self._wrapped(step.z.detach()), dtype=wide)
         count = torch.zeros_like(value[:, :1])
         parts = [(_group(self._regions[r][0], v), r, v) for r, v in self._parts()]
         fused = [(step.groups[name], region, view) for name, region, view in parts]
@@ -158,6 +175,7 @@ class MultiDiffusion(Guidance):
             share = _cut(self._shares[:, region, None], view)
             _cut(value, view).add_(share * out)
             _cut(count, view).add_(share)
+        value, count = self._folded(value), self._folded(count)
         return (value / torch.where(count > 0, count, 1.0)).to(fused[0][0].dtype)
 
 
@@ -185,11 +203,14 @@ def _cut(x: Tensor, view: View | None) -> Tensor:
     return x[..., top : top + height, left : left + width]
 
 
-def windows(height: int, width: int, window: int, stride: int) -> list[View | None]:
+def windows(
+    height: int, width: int, window: int, stride: int, circular: bool = False
+) -> list[View | None]:
     """Windows (top, left, height, width) that cover the grid; [None] if one window is enough.
 
     The released code leaves a margin uncovered where the strides do not add up to the size; here
-    the last window lies at the edge.
+    the last window lies at the edge. circular: windows begin at every stride of the width, also
+    where they reach past the right edge.
     """
     if not window or window >= max(height, width):
         return [None]
@@ -199,7 +220,9 @@ def windows(height: int, width: int, window: int, stride: int) -> list[View | No
         return sorted({*range(0, last + 1, stride), last})
 
     size = min(window, height), min(window, width)
-    return [(top, left, *size) for top in starts(height) for left in starts(width)]
+    turn = circular and width > window
+    lefts = list(range(0, width, stride)) if turn else starts(width)
+    return [(top, left, *size) for top in starts(height) for left in lefts]
 
 
 def region_masks(conditions: list[Condition], grid: tuple[int, int]) -> Tensor:

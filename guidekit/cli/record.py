@@ -154,6 +154,7 @@ def _first_facts(plan: Plan) -> dict[str, Any]:
         "tokens": _tokens(plan),
         "controls": _controls(plan),
         "targets": _data_set(plan),
+        "reads_image": plan.denoiser.reads_image,
     }
 
 

@@ -128,7 +128,9 @@ def _figures(run: dict[str, Any], folder: Path, seed: int) -> list[str]:
     record = run["record"]
     guided = "guided" if run["plugin"] else "image"
     target = record.get("targets", {}).get(str(seed))
-    figures = [_figure(folder, f"unguided/{seed}.png", "unguided")]
+    alone = "without guidance; it follows the reference too"
+    bare = alone if record.get("reads_image") else "unguided"
+    figures = [_figure(folder, f"unguided/{seed}.png", bare)]
     if target is None:
         figures.append(_figure(folder, f"{seed}.png", guided))
     else:  # of a data set; what it follows lies where the user keeps it

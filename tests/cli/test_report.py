@@ -127,6 +127,16 @@ def test_a_page_shows_everything_and_escapes_it(folder):
     assert "1 of 3 images, stopped" in page.text and "strength 0.5" in page.text
 
 
+def test_a_model_that_reads_an_image_follows_it_unguided_too(folder):
+    run = json.loads((folder / "run.json").read_text())
+    assert "unguided" in Page(write_report(folder).read_text()).text
+    run["record"]["reads_image"] = True
+    (folder / "run.json").write_text(json.dumps(run))
+    text = Page(write_report(folder).read_text()).text
+    assert "without guidance; it follows the reference too" in text
+    assert "unguided" not in text
+
+
 def test_links_are_relative_and_exist(folder):
     page = Page(write_report(folder).read_text())
     assert page.links and all((folder / link).is_file() for link in page.links)

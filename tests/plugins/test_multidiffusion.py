@@ -173,6 +173,12 @@ def test_windows_cover_the_picture(size, window, stride, expected):
     assert found == expected
 
 
+def test_windows_of_a_full_turn_begin_at_every_stride():
+    found = windows(16, 32, 16, 8, circular=True)
+    assert found == [(0, left, 16, 16) for left in (0, 8, 16, 24)]
+    assert windows(16, 16, 16, 8, circular=True) == [None]
+
+
 def test_a_panorama_is_the_papers_mean_over_windows(pipe):
     guidance = MultiDiffusion(window=16, stride=4)
     condition = Condition("a red circle")
@@ -189,6 +195,25 @@ def test_a_panorama_is_the_papers_mean_over_windows(pipe):
         count[..., left : left + width] += 1
     torch.testing.assert_close(first.out, value / count, rtol=1e-4, atol=1e-4)
     assert sampling.images.shape == (1, 3, 32, 64)
+
+
+@pytest.mark.parametrize("segments", [(), ONE.segments])
+def test_a_full_turn_has_no_place_where_it_begins(pipe, segments):
+    """Turned noise gives the turned output, whatever lies at the edge; plain windows do not."""
+    noise = torch.randn(1, 4, 16, 32, generator=torch.Generator().manual_seed(0))
+    turned = {8: noise.roll(8, -1), 0: noise}
+
+    def out(by, circular):
+        masks = [s.mask.roll(s.mask.shape[1] * by // 32, -1) for s in segments]
+        moved = tuple(Segment(s.phrase, m) for s, m in zip(segments, masks, strict=True))
+        guidance = MultiDiffusion(window=16, stride=8, bootstrap=0.0, circular=circular)
+        options = {"latents": turned[by], "steps": 2, "width": 64}
+        return next(
+            iter(Sampling(pipe, Condition("a red", segments=moved), [guidance], **options))
+        ).out
+
+    torch.testing.assert_close(out(8, True), out(0, True).roll(8, -1), rtol=1e-4, atol=1e-4)
+    assert (out(8, False) - out(0, False).roll(8, -1)).abs().max() > 1e-2
 
 
 def test_windows_with_regions_leave_out_regions_that_they_do_not_touch(pipe):
@@ -226,6 +251,7 @@ def test_works_beside_zest_in_whole_pictures(pipe):
         ({"bootstrap": 1.5}, "bootstrap"),
         ({"window": -1}, "window"),
         ({"stride": 0}, "stride"),
+        ({"circular": True}, "circular needs"),
     ],
 )
 def test_wrong_values_raise(options, message):

@@ -50,6 +50,20 @@ def test_filter_keeps_pairs_by_cosine(pages):
         find_pairs(pages, 1.5, 2.0)
 
 
+def test_pages_of_one_image_say_what_a_page_is(tiny, tmp_path):
+    lonely = [item for page in "abc" for item in coloured(1, page)]
+    pages = encoded(iter(lonely), tiny, tmp_path)
+    with pytest.raises(ValueError, match=r"none of the pages has two images \(3 images\)"):
+        find_pairs(pages, None, None)
+
+
+def test_a_cut_list_of_pages_is_named(tiny, tmp_path):
+    encoded(iter(coloured(2, "a")), tiny, tmp_path / "p")
+    (tmp_path / "p/pages.json").write_text('{"encoder":')
+    with pytest.raises(ValueError, match="p/pages.json is not readable JSON"):
+        encoded(iter(coloured(2, "a")), tiny, tmp_path / "p")
+
+
 def test_every_picture_of_a_large_page_is_paired(tiny, tmp_path):
     """Within groups, as pairs grow with the square."""
     colours = [(i, 255 - i, 90) for i in range(150)]
