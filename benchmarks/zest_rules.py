@@ -23,6 +23,7 @@ from functools import partial
 import click
 import torch
 from torch import Tensor
+from torchvision.utils import save_image
 
 import guidekit
 from guidekit.registry import Registry
@@ -79,8 +80,8 @@ def guidances(row: str, tuned: dict) -> list[Zest]:
     return [Halves(**own)]
 
 
-def measured(bench: Bench, row: str, repeated: int) -> dict:
-    """The measures of a row, `repeated` of whose images are drawn in batches of another size."""
+def measured(bench: Bench, row: str, repeated: int) -> tuple[dict, Tensor]:
+    """The measures of a row, and those of its images that are drawn in batches of two sizes."""
     tuned = bench.defaults.get("plugin", {}).get("zest", {})
     conditions, first = bench.layouts.conditions, bench.setting.seed
     seeds = range(first, first + len(conditions))
@@ -93,12 +94,13 @@ def measured(bench: Bench, row: str, repeated: int) -> dict:
     gap = (again - images[chosen]).abs().flatten(1)
     found = bench.judged(row, images)
     kept = ("method", "n", "mIoU", "mIoU 95%", "mIoU labelled", "presence", "Frechet")
-    return {
+    measures = {
         **{name: found[name] for name in kept},
         "moved": float((gap.amax(1) > 0.1).float().mean()),
         "moved by": float(gap.mean(1).median()),
         "s/image": seconds / len(images),
     }
+    return measures, images[chosen]
 
 
 @click.command()
@@ -110,16 +112,21 @@ def measured(bench: Bench, row: str, repeated: int) -> dict:
 @click.option("--row", "wanted", multiple=True, help="Rows in place of the usual ones.")
 @click.option("--quick", is_flag=True, help="8 layouts, 10 steps, two rows.")
 @click.option("--json", "path", type=click.Path(dir_okay=False), help="Also write the rows here.")
-def main(model, n, repeated, batch, seed, wanted, quick, path):
+@click.option("--sheet", type=click.Path(dir_okay=False), help="Also save some images of each row.")
+def main(model, n, repeated, batch, seed, wanted, quick, path, sheet):
     """Prints a row for every rule."""
     torch.set_num_threads(1)
     defaults = model_defaults(model)
     n, steps = n or (8 if quick else 64), 10 if quick else defaults.get("steps", 50)
     setting = Setting(model, n, steps, defaults.get("cfg", 7.5), batch, seed, first=TUNING)
-    bench, rows = Bench(setting), []
+    bench, rows, shown = Bench(setting), [], []
     for row in wanted or (ROWS[1:3] if quick else ROWS):
-        rows.append(measured(bench, row, min(repeated, n)))
-        click.echo(json.dumps(rows[-1]), err=True)
+        measures, images = measured(bench, row, min(repeated, n))
+        rows.append(measures)
+        shown.append(images)
+        click.echo(json.dumps(measures), err=True)
+        if sheet:
+            save_image(torch.cat(shown), sheet, nrow=len(images))
     print(table([row | {"moved by": f"{row['moved by']:.0e}"} for row in rows]))
     print(
         f"\nn = {n} layouts from number {TUNING}, seeds {seed} to {seed + n - 1}, {steps} steps, "

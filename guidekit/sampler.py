@@ -48,7 +48,7 @@ class Sampling(Drawn):
 
     denoiser: a Denoiser, a live pipeline or a model's name. conditions: one for all images or one
     per seed; a text is a prompt, a number a class. guidances: objects or plugins' names. seeds: one
-    image each, a number, several or a text such as 0-7; an image does not depend on its batch.
+    image each, a number, several or a text such as 0-7; an image depends on its batch by rounding.
     steps, cfg and options of guidances that are not given are those tuned for a built-in model.
     cfg: diffusers' guidance scale, 1 for none, default the family's (1 without a condition).
     embedded_cfg: the scale that distilled models take as an input (Flux), default the pipeline's.
