@@ -3,6 +3,7 @@
 import dataclasses
 import datetime
 import functools
+import inspect
 import tomllib
 import types
 import typing
@@ -156,7 +157,9 @@ def stated(made: Any) -> dict[str, Any]:
 
 
 def _stated(value: Any) -> Any:
-    """Paths as absolute texts, also inside lists."""
+    """Paths as absolute texts, also inside lists; a function as MODULE:NAME."""
+    if inspect.isfunction(value):
+        return f"{value.__module__}:{value.__qualname__}"
     if isinstance(value, list | tuple):
         return [_stated(item) for item in value]
     return str(value.resolve()) if isinstance(value, Path) else value

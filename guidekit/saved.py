@@ -89,6 +89,7 @@ def _tables(run: Run, condition: Condition, steps: int) -> dict[str, Any]:
         "eta": run.step_kwargs.get("eta", 0.0),
         "height": height,
         "width": width,
+        "particles": len(run.groups[0]),
     }
     plugin = {guidance.name: stated(guidance) for guidance in run.guidances}
     segment = outputs.segment_tables(condition.segments)
@@ -111,7 +112,8 @@ def _scheduler(run: Run) -> str | None:
 def _record(run: Run) -> dict[str, Any]:
     """What came of the run, and what its settings cannot repeat."""
     account, notes = run.account, list(run.account.notes)
-    if any(condition is not run.conditions[0] for condition in run.conditions):
+    alone = len(run.groups) == len(run.seeds)  # particles have copies of one
+    if alone and any(condition is not run.conditions[0] for condition in run.conditions):
         notes.append("the images had conditions of their own; the settings are those of the first")
     if dict(run.scheduler.config) != dict(run.denoiser.pipeline.scheduler.config):
         notes.append("the scheduler had settings of its own, which are not written here")

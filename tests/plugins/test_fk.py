@@ -1,5 +1,7 @@
 """Feynman-Kac steering: exp(scale * reward) tilts a known law; one particle is no steering."""
 
+import json
+
 import pytest
 import torch
 
@@ -67,3 +69,13 @@ def test_copies_need_noise_and_rewards_a_name():
     wrong = FeynmanKac(reward=lambda images: images.mean(), at=(0.0,))
     with pytest.raises(ValueError, match="must give one finite number per image"):
         Sampling(pipe, RED, [wrong], eta=1.0, **given).finish()
+
+
+def test_a_function_is_stated_by_where_it_is(tmp_path):
+    given = {"seeds": [5, 6], "steps": 3, "particles": 2, "eta": 1.0}
+    fk = FeynmanKac(reward=first_pixel, at=(0.0,))
+    drawn = Sampling(tiny.sd_pipeline(), RED, [fk], **given).finish()
+    kept = json.loads((drawn.save(tmp_path / "run") / "run.json").read_text())
+    assert kept["plugin"]["fk"]["reward"] == "test_fk:first_pixel"
+    assert kept["sample"]["particles"] == 2
+    assert len(kept["record"]["account"][0]["reward"]) == 2

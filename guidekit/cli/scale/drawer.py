@@ -101,15 +101,16 @@ class Drawer:
 
 
 def _facts(sampling: Sampling, row: int, attempt: int, kept: bool) -> dict[str, Any]:
-    """What became of one image of a batch: energies at the first and the last guided step."""
+    """What became of one image of a batch: energies, rewards at the first and last guided step."""
     facts: dict[str, Any] = {}
     if any(guidance.rejects for guidance in sampling.guidances):
         facts = {"tries": attempt + 1, "accepted": kept}
     for guidance in sampling.guidances:
-        rows = [r for r in sampling.account.rows if r["plugin"] == guidance.name]
-        if rows:
-            ends = [rows[0]["energy"][row], rows[-1]["energy"][row]]
-            facts.setdefault("energy", {})[guidance.name] = ends
+        own = [r for r in sampling.account.rows if r["plugin"] == guidance.name]
+        for kind in ("energy", "reward"):
+            if rows := [r for r in own if kind in r]:
+                ends = [rows[0][kind][row], rows[-1][kind][row]]
+                facts.setdefault(kind, {})[guidance.name] = ends
     return facts
 
 
