@@ -44,9 +44,8 @@ class FeynmanKac(Guidance):
     plugin = "fk"
 
     scale: float = 2.0  # lambda, the factor on rewards in the exponent; 0 switches it off
-    reward: str | Reward = (
-        "contrast"  # brightness, contrast, MODULE:FUNCTION of images in [-1, 1], or one
-    )
+    # brightness, contrast, or MODULE:FUNCTION of images in [-1, 1]; in Python the function
+    reward: str | Reward = "contrast"
     potential: Literal["max", "diff", "sum"] = "max"  # of a particle's rewards so far
     at: tuple[float, ...] = (0.2, 0.4, 0.6, 0.8)  # fractions of the steps; the end comes with them
     ess: float = 1.0  # resamples where the effective share of particles is at most this
