@@ -73,6 +73,18 @@ def trained_segmenter(folder: Path) -> Segmenter:
     return judge_segmenter(judge, SOURCE)
 
 
+def kept(see: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+    """Features that are computed once an image: all estimates share the source's."""
+    found: dict[int, tuple[Tensor, Tensor]] = {}  # the pixels too, so that no number is used again
+
+    def once(pixels: Tensor) -> Tensor:
+        if id(pixels) not in found:
+            found[id(pixels)] = (pixels, see(pixels))
+        return found[id(pixels)][1]
+
+    return once
+
+
 def colour_right(target: int, source: int) -> bool:
     """Whether a source thing has a colour that a person would take for the target's."""
     wanted = prints.CLASSES[target].split()[0]
@@ -133,7 +145,7 @@ ROWS: dict[str, Picks] = {
 def affinity_rows(setting: Setting) -> list[dict]:
     """Colours right of 64, by the number of shots; the mean of the draws, and each of them."""
     segmenter = trained_segmenter(setting.segmenter)
-    see = denoiser_features(Denoiser(load(setting.model)), SITE, TIMESTEP)
+    see = kept(denoiser_features(Denoiser(load(setting.model)), SITE, TIMESTEP))
     texts = load_texts(str(setting.text), load)
     known = shots_of(scenes, SOURCE, range(setting.source_shots))
     counts, draws = (SHOTS[:1], 1) if setting.quick else (SHOTS, DRAWS)

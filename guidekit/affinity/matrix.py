@@ -268,7 +268,9 @@ def load_affinity(folder: str | Path) -> Affinity:
         ) from None
 
 
-def parse_hand(table: object, source: LabelSet, target: LabelSet, where: str) -> dict[int, Tensor]:
+def parse_hand(
+    table: object, source: LabelSet, target: LabelSet, where: str = "by hand"
+) -> dict[int, Tensor]:
     """A mapping by hand: target names to a source name, or to weights by source name.
 
     Raises GuidekitError that names the class that there is not.

@@ -7,19 +7,18 @@ import copy
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from diffusers import ControlNetModel, T2IAdapter
 from torch import Tensor, nn
 
+from guidekit.backbones.base import Denoiser
 from guidekit.backbones.control_images import control_pixels
 from guidekit.backbones.controls import Control, check_adapter, check_net, load_control
 from guidekit.branches import Branch
 from guidekit.conditions import Condition
 from guidekit.errors import GuidekitError
-
-D = TypeVar("D", bound=Any)  # a denoiser
 
 HINTS = "control"  # the key of a text that holds what the controls see
 
@@ -29,7 +28,7 @@ class Controls:
     """The controls beside a denoiser; `prepared` with what they see in a run."""
 
     controls: tuple[Control, ...]
-    denoiser: Any
+    denoiser: Denoiser
     pixels: list[Tensor] = field(default_factory=list)  # (B, C, H, W) for each
     _features: dict[tuple, dict[str, Tensor]] = field(default_factory=dict)
 
@@ -174,7 +173,7 @@ def _image_of(control: Control, condition: Condition) -> Any:
     return condition.map
 
 
-def with_controls(denoiser: D, controls: Control | Sequence[Control]) -> D:
+def with_controls(denoiser: Denoiser, controls: Control | Sequence[Control]) -> Denoiser:
     """A view of the denoiser beside which the controls act; itself without any.
 
     Raises GuidekitError for a denoiser that takes none, and for a control of another family.
@@ -196,7 +195,7 @@ def with_controls(denoiser: D, controls: Control | Sequence[Control]) -> D:
     return view
 
 
-def _loaded(control: Control, denoiser: Any) -> Control:
+def _loaded(control: Control, denoiser: Denoiser) -> Control:
     """The control with its network, where it was given by name; it fits the denoiser."""
     if isinstance(control.model, str | Path):
         model = load_control(control.model, denoiser.device, denoiser.model.dtype)

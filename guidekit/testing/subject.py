@@ -6,17 +6,20 @@ from typing import Any
 
 import torch
 from diffusers import DiffusionPipeline
+from PIL import Image
 from torch import Tensor, nn
 
+from guidekit.backbones.controls import Control
 from guidekit.backbones.denoiser import Denoiser
 from guidekit.conditions import Condition
 from guidekit.engine.engine import lack
 from guidekit.guidance import Guidance
 from guidekit.sampler import Sampling
-from guidekit.testing import miniatures
+from guidekit.testing import conditioners, miniatures
 
 STEPS, SEEDS, CFG = 3, (5, 6), 5.0
 LABELS = (3, 207)  # for models of classes
+CONTROL = "control"  # the family of Stable Diffusion with a ControlNet beside it
 
 
 class Subject:
@@ -27,7 +30,16 @@ class Subject:
 
     def build(self) -> DiffusionPipeline:
         """A new pipeline of the family."""
-        return getattr(miniatures, f"{self.family}_pipeline")()
+        family = "sd" if self.family == CONTROL else self.family
+        return getattr(miniatures, f"{family}_pipeline")()
+
+    def controls(self, pipe: DiffusionPipeline) -> list[Control]:
+        """The control beside the pipeline, in its type; none in other families."""
+        if self.family != CONTROL:
+            return []
+        net = conditioners.control_net(pipe)
+        net = net if net.dtype == pipe.unet.dtype else net.to(pipe.unet.dtype)
+        return [Control(net, Image.radial_gradient("L").resize((32, 32)), scale=0.5)]
 
     @cached_property
     def pipe(self) -> DiffusionPipeline:
@@ -67,8 +79,9 @@ class Subject:
         conditions = [self.conditions[i] for i in pictures]
         if not any(g.reads_image for g in guidances):  # an image that nothing reads is refused
             conditions = [dataclasses.replace(c, image=None) for c in conditions]
+        pipe = pipe or self.pipe
         return Sampling(
-            pipe or self.pipe,
+            pipe,
             conditions,
             guidances,
             seeds=[SEEDS[i] + 10 * (n % count) for n, i in enumerate(pictures)],
@@ -77,6 +90,7 @@ class Subject:
             # Copies of a particle part by noise.
             eta=float(count > 1 and self.family != "sd3"),
             particles=count,
+            controls=self.controls(pipe),
         )
 
     @property

@@ -33,7 +33,7 @@ from guidekit.step import Step
 from guidekit.taps import find_sites
 from guidekit.testing.built_ins import MODELS, BuiltIn, rows
 from guidekit.testing.miniatures import sd_pipeline, sdxl_pipeline
-from guidekit.testing.subject import SEEDS, Subject, same, state
+from guidekit.testing.subject import CONTROL, SEEDS, Subject, same, state
 
 __all__ = ["CHECKS", "check_guidance", "run_check", "sd_pipeline", "sdxl_pipeline"]
 
@@ -333,6 +333,8 @@ _ON_OTHERS = {
     "dit": (acts, scale_0, energy, restored),
     "sd3": (acts, scale_0, energy, restored, window, batch),
 }
+# A ControlNet beside Stable Diffusion, whose residuals depend on z.
+_WITH_CONTROL = (acts, scale_0, energy, restored, batch)
 # Name: the check, the family of the pipeline, or the built-in model.
 CHECKS: dict[str, tuple[Callable[[Any], str | None], str]] = {
     **{check.__name__: (check, "sd") for check in _ON_SD},
@@ -342,6 +344,7 @@ CHECKS: dict[str, tuple[Callable[[Any], str | None], str]] = {
         for check in checks
     },
     **{f"rows_on_{model.replace('-', '_')}": (rows, model) for model in MODELS},
+    **{f"{check.__name__}_with_control": (check, CONTROL) for check in _WITH_CONTROL},
 }
 
 

@@ -12,9 +12,13 @@ from diffusers import (
     FluxKontextPipeline,
     FluxTransformer2DModel,
     LCMScheduler,
+    StableDiffusionAdapterPipeline,
+    StableDiffusionControlNetPipeline,
+    StableDiffusionGLIGENPipeline,
     StableDiffusionImg2ImgPipeline,
     StableDiffusionInpaintPipeline,
     StableDiffusionPipeline,
+    StableDiffusionXLControlNetPipeline,
     StableDiffusionXLImg2ImgPipeline,
     UNet2DConditionModel,
 )
@@ -23,7 +27,7 @@ import tiny
 from guidekit import Guidance, Segment, attach, box_mask, sample
 from guidekit.backbones.records import FAMILIES
 from guidekit.taps import tap_attention
-from guidekit.testing import miniatures
+from guidekit.testing import conditioners, miniatures
 from guidekit.testing.weights import randomised
 from guidekit.toolbox import to_image
 from guidekit_pag import PerturbedAttention
@@ -117,10 +121,47 @@ def draw(pipe, **options):
     return pipe(**{k: v for k, v in given.items() if v is not None}).images
 
 
+def controlled(build=tiny.sd_pipeline, kind=StableDiffusionControlNetPipeline, count=1, **options):
+    own = build()
+    nets = [conditioners.control_net(own, seed) for seed in range(count)]
+    more = {"requires_safety_checker": False} if build is tiny.sd_pipeline else {}
+    pipe = kind(**parts(own), controlnet=nets if count > 1 else nets[0], **more)
+    return quiet(pipe), {"image": [IMAGE] * count if count > 1 else IMAGE, **options}
+
+
+def two_controls():
+    return controlled(count=2, control_guidance_end=[0.5, 1.0])
+
+
+def guessing():
+    return controlled(guess_mode=True)
+
+
+def controlled_xl():
+    return controlled(tiny.sdxl_pipeline, StableDiffusionXLControlNetPipeline)
+
+
+def adapted():
+    own = tiny.sd_pipeline()
+    adapter = conditioners.t2i_adapter(own)
+    pipe = StableDiffusionAdapterPipeline(
+        **parts(own, "image_encoder"), adapter=adapter, requires_safety_checker=False
+    )
+    return quiet(pipe), {"image": IMAGE}
+
+
+def gligen():
+    own = parts(tiny.sd_pipeline(), "image_encoder", unet=unet(attention_type="gated"))
+    pipe = StableDiffusionGLIGENPipeline(**own, requires_safety_checker=False)
+    boxes = {"gligen_phrases": ["red circle"], "gligen_boxes": [[0.1, 0.1, 0.5, 0.9]]}
+    return quiet(pipe), boxes | {"gligen_scheduled_sampling_beta": 0.5}
+
+
 PIPELINES = [kontext, fill, inpainting, distilled, refiner]
+CONTROLLED = [controlled, two_controls, guessing, controlled_xl, adapted, gligen]
 
 
-@pytest.mark.parametrize("build", PIPELINES)
+@pytest.mark.parametrize("build", PIPELINES + CONTROLLED)
 def test_pipelines_with_more_than_a_prompt_are_guided(build):
     pipe, options = build()
     bare = draw(pipe, **options)
@@ -133,6 +174,26 @@ def test_pipelines_with_more_than_a_prompt_are_guided(build):
             assert (draw(pipe, **options) - bare).abs().max() > 1e-3
         assert attached.account.acted(guidance.name)
     assert torch.equal(draw(pipe, **options), bare)
+
+
+@pytest.mark.parametrize("build", CONTROLLED)
+def test_what_stands_beside_the_denoiser_acts_in_guided_steps(build):
+    """Guided with the control is another image than guided without it; scale 0 is the pipeline."""
+    pipe, options = build()
+    bare = draw(pipe, **options)
+    with attach(pipe, [Zest(scale=0.0)], segments=SEGMENTS):
+        assert torch.equal(draw(pipe, **options), bare)
+    name = {"adapter": "adapter_conditioning_scale"}.get(
+        next((k for k in ("adapter", "controlnet") if hasattr(pipe, k)), ""),
+        "controlnet_conditioning_scale",
+    )
+    off = {name: [0.0] * len(options["image"]) if isinstance(options.get("image"), list) else 0.0}
+    if build is gligen:
+        off = {"gligen_scheduled_sampling_beta": 0.0}
+    with attach(pipe, [PaintWithWords(scale=3.0)], segments=SEGMENTS):
+        guided, without = draw(pipe, **options), draw(pipe, **options | off)
+    assert (guided - bare).abs().max() > 1e-3
+    assert (guided - without).abs().max() > 1e-3
 
 
 def test_self_attention_beside_another_image_is_edited():
