@@ -42,7 +42,13 @@ def test_a_folder_of_the_same_name_does_not_hide_the_package(tmp_path):
 
 PROMISED = {"guidekit", "guidekit.toolbox", "guidekit.testing"}
 # What an implementation package shows by its own `__all__`.
-PACKAGES = {"guidekit.heads", "guidekit.semantica", "guidekit.train", "guidekit.worlds"}
+PACKAGES = {
+    "guidekit.affinity",
+    "guidekit.heads",
+    "guidekit.semantica",
+    "guidekit.train",
+    "guidekit.worlds",
+}
 # Plugins whose method has a package of its own beside the core.
 IMPLEMENTATIONS = {
     "guidekit_clip": "guidekit.noisy_clip",
