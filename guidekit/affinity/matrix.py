@@ -76,6 +76,12 @@ class Affinity:
                     f"the estimate {name!r} is {tuple(estimate.scores.shape)}; these label sets "
                     f"need {shape}"
                 )
+        for target, weights in self.by_hand.items():
+            if not 0 <= target < shape[1] or weights.shape != shape[:1] or not weights.sum() > 0:
+                raise GuidekitError(
+                    f"the mapping by hand of class {target} does not fit; there are {shape[1]} "
+                    f"classes, each with {shape[0]} weights"
+                )
 
     @property
     def allowed(self) -> Tensor:
