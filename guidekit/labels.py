@@ -21,7 +21,7 @@ from torch import Tensor
 from guidekit.errors import GuidekitError
 from guidekit.images import as_rgb, is_deep, load_image, replacing
 from guidekit.masks import class_values
-from guidekit.untrusted import printable, read_json, read_object
+from guidekit.untrusted import printable, read_object, read_text
 
 SETS = Path(__file__).with_name("label_sets")
 FORMAT = 1
@@ -276,7 +276,7 @@ def read_label_map(path: str | Path, labels: LabelSet) -> LabelMap:
     not, and for a JPEG, which changes them.
     """
     beside = Path(path).with_suffix(".json")
-    if beside.is_file() and "segments_info" in read_object(beside):
+    if beside.is_file() and "segments_info" in read_text(beside):
         return read_panoptic(path, beside, labels)
     return load_image(path, "label map", lambda image: as_label_map(image, labels))
 
@@ -352,34 +352,37 @@ def read_panoptic(path: str | Path, table: str | Path, labels: LabelSet) -> Labe
     without `categories`; without them `category_id` counts the set's classes from 1. Pixels of no
     segment are void. Raises GuidekitError that names a segment or a category without meaning.
     """
-    found = read_json(Path(table))
     where = f"panoptic {table}"
-    rows = _segments(found, Path(path).name, where)
+    try:
+        known = _segment_classes(read_object(Path(table)), Path(path).name, labels, where)
+    except (KeyError, TypeError, AttributeError) as error:
+        raise GuidekitError(f"{where} is not in COCO's form ({error!r})") from None
     colours = load_image(path, "panoptic map", lambda image: np.asarray(as_rgb(image)))
     red, green, blue = np.moveaxis(colours.astype(np.int64), -1, 0)
-    numbers = red + (green << 8) + (blue << 16)
-    names = {c["id"]: c["name"] for c in found.get("categories", [])} or dict(
-        enumerate(labels.classes, 1)
-    )
-    known = {0: VOID}
-    for row in rows:
-        if row.get("category_id") not in names:
-            raise GuidekitError(f"{where}: no category {row.get('category_id')!r} is said")
-        known[row["id"]] = labels.index(names[row["category_id"]])
-    values, place = np.unique(numbers, return_inverse=True)
+    values, place = np.unique(red + (green << 8) + (blue << 16), return_inverse=True)
     if lost := [v for v in values.tolist() if v not in known]:
         raise GuidekitError(f"{where} says nothing of the segments {_some(lost)} of {path}")
-    ids = np.array([known[v] for v in values.tolist()])[place].reshape(numbers.shape)
+    ids = np.array([known[v] for v in values.tolist()])[place].reshape(red.shape)
     return LabelMap(torch.from_numpy(ids), labels)
 
 
-def _segments(table: Any, name: str, where: str) -> list[dict[str, Any]]:
-    """The segments of one image in a panoptic JSON."""
-    rows = table.get("annotations", [table]) if isinstance(table, dict) else []
+def _segment_classes(
+    table: dict[str, Any], name: str, labels: LabelSet, where: str
+) -> dict[int, int]:
+    """Class indices of an image's segments by their numbers; 0 is void."""
+    rows = table.get("annotations", [table])
     own = [r for r in rows if r.get("file_name", name) == name and "segments_info" in r]
     if len(own) != 1:
         raise GuidekitError(f"{where} has no `segments_info` of {name}; give the JSON beside it")
-    return list(own[0]["segments_info"])
+    names = {c["id"]: c["name"] for c in table.get("categories", [])} or dict(
+        enumerate(labels.classes, 1)
+    )
+    known = {0: VOID}
+    for row in own[0]["segments_info"]:
+        if row["category_id"] not in names:
+            raise GuidekitError(f"{where} does not say what category {row['category_id']!r} is")
+        known[row["id"]] = labels.index(names[row["category_id"]])
+    return known
 
 
 def _some(values: Sequence[Any] | Any) -> str:

@@ -8,7 +8,7 @@ it is decided here.
 
 from guidekit.affinity.estimate import by_features, by_segmentation, by_text, estimate
 from guidekit.affinity.fold import HOSTS, fold, fold_state
-from guidekit.affinity.matrix import Affinity, Estimate, load_affinity
+from guidekit.affinity.matrix import Affinity, Estimate, load_affinity, parse_hand
 from guidekit.affinity.shots import Shot, read_shots
 
 __all__ = [
@@ -23,5 +23,6 @@ __all__ = [
     "fold",
     "fold_state",
     "load_affinity",
+    "parse_hand",
     "read_shots",
 ]

@@ -76,6 +76,12 @@ class Affinity:
                     f"the estimate {name!r} is {tuple(estimate.scores.shape)}; these label sets "
                     f"need {shape}"
                 )
+        for target, weights in self.by_hand.items():
+            if not 0 <= target < shape[1] or weights.shape != shape[:1] or not weights.sum() > 0:
+                raise GuidekitError(
+                    f"the mapping by hand of class {target} does not fit; there are {shape[1]} "
+                    f"classes, each with {shape[0]} weights"
+                )
 
     @property
     def allowed(self) -> Tensor:
@@ -268,7 +274,9 @@ def load_affinity(folder: str | Path) -> Affinity:
         ) from None
 
 
-def parse_hand(table: object, source: LabelSet, target: LabelSet, where: str) -> dict[int, Tensor]:
+def parse_hand(
+    table: object, source: LabelSet, target: LabelSet, where: str = "by hand"
+) -> dict[int, Tensor]:
     """A mapping by hand: target names to a source name, or to weights by source name.
 
     Raises GuidekitError that names the class that there is not.

@@ -317,6 +317,7 @@ def test_what_cannot_work_is_refused(tmp_path):
         "no estimate 'votes'; there are text", Affinity(ABC, XY, {"text": SAYS_A}).hard, "votes"
     )
     refused("is \\(3, 2\\); these label sets need", Affinity, SET, XY, {"text": SAYS_A})
+    refused("does not fit; there are 2 classes", Affinity, ABC, XY, {}, {5: torch.ones(3)})
     refused("no class 'z'", parse_hand, {"z": "a"}, ABC, XY, "hand")
     refused("weights above 0", parse_hand, {"x": {"a": -1}}, ABC, XY, "hand")
     refused("goes to no class", parse_hand, {"x": {}}, ABC, XY, "hand")

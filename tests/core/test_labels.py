@@ -97,6 +97,9 @@ def test_a_panoptic_pair(tmp_path):
     (tmp_path / "map.json").write_text(json.dumps(table))
     with pytest.raises(GuidekitError, match="has no class 'moon'; it has sky, grass"):
         read_label_map(tmp_path / "map.png", TWO)
+    for wrong in ({"segments_info": 3}, {"segments_info": [3]}, {"segments_info": [{"id": 7}]}):
+        (tmp_path / "map.json").write_text(json.dumps(wrong))
+        refused("is not in COCO's form", read_label_map, tmp_path / "map.png", TWO)
     (tmp_path / "map.json").write_text(json.dumps({"segments_info": rows[:1]}))
     with pytest.raises(GuidekitError, match="says nothing of the segments 300"):
         read_label_map(tmp_path / "map.png", TWO)

@@ -43,6 +43,7 @@ def test_a_folder_of_the_same_name_does_not_hide_the_package(tmp_path):
 PROMISED = {"guidekit", "guidekit.toolbox", "guidekit.testing"}
 # What an implementation package shows by its own `__all__`.
 PACKAGES = {
+    "guidekit.affinity",
     "guidekit.evaluate",
     "guidekit.heads",
     "guidekit.semantica",
