@@ -150,8 +150,8 @@ class Store:
             _remove(part)
 
     def tidy(self) -> None:
-        """Removes what killed processes left of a plan that is complete."""
-        for part in (self.folder / "state" / "parts").iterdir():
+        """Removes what killed processes left of the blocks of a plan that is complete."""
+        for part in (self.folder / "state" / "parts").glob("[0-9]*"):
             _remove(part)
 
     def fail(self, number: int, error: Exception) -> None:
@@ -202,9 +202,14 @@ class Store:
         return {number: who for number, who in found.items() if who is not None}
 
     def write_manifest(self) -> dict[str, Any]:
-        """Writes manifest.json and returns it."""
-        manifest = self.manifest()
-        self.write(self.folder / MANIFEST, manifest)
+        """Writes manifest.json and returns it.
+
+        It is looked at again afterwards, as another process may have written a later one meanwhile.
+        """
+        manifest: dict[str, Any] = {}
+        while manifest != (now := self.manifest()):
+            manifest = now
+            self.write(self.folder / MANIFEST, manifest)
         return manifest
 
 
