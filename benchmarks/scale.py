@@ -29,7 +29,7 @@ from guidekit.cli.scale.worker import Worker
 from guidekit.cli.session import Session
 from guidekit.cli.settings import make_settings
 
-SPAWN = multiprocessing.get_context("spawn")
+FORK = multiprocessing.get_context("fork")  # nothing is computed before
 PROMPT = "a red circle and a blue square on a white background"
 PLACES = (("red circle", [0, 0, 0.5, 1]), ("blue square", [0.5, 0, 1, 1]))
 SEGMENTS = [{"phrase": phrase, "box": box} for phrase, box in PLACES]
@@ -74,9 +74,9 @@ def run_of(plan: BlockPlan, folder: Path, barrier, found) -> None:
 def measured(target, plan: BlockPlan, processes: int) -> dict[str, float]:
     """Images a second of all processes together, and CPU seconds an image."""
     folder = Path(tempfile.mkdtemp()) / "set"
-    barrier, found = SPAWN.Barrier(processes), SPAWN.Queue()
+    barrier, found = FORK.Barrier(processes), FORK.Queue()
     parts = [
-        SPAWN.Process(target=target, args=(plan, folder, barrier, found)) for _ in range(processes)
+        FORK.Process(target=target, args=(plan, folder, barrier, found)) for _ in range(processes)
     ]
     for process in parts:
         process.start()

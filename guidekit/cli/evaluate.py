@@ -30,6 +30,11 @@ def _measure(command: Callable) -> Callable:
     return command
 
 
+_paired = click.option(
+    "--paired", is_flag=True, help="Differences of the first row to the others too."
+)
+
+
 def _commands() -> Any:
     """The commands' module, with transformers' bars kept off the terminal."""
     from guidekit.cli.models import quiet_libraries
@@ -59,7 +64,7 @@ def _tell(results: Any, out: Path | None, as_json: bool) -> None:
 @click.option(
     "--protocol", type=click.Choice(["all", "filtered", "few"]), default="all", show_default=True
 )
-@click.option("--paired", is_flag=True, help="Differences of the first row to the others too.")
+@_paired
 def layout(out: Path | None, as_json: bool, **options: Any) -> None:
     """Do things stand where the maps say? mIoU and presence."""
     _tell(_commands().layout(**options), out, as_json)
@@ -72,11 +77,13 @@ def layout(out: Path | None, as_json: bool, **options: Any) -> None:
     "--write", type=click.Choice(["geneval", "t2i-compbench"]), help="Only write folders."
 )
 @click.option("--metadata", type=PATH, help="GenEval's evaluation_metadata.jsonl, for --write.")
+@_paired
 def prompts(
     folders: tuple[Path, ...],
     clip: str,
     write: str | None,
     metadata: Path | None,
+    paired: bool,
     out: Path | None,
     as_json: bool,
 ) -> None:
@@ -85,7 +92,7 @@ def prompts(
     from guidekit.evaluate.images import prompts_of, read_images
 
     if write is None:
-        _tell(_commands().prompts(folders, clip), out, as_json)
+        _tell(_commands().prompts(folders, clip, paired), out, as_json)
         return
     if out is None or len(folders) > 1 or (write == "geneval") != (metadata is not None):
         raise click.UsageError("--write needs one FOLDER, --out, and for geneval --metadata")
@@ -129,6 +136,7 @@ def retrieval(out: Path | None, as_json: bool, **options: Any) -> None:
 @evaluate.command()
 @_measure
 @click.option("--real", required=True, type=PATH, help="Folder of the true images.")
+@_paired
 def inverse(out: Path | None, as_json: bool, **options: Any) -> None:
     """How near are restored images to the true ones? PSNR and SSIM."""
     _tell(_commands().inverse(**options), out, as_json)

@@ -139,10 +139,13 @@ def _figures(run: dict[str, Any], folder: Path, seed: int) -> list[str]:
         figures.append(_figure(folder, target["path"], f"{guided}, class {owner}"))
     figures.append(_figure(folder, f"overlay/{seed}.png", "with its masks"))
     inside = record.get("inside", {}).get(str(seed), [])
+    filled = record.get("filled", {}).get(str(seed), [])
     for index, segment in enumerate(run["segment"]):
         caption = f"attention to “{segment['phrase']}”, first and last guided step"
         if index < len(inside):
             caption += f"; of the last, {inside[index]:.0%} lies inside the mask"
+        if index < len(filled):
+            caption += f", of which it fills {filled[index]:.0%}"
         figures.append(_figure(folder, f"attention/{seed}-{index}.png", caption, "pair"))
     return figures
 

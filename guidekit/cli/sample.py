@@ -145,9 +145,9 @@ def _draws_blocks(config: Path | None, flags: dict[str, Any]) -> bool:
             if flags[name] is not None:
                 raise GuidekitError(f"--{name} is for blocks; give --count, or --plan")
         return False
-    elif flags["compare"] or flags["batch"]:
-        name = "compare" if flags["compare"] else "batch"
-        raise GuidekitError(f"--{name} is not for --count; a batch is a --block, drawn once")
+    for name in ("compare", "batch", "grid"):
+        if flags[name]:
+            raise GuidekitError(f"--{name} is not for --count; a batch is a --block, drawn once")
     return True
 
 

@@ -12,7 +12,7 @@ from guidekit.cli.controls import save_controls
 from guidekit.cli.plan import Plan, Target
 from guidekit.cli.record import Record
 from guidekit.cli.report import write_report
-from guidekit.masks import resize_mask
+from guidekit.evaluate.map_score import filled, inside
 from guidekit.sampler import Sampling, accepted
 from guidekit.step import Step
 
@@ -140,12 +140,6 @@ class Session:
                 image = pictures.heat_pair(before[index], after[index])
                 path = self.plan.folder / "attention" / f"{target.seed}-{index}.png"
                 outputs.save_picture(image, path)
-            found = [_inside(after[i], segment.mask) for i, segment in enumerate(segments)]
-            self.record.facts.setdefault("inside", {})[str(target.seed)] = found
-
-
-def _inside(attention: Tensor, mask: Tensor) -> float:
-    """Share of a map (h, w) that lies inside a mask (H, W), from 0 to 1."""
-    values = attention.detach().float().cpu()
-    share = (values * resize_mask(mask, *values.shape)).sum() / values.sum()
-    return round(float(share.nan_to_num()), 4)
+            for name, score in (("inside", inside), ("filled", filled)):
+                found = [score(after[i], segment.mask) for i, segment in enumerate(segments)]
+                self.record.facts.setdefault(name, {})[str(target.seed)] = found

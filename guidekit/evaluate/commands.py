@@ -265,18 +265,35 @@ def _distances(
 # Prompts, retrieval, diversity
 
 
-def prompts(folders: Sequence[Path], clip: str) -> Results:
+def prompts(folders: Sequence[Path], clip: str, paired: bool = False) -> Results:
     """CLIP score, 100 max(cos, 0), with intervals over prompts. Hessel et al. 2021."""
     extractor = _clip(clip)
     check_never_guided(extractor, folders)
     result = Results("prompts", judge=_named(extractor))
+    found: dict[str, dict[str, float]] = {}
     for folder in folders:
         images, texts = read_images(folder), prompts_of(folder)
         groups = by_prompt(images, texts)
-        scores = np.array([_scores(images, extractor, *group).mean() for group in groups.items()])
+        scores = {p: float(_scores(images, extractor, p, k).mean()) for p, k in groups.items()}
         row = {"images": images.name, "n": sum(map(len, groups.values())), "prompts": len(groups)}
-        result.rows.append(row | _mean("CLIP score", scores))
+        result.rows.append(row | _mean("CLIP score", np.array([*scores.values()])))
+        found[images.name] = scores
+    if paired:
+        result.rows += _differences("CLIP score", found, "prompts")
     return result
+
+
+def _differences(
+    name: str, found: dict[str, dict[str, float]], unit: str
+) -> Iterator[dict[str, object]]:
+    """Rows of the first folder's numbers minus each other's, of what both have."""
+    first, *others = found
+    for other in others:
+        common = [key for key in found[first] if key in found[other]]
+        if not common:
+            raise GuidekitError(f"{first} and {other} have no {unit} in common, so no differences")
+        gaps = np.array([found[first][key] - found[other][key] for key in common])
+        yield {"images": f"{first} - {other}", unit: len(common)} | _mean(name, gaps)
 
 
 def _scores(images: ImageSet, clip: Extractor, prompt: str, keys: list[str]) -> np.ndarray:
@@ -342,19 +359,26 @@ def diversity(folders: Sequence[Path], features: str) -> Results:
 # Inverse problems
 
 
-def inverse(folders: Sequence[Path], real: Path) -> Results:
+def inverse(folders: Sequence[Path], real: Path, paired: bool = False) -> Results:
     """PSNR and SSIM to the true images of the same names."""
     truth = read_images(real)
     sets = _rows_of(folders)
     result = Results("inverse", real=str(real))
     keys = _common(sets, truth.keys, result)
+    found: dict[str, dict[str, dict[str, float]]] = {"PSNR": {}, "SSIM": {}}
     for images in sets:
-        pairs = [(_values(images.image(key)), _values(truth.image(key))) for key in keys]
-        if wrong := [k for k, (a, b) in zip(keys, pairs, strict=True) if a.shape != b.shape]:
+        pairs = {key: (_values(images.image(key)), _values(truth.image(key))) for key in keys}
+        if wrong := [key for key, (a, b) in pairs.items() if a.shape != b.shape]:
             raise GuidekitError(f"{images.name}: {wrong[0]} is not of its true image's size")
         row: dict[str, object] = {"images": images.name, "n": len(keys)}
-        row |= _mean("PSNR", np.array([float(psnr(a, b)) for a, b in pairs]))
-        result.rows.append(row | _mean("SSIM", np.array([float(ssim(a, b)) for a, b in pairs])))
+        for name, measure in (("PSNR", psnr), ("SSIM", ssim)):
+            values = {key: float(measure(a, b)) for key, (a, b) in pairs.items()}
+            row |= _mean(name, np.array([*values.values()]))
+            found[name][images.name] = values
+        result.rows.append(row)
+    if paired:
+        columns = [_differences(name, values, "n") for name, values in found.items()]
+        result.rows += [a | b for a, b in zip(*columns, strict=True)]
     return result
 
 

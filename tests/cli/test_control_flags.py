@@ -1,6 +1,7 @@
 """`--control`, `--map` and `--affinity`: what they draw, what they leave, what they refuse."""
 
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -98,6 +99,21 @@ def test_a_control_is_drawn_noted_and_replayed(model, kit):
     again = run("sample", "--config", "o/run.json", "--out", "again", "--json")
     assert again.exit_code == 0, again.stderr
     assert np.array_equal(np.asarray(Image.open("again/0.png")), image)
+
+
+def test_a_block_of_a_plan_is_drawn_with_its_controls(model, kit):
+    """The plan's folder has what it names, so that others go on with it alone."""
+    words = ("--control", f"{kit}/net", "--control", f"{kit}/adapter={kit}/image.png@0.7")
+    words += ("--map", kit / "map.png", "--labels", kit / "source.json")
+    image = drawn(model, *words)
+    named = ("--model", model, "--prompt", PROMPT, "--steps", 2)
+    done = run("sample", *named, *words, "--count", 2, "--block", 1, "--out", "b", "--json")
+    assert done.exit_code == 0, (done.stderr, done.exception)
+    assert np.array_equal(np.asarray(Image.open("b/00000/00000000.png")), image)
+    shutil.rmtree("b/00000")
+    done = run("sample", "--plan", "b", "--json")
+    assert done.exit_code == 0, (done.stderr, done.exception)
+    assert np.array_equal(np.asarray(Image.open("b/00000/00000000.png")), image)
 
 
 def test_a_control_is_that_of_the_pipeline(model, kit):

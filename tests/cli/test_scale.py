@@ -78,6 +78,7 @@ def test_a_condition_has_what_its_entry_leaves_out_from_the_plan():
         ({"conditions": "../x.txt"}, "leads out of"),
         ({"conditions": "none.txt"}, "no such file"),
         ({"count": 4, "folder": 3}, "must be a path"),
+        ({"count": 8, "block": 3, "sample": {"particles": 2}}, "no groups of 2 particles"),
     ],
 )
 def test_a_wrong_plan_is_refused(tmp_path, table, message):

@@ -132,8 +132,10 @@ def test_captions_fit_their_own_images_best(drawn, tmp_path):
     other = shuffled(tmp_path / "other", drawn)
     for file in drawn.glob("*.txt"):
         (other / file.name).write_text(file.read_text())
-    rows = json.loads(run("eval", "prompts", drawn, other, "--json").stdout)["rows"]
-    assert rows[0]["CLIP score"] > rows[1]["CLIP score"] + 1
+    rows = json.loads(run("eval", "prompts", drawn, other, "--paired", "--json").stdout)["rows"]
+    gap = rows[0]["CLIP score"] - rows[1]["CLIP score"]
+    assert gap > 1
+    assert rows[2]["CLIP score"] == pytest.approx(gap) and rows[2]["CLIP score 95%"][0] > 0
     words = ("--real", other, "--among", N, "--json")
     (row,) = json.loads(run("eval", "retrieval", drawn, *words).stdout)["rows"]
     assert row["top 10"] >= row["top 1"] > 0.2
@@ -170,7 +172,12 @@ def test_quality_is_torch_fidelitys_by_our_extractor(drawn, tmp_path):
 
 def test_inverse_and_diversity(drawn, tmp_path):
     (row,) = json.loads(run("eval", "inverse", drawn, "--real", drawn, "--json").stdout)["rows"]
-    assert row["SSIM"] == 1 and row["PSNR"] == 100
+    assert row["SSIM"] == pytest.approx(1) and row["PSNR"] == 100
+    other = shuffled(tmp_path / "other", drawn)
+    words = ("--real", drawn, "--paired", "--json")
+    rows = json.loads(run("eval", "inverse", drawn, other, *words).stdout)["rows"]
+    for name in ("PSNR", "SSIM"):
+        assert rows[2][name] == pytest.approx(rows[0][name] - rows[1][name])
     pairs = tmp_path / "pairs"
     pairs.mkdir()
     for i, file in enumerate(sorted(drawn.glob("*.png"))[:4]):

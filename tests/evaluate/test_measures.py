@@ -11,6 +11,7 @@ from guidekit.evaluate.frechet import Moments, frechet, of_moments
 from guidekit.evaluate.intervals import difference, interval
 from guidekit.evaluate.kernel_distance import kernel_distance
 from guidekit.evaluate.layout import LayoutCounts
+from guidekit.evaluate.map_score import filled, inside
 from guidekit.evaluate.overlap import mean_iou, overlaps
 from guidekit.evaluate.precision_recall import precision_recall
 from guidekit.evaluate.restoration import psnr, ssim
@@ -112,3 +113,14 @@ def test_an_image_is_ranked_by_how_many_others_fit_its_query_better():
 
 def test_spread_is_the_mean_of_all_pairs():
     assert diversity.spread(np.array([[0.0], [1.0], [3.0]])) == pytest.approx(2)
+
+
+def test_a_map_is_scored_by_its_mask():
+    """A map on a quarter of its mask, half of it beside the mask."""
+    mask, attention = torch.zeros(8, 8), torch.zeros(4, 4)
+    mask[:4] = 1
+    attention[0, :2] = attention[3, :2] = 1.0
+    attention[1, 1] = 0.4  # less than half of the peak
+    assert filled(attention, mask) == 0.25
+    assert inside(attention, mask) == pytest.approx(2.4 / 4.4, abs=1e-4)
+    assert filled(torch.ones(4, 4), mask) == 1

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args
 
+from guidekit.cli.controls import control_tables, read_controls, save_controls
 from guidekit.cli.outputs import save_masks, segment_tables
 from guidekit.cli.settings import FORMAT, Settings, dump, make_settings, parse_config, sample_keys
 from guidekit.conditions import Condition
@@ -36,6 +37,7 @@ class BlockPlan:
     sample: dict[str, Any]
     plugin: dict[str, dict[str, Any]] = dataclasses.field(default_factory=dict)
     segment: list[dict[str, Any]] = dataclasses.field(default_factory=list)
+    control: list[dict[str, Any]] = dataclasses.field(default_factory=list)
     #: Images in all.
     count: int
     #: Images of a block; another size moves roundings.
@@ -67,6 +69,12 @@ class BlockPlan:
             if getattr(self, name) not in get_args(kind):
                 exist = " or ".join(get_args(kind))
                 raise GuidekitError(f"{name} of a plan is {exist}, not {getattr(self, name)!r}")
+        group = self.sample.get("particles", 1)
+        if isinstance(group, int) and group > 1 and (self.block % group or self.count % group):
+            raise GuidekitError(
+                f"blocks of {self.block} and {self.count} images are no groups of {group} "
+                "particles; give multiples"
+            )
 
     @property
     def blocks(self) -> range:
@@ -111,7 +119,8 @@ class BlockPlan:
 
     def settings(self, device: str | None = None) -> Settings:
         """The settings of its images."""
-        tables = {"sample": self.sample, "plugin": self.plugin, "segment": self.segment}
+        names = ("sample", "plugin", "segment", "control")
+        tables = {name: getattr(self, name) for name in names}
         config = parse_config(tables, self.folder, "plan")
         if self.conditions and config["sample"].get("prompt") is None:
             config["sample"]["prompt"] = ""  # nothing is drawn in place of what they ask
@@ -152,7 +161,8 @@ def _condition(entry: dict[str, Any], folder: Path, base: Condition, where: str)
 def make_block_plan(settings: Settings, condition: Condition, **values: Any) -> BlockPlan:
     """The plan that settings and a number of images ask for; values: the other fields.
 
-    condition: that of the settings; its masks are to lie in the plan's folder.
+    condition: that of the settings; its masks and maps are to lie in the plan's
+    folder.
     """
     tables = dump(settings)
     sample = {k: v for k, v in tables["sample"].items() if k not in NOT_PLANNED and v is not None}
@@ -163,13 +173,19 @@ def make_block_plan(settings: Settings, condition: Condition, **values: Any) -> 
     sample["negative"] = condition.negative
     if Path(settings.model).is_dir() and not (ZOO / settings.model).is_dir():
         sample["model"] = str(Path(settings.model).resolve())
-    segments = segment_tables(condition.segments)
-    return BlockPlan(sample=sample, plugin=tables["plugin"], segment=segments, **values)
+    return BlockPlan(
+        sample=sample,
+        plugin=tables["plugin"],
+        segment=segment_tables(condition.segments),
+        control=control_tables(read_controls(settings)),
+        **values,
+    )
 
 
-def save_plan_masks(condition: Condition, folder: Path) -> None:
-    """Writes the masks that the plan's segments name."""
+def save_plan_files(settings: Settings, condition: Condition, folder: Path) -> None:
+    """Writes the masks, the map and the controls' images that the plan names."""
     save_masks(condition.segments, folder)
+    save_controls(read_controls(settings), condition.map, folder)
 
 
 def read_block_plan(path: Path) -> BlockPlan:

@@ -9,7 +9,7 @@ from guidekit.cli.plan import check_settings, condition_of, guidance_options
 from guidekit.cli.scale.block_plan import (
     make_block_plan,
     read_block_plan,
-    save_plan_masks,
+    save_plan_files,
 )
 from guidekit.cli.scale.drawer import Drawer
 from guidekit.cli.scale.store import PLAN, Store
@@ -52,7 +52,7 @@ def draw_count(settings: Settings, flags: dict[str, Any], silent: bool) -> dict[
     resolved = guidance_options(settings, flags["no_plugin"])
     values = {name: flags[name] for name in OF_PLANS if flags[name] is not None}
     plan = make_block_plan(resolved, condition, folder=settings.out, **values)
-    store = Store.make(settings.out, plan, lambda folder: save_plan_masks(condition, folder))
+    store = Store.make(settings.out, plan, lambda out: save_plan_files(settings, condition, out))
     return _draw(store, flags, silent)
 
 

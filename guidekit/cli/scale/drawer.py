@@ -41,6 +41,9 @@ class Drawer:
         """The settings of all images, completed by the model's own values, and what drew them."""
         tables = dump(self.run.settings)
         sample = {k: v for k, v in tables["sample"].items() if k not in ("device", "batch")}
+        named = ("map", "labels", "affinity")  # as the plan names them, not copies of a run
+        sample |= {key: self.plan.sample.get(key) for key in named}
+        tables["control"] = self.plan.control
         model = model_facts(self.run.settings.model, self.run.denoiser.pipeline)
         model.pop("path")
         versions = {"versions": outputs.versions(), "machine": outputs.machine(), "model": model}
@@ -51,7 +54,10 @@ class Drawer:
 
         Raises whatever a condition or a plugin raises; nothing is written.
         """
-        targets = tuple(self._target(seed) for seed in self.plan.seeds(number))
+        targets = in_groups(
+            tuple(self._target(seed) for seed in self.plan.seeds(number)),
+            self.run.settings.particles,
+        )
         images, facts = self._draw(targets)
         members = []
         for target in targets:
@@ -144,7 +150,7 @@ def _agree(store: Store, record: dict[str, Any]) -> None:
     if store.publish_once(RECORD, text):
         return
     there = json.loads((store.folder / RECORD).read_text(encoding="utf-8"))
-    for table in ("sample", "plugin", "segment"):
+    for table in ("sample", "plugin", "segment", "control"):
         if there[table] != json.loads(text)[table]:
             raise GuidekitError(
                 f"{store.folder} was begun with other values of [{table}], by guidekit "

@@ -14,7 +14,7 @@ import os
 import shutil
 import socket
 import tarfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -37,10 +37,12 @@ class Store:
         self._token = f"{socket.gethostname()}-{os.getpid()}"
 
     @classmethod
-    def make(cls, folder: Path, plan: BlockPlan, masks: Any = None) -> "Store":
+    def make(
+        cls, folder: Path, plan: BlockPlan, files: Callable[[Path], None] | None = None
+    ) -> "Store":
         """The store of a plan in a folder, which may be there already with the same plan.
 
-        masks: a function of a folder that writes the plan's masks into it. Raises GuidekitError if
+        files: writes the files that the plan names into a folder. Raises GuidekitError if
         the folder holds another plan, or the images of a run.
         """
         if (folder / RECORD).exists() and not (folder / PLAN).exists():
@@ -51,8 +53,8 @@ class Store:
         except OSError as error:
             raise GuidekitError(f"output folder {folder}: {error.strerror}") from None
         store = cls(folder, plan)
-        if masks is not None and not (folder / PLAN).exists():
-            store._add_masks(masks)
+        if files is not None and not (folder / PLAN).exists():
+            store._add_files(files)
         text = json.dumps(plan.table(folder), indent=1)
         if not store.publish_once(PLAN, text):
             there = read_json(folder / PLAN) | {"folder": ""}
@@ -63,14 +65,16 @@ class Store:
                 )
         return store
 
-    def _add_masks(self, masks: Any) -> None:
-        """Writes masks aside and moves them in, as several processes may do at once."""
-        aside = self._part("masks")
+    def _add_files(self, write: Callable[[Path], None]) -> None:
+        """Writes files aside and moves them in, as several processes may do at once."""
+        aside = self._part("files")
         aside.mkdir()
-        masks(aside)
-        for file in aside.rglob("*.png"):
-            (self.folder / "masks").mkdir(exist_ok=True)
-            put(file, self.folder / "masks" / file.name)
+        write(aside)
+        for file in aside.rglob("*"):
+            if file.is_file():
+                place = self.folder / file.relative_to(aside)
+                place.parent.mkdir(exist_ok=True)
+                put(file, place)
         shutil.rmtree(aside)
 
     # Files
@@ -146,8 +150,8 @@ class Store:
             _remove(part)
 
     def tidy(self) -> None:
-        """Removes what killed processes left of a plan that is complete."""
-        for part in (self.folder / "state" / "parts").iterdir():
+        """Removes what killed processes left of the blocks of a plan that is complete."""
+        for part in (self.folder / "state" / "parts").glob("[0-9]*"):
             _remove(part)
 
     def fail(self, number: int, error: Exception) -> None:
@@ -198,9 +202,14 @@ class Store:
         return {number: who for number, who in found.items() if who is not None}
 
     def write_manifest(self) -> dict[str, Any]:
-        """Writes manifest.json and returns it."""
-        manifest = self.manifest()
-        self.write(self.folder / MANIFEST, manifest)
+        """Writes manifest.json and returns it.
+
+        It is looked at again afterwards, as another process may have written a later one meanwhile.
+        """
+        manifest: dict[str, Any] = {}
+        while manifest != (now := self.manifest()):
+            manifest = now
+            self.write(self.folder / MANIFEST, manifest)
         return manifest
 
 
