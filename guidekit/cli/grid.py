@@ -22,6 +22,9 @@ TOGETHER = (
     "model",
     "image_folder",
     "per_image",
+    "map",
+    "labels",
+    "affinity",
 )  # the same in all cells
 SHEET = "sheet.png"
 INK, PAPER = "#1b1b1b", "white"

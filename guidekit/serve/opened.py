@@ -12,11 +12,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from guidekit.cli.settings import sample_keys
 from guidekit.errors import GuidekitError
 from guidekit.layouts import parse_layout
 from guidekit.masks import load_mask, resize_mask
-from guidekit.serve.asked import PICTURES, SERVERS, write_file
+from guidekit.serve.asked import ALLOWED, PICTURES, write_file
 from guidekit.serve.options import ServeOptions
 from guidekit.untrusted import MOST_TEXT, open_picture, parse_json, read_json
 
@@ -107,7 +106,7 @@ def _run(
     sample = {
         key: value
         for key, value in dict(tables.get("sample") or {}).items()
-        if key in sample_keys() and key not in SERVERS and value is not None
+        if key in ALLOWED and value is not None
     }
     layout: dict[str, Any] = {"segments": list(tables.get("segment") or [])}
     if (name := sample.pop("layout", None)) in files:
