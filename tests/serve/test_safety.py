@@ -142,7 +142,6 @@ def test_other_hosts_get_a_token_and_this_one_none(monkeypatch):
 
 def test_a_port_that_is_taken_is_told():
     with bound("127.0.0.1", 0) as first:
-        first.listen()
         port = first.getsockname()[1]
         assert link(ServeOptions(models=(), plugins=(), out=None), first).endswith(f":{port}/")
         with pytest.raises(GuidekitError, match="choose another by --port"):
