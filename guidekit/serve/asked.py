@@ -22,7 +22,7 @@ from guidekit.errors import GuidekitError
 from guidekit.options import option_kinds
 from guidekit.references import BUILT_IN
 from guidekit.registry import Registry
-from guidekit.serve.knobs import as_json, names_files
+from guidekit.serve.knobs import as_json, default_of, names_files
 from guidekit.serve.options import Limits, ServeOptions
 from guidekit.untrusted import file_name, inside, open_picture
 from guidekit.zoo.shipped import ZOO
@@ -209,15 +209,10 @@ def _check_plugins(
             raise GuidekitError(f"plugin {name!r}: its options must be an object")
         cls = registry.guidance_class(name)
         kinds = option_kinds(cls)
-        defaults = {f.name: as_json(_default(f)) for f in dataclasses.fields(cls)}
+        defaults = {f.name: as_json(default_of(f)) for f in dataclasses.fields(cls)}
         for option, value in table.items():
             if option in kinds and names_files(kinds[option]) and value != defaults[option]:
                 table[option] = _placed(f"{name}.{option}", value, files, options)
-
-
-def _default(field: dataclasses.Field[Any]) -> Any:
-    made = field.default_factory is not dataclasses.MISSING
-    return field.default_factory() if made else field.default
 
 
 def _placed(where: str, value: Any, files: set[str], options: ServeOptions) -> Any:

@@ -42,7 +42,7 @@ def opened(request: Any, options: ServeOptions, folder: Path) -> dict[str, Any]:
     if isinstance(body, dict):
         return _run(body, files, folder, size, options)
     main = request.get("main")
-    if main not in paths:
+    if not isinstance(main, str) or main not in paths:
         raise GuidekitError(f"`main` {main!r} is not among the files ({', '.join(paths)})")
     if Path(main).suffix.lower() not in PICTURES:
         return _document(read_json(paths[main]), files, folder, size, options)
