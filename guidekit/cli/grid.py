@@ -22,6 +22,9 @@ TOGETHER = (
     "model",
     "image_folder",
     "per_image",
+    "map",
+    "labels",
+    "affinity",
 )  # the same in all cells
 SHEET = "sheet.png"
 INK, PAPER = "#1b1b1b", "white"
@@ -126,30 +129,25 @@ def draw_cells(
 def write_sheet(folder: Path, axes: tuple[Axis, ...], cells: list[Cell]) -> Path:
     """Writes the sheet of a grid whose cells lie in `folder`; a cell shows all its seeds."""
     blocks = {cell: _block(folder / cell.name, cell.settings) for cell in cells}
-    width = max(block.width for block in blocks.values())
-    height = max(block.height for block in blocks.values())
     font = ImageFont.load_default(TEXT)
-    two = len(axes) > 1
-    rows, columns = (axes[0], axes[1]) if two else (None, axes[0])
-    left = 0 if rows is None else max(_length(rows.label(i), font) for i in _range(rows)) + GAP
-    width = max(width, *(_length(columns.label(j), font) for j in _range(columns)))
-    top, count = TEXT + GAP, (len(rows.values) if rows else 1)
-    size = (left + len(columns.values) * (width + GAP), top + count * (height + GAP))
-    sheet = Image.new("RGB", (size[0] + GAP, size[1] + GAP), PAPER)
+    columns = axes[-1]
+    above = [columns.label(j) for j in range(len(columns.values))]
+    beside = [axes[0].label(i) for i in range(len(axes[0].values))] if len(axes) > 1 else [""]
+    left = max(_length(text, font) for text in beside) + GAP if len(axes) > 1 else 0
+    width = max([block.width for block in blocks.values()] + [_length(t, font) for t in above])
+    height, top = max(block.height for block in blocks.values()), TEXT + GAP
+    size = (left + len(above) * (width + GAP) + GAP, top + len(beside) * (height + GAP) + GAP)
+    sheet = Image.new("RGB", size, PAPER)
     draw = ImageDraw.Draw(sheet)
-    for j in _range(columns):
-        draw.text((GAP + left + j * (width + GAP), GAP), columns.label(j), INK, font)
-    for i in _range(rows) if rows else ():
-        draw.text((GAP, GAP + top + i * (height + GAP)), rows.label(i), INK, font)
+    for j, text in enumerate(above):
+        draw.text((GAP + left + j * (width + GAP), GAP), text, INK, font)
+    for i, text in enumerate(beside):
+        draw.text((GAP, GAP + top + i * (height + GAP)), text, INK, font)
     for cell, block in blocks.items():
         x, y = left + cell.column * (width + GAP), top + cell.row * (height + GAP)
         sheet.paste(block, (GAP + x, GAP + y))
     sheet.save(folder / SHEET)
     return folder / SHEET
-
-
-def _range(axis: Axis) -> range:
-    return range(len(axis.values))
 
 
 def _length(text: str, font: Any) -> int:

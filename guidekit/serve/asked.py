@@ -17,22 +17,46 @@ from typing import Any
 
 from guidekit.cli.grid import Axis, cells_of, parse_axes
 from guidekit.cli.plan import checked
-from guidekit.cli.settings import FORMAT, Settings, make_settings, read_config
+from guidekit.cli.settings import FORMAT, Settings, make_settings, read_config, sample_keys
 from guidekit.errors import GuidekitError
 from guidekit.options import option_kinds
 from guidekit.references import BUILT_IN
 from guidekit.registry import Registry
-from guidekit.serve.knobs import as_json, names_files
+from guidekit.serve.knobs import as_json, default_of, names_files
 from guidekit.serve.options import Limits, ServeOptions
 from guidekit.untrusted import file_name, inside, open_picture
 from guidekit.zoo.shipped import ZOO
 
-KEYS = ("format", "sample", "plugin", "segment", "files", "grid", "record")
+KEYS = ("format", "sample", "plugin", "segment", "control", "files", "grid", "record")
 PICTURES = (".jpeg", ".jpg", ".png", ".webp")
 SUFFIXES = (*PICTURES, ".json")
 MOST_FILES = 64
-#: Keys of [sample] that say where the server reads and writes and what it runs on.
-SERVERS = ("out", "image_folder", "per_image", "device", "dtype", "compile")
+#: Keys of [sample] that a request may set. Others say what the server reads, where it writes and
+#: what it runs on, and so does a key that comes later until it is added here.
+ALLOWED = (
+    "model",
+    "prompt",
+    "negative",
+    "label",
+    "layout",
+    "image",
+    "seeds",
+    "steps",
+    "scheduler",
+    "cfg",
+    "embedded_cfg",
+    "eta",
+    "height",
+    "width",
+    "batch",
+    "append_phrases",
+    "memory",
+    "attention",
+    "nonfinite",
+    "tries",
+    "particles",
+    "compare",
+)
 OWN_FILES = ("layout", "image")
 REQUEST = "request.json"
 
@@ -66,6 +90,7 @@ def read_asked(body: Any, options: ServeOptions, registry: Registry, folder: Pat
     settings = dataclasses.replace(settings, device=options.device, dtype=options.dtype)
     _check_numbers(settings, options.limits)
     axes = parse_axes(body["grid"])
+    _check_axes(axes)
     for cell in cells_of(settings, axes) if axes else ():
         _check_numbers(cell.settings, options.limits)
         _check_plugins(cell.settings.changes, files, options, registry)
@@ -84,11 +109,13 @@ def _tables(body: Any) -> dict[str, Any]:
         raise GuidekitError(f"a request has no key {unknown[0]!r}; it has {', '.join(KEYS)}")
     if body.get("format", FORMAT) != FORMAT:
         raise GuidekitError(f"this server reads format {FORMAT}, not {body['format']!r}")
-    kinds = {"sample": dict, "plugin": dict, "segment": list, "files": dict, "grid": list}
-    tables = {key: body.get(key, kind()) for key, kind in (kinds | {"record": dict}).items()}
-    for key, kind in (kinds | {"record": dict}).items():
+    kinds = {key: list if key in ("segment", "control", "grid") else dict for key in KEYS[1:]}
+    tables = {key: body.get(key, kind()) for key, kind in kinds.items()}
+    for key, kind in kinds.items():
         if not isinstance(tables[key], kind):
             raise GuidekitError(f"`{key}` must be {'a list' if kind is list else 'an object'}")
+    if tables["control"]:
+        raise GuidekitError("this server draws without controls; leave `control` out")
     if not all(isinstance(text, str) for text in tables["grid"]):
         raise GuidekitError("`grid` must be a list of texts such as 'zest.scale=0.5,1,2'")
     return {"format": FORMAT} | tables
@@ -142,10 +169,9 @@ def _check_sample(sample: dict[str, Any], files: set[str], options: ServeOptions
         there = ", ".join(options.models)
         raise GuidekitError(f"this server has no model {model!r}; it was started with {there}")
     own = {"device": options.device, "dtype": options.dtype}
-    for key in SERVERS:
-        if sample.get(key) not in (None, own.get(key)):
+    for key in sorted(set(sample_keys()) - set(ALLOWED)):
+        if sample.pop(key, None) not in (None, own.get(key)):
             raise GuidekitError(f"{key!r} is the server's own; leave it out")
-        sample.pop(key, None)
     for key in OWN_FILES:
         if sample.get(key) is not None and not _is_among(sample[key], files):
             _refuse_path(f"sample.{key}", sample[key], files)
@@ -183,15 +209,10 @@ def _check_plugins(
             raise GuidekitError(f"plugin {name!r}: its options must be an object")
         cls = registry.guidance_class(name)
         kinds = option_kinds(cls)
-        defaults = {f.name: as_json(_default(f)) for f in dataclasses.fields(cls)}
+        defaults = {f.name: as_json(default_of(f)) for f in dataclasses.fields(cls)}
         for option, value in table.items():
             if option in kinds and names_files(kinds[option]) and value != defaults[option]:
                 table[option] = _placed(f"{name}.{option}", value, files, options)
-
-
-def _default(field: dataclasses.Field[Any]) -> Any:
-    made = field.default_factory is not dataclasses.MISSING
-    return field.default_factory() if made else field.default
 
 
 def _placed(where: str, value: Any, files: set[str], options: ServeOptions) -> Any:
@@ -235,6 +256,13 @@ def _check_numbers(settings: Settings, limits: Limits) -> None:
         raise GuidekitError(
             f"a run draws {limits.images} images at most on this server, not {len(settings.seeds)}"
         )
+
+
+def _check_axes(axes: tuple[Axis, ...]) -> None:
+    """Raises GuidekitError for a grid over what a request may not set, or over files."""
+    for axis in axes:
+        if "." not in axis.name and (axis.name in OWN_FILES or axis.name not in ALLOWED):
+            raise GuidekitError(f"grid: {axis.name!r} is no option to draw a grid over here")
 
 
 def _check_cells(axes: tuple[Axis, ...], limits: Limits) -> None:

@@ -52,6 +52,11 @@ class Job:
     total: int = 0
 
     @property
+    def held(self) -> int:
+        """Bytes of the files of its request, which it keeps to be restored."""
+        return sum(map(len, self.asked.body["files"].values()))
+
+    @property
     def cells(self) -> list[Cell]:
         """Its runs: those of a grid, or the one."""
         if not self.asked.axes:
@@ -121,8 +126,11 @@ class Jobs:
 
     def _forget(self) -> None:
         """Lets the oldest ended runs go; their folders stay."""
-        ended = [job for job in self.all.values() if job.state in ENDED]
-        for job in ended[: max(0, len(self.all) - self.options.limits.kept)]:
+        limits, held = self.options.limits, sum(job.held for job in self.all.values())
+        for job in [job for job in self.all.values() if job.state in ENDED]:
+            if len(self.all) <= limits.kept and held <= limits.held:
+                return
+            held -= job.held
             del self.all[job.id]
 
     def position(self, job: Job) -> int:

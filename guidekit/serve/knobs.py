@@ -40,7 +40,7 @@ def guidance_knobs(name: str, cls: type[Guidance]) -> dict[str, Any]:
             {
                 "option": field.name,
                 "comment": comments.get(field.name, ""),
-                "default": as_json(_default(field)),
+                "default": as_json(default_of(field)),
                 "words": describe(kinds[field.name]),
                 "presets": sorted(cls.presets) if field.name == "preset" else [],
                 **control(kinds[field.name]),
@@ -81,10 +81,11 @@ def is_union(kind: Any) -> bool:
 
 def names_files(kind: Any) -> bool:
     """Whether values of a type may name files or folders: paths, lists of them, or either."""
-    return control(kind)["control"] == "file"
+    return bool(control(kind)["control"] == "file")
 
 
-def _default(field: dataclasses.Field[Any]) -> Any:
+def default_of(field: dataclasses.Field[Any]) -> Any:
+    """The default of a field; None where there is none."""
     if field.default_factory is not dataclasses.MISSING:
         return field.default_factory()
     return None if field.default is dataclasses.MISSING else field.default

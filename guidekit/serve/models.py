@@ -106,7 +106,8 @@ def _found(
     tokenizers: list[Any], prompt: str, phrases: list[dict[str, Any]]
 ) -> list[dict[str, Any]]:
     """Columns, or an error, of every phrase."""
-    segments, errors = [], {}
+    segments: list[Segment | None] = []
+    errors: dict[int, str] = {}
     for index, entry in enumerate(phrases):
         try:
             segments.append(_segment(entry))
@@ -118,7 +119,7 @@ def _found(
         nths = iter(occurrences(Condition(prompt, segments=there)))
     except GuidekitError as error:
         return [{"error": errors.get(index, str(error))} for index in range(len(phrases))]
-    found = []
+    found: list[dict[str, Any]] = []
     for index, segment in enumerate(segments):
         try:
             found.append(

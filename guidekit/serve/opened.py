@@ -12,11 +12,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from guidekit.cli.settings import sample_keys
 from guidekit.errors import GuidekitError
 from guidekit.layouts import parse_layout
 from guidekit.masks import load_mask, resize_mask
-from guidekit.serve.asked import PICTURES, SERVERS, write_file
+from guidekit.serve.asked import ALLOWED, PICTURES, write_file
 from guidekit.serve.options import ServeOptions
 from guidekit.untrusted import MOST_TEXT, open_picture, parse_json, read_json
 
@@ -43,7 +42,7 @@ def opened(request: Any, options: ServeOptions, folder: Path) -> dict[str, Any]:
     if isinstance(body, dict):
         return _run(body, files, folder, size, options)
     main = request.get("main")
-    if main not in paths:
+    if not isinstance(main, str) or main not in paths:
         raise GuidekitError(f"`main` {main!r} is not among the files ({', '.join(paths)})")
     if Path(main).suffix.lower() not in PICTURES:
         return _document(read_json(paths[main]), files, folder, size, options)
@@ -107,7 +106,7 @@ def _run(
     sample = {
         key: value
         for key, value in dict(tables.get("sample") or {}).items()
-        if key in sample_keys() and key not in SERVERS and value is not None
+        if key in ALLOWED and value is not None
     }
     layout: dict[str, Any] = {"segments": list(tables.get("segment") or [])}
     if (name := sample.pop("layout", None)) in files:

@@ -25,6 +25,8 @@ class Limits:
     queue: int = 64
     #: Runs whose events are kept; the files of older ones stay in their folders.
     kept: int = 500
+    #: Bytes of the files of all runs whose events are kept.
+    held: int = 256 << 20
     #: Listeners to events, all together.
     streams: int = 64
     #: Bytes of a request.

@@ -26,12 +26,13 @@ def run_server(options: ServeOptions, port: int, ready: Callable[[str], None]) -
 
 
 def bound(host: str, port: int) -> socket.socket:
-    """A socket at the address; GuidekitError says why there is none."""
+    """A socket that listens at the address; GuidekitError says why there is none."""
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     listening = socket.socket(family)
     listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
         listening.bind((host, port))
+        listening.listen(128)
     except OSError as error:
         listening.close()
         raise GuidekitError(

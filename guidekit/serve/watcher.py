@@ -5,7 +5,7 @@ import io
 import math
 import threading
 import time
-from typing import Any
+from typing import Any, cast
 
 import torch
 from PIL import Image
@@ -64,7 +64,7 @@ class Watcher:
         started = time.perf_counter()
         images = step.images
         if images is None:
-            x0 = step.level.x0(step.prediction, step.z).detach()
+            x0 = step.level.x0(cast(Tensor, step.prediction), step.z).detach()
             with torch.no_grad():
                 images = sampling.denoiser.decode(x0.to(sampling.denoiser.dtype))
         finite = bool(torch.isfinite(images).all())

@@ -8,7 +8,9 @@ import numpy as np
 import pytest
 
 from guidekit.cli.serve import serve
+from guidekit.cli.settings import sample_keys
 from guidekit.errors import GuidekitError
+from guidekit.serve.asked import ALLOWED
 from guidekit.serve.options import ServeOptions
 from guidekit.serve.running import bound, link
 from guidekit.serve.safety import is_loopback
@@ -140,7 +142,6 @@ def test_other_hosts_get_a_token_and_this_one_none(monkeypatch):
 
 def test_a_port_that_is_taken_is_told():
     with bound("127.0.0.1", 0) as first:
-        first.listen()
         port = first.getsockname()[1]
         assert link(ServeOptions(models=(), plugins=(), out=None), first).endswith(f":{port}/")
         with pytest.raises(GuidekitError, match="choose another by --port"):
@@ -171,6 +172,11 @@ def test_a_run_has_limits(client, body, change, word):
 def test_a_grid_has_the_limits_of_a_run(client, body):
     refused(client, body | {"grid": ["steps=1,999"]}, "steps is 50 at most")
     refused(client, body | {"grid": ["cfg=1,2,3,4", "steps=1,2"]}, "6 cells at most")
+
+
+@pytest.mark.parametrize("name", ["image", "layout", "map", "device", "dtype", "compile", "out"])
+def test_a_grid_is_over_what_a_request_may_set(client, body, name):
+    refused(client, body | {"grid": [f"{name}=/etc/hostname,cuda"]}, f"{name!r} is no option")
 
 
 def test_a_layout_has_limits(client, body):
@@ -290,21 +296,16 @@ def test_an_option_names_what_the_server_was_started_with(options, body, tmp_pat
         assert str(tmp_path / "ref.png") in refused_["error"]  # it was read, and is no image
 
 
-@pytest.mark.parametrize(
-    ("key", "value"),
-    [
-        ("out", "/tmp/x"),
-        ("device", "cuda"),
-        ("dtype", "float16"),
-        ("compile", "inductor"),
-        ("image_folder", "/etc"),
-        ("per_image", 2),
-    ],
-)
-def test_where_it_runs_and_writes_is_the_servers(client, body, key, value):
-    refused(
-        client, body | {"sample": body["sample"] | {key: value}}, f"{key!r} is the server's own"
-    )
+@pytest.mark.parametrize("key", sorted(set(sample_keys()) - set(ALLOWED)))
+def test_where_it_runs_reads_and_writes_is_the_servers(client, body, key):
+    sample = body["sample"] | {key: "/tmp/x"}
+    refused(client, body | {"sample": sample}, f"{key!r} is the server's own")
+
+
+def test_keys_that_a_request_may_set():
+    assert set(ALLOWED) <= set(sample_keys())
+    others = {"out", "device", "dtype", "compile", "image_folder", "map", "labels", "affinity"}
+    assert others <= set(sample_keys()) - set(ALLOWED)
 
 
 @pytest.mark.parametrize(
@@ -342,6 +343,7 @@ def test_a_file_is_base64(client, body):
         {"files": []},
         {"grid": [1]},
         {"record": 3},
+        {"control": [{"model": "/etc"}]},
         {"format": 2},
         {"unknown": 1},
         {"sample": {"prompt": {}}},
