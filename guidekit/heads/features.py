@@ -89,7 +89,8 @@ def noised(denoiser: Denoiser, x0: Tensor, timestep: int, eps: Tensor) -> Tensor
 
 def told(denoiser: Denoiser, prompt: str) -> tuple[str | int, bool]:
     """Content and null flag of what a head's calls tell the model: the prompt, or its null."""
-    return Condition(prompt).content, not prompt and denoiser.cfg > 1
+    null = denoiser.cfg > 1 or denoiser.reads_image
+    return Condition(prompt).content, not prompt and null
 
 
 def read_features(

@@ -50,6 +50,9 @@ class BuiltIn(Subject):
         seeds = [SEEDS[i] for i in pictures]
         return Sampling(self.pipe, conditions, guidances, seeds=seeds, steps=STEPS)
 
+    def refusal(self) -> None:
+        """None: each instance is asked by itself, as they may need different things."""
+
     def instances(self) -> Iterator[Guidance]:
         """One with all defaults, then the example, which has what the defaults lack."""
         yield self.cls()

@@ -85,6 +85,16 @@ def test_shift_once_moves_the_next_z_by_delta(name, prediction):
     assert dead == (name in END_AS_THEY_ARE)
 
 
+def test_ddim_takes_nothing_back_of_a_change():
+    """Zest's scale is in units of DDIM's next z: what a step leaves there is left for good."""
+    scheduler = DDIMScheduler(beta_schedule="scaled_linear", prediction_type="v_prediction")
+    scheduler.set_timesteps(50)
+    levels = Levels(scheduler)
+    for k in range(50):
+        gains = levels.gains(k)
+        assert gains.lasting * levels.next(k).a == pytest.approx(gains.out, rel=1e-4)
+
+
 @pytest.mark.parametrize("name", ["ddpm", "euler", "dpm++2m", "unipc", "heun", "flow-euler"])
 def test_shift_in_float32(name):
     """What is left is the rounding of z itself, 1e-7 of its size."""
