@@ -158,7 +158,8 @@ def gligen():
 
 
 PIPELINES = [kontext, fill, inpainting, distilled, refiner]
-CONTROLLED = [controlled, two_controls, guessing, controlled_xl, adapted, gligen]
+FULL = [two_controls, guessing, controlled_xl, adapted]
+CONTROLLED = [controlled, gligen, *(pytest.param(b, marks=pytest.mark.full) for b in FULL)]
 
 
 @pytest.mark.parametrize("build", PIPELINES + CONTROLLED)

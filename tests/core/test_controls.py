@@ -43,7 +43,7 @@ ADAPTERS = {"sd": StableDiffusionAdapterPipeline, "sdxl": StableDiffusionXLAdapt
 SEGMENTS = (Segment("red circle", (0, 0, 0.5, 1)),)
 
 
-@pytest.fixture(scope="module", params=["sd", "sdxl"])
+@pytest.fixture(scope="module", params=["sd", pytest.param("sdxl", marks=pytest.mark.full)])
 def family(request):
     return request.param
 
@@ -88,7 +88,7 @@ def ours(pipe, controls, *guidances, conditions=CONDITIONS, cfg=CFG, **options):
     "options, scale, window",
     [
         ({}, 1.0, {}),
-        ({"controlnet_conditioning_scale": 0.3}, 0.3, {}),
+        pytest.param({"controlnet_conditioning_scale": 0.3}, 0.3, {}, marks=pytest.mark.full),
         (
             {"control_guidance_start": 0.25, "control_guidance_end": 0.75},
             1.0,
@@ -139,6 +139,7 @@ def test_one_adapter_and_two_are_diffusers_own(pipe, family):
     assert torch.equal(ours(pipe, controls), expected)
 
 
+@pytest.mark.full
 def test_an_adapter_stops_where_diffusers_stops():
     pipe = tiny.sdxl_pipeline()
     adapter = t2i_adapter(pipe)
@@ -148,6 +149,7 @@ def test_an_adapter_stops_where_diffusers_stops():
     assert not torch.equal(expected, ours(pipe, Control(adapter, ONE)))
 
 
+@pytest.mark.full
 def test_scale_0_is_no_control_and_both_kinds_go_together(pipe):
     net, adapter = control_net(pipe), t2i_adapter(pipe)
     plain = ours(pipe, ())
