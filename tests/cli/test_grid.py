@@ -30,6 +30,7 @@ def run(model, *args, fails=False):
     return result
 
 
+@pytest.mark.full
 def test_a_cell_is_the_run_of_its_values(model, monkeypatch):
     loaded = []
     load = models.load_model

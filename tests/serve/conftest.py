@@ -4,8 +4,6 @@ import pytest
 
 from serving import Client, serving
 
-pytest.importorskip("starlette")
-
 
 @pytest.fixture(scope="session")
 def options(model, tmp_path_factory):

@@ -5,8 +5,6 @@ import io
 import json
 import re
 import shutil
-import socket
-import threading
 import time
 
 import numpy as np
@@ -17,6 +15,8 @@ from serving import Client, png, serving
 
 playwright = pytest.importorskip("playwright.sync_api")
 expect = playwright.expect
+from browsing import WAIT, Proxy, drag, drawn, near, numbers, opened, quick  # noqa: E402
+
 CHROMIUM = next(
     filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None
 )
@@ -24,8 +24,6 @@ pytestmark = [
     pytest.mark.browser,
     pytest.mark.skipif(CHROMIUM is None, reason="no Chromium is installed"),
 ]
-WAIT = 60_000  # milliseconds; machines of CI are slow
-ENDED = re.compile("finished|failed|stopped")
 
 
 @pytest.fixture(scope="module")
@@ -64,76 +62,12 @@ def context(browser):
     made.close()
 
 
-def opened(context, port, errors=None):
-    """A tab with the page, ready."""
-    tab = context.new_page()
-    tab.on("pageerror", lambda error: (errors if errors is not None else []).append(str(error)))
-    tab.goto(f"http://127.0.0.1:{port}/")
-    expect(tab.locator("html")).to_have_attribute("data-ready", "yes", timeout=WAIT)
-    return tab
-
-
 @pytest.fixture
 def page(context, port):
     """The page; an error of its scripts fails the test."""
     errors = []
     yield opened(context, port, errors)
     assert errors == []
-
-
-def numbers(page):
-    """The map as the page has it; its few layers are digits."""
-    height, digits = page.evaluate(
-        "() => [window.guidekit.state.map.height, window.guidekit.state.map.values.join('')]"
-    )
-    return np.frombuffer(digits.encode(), "uint8").reshape(height, -1) - ord("0")
-
-
-def drag(page, *places):
-    """Drags the mouse over places in pixels of the map; returns where it was, in those."""
-    box = page.locator("#canvas").bounding_box()
-    height, width = 256, 256
-    told = []
-    for index, (x, y) in enumerate(places):
-        at = (
-            round(box["x"] + x * box["width"] / width),
-            round(box["y"] + y * box["height"] / height),
-        )
-        page.mouse.move(*at)
-        if index == 0:
-            page.mouse.down()
-        told.append(
-            ((at[0] - box["x"]) * width / box["width"], (at[1] - box["y"]) * height / box["height"])
-        )
-    page.mouse.up()
-    return told
-
-
-def near(shape, a, b, size):
-    """Pixels whose centre is no farther than half the size from the line from a to b."""
-    y, x = np.mgrid[: shape[0], : shape[1]] + 0.5
-    (ax, ay), (bx, by) = a, b
-    length = (bx - ax) ** 2 + (by - ay) ** 2
-    t = np.clip(((x - ax) * (bx - ax) + (y - ay) * (by - ay)) / max(length, 1e-12), 0, 1)
-    found = (x - ax - t * (bx - ax)) ** 2 + (y - ay - t * (by - ay)) ** 2 <= size * size / 4
-    found[int(by), int(bx)] = True
-    return found
-
-
-def quick(page, steps=4, seeds="3"):
-    """Settings of a short run."""
-    page.get_by_label("Steps", exact=True).fill(str(steps))
-    page.get_by_label("Seeds", exact=True).fill(seeds)
-    page.get_by_label("Seeds", exact=True).blur()
-
-
-def drawn(page, state=ENDED):
-    """Draws, waits for the end, and returns the id of the run."""
-    before = page.locator("#result-title").text_content()
-    page.locator("#draw").click()
-    expect(page.locator("#result-title")).not_to_have_text(before, timeout=WAIT)
-    expect(page.locator("#run-state")).to_have_text(state, timeout=WAIT)
-    return page.locator("#result-title").text_content().split()[-1]
 
 
 def test_what_is_painted_is_what_arrives(page, port):
@@ -359,53 +293,6 @@ def test_a_grid_over_two_options(page):
         f"{i}-{j}/3.png" for i in (0, 1) for j in (0, 1)
     ]
     expect(page.get_by_role("link", name="sheet.png")).to_be_visible()
-
-
-class Proxy:
-    """Passes connections on, until it is cut."""
-
-    def __init__(self, port):
-        self.target, self.open = port, True
-        self.lines = set()
-        self.listening = socket.create_server(("127.0.0.1", 0))
-        self.port = self.listening.getsockname()[1]
-        threading.Thread(target=self._accept, daemon=True).start()
-
-    def _accept(self):
-        while True:
-            try:
-                near_, _ = self.listening.accept()
-            except OSError:
-                return
-            if not self.open:
-                near_.close()
-                continue
-            far = socket.create_connection(("127.0.0.1", self.target))
-            self.lines |= {near_, far}
-            for a, b in ((near_, far), (far, near_)):
-                threading.Thread(target=self._pass, args=(a, b), daemon=True).start()
-
-    def _pass(self, a, b):
-        try:
-            while data := a.recv(65536):
-                b.sendall(data)
-        except OSError:
-            pass
-        for line in (a, b):
-            self._close(line)
-
-    def _close(self, line):
-        self.lines.discard(line)
-        try:
-            line.shutdown(socket.SHUT_RDWR)
-        except OSError:
-            pass
-        line.close()
-
-    def cut(self):
-        self.open = False
-        for line in list(self.lines):
-            self._close(line)
 
 
 def test_a_lost_connection_is_told_and_comes_back(context, port):
