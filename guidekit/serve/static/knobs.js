@@ -106,8 +106,12 @@ function card(one, index) {
       keepDraft();
     });
   });
-  const first = el("div", { className: "fields" }, ...made.slice(0, 3));
-  const rest = made.length > 3 ? el("details", {}, el("summary", {}, `${made.length - 3} more`), el("div", { className: "fields" }, ...made.slice(3))) : null;
+  // What every plugin has, and a file that it cannot do without, are in sight.
+  const seen = (knob, i) => i < 3 || (knob.control === "file" && knob.default === "" && !knob.optional);
+  const knobs = about?.knobs ?? [];
+  const first = el("div", { className: "fields" }, ...made.filter((_, i) => seen(knobs[i], i)));
+  const others = made.filter((_, i) => !seen(knobs[i], i));
+  const rest = others.length ? el("details", {}, el("summary", {}, `${others.length} more`), el("div", { className: "fields" }, ...others)) : null;
   if (rest && Object.keys(one.options).some((name) => !["scale", "start", "stop"].includes(name))) rest.open = true;
   return el("li", { className: "plugin" }, head, el("p", {}, about?.about ?? ""), first, rest);
 }
