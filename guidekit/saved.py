@@ -64,7 +64,9 @@ def save_run(run: Run, images: Tensor, folder: Path, steps: int) -> Path:
         outputs.save_masks(run.conditions[0].segments, folder)
         for index, (seed, pixels) in enumerate(zip(run.seeds, images, strict=True)):
             condition, image = run.conditions[index], to_image(pixels)
-            save_picture(image, folder / f"{seed}.png", _tables(run, condition, steps))
+            files = outputs.mask_files(condition.segments)
+            tables = _tables(run, condition, steps) | ({"files": files} if files else {})
+            save_picture(image, folder / f"{seed}.png", tables)
             if masks := [segment.mask for segment in condition.segments]:
                 save_picture(overlay(image, masks), folder / "overlay" / f"{seed}.png")
             for part, shown in enumerate(_maps(run, index)):

@@ -1,10 +1,12 @@
 """The folder of a run: images, masks and run.json, written as soon as they exist."""
 
+import base64
 import contextlib
 import datetime
 import errno
 import hashlib
 import importlib.metadata
+import io
 import json
 import os
 import platform
@@ -20,6 +22,7 @@ from guidekit.images import mask_image, replacing, save_picture
 
 PACKAGES = ("guidekit", "torch", "diffusers", "transformers", "safetensors", "numpy", "triton")
 RECORD = "run.json"
+CARRIED = 2**20  # bytes of masks that an image carries at most
 CLAIM = f"{RECORD}.part"  # the record to come: whoever makes it has the folder
 
 
@@ -106,9 +109,18 @@ def save_masks(segments: tuple[Segment, ...], folder: Path) -> None:
             save_picture(mask_image(segment.mask), folder / table["mask"])
 
 
-def mask_names(segments: tuple[Segment, ...]) -> list[str]:
-    """The files that `save_masks` writes, by their paths in the run's folder."""
-    return [table["mask"] for table in segment_tables(segments) if "mask" in table]
+def mask_files(segments: tuple[Segment, ...]) -> dict[str, str]:
+    """The masks that `segment_tables` names, as PNGs in base64: what an image carries of them.
+
+    None where they have more than CARRIED bytes together.
+    """
+    found = {}
+    for segment, table in zip(segments, segment_tables(segments), strict=True):
+        if "mask" in table:
+            buffer = io.BytesIO()
+            mask_image(segment.mask).save(buffer, format="PNG")
+            found[table["mask"]] = base64.b64encode(buffer.getvalue()).decode()
+    return found if sum(map(len, found.values())) <= CARRIED else {}
 
 
 def write_record(record: dict[str, Any], folder: Path) -> None:

@@ -1,6 +1,5 @@
 """What is written of a run: run.json, `format = 1`, kept up to date while it is drawn."""
 
-import base64
 import functools
 import time
 from pathlib import Path
@@ -18,7 +17,6 @@ from guidekit.masks import coverage
 from guidekit.sampler import Sampling
 from guidekit.zoo.shipped import ZOO
 
-CARRIED = 2**20  # bytes of masks that an image carries at most
 SHARE = 0.01  # of the time of a run that may go into writing its record
 
 
@@ -70,12 +68,8 @@ class Record:
 
     @functools.cached_property
     def _files(self) -> dict[str, str]:
-        """The masks that the settings name, in base64; none where they are large."""
-        names, folder = outputs.mask_names(self.plan.condition.segments), self.plan.folder
-        data = {name: (folder / name).read_bytes() for name in names}
-        if sum(map(len, data.values())) > CARRIED:
-            return {}
-        return {name: base64.b64encode(mask).decode() for name, mask in data.items()}
+        """The masks that the settings name."""
+        return outputs.mask_files(self.plan.condition.segments)
 
     def add(self, sampling: Sampling) -> None:
         """Adds what the guidances did to a batch."""

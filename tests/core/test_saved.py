@@ -16,11 +16,15 @@ from guidekit.cli.main import main
 PROMPT = "a red circle on white"
 
 
+def disc():
+    """A mask (24, 24) of a disc."""
+    return np.fromfunction(lambda y, x: (x - 9) ** 2 + (y - 7) ** 2 < 30, (24, 24))
+
+
 @pytest.fixture(scope="module")
 def drawn(model):
     """A run of two images in two steps."""
-    disc = np.fromfunction(lambda y, x: (x - 9) ** 2 + (y - 7) ** 2 < 30, (24, 24))
-    condition = guidekit.Condition(PROMPT, segments=[guidekit.Segment("red circle", disc)])
+    condition = guidekit.Condition(PROMPT, segments=[guidekit.Segment("red circle", disc())])
     zest = guidekit.make("zest", stop=1.0)
     pipe = guidekit.load(str(model), "cpu")
     return guidekit.sample(pipe, condition, [zest], seeds=(4, 2), steps=2, cfg=3.0).finish()
@@ -54,6 +58,9 @@ def test_a_saved_run_is_drawn_again_from_its_run_json(drawn, tmp_path):
         assert np.array_equal(*pair)
     record = json.loads((folder / "run.json").read_text())["record"]
     assert record["energy"]["zest"] and record["finished"] == [4, 2]
+    carried = json.loads(Image.open(folder / "4.png").text["guidekit"])["files"]
+    mask = base64.b64decode(carried["masks/0-red-circle.png"])
+    assert np.array_equal(Image.open(io.BytesIO(mask)), 255 * disc().astype("uint8"))
     assert drawn.save(folder) == tmp_path / "kept-2"  # nothing is overwritten
 
 
