@@ -66,11 +66,12 @@ class Server:
             ],
             middleware=[Middleware(Safety, options=options)],
             exception_handlers={GuidekitError: _refusal, QueueFullError: _full},
-            lifespan=self._lifespan,
+            lifespan=self.lifespan,
         )
 
     @contextlib.asynccontextmanager
-    async def _lifespan(self, _: Starlette) -> AsyncIterator[None]:
+    async def lifespan(self, _: Starlette) -> AsyncIterator[None]:
+        """Draws while the server runs."""
         with self.jobs.working():
             yield
 
