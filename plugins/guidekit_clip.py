@@ -10,7 +10,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
@@ -56,6 +56,11 @@ class Clip(Guidance):
     stages: tuple[int, ...] = ()  # maps of structure and style, 0 the first; () all
     views: int = 2  # shifted and mirrored views whose cosines are averaged; 0 is the whole
     cutouts: int = 0  # random squares of the clean estimate in their place, with on=x0
+    usage: ClassVar[str] = (
+        "--model scenes-ddpm --scheduler ddpm --steps 100 --set clip.units=noise "
+        "--set clip.scale=0.3 --set clip.text='a red circle on a white background'"
+    )
+
     own_texts: list[list[str]] | None = field(default=None, init=False, repr=False, compare=False)
     own_images: Tensor | None = field(default=None, init=False, repr=False, compare=False)
 

@@ -48,8 +48,10 @@ class Maps(Zest):
 
 def gradient(pipe, guidance, seeds=(0, 1)):
     sampling = Sampling(pipe, RED, [guidance], seeds=seeds, steps=4, cfg=4.0, calls=SPLIT)
-    z, timestep = sampling._start(), sampling.run.scheduler.timesteps[1]
-    sampling.engine.predict(z, timestep, 1, 4)
+    run, draws = sampling.run, [torch.Generator().manual_seed(seed) for seed in seeds]
+    # In float32 first: what a generator draws in float16 depends on torch's version.
+    z = torch.stack([torch.randn(run.latent_shape, generator=draw) for draw in draws])
+    sampling.engine.predict(z.to(sampling.denoiser.dtype), run.scheduler.timesteps[1], 1, 4)
     return sampling.guidances[0].grad.double()
 
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import PIL
 from PIL import Image
 
 SIDE = 8
@@ -223,3 +224,5 @@ def _table() -> dict[str, File]:
 
 
 FILES = _table()
+if int(PIL.__version__.partition(".")[0]) < 13:  # which cannot read the file that it writes
+    del FILES["tiff YCbCr"]
