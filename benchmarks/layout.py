@@ -40,13 +40,15 @@ from memory import PeakMemory
 CEILINGS = "ceilings"
 REFERENCE = 2000  # real scenes for the Frechet and kernel distances, from number 100,000 on
 
+# Zest's own strength and window in its paper, which it has beside Paint-with-Words.
+PAPER = {"scale": 1.0, "stop": 0.5}
+
 # Guidances of a row: plugin and the fields that differ from the model's tuned defaults.
 METHODS = {
     "unguided": [],
     "Paint-with-Words": [("pww", {})],
     "Zest": [("zest", {})],
-    # Beside Paint-with-Words Zest has the paper's own strength and window.
-    "Zest + PwW": [("pww", {}), ("zest", {"scale": 1.0, "stop": 0.5})],
+    "Zest + PwW": [("pww", {}), ("zest", PAPER)],
     "MultiDiffusion": [("multidiffusion", {})],
 }
 
