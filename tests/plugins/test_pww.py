@@ -32,7 +32,7 @@ class Watch(PaintWithWords):
     def edit_attention(self, step, branch, call):
         logits = call.query @ call.key.mT / math.sqrt(call.query.shape[-1])
         super().edit_attention(step, branch, call)
-        self.seen.append((step, branch.name, call.site, logits, call.whole_mask()))
+        self.seen.append((step, branch.name, call.site, logits, call.mask))
 
 
 def watched(pipe, condition, **options):
