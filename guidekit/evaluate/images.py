@@ -1,7 +1,6 @@
 """Images to evaluate, as people have them: folders, runs, plans of blocks, WebDataset tars."""
 
 import io
-import json
 import tarfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -11,7 +10,7 @@ from PIL.Image import Image
 
 from guidekit.errors import GuidekitError
 from guidekit.images import as_rgb, load_image, numbered, upright
-from guidekit.untrusted import MOST_MEMBER, open_picture, read_json
+from guidekit.untrusted import MOST_MEMBER, open_picture, parse_json, read_json, read_text
 
 ENDINGS = (".png", ".jpg", ".jpeg", ".webp")
 BESIDE = ("unguided", "overlay", "attention", "masks", "state")  # of a run's or plan's own folder
@@ -133,12 +132,11 @@ def prompts_of(path: Path) -> dict[str, str]:
         prompt = read_json(path / "run.json")["sample"].get("prompt")
         return dict.fromkeys(read_images(path).keys, prompt or "")
     for file in sorted(path.rglob("*.txt")) if path.is_dir() else ():
-        found[_key(path, file.relative_to(path).as_posix())] = file.read_text("utf-8").strip()
+        found[_key(path, file.relative_to(path).as_posix())] = _text(file).strip()
     for tar in sorted(path.glob("*.tar")) if path.is_dir() else [path]:
         found |= _texts(tar)
     if (lines := path / "prompts.jsonl").exists():
-        rows = [json.loads(line) for line in lines.read_text("utf-8").splitlines() if line.strip()]
-        found |= {key_of(str(row["key"])): str(row["prompt"]) for row in rows}
+        found |= dict(_row(line, lines) for line in _text(lines).splitlines() if line.strip())
     if not found:
         raise GuidekitError(
             f"{path} has no prompts; put a .txt beside each image, or prompts.jsonl with lines "
@@ -147,12 +145,34 @@ def prompts_of(path: Path) -> dict[str, str]:
     return found
 
 
+def _text(file: Path) -> str:
+    """A file of text. Raises GuidekitError that names it."""
+    try:
+        return read_text(file)
+    except GuidekitError as error:
+        raise GuidekitError(f"prompts {file}: {error}") from None
+
+
+def _row(line: str, file: Path) -> tuple[str, str]:
+    """Key and prompt of a line of prompts.jsonl."""
+    try:
+        row = parse_json(line)
+        return key_of(str(row["key"])), str(row["prompt"])
+    except (ValueError, LookupError, TypeError):
+        raise GuidekitError(
+            f'prompts {file}: a line is {{"key": "0", "prompt": "a cat"}}, not {line[:80]!r}'
+        ) from None
+
+
 def _texts(tar: Path) -> dict[str, str]:
     """The .txt of a tar."""
     found = {}
-    with tarfile.open(tar, "r:") as opened:
-        for member in opened:
-            if member.isfile() and member.name.endswith(".txt") and member.size < LONGEST:
-                text = opened.extractfile(member).read().decode("utf-8", "replace")
-                found[key_of(member.name)] = text.strip()
+    try:
+        with tarfile.open(tar, "r:") as opened:
+            for member in opened:
+                if member.isfile() and member.name.endswith(".txt") and member.size < LONGEST:
+                    text = opened.extractfile(member).read().decode("utf-8", "replace")
+                    found[key_of(member.name)] = text.strip()
+    except (tarfile.TarError, OSError) as error:
+        raise GuidekitError(f"{tar} is not a readable tar ({error})") from None
     return found

@@ -15,7 +15,7 @@ from guidekit.evaluate.images import key_of
 from guidekit.images import load_image, numbered
 from guidekit.layouts import load_layout
 from guidekit.masks import resize_mask
-from guidekit.untrusted import file_name, inside, read_json
+from guidekit.untrusted import file_name, read_json
 from guidekit.worlds import scenes
 
 Form = Literal["indexed", "ade20k", "cityscapes", "coco-stuff", "layout", "panoptic", "scenes"]
@@ -114,23 +114,28 @@ def _numbers(file: Path, form: str) -> np.ndarray:
 
 def _panoptic(path: str) -> LabelMaps:
     """COCO's panoptic form: a JSON file, and beside it a folder of its name with PNG."""
-    where, table = Path(path), None
+    where = Path(path)
     try:
         table = read_json(where)
         categories = {row["id"]: row["name"] for row in table["categories"]}
-        rows = [(row["file_name"], row["segments_info"]) for row in table["annotations"]]
+        order = {number: i + 1 for i, number in enumerate(categories)}
+        rows = {
+            file_name(row["file_name"], "a map"): {
+                int(segment["id"]): order[segment["category_id"]]
+                for segment in row["segments_info"]
+            }
+            for row in table["annotations"]
+        }
     except FileNotFoundError:
         raise GuidekitError(f"maps {path}: no such file") from None
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
         raise GuidekitError(f"maps {path}: not COCO's panoptic JSON ({error!r})") from None
-    order = {number: i + 1 for i, number in enumerate(categories)}
-
-    def reader(name: str, segments: list[dict]) -> Callable[[], np.ndarray]:
-        file = inside(where.with_suffix(""), file_name(name, "a map"), "a map")
-        return lambda: _of_segments(file, {s["id"]: order[s["category_id"]] for s in segments})
-
-    opened = {key_of(name): reader(name, segments) for name, segments in rows}
-    return LabelMaps("panoptic", len(order), tuple(categories.values()), opened)
+    folder = where.with_suffix("")
+    opened = {
+        key_of(name): lambda file=folder / name, classes=classes: _of_segments(file, classes)
+        for name, classes in rows.items()
+    }
+    return LabelMaps("panoptic", len(order), tuple(map(str, categories.values())), opened)
 
 
 def _of_segments(file: Path, classes: dict[int, int]) -> np.ndarray:

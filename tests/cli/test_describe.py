@@ -128,13 +128,14 @@ def test_every_plugin_is_explained(name):
 def test_flag_field_and_key_are_one_word():
     """--append-phrases, Settings.append_phrases, [sample] append_phrases, the key of run.json."""
     own = {"config", "quiet", "as_json", "traceback", "plugin", "no_plugin", "set", "segment"}
+    own |= {"control", "grid"}
     own |= {"plan", "count", "block", "form", "shard"}  # of plans of blocks: fields of BlockPlan
     options = {option.name: option for option in sample.params if isinstance(option, click.Option)}
     assert set(options) - own == set(sample_keys())
     for name in set(options) - own:
         assert options[name].opts == [f"--{name.replace('_', '-')}"]
     assert set(dump(Settings())["sample"]) == set(sample_keys()) - {"out", "layout"}
-    assert set(dump(Settings())) == {"sample", "plugin", "segment"}
+    assert set(dump(Settings())) == {"sample", "plugin", "segment", "control"}
 
 
 def test_options_of_plugins_are_one_word_in_flag_toml_and_run_json(model, tmp_path, monkeypatch):

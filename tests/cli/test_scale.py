@@ -78,7 +78,8 @@ def test_a_condition_has_what_its_entry_leaves_out_from_the_plan():
         ({"conditions": "../x.txt"}, "leads out of"),
         ({"conditions": "none.txt"}, "no such file"),
         ({"count": 4, "folder": 3}, "must be a path"),
-        ({"count": 8, "block": 3, "sample": {"particles": 2}}, "no groups of 2 particles"),
+        ({"count": 8, "block": 3, "sample": {"particles": 2}}, "multiples of its 2 particles"),
+        ({"count": 8, "sample": {"particles": 0}}, "from 1, not 0"),
     ],
 )
 def test_a_wrong_plan_is_refused(tmp_path, table, message):
@@ -265,6 +266,12 @@ def test_what_does_not_go_together_is_refused(model, tmp_path, monkeypatch, word
     model = () if "--plan" in words else ("--model", model)
     done = run("sample", *model, *words)
     assert done.exit_code == 2 and message in done.stderr, done.stderr
+
+
+def test_particles_of_a_group_lie_in_one_block(model, tmp_path):
+    plan = write_plan(tmp_path / "p.json", model, count=4, sample={"particles": 2})
+    assert run("sample", "--plan", plan, "--out", tmp_path / "o").exit_code == 0
+    assert len(contents(tmp_path / "o")) == 12
 
 
 def test_a_plan_begun_with_other_values_is_refused(model, tmp_path):

@@ -8,6 +8,7 @@ import pytest
 import torch
 from PIL import Image
 
+from guidekit.errors import GuidekitError
 from guidekit.evaluate import judge as evaluate
 from guidekit.evaluate.commands import real_scenes
 from guidekit.evaluate.images import prompts_of, read_images
@@ -234,6 +235,34 @@ def test_other_scorers_find_their_folders(drawn, tmp_path):
 def test_what_cannot_work_is_refused(drawn, words, message):
     done = run("eval", *(drawn if word == "D" else word for word in words))
     assert done.exit_code == 2 and message in done.stderr, done.stderr
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "message"),
+    [
+        ("prompts.jsonl", '{"key": 1}\n', "a line is"),
+        ("prompts.jsonl", "[1]\n", "a line is"),
+        ("prompts.jsonl", "{\n", "a line is"),
+        ("a.txt", b"\xff\xfe", "no text in UTF-8"),
+        ("x.tar", "torn", "not a readable tar"),
+    ],
+)
+def test_damaged_prompts_are_refused_in_one_line(tmp_path, name, text, message):
+    Image.new("RGB", (8, 8)).save(tmp_path / "a.png")
+    (tmp_path / name).write_bytes(text if isinstance(text, bytes) else text.encode())
+    done = run("eval", "prompts", tmp_path)
+    assert done.exit_code == 2 and message in done.stderr, done.stderr
+
+
+@pytest.mark.parametrize(
+    "table",
+    [[], {}, {"categories": [], "annotations": [{"file_name": "a.png", "segments_info": [{}]}]},
+     {"categories": [], "annotations": [{"file_name": "../a.png", "segments_info": []}]}],
+)  # fmt: skip
+def test_damaged_panoptic_json_is_refused(tmp_path, table):
+    (tmp_path / "val.json").write_text(json.dumps(table))
+    with pytest.raises(GuidekitError, match="not COCO's panoptic JSON"):
+        read_label_maps(str(tmp_path / "val.json"), "panoptic")
 
 
 def test_judges_say_which_weights_they_are():

@@ -60,6 +60,8 @@ class BlockPlan:
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
                 raise GuidekitError(f"{name} of a plan must be a number from 1, not {value!r}")
         particles = self.sample.get("particles", 1)
+        if not isinstance(particles, int) or particles < 1:
+            raise GuidekitError(f"particles of a plan is a number from 1, not {particles!r}")
         if self.block % particles or self.count % particles:
             raise GuidekitError(
                 f"block and count of a plan are multiples of its {particles} particles, not "
@@ -69,12 +71,6 @@ class BlockPlan:
             if getattr(self, name) not in get_args(kind):
                 exist = " or ".join(get_args(kind))
                 raise GuidekitError(f"{name} of a plan is {exist}, not {getattr(self, name)!r}")
-        group = self.sample.get("particles", 1)
-        if isinstance(group, int) and group > 1 and (self.block % group or self.count % group):
-            raise GuidekitError(
-                f"blocks of {self.block} and {self.count} images are no groups of {group} "
-                "particles; give multiples"
-            )
 
     @property
     def blocks(self) -> range:

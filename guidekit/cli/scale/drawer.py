@@ -54,10 +54,7 @@ class Drawer:
 
         Raises whatever a condition or a plugin raises; nothing is written.
         """
-        targets = in_groups(
-            tuple(self._target(seed) for seed in self.plan.seeds(number)),
-            self.run.settings.particles,
-        )
+        targets = tuple(self._target(seed) for seed in self.plan.seeds(number))
         images, facts = self._draw(targets)
         members = []
         for target in targets:
