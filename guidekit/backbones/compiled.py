@@ -41,7 +41,7 @@ def as_backend(wanted: bool | str | None) -> str | None:
         return None
     if wanted is True:
         return BACKEND
-    from torch._dynamo import list_backends  # takes seconds to import
+    from torch.compiler import list_backends
 
     if wanted not in (known := list_backends(exclude_tags=())):
         raise GuidekitError(f"no compiler backend {wanted!r}; there are {', '.join(known)}")
