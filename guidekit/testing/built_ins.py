@@ -54,8 +54,12 @@ class BuiltIn(Subject):
         """None: each instance is asked by itself, as they may need different things."""
 
     def instances(self) -> Iterator[Guidance]:
-        """One with all defaults, then the example, which has what the defaults lack."""
-        yield self.cls()
+        """One with all defaults, then the example, which has what the defaults lack.
+
+        A start that is searched for takes minutes at the defaults: there it is the example alone.
+        """
+        if not self.cls.overrides("begin"):
+            yield self.cls()
         yield self.cls.example()
 
 

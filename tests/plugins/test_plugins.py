@@ -42,10 +42,12 @@ TIERED = [
 # What a plugin that is refused needs, and the family has not.
 REFUSED = {"dit": "text", "sd3": "cross-attention"}
 # Models without text, and without classifier-free guidance at their own settings.
-WORDLESS = {"apg", "cfg", "multidiffusion", "pww", "zest"}
+WORDLESS = {"adaptive", "apg", "attend-and-excite", "cfg", "multidiffusion", "pww", "zest"}
+# `fk` does nothing in groups of one image, and with the models' own solvers, which add no noise.
 REFUSED_BY = {
-    "scenes-ddpm": WORDLESS | {"semantica"},
-    "scenes-semantica": WORDLESS | {"ilvr"},  # its scheduler keeps samples
+    "scenes": {"fk"},
+    "scenes-ddpm": WORDLESS | {"fk", "semantica"},
+    "scenes-semantica": WORDLESS | {"fk", "ilvr"},  # its scheduler keeps samples
 }
 
 
