@@ -45,8 +45,8 @@ class Guidance:
     scale: float = 1.0  # strength; 0 switches it off
     start: float = 0.0  # fraction of the steps, from the noisy end, at which it begins
     stop: float = 1.0  # fraction of the steps at which it ends
-    sigma_start: float | None = None  # noise level s / a, in units of x0, at which it begins
-    sigma_stop: float | None = None  # noise level, lower than that, at which it ends
+    sigma_start: float | None = None  # noise level s / a, of x0, at which it begins, or none
+    sigma_stop: float | None = None  # noise level, lower than that, at which it ends, or none
 
     #: What the energy reads: "attention" or "features" of the conditional branch, "x0" of the
     #: combined prediction, "input" only z itself (no graph of the backbone is built).
