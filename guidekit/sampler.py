@@ -17,6 +17,7 @@ from guidekit.backbones.compiled import as_backend, compiled
 from guidekit.backbones.controls import Control
 from guidekit.backbones.denoiser import Denoiser, frozen
 from guidekit.backbones.residuals import with_controls
+from guidekit.backbones.safety import checked
 from guidekit.checks import (
     check_images,
     check_maps,
@@ -149,6 +150,8 @@ class Sampling(Drawn):
         self._before: dict[int, Any] = {}
         self._done: dict[int, int] = {}
         self.images: Tensor | None = None  # (B, 3, H, W) in [0, 1]
+        #: Which ones the pipeline's safety checker blackened; None without one.
+        self.black: list[bool] | None = None
         self.latents: Tensor | None = None  # (B, C, h, w), the last z
 
     @property
@@ -218,7 +221,8 @@ class Sampling(Drawn):
     def _decode(self, step: Step, z: Tensor) -> None:
         """Keeps what the run has drawn."""
         self.latents = z
-        self.images = step.images = self.denoiser.decode(z)
+        images, self.black = checked(self.denoiser, self.denoiser.decode(z))
+        self.images = step.images = images
         self.engine.close()
 
     def _start(self) -> Tensor:

@@ -19,3 +19,12 @@ def flagged(denoiser: Denoiser, images: Tensor) -> list[bool] | None:
     with torch.no_grad():
         _, found = pipeline.run_safety_checker(copies, denoiser.device, denoiser.dtype)
     return [bool(one) for one in found]
+
+
+def checked(denoiser: Denoiser, images: Tensor) -> tuple[Tensor, list[bool] | None]:
+    """The images, black where the pipeline's checker says so, and which; None without one."""
+    black = flagged(denoiser, images)
+    if black is None:
+        return images, None
+    shown = torch.tensor(black, device=images.device)[:, None, None, None]
+    return torch.where(shown, torch.zeros_like(images), images), black

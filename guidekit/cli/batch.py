@@ -7,7 +7,6 @@ import torch
 from torch import Tensor
 
 from guidekit.backbones.denoiser import Denoiser
-from guidekit.backbones.safety import flagged
 from guidekit.cli.plan import Plan, Target
 from guidekit.errors import NonFiniteError
 from guidekit.guidance import Guidance
@@ -74,8 +73,4 @@ def finish(
             f"the images of seeds {bad} are not finite; lower the scale of a plugin, cfg or "
             "eta, or use --dtype float32"
         )
-    black = flagged(denoiser, images)
-    if black is None:
-        return Drawn(images, None)
-    shown = torch.tensor(black, device=images.device)[:, None, None, None]
-    return Drawn(torch.where(shown, torch.zeros_like(images), images), black)
+    return Drawn(images, sampling.black)

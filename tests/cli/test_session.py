@@ -21,6 +21,7 @@ from transformers import (
     CLIPVisionConfig,
 )
 
+import guidekit
 import tiny
 from guidekit.cli.main import main
 from guidekit.cli.plan import make_plan
@@ -173,6 +174,9 @@ def test_a_safety_checker_does_what_it_does_in_the_bare_pipeline(tmp_path, flags
     assert np.array(Image.open("o/0.png")).any() != flags
     assert "safety checker looked at every image" in result.stdout
     assert ("safety checker blackened seeds [0]" in result.stdout) == flags
+    drawn = guidekit.sample(pipe, PROMPT, seeds=[0], steps=1, cfg=5.0).finish()
+    assert drawn.black == [flags]
+    assert np.array_equal(np.array(guidekit.toolbox.to_image(drawn.images[0])), np.array(bare))
 
 
 def test_words_that_a_built_in_model_never_read_are_noted():
