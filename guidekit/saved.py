@@ -9,8 +9,8 @@ from typing import Any
 from PIL import Image
 from torch import Tensor
 
+from guidekit import outputs
 from guidekit.backbones.schedulers import SCHEDULERS
-from guidekit.cli import outputs
 from guidekit.conditions import Condition
 from guidekit.errors import GuidekitError
 from guidekit.images import enlarge, heat_map, overlay, save_picture, to_image

@@ -8,11 +8,11 @@ from typing import Any
 
 from PIL import Image, ImageDraw, ImageFont
 
-from guidekit.cli.outputs import CLAIM
 from guidekit.cli.settings import Settings, sample_keys
 from guidekit.errors import GuidekitError
 from guidekit.images import enlarge, grid
 from guidekit.options import convert, parse_value
+from guidekit.outputs import CLAIM
 
 TOGETHER = (
     "seeds",

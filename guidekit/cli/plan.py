@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from guidekit import outputs
 from guidekit.backbones.compiled import as_backend
 from guidekit.backbones.controls import Control
 from guidekit.backbones.denoiser import Denoiser
@@ -14,7 +15,6 @@ from guidekit.backbones.loading import make_scheduler
 from guidekit.backbones.residuals import with_controls
 from guidekit.backbones.schedulers import scheduler_name
 from guidekit.backbones.tokens import append_phrases
-from guidekit.cli import outputs
 from guidekit.cli.controls import control_tables, read_controls, read_map
 from guidekit.cli.models import load_model
 from guidekit.cli.settings import Settings

@@ -5,9 +5,9 @@ import time
 from pathlib import Path
 from typing import Any
 
+from guidekit import outputs
 from guidekit.account import Account
 from guidekit.backbones.tokens import segment_columns
-from guidekit.cli import outputs
 from guidekit.cli.models import model_facts
 from guidekit.cli.plan import Plan, Target
 from guidekit.cli.settings import FORMAT, dump

@@ -176,7 +176,7 @@ def _sample_grid(settings: Any, flags: dict[str, Any], silent: bool, as_json: bo
     """Draws a run for every combination of values, and a sheet of them all."""
     from guidekit.cli.grid import SHEET, cells_of, draw_cells, parse_axes
     from guidekit.cli.models import loading_once
-    from guidekit.cli.outputs import new_folder, removed_if_empty
+    from guidekit.outputs import new_folder, removed_if_empty
 
     axes = parse_axes(flags["grid"])
     cells = cells_of(settings, axes)
@@ -209,9 +209,9 @@ def _energies(record: dict[str, Any]) -> str:
 def _prepared(settings: Any, blocked: tuple[str, ...], load: Callable | None = None) -> Any:
     """The session for the settings, ready to draw."""
     from guidekit.cli.models import load_model
-    from guidekit.cli.outputs import removed_if_empty
     from guidekit.cli.plan import make_plan
     from guidekit.cli.session import Session
+    from guidekit.outputs import removed_if_empty
 
     plan = make_plan(settings, blocked, load or load_model)
     with removed_if_empty(plan.folder):

@@ -6,7 +6,7 @@ from dataclasses import replace
 from torch import Tensor
 
 from guidekit import images as pictures
-from guidekit.cli import outputs
+from guidekit import outputs
 from guidekit.cli.batch import begin, finish
 from guidekit.cli.controls import save_controls
 from guidekit.cli.plan import Plan, Target

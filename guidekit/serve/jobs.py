@@ -14,10 +14,10 @@ from pathlib import Path
 from typing import Any
 
 from guidekit.cli.grid import Cell, cells_of, draw_cells
-from guidekit.cli.outputs import new_folder, removed_if_empty, slug
 from guidekit.cli.plan import make_plan
 from guidekit.cli.session import Session, Stopped
 from guidekit.errors import GuidekitError, where_of
+from guidekit.outputs import new_folder, removed_if_empty, slug
 from guidekit.serve.asked import Asked
 from guidekit.serve.events import EventLog
 from guidekit.serve.models import Models

@@ -219,7 +219,7 @@ def test_weights_that_a_full_disk_does_not_take_are_not_called_damaged(tmp_path,
 
 @pytest.mark.parametrize("code", [errno.ENOSPC, errno.EDQUOT, errno.EFBIG])
 def test_every_way_of_being_full_names_the_remedy(model, monkeypatch, code):
-    from guidekit.cli import outputs
+    from guidekit import outputs
 
     def full(*_, **__):
         raise OSError(code, os.strerror(code), "o/0.png")

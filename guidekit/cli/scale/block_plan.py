@@ -9,11 +9,11 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 from guidekit.cli.controls import control_tables, read_controls, save_controls
-from guidekit.cli.outputs import save_masks, segment_tables
 from guidekit.cli.settings import FORMAT, Settings, dump, make_settings, parse_config, sample_keys
 from guidekit.conditions import Condition
 from guidekit.errors import GuidekitError
 from guidekit.layouts import load_layout, parse_layout
+from guidekit.outputs import save_masks, segment_tables
 from guidekit.references import load_reference
 from guidekit.untrusted import inside, parse_json, read_json, read_text
 from guidekit.zoo.shipped import ZOO

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from guidekit.cli import outputs
+from guidekit import outputs
 from guidekit.cli.batch import begin, finish
 from guidekit.cli.models import model_facts
 from guidekit.cli.plan import Target, append_wanted, in_groups, plan_of_none
