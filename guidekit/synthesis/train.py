@@ -185,7 +185,7 @@ def make(options: MapsOptions, folder: Path, size: int, quiet: bool = True) -> M
     if start is not None and start.unet.config.sample_size != size:
         own = start.unet.config.sample_size
         raise GuidekitError(
-            f"{options.start} draws images of {own}x{own}; its recipe needs that size"
+            f"{options.start} draws images of {own}x{own}; give its recipe that size"
         )
     affinity = load_affinity(options.affinity) if options.affinity else None
     return MapsTask(options, examples, size, start, affinity)
