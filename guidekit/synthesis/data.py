@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from guidekit.affinity.shots import Shots, read_shots
+from guidekit.affinity.shots import Shot, Shots, read_shots
 from guidekit.backbones.control_images import check_shape
 from guidekit.errors import GuidekitError
 from guidekit.labels import LabelMap, LabelSet
@@ -68,13 +68,15 @@ class WorldExamples:
 class ShotExamples:
     """A few labelled images, some of which are held out; mirrored at random if `flips`."""
 
-    def __init__(self, shots: Shots, size: int, held_out: int, flips: bool):
+    def __init__(
+        self, shots: Sequence[Shot], labels: LabelSet, size: int, held_out: int, flips: bool
+    ):
         if not 0 <= held_out < len(shots):
             raise GuidekitError(
                 f"{held_out} of {len(shots)} shots held out leaves none to train on; hold out "
                 f"fewer (held_out, at most {len(shots) - 1})"
             )
-        self.labels, self.flips = shots.labels, flips
+        self.labels, self.flips = labels, flips
         read = [_sized(shots, i, size) for i in range(len(shots))]
         self.pixels = torch.stack([pixels for pixels, _ in read])
         self.maps = [own for _, own in read]
@@ -101,10 +103,11 @@ class ShotExamples:
         return self.pixels[rows], [self.maps[i] for i in rows]
 
 
-def _sized(shots: Shots, index: int, size: int) -> tuple[Tensor, LabelMap]:
+def _sized(shots: Sequence[Shot], index: int, size: int) -> tuple[Tensor, LabelMap]:
     """A shot as a square; the map by nearest neighbour. Raises GuidekitError for other shapes."""
     shot, square = shots[index], (size, size)
-    check_shape(*shot.pixels.shape[:0:-1], square, str(shots.pairs[index][0]))
+    name = str(shots.pairs[index][0]) if isinstance(shots, Shots) else f"shot {index}"
+    check_shape(*shot.pixels.shape[:0:-1], square, name)
     pixels = F.interpolate(shot.pixels[None], square, mode="bilinear", antialias=True)
     return pixels[0], shot.map.resized(*square)
 
@@ -117,4 +120,5 @@ def make_examples(source: str, data: str, size: int, held_out: int, flips: bool)
         raise GuidekitError(f"source must be {', '.join(SOURCES)}, not {source!r}")
     if not data:
         raise GuidekitError("this stage trains on shots; name their folder by `data`")
-    return ShotExamples(read_shots(data), size, held_out, flips)
+    shots = read_shots(data)
+    return ShotExamples(shots, shots.labels, size, held_out, flips)

@@ -65,16 +65,16 @@ class MapsTask:
         examples: Examples,
         size: int,
         start: MapsPipeline | None = None,
-        affinity: Affinity | None = None,
+        matrix: Tensor | None = None,
     ):
-        """start, affinity: what to go on from; without an affinity new classes get new filters."""
+        """start, matrix: what to go on from, and what stands for what; see `transferred`."""
         self.options, self.examples, self.size = options, examples, size
         self.labels = examples.labels
         if start is None:
             unet = pixel_unet(options, size, 3 + len(self.labels), 3)
             self.scheduler = cosine_scheduler()
         else:
-            unet = transferred(start, self.labels, affinity, options.by, options.soft)
+            unet = transferred(start, self.labels, matrix)
             self.scheduler = start.scheduler
         self.net = VelocityLoss(unet.train())
 
@@ -123,23 +123,15 @@ class MapsTask:
         MapsPipeline(unet, self.scheduler, self.labels).save_pretrained(folder)
 
 
-def transferred(
-    start: MapsPipeline,
-    labels: LabelSet,
-    affinity: Affinity | None,
-    by: str = VOTE,
-    soft: bool = False,
-) -> UNet2DModel:
+def transferred(start: MapsPipeline, labels: LabelSet, matrix: Tensor | None) -> UNet2DModel:
     """The start's UNet for maps of `labels`: conv(W, A y) = conv(W A, y) in its first layer.
 
-    Without an affinity it is the same where the classes are, else the map's filters are drawn anew.
-    Raises GuidekitError for an affinity of other label sets.
+    matrix: the affinity A (N_s, N_t). Without one the layer is the same where the classes are, else
+    the map's filters are drawn anew.
     """
     config = dict(start.unet.config) | {"in_channels": start.unet.config.out_channels + len(labels)}
     unet, state = UNet2DModel.from_config(config), start.unet.state_dict()
-    if affinity is not None:
-        check_affinity(affinity, start.labels, labels)
-        matrix = affinity.soft(by=by) if soft else affinity.matrix(by)
+    if matrix is not None:
         state = fold_state(state, "one-hot", matrix)
     elif start.labels.classes != labels.classes:
         pixels = start.unet.config.out_channels
@@ -187,8 +179,12 @@ def make(options: MapsOptions, folder: Path, size: int, quiet: bool = True) -> M
         raise GuidekitError(
             f"{options.start} draws images of {own}x{own}; give its recipe that size"
         )
-    affinity = load_affinity(options.affinity) if options.affinity else None
-    return MapsTask(options, examples, size, start, affinity)
+    matrix = None
+    if start is not None and options.affinity:
+        affinity = load_affinity(options.affinity)
+        check_affinity(affinity, start.labels, examples.labels)
+        matrix = affinity.soft(by=options.by) if options.soft else affinity.matrix(options.by)
+    return MapsTask(options, examples, size, start, matrix)
 
 
 OPTIONS = MapsOptions  # of a recipe's stage

@@ -32,10 +32,10 @@ def shots(tmp_path_factory):
 @pytest.mark.parametrize("soft", [False, True])
 def test_the_fold_of_the_host_equals_the_remapped_map(soft):
     pipe, own = maps_pipeline().to(torch.float64), affinity(HAND)
-    folded = transferred(pipe, GARDEN, own, soft=soft).double().eval()
     shown = torch.stack([label_map(GARDEN, i).one_hot().double() for i in range(2)])
     z, t = torch.randn(2, 3, 16, 16, dtype=torch.float64), torch.tensor([10, 700])
     matrix = own.soft() if soft else own.matrix()
+    folded = transferred(pipe, GARDEN, matrix).double().eval()
     remapped = torch.einsum("st,bthw->bshw", matrix, shown)
     wanted = pipe.unet(torch.cat([z, remapped], 1), t).sample
     found = folded(torch.cat([z, shown], 1), t).sample
@@ -66,7 +66,7 @@ def test_without_an_affinity_only_the_maps_filters_are_new():
 
 
 def test_batches_hold_the_map_beside_the_pixels_and_drop_it_at_times(shots):
-    examples = ShotExamples(read_shots(shots), 16, 1, flips=True)
+    examples = ShotExamples(read_shots(shots), GARDEN, 16, 1, flips=True)
     options = MapsOptions(channels=(16, 32), head=8, groups=8, null=0.5)
     batch = MapsTask(options, examples, 16).batch(range(64), torch.Generator().manual_seed(0))
     assert batch["z"].shape == (64, 5, 16, 16)
@@ -87,10 +87,10 @@ def test_worlds_have_a_class_for_every_pixel():
 
 
 def test_the_weights_with_the_lowest_loss_on_held_out_shots_are_exported(start, shots, tmp_path):
-    own = affinity(HAND)
-    examples = ShotExamples(read_shots(shots), 16, 1, flips=False)
+    matrix = affinity(HAND).matrix()
+    examples = ShotExamples(read_shots(shots), GARDEN, 16, 1, flips=False)
     options = MapsOptions(source="shots")
-    task = MapsTask(options, examples, 16, MapsPipeline.from_pretrained(start), own)
+    task = MapsTask(options, examples, 16, MapsPipeline.from_pretrained(start), matrix)
     first = task.held_out()
     # A rate at which every step makes it worse: what it began with is the best.
     loop = Options(steps=2, batch=2, lr=1.0, warmup=0, ema=0.0, save_every=1, decay="constant")
@@ -101,7 +101,7 @@ def test_the_weights_with_the_lowest_loss_on_held_out_shots_are_exported(start, 
     facts = json.loads((tmp_path / "metrics.jsonl").read_text().splitlines()[-1])
     assert facts["step"] == 2
     made = MapsPipeline.from_pretrained(tmp_path / "model").unet.state_dict()
-    wanted = transferred(maps_pipeline(), GARDEN, own).state_dict()
+    wanted = transferred(maps_pipeline(), GARDEN, matrix).state_dict()
     assert all(torch.equal(made[n].half(), wanted[n].half()) for n in wanted)
 
 

@@ -39,7 +39,7 @@ def test_no_steps_fold_the_affinity_and_the_model_draws(there, tmp_path):
     model = json.loads(done.stdout)["model"]
     made = MapsPipeline.from_pretrained(model)
     assert made.labels.classes == GARDEN.classes
-    wanted = transferred(maps_pipeline(), GARDEN, affinity(HAND)).conv_in.weight
+    wanted = transferred(maps_pipeline(), GARDEN, affinity(HAND).matrix()).conv_in.weight
     assert (made.unet.conv_in.weight == wanted.half()).all()
     save_picture(label_map(GARDEN).indexed(), tmp_path / "map.png")
     words = ["sample", "--model", model, "--map", tmp_path / "map.png", "--seeds", "0"]
