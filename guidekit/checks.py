@@ -38,8 +38,8 @@ def check_maps(denoiser: Denoiser, conditions: list[Condition]) -> None:
     """Raises GuidekitError for a label map that nothing reads."""
     if any(c.map is not None for c in conditions) and not denoiser.reads_map:
         raise GuidekitError(
-            "nothing here reads a label map; leave the map out, or name a control without an image "
-            "(--control FOLDER)"
+            "nothing here reads a label map; leave the map out, name a control without an image "
+            "(--control FOLDER), or take a model of maps"
         )
 
 

@@ -238,6 +238,10 @@ class Denoiser:
         """
         raise NotImplementedError
 
+    def windowed(self, text: Text, view: tuple[int, int, int, int] | None) -> Text:
+        """The text of a branch that sees a window (top, left, height, width) of the latents."""
+        return text
+
     def __call__(self, z: Tensor, timestep: Tensor, text: Text) -> Tensor:
         """The model's output for scaled latents z (B, C, h, w).
 

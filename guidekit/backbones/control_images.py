@@ -23,7 +23,7 @@ def control_pixels(image: Any, channels: int, size: tuple[int, int]) -> Tensor:
     without a map of them.
     """
     if isinstance(image, LabelMap):
-        _check_shape(image.ids.shape[1], image.ids.shape[0], size)
+        check_shape(image.ids.shape[1], image.ids.shape[0], size)
         image = image.resized(*size)
         if channels == len(image.labels) and channels != 3:
             return image.one_hot()
@@ -46,17 +46,19 @@ def _at_size(image: Image.Image, size: tuple[int, int]) -> Image.Image:
     """An image at `size` (H, W): one in few colours by nearest neighbour, others as diffusers."""
     if image.size == size[::-1]:
         return image
-    _check_shape(*image.size, size)
+    check_shape(*image.size, size)
     found = image.getcolors(FEW)
     is_map = found is not None and any(len(set(colour)) > 1 for _, colour in found)
     way = Image.Resampling.NEAREST if is_map else Image.Resampling.LANCZOS
     return image.resize(size[::-1], way)
 
 
-def _check_shape(width: int, height: int, size: tuple[int, int]) -> None:
-    """Raises GuidekitError for an image that would be stretched."""
+def check_shape(
+    width: int, height: int, size: tuple[int, int], what: str = "a control's image"
+) -> None:
+    """Raises GuidekitError for an image that would be stretched to `size` (H, W)."""
     if abs(width * size[0] / (height * size[1]) - 1) > ALIKE:
         raise GuidekitError(
-            f"a control's image is {width}x{height} and the drawing {size[1]}x{size[0]}; crop it "
+            f"{what} is {width}x{height} and the drawing {size[1]}x{size[0]}; crop it "
             "to that shape, or give --height and --width"
         )

@@ -5,6 +5,7 @@ from guidekit.backbones import (  # noqa: F401
     dit,
     flux,
     lumina2,
+    maps,
     pixart,
     pixel,
     qwen,

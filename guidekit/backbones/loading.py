@@ -23,7 +23,10 @@ PICKLES = ("*.bin", "*.ckpt", "*.pt", "*.pth")
 CONVERT = "save_pretrained(..., safe_serialization=True)"
 VOCABULARIES = ("tokenizer.json", "vocab.*", "*.model")
 # Pipelines of guidekit's own, which diffusers finds once their module is imported.
-PIPELINES = {"SemanticaPipeline": "guidekit.semantica.pipeline"}
+PIPELINES = {
+    "SemanticaPipeline": "guidekit.semantica.pipeline",
+    "MapsPipeline": "guidekit.synthesis.pipeline",
+}
 
 # Those that can follow a flow model's sigmas too (use_flow_sigmas).
 FLOW_TOO = ("deis", "dpm++", "dpm++2s", "sa", "unipc")

@@ -139,6 +139,11 @@ def _is(class_name: str, **config: tuple) -> Callable[[nn.Module], bool]:
     return matches
 
 
+def _reads_more(model: nn.Module) -> bool:
+    """Whether a UNet2DModel reads more channels than it makes: those of a label map."""
+    return model.config.in_channels > model.config.out_channels
+
+
 # UNet2DConditionModel also serves IF, Kandinsky and others, with other conditions and key orders.
 FAMILIES = [
     Family(
@@ -162,7 +167,13 @@ FAMILIES = [
     ),
     Family(
         name="unet2d",
-        matches=_is("UNet2DModel"),
+        matches=lambda model: _is("UNet2DModel")(model) and not _reads_more(model),
+        self_sites=("*attentions.*",),
+        blocks=("*attentions.*",),
+    ),
+    Family(
+        name="maps",
+        matches=lambda model: _is("UNet2DModel")(model) and _reads_more(model),
         self_sites=("*attentions.*",),
         blocks=("*attentions.*",),
     ),

@@ -12,6 +12,7 @@ from guidekit.errors import GuidekitError
 from guidekit.images import as_rgb, save_picture
 from guidekit.labels import LabelMap, LabelSet, load_label_set, read_label_map
 from guidekit.untrusted import inside
+from guidekit.zoo.shipped import ZOO
 
 FORM = "FOLDER=IMAGE.png@SCALE:START-STOP, with :guess at its end for guess mode"
 TAIL = re.compile(r"(?:@(?P<scale>[^@:=]*))?(?P<rest>(?::[^:@=/\\]*){0,2})$")
@@ -131,8 +132,8 @@ def save_controls(controls: tuple[Control, ...], label_map: LabelMap | None, fol
 def read_map(settings: Settings) -> LabelMap | None:
     """The label map of the settings, turned by their affinity; None without a map.
 
-    Raises GuidekitError for a map without its label set, and for an affinity or a label set without
-    a map.
+    A model that has a label set of its own beside its weights draws from maps of that set. Raises
+    GuidekitError for a map without its label set, and for an affinity or a label set without a map.
     """
     if settings.map is None:
         for name in ("affinity", "labels"):
@@ -140,13 +141,21 @@ def read_map(settings: Settings) -> LabelMap | None:
                 raise GuidekitError(f"{name} {given} is for a label map; give --map MAP.png")
         return None
     affinity = None if settings.affinity is None else load_affinity(settings.affinity)
-    labels = _labels(settings.labels, None if affinity is None else affinity.target)
+    target = _own_labels(settings.model) if affinity is None else affinity.target
+    labels = _labels(settings.labels, target)
     found = read_label_map(settings.map, labels)
     return found if affinity is None else affinity.remap(found)
 
 
+def _own_labels(model: str) -> LabelSet | None:
+    """The label set in a model's folder; None if it has none."""
+    places = [ZOO / model / LABELS, Path(model) / LABELS]
+    found = next((path for path in places if path.is_file()), None)
+    return None if found is None else load_label_set(found)
+
+
 def _labels(name: str | None, target: LabelSet | None) -> LabelSet:
-    """The set that the map is in: the one that is named, else the affinity's."""
+    """The set that the map is in: the one that is named, else the affinity's or the model's."""
     if name is not None:
         return load_label_set(name)
     if target is None:

@@ -23,8 +23,12 @@ OPTIONS = (
     ("--negative", str, "What not to draw."),
     ("--label", int, "Class to draw, for models of classes."),
     ("--layout", click.Path(path_type=Path), "JSON file with prompt and segments."),
-    ("--map", click.Path(path_type=Path), "Label map, for controls without an image."),
-    ("--labels", str, "Label set of --map: ade20k-150, coco-stuff-182 or a JSON file."),
+    (
+        "--map",
+        click.Path(path_type=Path),
+        "Label map, for models of maps and controls without an image.",
+    ),
+    ("--labels", str, "Label set of --map: ade20k-150, coco-stuff-182, a JSON file [the model's]."),
     (
         "--affinity",
         click.Path(path_type=Path),

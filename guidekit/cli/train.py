@@ -9,6 +9,12 @@ from guidekit.cli.errors import traceback_option
 from guidekit.cli.terminal import say
 from guidekit.errors import GuidekitError
 
+#: What a model of a kind needs beside its name.
+BESIDE = {
+    "SemanticaPipeline": " --plugin semantica --image IMAGE",
+    "MapsPipeline": " --map MAP.png",
+}
+
 
 @click.command()
 @click.argument("recipe")
@@ -62,8 +68,7 @@ def next_step(model: Path) -> str:
     """What is done with a trained model, where it is a command."""
     if (index := model / "model_index.json").exists():
         kind = json.loads(index.read_text()).get("_class_name")
-        rest = " --plugin semantica --image IMAGE" if kind == "SemanticaPipeline" else ""
-        return f"\nnext     guidekit sample --model {model}{rest}"
+        return f"\nnext     guidekit sample --model {model}{BESIDE.get(kind, '')}"
     if (model / "noisy_clip.json").exists():
         return f"\nnext     guidekit sample --plugin clip --set clip.encoder={model}"
     return ""

@@ -25,6 +25,7 @@ from guidekit.progress import Progress
 from guidekit.seeds import derived_seed
 from guidekit.train.batches import Source, batches
 from guidekit.train.checkpoint import Checkpoint, last_checkpoint, write_checkpoint
+from guidekit.train.held_out import export_best, offer
 from guidekit.train.interrupt import Agreement, Interrupt, Stop
 from guidekit.train.metrics import Metrics
 from guidekit.train.optimizers import make_optimizer
@@ -47,7 +48,8 @@ class Task(Source, Protocol):
 
     net: nn.Module  # all trained weights; called as net(**batch) and returns named losses
     # `ready(end)`, which may be left out, is called by all processes before the batches are used
-    # whose numbers lie below `end`.
+    # whose numbers lie below `end`. `held_out()`, which may be left out too, is the loss on data
+    # that chooses the weights that are exported, or None.
 
     def whole_net(self) -> nn.Module:
         """A second net of the same form, needed by FSDP2 alone, whose nets are in shards."""
@@ -112,6 +114,8 @@ class Loop:
             stack.enter_context(searched_convolutions())
             signals = stack.enter_context(Interrupt())
             words = ""
+            if self.step == 0:
+                self.validate()
             while True:
                 done = self.step >= self.options.steps
                 reason = agreement.reached(0 if done else self.step, signals.asked)
@@ -127,10 +131,12 @@ class Loop:
                     words = ", ".join(f"{k} {v:.4f}" for k, v in values.items())
                 progress(self.step, words=words)
                 if self.step % self.options.save_every == 0 and not self._skipped_in_a_row:
+                    self.validate()
                     self.save()
                 if self.step % self.options.preview_every == 0:
                     self.preview()
         self._check_converging(DIVERGED)
+        self.validate()
         self.save()
         self.preview()
         self.metrics.end()
@@ -355,9 +361,14 @@ class Loop:
             lambda: self.task.preview().save(self.folder / f"preview-{self.step:06d}.png")
         )
 
+    def validate(self) -> None:
+        """Keeps the averaged weights if the task's loss on what is held out is the lowest yet."""
+        if hasattr(self.task, "held_out"):
+            self._on_whole_weights(lambda: offer(self.folder, self.step, self.task))
+
     def export(self, folder: Path) -> None:
-        """Writes the finished model with the averaged weights."""
-        self._on_whole_weights(lambda: self.task.export(folder))
+        """Writes the finished model with the averaged weights, the best if some are held out."""
+        self._on_whole_weights(lambda: export_best(self.folder, self.task, folder))
         self.accelerator.wait_for_everyone()  # what follows may read it
 
     def _on_whole_weights(self, action: Callable[[], None]) -> None:

@@ -7,6 +7,7 @@ schedule, Salimans and Ho 2022 (arXiv:2202.00512) for the velocity.
 import copy
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -55,10 +56,9 @@ class PixelsTask:
         if options.data not in DATA:
             raise GuidekitError(f"no data {options.data!r}; there are {', '.join(DATA)}")
         self.options, self.size = options, size
-        self.net = VelocityLoss(_unet(options, size))
-        self.scheduler = DDIMScheduler(
-            beta_schedule="squaredcos_cap_v2", prediction_type="v_prediction", clip_sample=False
-        )
+        colours = 1 if options.data == "digits" else 3
+        self.net = VelocityLoss(pixel_unet(options, size, colours, colours))
+        self.scheduler = cosine_scheduler()
 
     def pictures(self, numbers: range, generator: torch.Generator) -> Tensor:
         """Clean images `(B, C, size, size)` in [-1, 1]."""
@@ -70,15 +70,7 @@ class PixelsTask:
 
     def batch(self, numbers: range, generator: torch.Generator) -> dict[str, Tensor]:
         """Noisy images, timesteps spread evenly over the batch, velocities."""
-        x0 = self.pictures(numbers, generator)
-        eps = torch.randn(x0.shape, generator=generator)
-        spread = (torch.arange(len(x0)) + torch.rand(len(x0), generator=generator)) / len(x0)
-        timestep = (spread * self.scheduler.config.num_train_timesteps).long()
-        return {
-            "z": self.scheduler.add_noise(x0, eps, timestep),
-            "timestep": timestep,
-            "v": self.scheduler.get_velocity(x0, eps, timestep),
-        }
+        return velocity_batch(self.pictures(numbers, generator), self.scheduler, generator)
 
     def pipeline(self) -> DDPMPipeline:
         """The trained parts as the pipeline that users load."""
@@ -119,16 +111,39 @@ def jitter(pictures: Tensor, strength: float, generator: torch.Generator) -> Ten
     return F.grid_sample(pictures + 1, where, align_corners=False) - 1
 
 
-def _unet(options: PixelsOptions, size: int) -> UNet2DModel:
-    """A UNet with self-attention at its smallest resolutions and in the middle."""
+def cosine_scheduler() -> DDIMScheduler:
+    """The schedule of the pixel models: a cosine, v-prediction."""
+    return DDIMScheduler(
+        beta_schedule="squaredcos_cap_v2", prediction_type="v_prediction", clip_sample=False
+    )
+
+
+def velocity_batch(
+    x0: Tensor, scheduler: DDIMScheduler, generator: torch.Generator
+) -> dict[str, Tensor]:
+    """Noisy images of x0 `(B, C, H, W)`, timesteps spread evenly over the batch, velocities."""
+    eps = torch.randn(x0.shape, generator=generator)
+    spread = (torch.arange(len(x0)) + torch.rand(len(x0), generator=generator)) / len(x0)
+    timestep = (spread * scheduler.config.num_train_timesteps).long()
+    return {
+        "z": scheduler.add_noise(x0, eps, timestep),
+        "timestep": timestep,
+        "v": scheduler.get_velocity(x0, eps, timestep),
+    }
+
+
+def pixel_unet(options: Any, size: int, inputs: int, outputs: int) -> UNet2DModel:
+    """A UNet of so many channels, with self-attention at its smallest resolutions and the middle.
+
+    options: channels, layers, attention, head, groups and dropout as in `PixelsOptions`.
+    """
     stages, plain = len(options.channels), len(options.channels) - options.attention
     down = ["DownBlock2D"] * plain + ["AttnDownBlock2D"] * options.attention
     up = ["AttnUpBlock2D"] * options.attention + ["UpBlock2D"] * plain
-    colours = 1 if options.data == "digits" else 3
     return UNet2DModel(
         sample_size=size,
-        in_channels=colours,
-        out_channels=colours,
+        in_channels=inputs,
+        out_channels=outputs,
         block_out_channels=options.channels,
         down_block_types=tuple(down[:stages]),
         up_block_types=tuple(up[:stages]),

@@ -68,6 +68,7 @@ TASKS: dict[str, tuple[type, Make] | str] = {
     "semantica": "guidekit.semantica.train",
     "adapter": "guidekit.semantica.adapter_train",
     "tags": "guidekit.semantica.tags",
+    "maps": "guidekit.synthesis.train",
 }
 
 
@@ -79,6 +80,7 @@ READS = {
     "semantica": ("encoder",),
     "adapter": ("encoder", "backbone"),
     "tags": ("encoder",),
+    "maps": ("data", "start", "affinity"),
 }
 
 

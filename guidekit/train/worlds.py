@@ -116,8 +116,8 @@ class Things(objects.World):
         return scenes.pixels(torch.from_numpy(images)), torch.from_numpy(np.stack(labels))
 
 
-SHAPES = Shapes()
-_DRAWN: dict[str, World] = {"scenes": SHAPES, "dense": Dense(), "prints": Prints()}
+SHAPES, DENSE, PRINTS = Shapes(), Dense(), Prints()
+_DRAWN: dict[str, World] = {"scenes": SHAPES, "dense": DENSE, "prints": PRINTS}
 _things = cache(Things)  # its sprites serve every stage of a run
 
 

@@ -1,0 +1,367 @@
+"""Rows of benchmarks/cat.py that draw: models of label maps under an affinity, and fine-tuned.
+
+Every row is a cell of its own in a folder, trained and drawn once; a stopped run goes on.
+"""
+
+import hashlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property, partial
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fewshot_store import Store, over_draws
+from guidekit import LabelMap, load
+from guidekit.affinity import Affinity, Shot
+from guidekit.evaluate.frechet import frechet
+from guidekit.evaluate.judge import see
+from guidekit.evaluate.overlap import asked_pixels, mean_iou, overlaps
+from guidekit.labels import VOID
+from guidekit.synthesis.data import PRINTS_LABELS as TARGET
+from guidekit.synthesis.data import SOURCE_LABELS as SOURCE
+from guidekit.synthesis.data import Examples, ShotExamples, WorldExamples
+from guidekit.synthesis.pipeline import MapsPipeline
+from guidekit.synthesis.train import MapsOptions, MapsTask, transferred
+from guidekit.train import Loop, Options
+from guidekit.train.judge import Judge
+from guidekit.train.recipe import train
+from guidekit.worlds import prints, scenes
+
+SIZE, BATCH = 32, 50
+MANY = 10_000  # prints of the reference that had enough of them
+HELD_OUT = 5
+REAL = 2_000  # prints that Frechet distances are to
+SEEDS = 3  # of random affinities, and of trainings whose spread is shown
+Picks = Callable[[Affinity], Tensor]
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """How much is drawn and trained."""
+
+    maps: int = 250
+    steps: int = 20  # of the sampler
+    real: int = REAL
+    tuning: int = 400
+    long: int = 2_000
+    reference: int = 6_000
+    batch: int = 16
+    seeds: int = SEEDS
+
+
+QUICK = Sizes(maps=6, steps=2, real=70, tuning=2, long=3, reference=3, batch=4, seeds=1)
+
+
+@dataclass(frozen=True, eq=False)
+class Lab:
+    """The models that all rows share, and where their cells are."""
+
+    host: MapsPipeline
+    judge: Judge
+    store: Store
+    folder: Path
+    sizes: Sizes
+    seed: int
+    #: What tells cells of other models apart.
+    models: dict[str, str]
+
+    @cached_property
+    def asked(self) -> tuple[Tensor, list[LabelMap]]:
+        """Prints of the test split and their maps: the layouts of all rows."""
+        return WorldExamples("prints", SIZE).shown(self.sizes.maps)
+
+    @cached_property
+    def real(self) -> np.ndarray:
+        """The judge's features (n, 64) of other prints."""
+        numbers = range(self.sizes.maps, self.sizes.maps + self.sizes.real)
+        images = [_prints(part, "test") for part in _parts(numbers)]
+        return see(self.judge, torch.cat(images) / 2 + 0.5).features
+
+
+def _parts(numbers: range) -> list[range]:
+    return [numbers[i : i + BATCH] for i in range(0, len(numbers), BATCH)]
+
+
+def _prints(numbers: range, split: str) -> Tensor:
+    plans = [prints.scene(i, split) for i in numbers]
+    return scenes.pixels(torch.from_numpy(np.stack([prints.draw(p, SIZE)[0] for p in plans])))
+
+
+def make_lab(host: Path, judge: Path, folder: Path, seed: int, quick: bool) -> Lab:
+    """The lab; its models are trained first where they are not there, in --quick for two steps."""
+    sizes = QUICK if quick else Sizes()
+    if quick:
+        host = train("scenes-maps", folder, quiet=True, fast_dev_run=True)
+        judge = train("prints-judge", folder, quiet=True, fast_dev_run=True)
+    for path, recipe in ((host, "scenes-maps"), (judge, "prints-judge")):
+        if not path.is_dir():
+            train(recipe, path.parents[2])
+    pipeline = load(str(host), "cpu")
+    network = Judge.from_pretrained(judge, dtype=torch.float32, use_safetensors=True)
+    return Lab(
+        pipeline,
+        network.eval().requires_grad_(False),
+        Store(folder / "cells"),
+        folder,
+        sizes,
+        seed,
+        {"host": str(host), "judge": str(judge)},
+    )
+
+
+def matrix_of(picks: Tensor) -> Tensor:
+    """An affinity (N_s, N_t) of picks; a class for which nothing speaks is void: a column of 0."""
+    found = torch.zeros(len(SOURCE), len(TARGET) + 1, dtype=torch.float64)
+    said = picks != VOID
+    found[picks[said], said.nonzero()[:, 0]] = 1.0
+    return found[:, : len(TARGET)]
+
+
+def named(picks: Tensor | None) -> str:
+    """A short name of an affinity, by which cells are told apart."""
+    return "none" if picks is None else hashlib.sha256(str(picks.tolist()).encode()).hexdigest()[:8]
+
+
+def random_picks(found: Affinity, seed: int) -> Tensor:
+    """Things for things and grounds for grounds, at random."""
+    generator = torch.Generator().manual_seed(seed)
+    return torch.multinomial(found.allowed.T.double(), 1, generator=generator)[:, 0]
+
+
+def oracle() -> Tensor:
+    """A right colour and, where it is there, the right shape; grounds by the nearest colour."""
+    picks = []
+    for name in prints.CLASSES:
+        colour, shape = name.split()
+        picks.append(
+            SOURCE.index(f"{prints.ACCEPTED[colour][0]} {prints.SAME.get(shape, 'square')}")
+        )
+    greys = torch.tensor(list(scenes.BACKGROUNDS.values()), dtype=torch.float64)
+    for colour in prints.GROUNDS.values():
+        near = (greys - torch.tensor(colour)).square().sum(1).argmin()
+        picks.append(len(scenes.CLASSES) + int(near))
+    return torch.tensor(picks)
+
+
+def drawn(lab: Lab, pipeline: MapsPipeline) -> Tensor:
+    """An image (n, 3, H, W) in [0, 1] for every layout, from its own seed."""
+    maps, images = lab.asked[1], []
+    pipeline.set_progress_bar_config(disable=True)
+    for part in _parts(range(len(maps))):
+        generators = [torch.Generator().manual_seed(lab.seed + i) for i in part]
+        own = [maps[i] for i in part]
+        images.append(
+            pipeline(
+                own,
+                num_inference_steps=lab.sizes.steps,
+                generator=generators,
+                output_type="pt",
+            ).images
+        )
+    return torch.cat(images)
+
+
+def verdict(lab: Lab, images: Tensor, shots: Tensor | None) -> dict[str, np.ndarray]:
+    """What the judge sees in images of the layouts, an entry for each; distances to shots."""
+    seen, classes = see(lab.judge, images), len(TARGET)
+    wanted = torch.stack([own.ids for own in lab.asked[1]]).numpy() + 1
+    things = np.where(wanted <= len(prints.CLASSES), wanted, 0)
+    inter, union = overlaps(seen.classes, wanted, classes=classes)
+    labelled = overlaps(seen.classes, things, labelled_only=True, classes=classes)
+    near = np.full(len(images), np.nan)
+    if shots is not None:
+        flat, known = (images * 2 - 1).flatten(1), torch.cat([shots, shots.flip(-1)]).flatten(1)
+        near = (torch.cdist(flat, known).min(1).values / flat.shape[1] ** 0.5).numpy()
+    return {
+        "inter": inter,
+        "union": union,
+        "asked": asked_pixels(wanted, classes),
+        "labelled inter": labelled[0],
+        "labelled union": labelled[1],
+        "labelled asked": asked_pixels(things, classes),
+        "features": seen.features,
+        "near": near,
+    }
+
+
+def cell(lab: Lab, key: dict, make: Callable[[], Tensor], shots: Tensor | None = None) -> dict:
+    """The arrays of a row, from the images that `make` draws."""
+    facts = key | lab.models | {"seed": lab.seed, "maps": lab.sizes.maps, "steps": lab.sizes.steps}
+    return lab.store.cell(facts, lambda: verdict(lab, make(), shots))
+
+
+def row(lab: Lab, name: str, count: int, right: int | None, cells: list[dict]) -> dict:
+    """A line of the table: the mean over cells, with intervals over cells and layouts."""
+    statistics = {
+        "Frechet": lambda c: frechet(c["features"], lab.real),
+        "mIoU": lambda c: mean_iou(c["inter"], c["union"], c["asked"]),
+        "mIoU labelled": lambda c: mean_iou(
+            c["labelled inter"], c["labelled union"], c["labelled asked"]
+        ),
+        "to a shot": lambda c: float(c["near"].mean()),
+    }
+    line = {"method": name, "shots": count, "colours right": right, "seeds": len(cells)}
+    for key, statistic in statistics.items():
+        value, bounds = over_draws(cells, statistic, 100 if key == "Frechet" else 300)
+        line |= {key: value, f"{key} 95%": bounds}
+    return line
+
+
+def ceilings(lab: Lab, shots: dict[int, list[Shot]]) -> list[dict]:
+    """What real prints get, and their layouts filled with the source's colours."""
+    colours = [scenes.COLOURS[name.split()[0]] for name in scenes.CLASSES]
+    colours = torch.tensor(colours + list(scenes.BACKGROUNDS.values())) / 255
+    ids = torch.stack([own.ids for own in lab.asked[1]])
+    flat = colours[oracle()[ids]].movedim(-1, 1).float()
+    real, lines = partial(_same, lab.asked[0] / 2 + 0.5), []
+    for count, own in shots.items():  # their distance to a shot is what copies are told by
+        key = {"method": "real prints", "part": "ceiling", "shots": count}
+        cells = [cell(lab, key, real, _stacked(own))]
+        lines.append(row(lab, "real prints", count, None, cells))
+    name = "oracle classes, flat colours"
+    cells = [cell(lab, {"method": name, "part": "ceiling"}, partial(_same, flat))]
+    return [*lines, row(lab, name, 0, None, cells)]
+
+
+def _same(images: Tensor) -> Tensor:
+    return images
+
+
+def affinity_rows(
+    lab: Lab, found: Affinity, rows: dict[str, Picks]
+) -> dict[str, list[tuple[int, Tensor]]]:
+    """The affinities that are compared, each with its seeds."""
+    picked = {name: [(0, picks(found))] for name, picks in rows.items()}
+    chance = [(seed, random_picks(found, seed)) for seed in range(lab.sizes.seeds)]
+    return {"random": chance} | picked | {"oracle": [(0, oracle())]}
+
+
+def training_free(
+    lab: Lab,
+    shots: dict[int, list[Shot]],
+    found: dict[int, Affinity],
+    rows: dict[str, Picks],
+    right: Callable[[Tensor], int],
+) -> list[dict]:
+    """The source model with an affinity folded in, and nothing trained."""
+    lines = ceilings(lab, shots)
+    for count, own in found.items():
+        known = _stacked(shots[count])
+        for name, seeded in affinity_rows(lab, own, rows).items():
+            cells = [
+                cell(
+                    lab,
+                    {"part": "training-free", "method": name, "shots": count, "picks": named(p)},
+                    partial(_folded, lab, p),
+                    known,
+                )
+                for _, p in seeded
+            ]
+            lines.append(row(lab, name, count, _mean_right(seeded, right), cells))
+    return lines
+
+
+def _mean_right(seeded: list[tuple[int, Tensor]], right: Callable[[Tensor], int]) -> int:
+    return round(float(np.mean([right(picks) for _, picks in seeded])))
+
+
+def _stacked(shots: list[Shot]) -> Tensor:
+    return torch.stack([shot.pixels for shot in shots])
+
+
+def _folded(lab: Lab, picks: Tensor) -> Tensor:
+    unet = transferred(lab.host, TARGET, matrix_of(picks)).eval()
+    return drawn(lab, MapsPipeline(unet, lab.host.scheduler, TARGET))
+
+
+class Limited(WorldExamples):
+    """Prints, of which there are `MANY`."""
+
+    def pairs(self, numbers: range, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+        """Images and maps, the same ones again after the last."""
+        return super().pairs([number % MANY for number in numbers], generator)
+
+
+@dataclass(frozen=True)
+class Training:
+    """How a row is trained: from the host under an affinity, with new filters, or from nothing."""
+
+    picks: Tensor | None
+    start: bool
+    steps: int
+    seed: int = 0
+    lr: float = 3e-4
+
+
+def fine_tuned(
+    lab: Lab,
+    shots: dict[int, list[Shot]],
+    found: dict[int, Affinity],
+    rows: dict[str, Picks],
+    right: Callable[[Tensor], int],
+) -> list[dict]:
+    """The same after training on the shots, beside models without an affinity."""
+    lines = ceilings(lab, shots)[:-1]
+    sizes = lab.sizes
+    for count, own in found.items():
+        spread = range(sizes.seeds if count == min(found) else 1)
+        trainings: dict[str, list[Training]] = {}
+        for name, seeded in affinity_rows(lab, own, rows).items():
+            again = seeded[:1] * len(spread) if name == "vote" else seeded[: len(spread)]
+            trainings[name] = [Training(p, True, sizes.tuning, i) for i, (_, p) in enumerate(again)]
+        trainings["fresh filters"] = [Training(None, True, sizes.tuning)]
+        trainings["scratch"] = [Training(None, False, sizes.tuning, i, 1e-3) for i in spread]
+        trainings["scratch, longer"] = [Training(None, False, sizes.long, 0, 1e-3)]
+        known = _stacked(shots[count])
+        for name, several in trainings.items():
+            held = min(HELD_OUT, count // 4)
+            examples = ShotExamples(shots[count], TARGET, SIZE, held, flips=True)
+            cells = [trained_cell(lab, name, count, t, examples, known) for t in several]
+            picks = [(0, t.picks) for t in several if t.picks is not None]
+            lines.append(row(lab, name, count, _mean_right(picks, right) if picks else None, cells))
+    return [*lines, reference(lab)]
+
+
+def reference(lab: Lab) -> dict:
+    """Trained from nothing on many prints."""
+    training = Training(None, False, lab.sizes.reference, 0, 1e-3)
+    cells = [trained_cell(lab, "scratch", MANY, training, Limited("prints", SIZE), None)]
+    return row(lab, f"scratch on {MANY}", MANY, None, cells)
+
+
+def trained_cell(
+    lab: Lab, name: str, count: int, training: Training, examples: Examples, known: Tensor | None
+) -> dict:
+    """The cell of a row that is trained; the training itself goes on where it was stopped."""
+    facts = {"method": name, "shots": count, "training seed": training.seed}
+    facts |= {"training steps": training.steps, "lr": training.lr, "batch": lab.sizes.batch}
+    facts |= {"picks": named(training.picks)}
+    words = [name, str(count), str(training.steps), str(training.seed), facts["picks"]]
+    folder = lab.folder / "trained" / "-".join(words).replace(" ", "-").replace(",", "")
+    make = partial(_trained, lab, training, examples, folder)
+    return cell(lab, {"part": "fine-tuned"} | facts, make, known)
+
+
+def _trained(lab: Lab, training: Training, examples: Examples, folder: Path) -> Tensor:
+    own = lab.host.unet.config
+    options = MapsOptions(channels=tuple(own.block_out_channels), layers=own.layers_per_block)
+    matrix = None if training.picks is None else matrix_of(training.picks)
+    torch.manual_seed(training.seed)  # of new weights
+    task = MapsTask(options, examples, SIZE, lab.host if training.start else None, matrix)
+    loop = Options(
+        steps=training.steps,
+        batch=lab.sizes.batch,
+        lr=training.lr,
+        warmup=min(20, training.steps),
+        ema=0.99 if training.steps <= lab.sizes.long else 0.999,
+        seed=training.seed,
+        save_every=50,
+        preview_every=1000,
+    )
+    running = Loop(task, loop, folder, quiet=True)
+    running.run()
+    running.export(folder / "model")
+    return drawn(lab, load(str(folder / "model"), "cpu"))

@@ -1,0 +1,109 @@
+"""Transfer of a model of label maps to other classes: a recipe that is written, and run.
+
+After Class Affinity Transfer (arXiv:2304.02321): the affinity is folded into the first layer, and
+all weights are trained on a few labelled images. Rate, length and choice of checkpoint are ours.
+"""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+from guidekit.affinity.matrix import VOTE
+from guidekit.affinity.shots import read_shots
+from guidekit.errors import GuidekitError
+from guidekit.synthesis.train import MapsOptions, load_start, make
+from guidekit.train.durable import put, put_text
+from guidekit.train.recipe import train
+from guidekit.untrusted import file_name
+from guidekit.zoo.shipped import ZOO
+
+RECIPE, STAGE = "recipe.toml", "maps"
+MOST_HELD_OUT = 5
+
+
+@dataclass(frozen=True, kw_only=True)
+class Transfer:
+    """What goes to which classes, and how long it is trained."""
+
+    #: Folder of labelled images: images/, masks/, classes.json.
+    shots: Path
+    #: A model of label maps: a built-in, or a folder.
+    model: str
+    #: Folder of an affinity from its classes to the shots'; without one the filters are new.
+    affinity: Path | None = None
+    by: str = VOTE
+    soft: bool = False
+    #: None: 5, or a quarter of fewer than 20 shots.
+    held_out: int | None = None
+    #: 0: the affinity is folded, and nothing is trained.
+    steps: int = 400
+    batch: int = 16
+    lr: float = 3e-4
+    seed: int = 0
+
+    def options(self) -> MapsOptions:
+        """The options of the stage, with paths that mean the same everywhere."""
+        count = self.held_out
+        if count is None:
+            count = min(MOST_HELD_OUT, len(read_shots(self.shots)) // 4)
+        there = not (ZOO / self.model).is_dir() and Path(self.model).is_dir()
+        return MapsOptions(
+            source="shots",
+            data=str(self.shots.resolve()),
+            start=str(Path(self.model).resolve()) if there else self.model,
+            affinity="" if self.affinity is None else str(self.affinity.resolve()),
+            by=self.by,
+            soft=self.soft,
+            held_out=count,
+            flips=True,
+        )
+
+    def recipe(self, name: str, size: int) -> str:
+        """The recipe as TOML."""
+        own = self.options()
+        keys = ("source", "data", "start", "affinity", "by", "soft", "held_out", "flips")
+        rows = {key: getattr(own, key) for key in keys}
+        rows |= {"steps": self.steps, "batch": self.batch, "lr": self.lr, "seed": self.seed}
+        rows |= {"warmup": min(20, self.steps), "ema": 0.99}
+        rows |= {"save_every": 50, "preview_every": 200}
+        lines = [f"model = {_toml(name)}", f"size = {size}", "", "[[stage]]"]
+        lines += [f"task = {_toml(STAGE)}", *(f"{k} = {_toml(v)}" for k, v in rows.items())]
+        return "\n".join(lines) + "\n"
+
+
+def _toml(value: object) -> str:
+    """A text, number or flag as TOML writes it."""
+    return json.dumps(value, ensure_ascii=False)
+
+
+def transfer(plan: Transfer, out: Path, quiet: bool = False, fast_dev_run: bool = False) -> Path:
+    """Writes `out/recipe.toml`, trains it below `out`, and returns the model's folder.
+
+    The same call goes on with one that was stopped. Raises GuidekitError, before anything is
+    written, for a model without label maps, an affinity of other label sets, and a folder that
+    holds something else.
+    """
+    name, home = file_name(out.name, "--out"), out / STAGE
+    size = load_start(plan.model).unet.config.sample_size
+    task = make(plan.options(), out, size)
+    text = plan.recipe(name, size)
+    _check_free(out, text)
+    out.mkdir(parents=True, exist_ok=True)
+    put_text(out / RECIPE, text)
+    if plan.steps:
+        return train(out / RECIPE, out.parent, quiet=quiet, fast_dev_run=fast_dev_run)
+    if not (home / "model").exists():
+        home.mkdir(exist_ok=True)
+        task.export(home / "model.part")
+        put(home / "model.part", home / "model")
+    return home / "model"
+
+
+def _check_free(out: Path, text: str) -> None:
+    """Raises GuidekitError where `out` holds anything but the same transfer."""
+    recipe = out / RECIPE
+    if out.is_dir() and not any(out.iterdir()):
+        return
+    if out.exists() and not (recipe.is_file() and recipe.read_text(encoding="utf-8") == text):
+        what = "another transfer" if recipe.is_file() else "something else"
+        raise GuidekitError(f"{out} holds {what}; choose another --out, or remove it")

@@ -1,0 +1,27 @@
+"""`benchmarks/cat.py --quick`: every row of the parts that draw, each kept and not drawn again."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytestmark = pytest.mark.slow
+
+SCRIPT = Path(__file__).parents[2] / "benchmarks" / "cat.py"
+ROWS = {"random", "segmentation", "features", "text", "vote", "oracle", "real prints"}
+TRAINED = {"fresh filters", "scratch", "scratch, longer", "scratch on 10000"}
+
+
+def test_all_rows_run_and_are_kept(tmp_path):
+    words = [sys.executable, SCRIPT, "--quick", "--out", tmp_path, "--json", tmp_path / "r.json"]
+    words += ["--part", "training-free", "--part", "fine-tuned"]
+    first = subprocess.run(words, capture_output=True, text=True, check=True)
+    found = json.loads((tmp_path / "r.json").read_text())
+    names = {part: {row["method"] for row in rows} for part, rows in found.items()}
+    assert names["training-free"] >= ROWS and names["fine-tuned"] >= ROWS | TRAINED
+    assert "25 shots: the vote against scratch" in first.stdout
+    again = subprocess.run(words, capture_output=True, text=True, check=True)
+    assert "drawing" in first.stderr and "drawing" not in again.stderr
+    assert json.loads((tmp_path / "r.json").read_text()) == found

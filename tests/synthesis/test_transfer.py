@@ -1,0 +1,88 @@
+"""`guidekit transfer`: the recipe that it writes and runs, the model of no steps, refusals."""
+
+import json
+
+import pytest
+from click.testing import CliRunner
+from PIL import Image
+
+from guidekit import LabelSet
+from guidekit.cli.main import main
+from guidekit.images import save_picture
+from guidekit.synthesis.pipeline import MapsPipeline
+from guidekit.synthesis.train import transferred
+from guidekit.train.recipe import read_recipe
+from label_worlds import GARDEN, PARK, affinity, label_map, maps_pipeline, write_shots
+
+HAND = {"lawn": "grass", "pond": "water"}
+
+
+@pytest.fixture(scope="module")
+def there(tmp_path_factory):
+    """A folder with the model `start`, `shots` and the affinity `A`."""
+    folder = tmp_path_factory.mktemp("there")
+    maps_pipeline().save_pretrained(folder / "start")
+    write_shots(folder / "shots", count=4)
+    affinity(HAND).save(folder / "A")
+    return folder
+
+
+def command(there, out, *more):
+    """The result of `guidekit transfer` on what is there."""
+    words = ["transfer", str(there / "shots"), "--model", str(there / "start"), "--json"]
+    return CliRunner().invoke(main, [*words, "--out", str(out), *map(str, more)])
+
+
+def test_no_steps_fold_the_affinity_and_the_model_draws(there, tmp_path):
+    done = command(there, tmp_path / "mine", "--affinity", there / "A", "--steps", 0)
+    assert done.exit_code == 0, done.output
+    model = json.loads(done.stdout)["model"]
+    made = MapsPipeline.from_pretrained(model)
+    assert made.labels.classes == GARDEN.classes
+    wanted = transferred(maps_pipeline(), GARDEN, affinity(HAND).matrix()).conv_in.weight
+    assert (made.unet.conv_in.weight == wanted.half()).all()
+    save_picture(label_map(GARDEN).indexed(), tmp_path / "map.png")
+    words = ["sample", "--model", model, "--map", tmp_path / "map.png", "--seeds", "0"]
+    words += ["--steps", "2", "--out", tmp_path / "drawn", "--json"]
+    done = CliRunner().invoke(main, list(map(str, words)))
+    assert done.exit_code == 0, done.output
+    assert Image.open(tmp_path / "drawn" / "0.png").size == (16, 16)
+    again = ["sample", "--config", tmp_path / "drawn" / "run.json", "--out", tmp_path / "again"]
+    assert CliRunner().invoke(main, list(map(str, again))).exit_code == 0
+    same = [(tmp_path / name / "0.png").read_bytes() for name in ("drawn", "again")]
+    assert same[0] == same[1]
+
+
+def test_it_writes_a_recipe_runs_it_and_goes_on(there, tmp_path):
+    out, few = tmp_path / "mine", ("--steps", 2, "--batch", 2, "--affinity", there / "A")
+    done = command(there, out, *few)
+    assert done.exit_code == 0, done.output
+    stage = read_recipe(out / "recipe.toml").stages[0]
+    assert (stage.task, stage.loop.steps, stage.options.held_out) == ("maps", 2, 1)
+    assert json.loads(done.stdout)["model"] == str(out / "maps" / "model")
+    before = (out / "maps" / "model" / "model_index.json").stat().st_mtime_ns
+    assert command(there, out, *few).exit_code == 0
+    assert (out / "maps" / "model" / "model_index.json").stat().st_mtime_ns == before
+    other = command(there, out, *few[:-2])
+    assert other.exit_code == 2 and "holds another transfer; choose another --out" in other.output
+
+
+@pytest.mark.parametrize(
+    ("more", "words"),
+    [
+        (("--affinity", "town"), "the shots are of 'garden' with 2 classes"),
+        (("--model", "scenes-ddpm"), "scenes-ddpm is a DDPMPipeline, which reads no label maps"),
+        (("--affinity", "shots"), "affinity"),
+        (("--held-out", 4), "4 of 4 shots held out leaves none to train on"),
+        (("--affinity", "A", "--by", "dreams"), "no estimate 'dreams'"),
+    ],
+)
+def test_what_cannot_be_transferred_leaves_nothing_behind(more, words, there, tmp_path):
+    town = LabelSet("town", ("road", "house"))
+    if not (there / "town").exists():
+        affinity({"road": "rock", "house": "rock"}, PARK, town).save(there / "town")
+    more = [there / word if str(word) in ("town", "shots", "A") else word for word in more]
+    done = command(there, tmp_path / "mine", "--steps", 2, *more)
+    assert done.exit_code == 2 and words in done.output
+    assert len(done.output.strip().splitlines()) == 1
+    assert not (tmp_path / "mine").exists()
