@@ -17,6 +17,7 @@ from guidekit.cli.sample import sample
 from guidekit.cli.serve import serve
 from guidekit.cli.status import status
 from guidekit.cli.train import train
+from guidekit.cli.tune import tune
 from guidekit.errors import GuidekitError, blame
 
 EPILOG = "Plugins add commands under their own names; `guidekit plugins` lists the plugins."
@@ -80,5 +81,17 @@ def main() -> None:
     """Steer frozen diffusion backbones while they sample."""
 
 
-for command in (sample, serve, status, evaluate, plugins, fit, augment, affinity, train, doctor):
+for command in (
+    sample,
+    serve,
+    status,
+    evaluate,
+    tune,
+    plugins,
+    fit,
+    augment,
+    affinity,
+    train,
+    doctor,
+):
     main.add_command(command)
