@@ -121,23 +121,26 @@ def condition(pipe: DiffusionPipeline, wanted: Condition) -> tuple[Condition, fl
     return (Condition(label=LABEL), CFG) if denoiser.family.name == "dit" else (Condition(), 1.0)
 
 
-def sampling(pipe, name: str, seed: int, wanted: Condition, *guidances: Guidance) -> Sampling:
-    """A short run, not yet begun."""
+def sampling(
+    pipe, name: str, seed: int, wanted: Condition, *guidances: Guidance, images: int = 1
+) -> Sampling:
+    """A short run, not yet begun; several images are a group."""
     given, cfg = condition(pipe, wanted)
     return Sampling(
         pipe,
         given,
         guidances,
-        seeds=[seed],
+        seeds=range(seed, seed + images),
         steps=STEPS,
         cfg=cfg,
         scheduler=make_scheduler(pipe, name),
+        particles=images,
     )
 
 
-def draw(*args) -> Sampling:
+def draw(*args, images: int = 1) -> Sampling:
     """A finished short run."""
-    return sampling(*args).finish()
+    return sampling(*args, images=images).finish()
 
 
 def refused(pipe, name: str, seed: int, wanted: Condition) -> str:
@@ -155,14 +158,17 @@ def cell(pipe, family: str, name: str, plugin: str, cls, seed: int, kept: dict) 
     """What one plugin does; `kept` holds the unguided runs of this family and scheduler."""
     guidance, wanted = cls.example(), cls.example_condition()
     guidance._name = plugin  # as the registry does it
-    texts = wanted.prompt, wanted.negative
+    images = 2 if cls.grouped or cls.overrides("resample") else 1
+    texts = wanted.prompt, wanted.negative, images
     bare = replace(wanted, image=None)  # without a plugin that reads it, an image is refused
     try:
         if refusal := refused(pipe, name, seed, bare):
             return Cell(family, name, plugin, "refused", refusal)
-        plain = kept.get(texts) or kept.setdefault(texts, draw(pipe, name, seed, bare))
+        plain = kept.get(texts) or kept.setdefault(
+            texts, draw(pipe, name, seed, bare, images=images)
+        )
         try:
-            drawn = draw(pipe, name, seed, wanted, guidance)
+            drawn = draw(pipe, name, seed, wanted, guidance, images=images)
         except ValueError as error:
             return Cell(family, name, plugin, "refused", str(error))
     except Exception as error:

@@ -1,6 +1,7 @@
 """Branches of a step: the conditional one, the null, a region, a window; how they combine."""
 
 from dataclasses import dataclass
+from typing import Any
 
 from torch import Tensor
 
@@ -17,7 +18,9 @@ class Branch:
     (top, left, height, width) of the latents that this branch sees. group: branches combine with
     those of their own group; the combinations of other groups than "main" are for the guidance that
     made them to use. images: (B,) bool, which images it is evaluated for; the output of "cond"
-    stands in for the others, so that they have no difference to it; None for all.
+    stands in for the others, so that they have no difference to it; None for all. text: what the
+    model is told in place of the encoded prompts (`run.text`), with as many tokens as you like; it
+    has a denoiser call of its own.
     """
 
     name: str
@@ -28,6 +31,7 @@ class Branch:
     view: tuple[int, int, int, int] | None = None
     group: str = "main"
     images: Tensor | None = None
+    text: Any = None
 
     def of(self, z: Tensor) -> Tensor:
         """What this branch sees of the carried z (B, C, h, w): its own input, its window."""

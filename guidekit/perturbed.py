@@ -6,12 +6,14 @@ skip-layer guidance share, and that of autoguidance (Karras et al. 2024, arXiv:2
 their weight w = 1 + scale.
 """
 
+import math
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 
 from torch import Tensor, nn
 
 from guidekit.attention.call import AttentionCall
+from guidekit.backbones.records import site_grid
 from guidekit.backbones.sites import layers, middle, named_sites, self_attention
 from guidekit.branches import Branch
 from guidekit.errors import GuidekitError
@@ -85,7 +87,12 @@ class Perturbed(Guidance):
 
 
 def pixel_rows(run: Run, call: AttentionCall) -> slice:
-    """The queries of a self-attention call that are pixels; the others are text."""
-    family = run.denoiser.family
-    joint = family.order != "cross" and any(fnmatchcase(call.site, s) for s in family.cross_sites)
-    return family.rows(call.query.shape[2], run.text_length) if joint else slice(None)
+    """The queries of a self-attention call that are pixels; the others are text.
+
+    Branches have texts of other lengths, and all of them the same pixels.
+    """
+    family, count = run.denoiser.family, call.query.shape[2]
+    if family.order == "cross" or not any(fnmatchcase(call.site, s) for s in family.cross_sites):
+        return slice(None)
+    pixels = math.prod(site_grid(run.denoiser.model, call.site, *run.grid))
+    return family.rows(count, count - pixels - family.further)

@@ -161,6 +161,12 @@ class Run:
         """Number of text tokens in a call of the denoiser, with the padding of shorter ones."""
         return max(self.text_lengths)
 
+    def token_counts(self, branch: Branch) -> list[int]:
+        """Number of text tokens of each image in a call for a branch."""
+        if branch.text is None:
+            return self.lengths(branch.prompts)
+        return [branch.text.states.shape[1]] * len(branch.prompts)
+
     def lengths(self, prompts: list[str | int]) -> list[int]:
         """`text_lengths` for the prompts of a branch; the same ones are counted once."""
         key = tuple(prompts)
@@ -179,7 +185,8 @@ class Run:
 
     def told(self, branch: Branch, index: int, n: int) -> Text:
         """What call `index` of `n` tells the model for a branch: text, and hints of controls."""
-        text = self.denoiser.windowed(self.text(branch.prompts, branch.null), branch.view)
+        text = branch.text or self.text(branch.prompts, branch.null)
+        text = self.denoiser.windowed(text, branch.view)
         hints = {} if self.controls is None else self.controls.hints(branch, index, n)
         return Text(text.given | hints) if hints else text
 

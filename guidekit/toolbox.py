@@ -6,7 +6,8 @@ From a phrase to its tokens: `token_columns` finds the columns of a phrase in on
 `segment_weights` those of all segments of a run as (B, T, S), `real_tokens` tells words from
 padding. From a segment to its mask: `segment_masks` gives (B, S, h, w) at the grid of a site.
 Attention among pixels is read in `edit_attention` at `self_attention` sites by `probabilities`.
-`descend` moves z against the gradient of an energy, inside a `refine`.
+`descend` moves z against the gradient of an energy, inside a `refine`; `TokenMaps` are maps of
+single tokens for it, at `sites_of_one_grid` if so wished, and `smoothed`.
 A judge that never guides is a network by `load_judge`, with logits (B, 49, H, W) of classes and
 features (B, 64) as its output; `see` runs it on a batch of images.
 
@@ -17,6 +18,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 _HOME = {
+    "TokenMaps": "token_reads",
     "as_mask": "masks",
     "derived_seed": "seeds",
     "descend": "descent",
@@ -35,6 +37,8 @@ _HOME = {
     "segment_strengths": "conditions",
     "segment_weights": "backbones.tokens",
     "self_attention": "backbones.sites",
+    "sites_of_one_grid": "token_reads",
+    "smoothed": "token_reads",
     "square": "references",
     "to_image": "images",
     "systematic": "groups",

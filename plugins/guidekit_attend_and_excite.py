@@ -13,11 +13,9 @@ import math
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from guidekit import (
-    AttentionRead,
     Condition,
     Guidance,
     GuidekitError,
@@ -27,7 +25,7 @@ from guidekit import (
     average_maps,
     hookimpl,
 )
-from guidekit.toolbox import descend, require_segments, segment_weights
+from guidekit.toolbox import TokenMaps, descend, require_segments, sites_of_one_grid, smoothed
 
 
 @dataclass(kw_only=True)
@@ -66,15 +64,9 @@ class AttendAndExcite(Guidance):
         """Finds the tokens of the phrases, and asks for the maps of all tokens."""
         conditions = [self._worded(c) for c in run.conditions]
         require_segments(conditions, self.name)
-        tokenizers, length = run.denoiser.tokenizers, run.text_length
-        weights = segment_weights(tokenizers, conditions, length)
-        self._wanted = weights.sum(-1).gt(0).to(run.device)  # (B, T)
-        self._words = torch.ones(length, dtype=torch.bool, device=run.device)
-        self._words[-1] = False
-        first, *_ = tokenizers[0]("a", return_offsets_mapping=True)["offset_mapping"]
-        self._words[0] = first[0] < first[1]  # CLIP's is the start, T5's a word
-        every = torch.eye(length, device=run.device).expand(len(conditions), -1, -1)
-        self._read = run.read(self, AttentionRead(every, self._chosen(run)), main=False)
+        sites = sites_of_one_grid(run, list(self.sites), self.resolution, self.name)
+        self._maps = TokenMaps(run, self, conditions, sites, every=True)
+        self._wanted = self._maps.wanted.any(2)  # (B, K)
 
     def _worded(self, condition: Condition) -> Condition:
         """The condition with the option's words for segments."""
@@ -82,17 +74,6 @@ class AttendAndExcite(Guidance):
             return condition
         whole = torch.ones(1, 1)
         return dataclasses.replace(condition, segments=tuple(Segment(w, whole) for w in self.words))
-
-    def _chosen(self, run: Run) -> dict[str, tuple[int, int]]:
-        """The sites of one grid; raises GuidekitError if none has the wanted one."""
-        sites = run.sites(list(self.sites))
-        sides = sorted({max(grid) for grid in sites.values()})
-        wanted = self.resolution or max(run.grid) // 4
-        side = min(sides, key=lambda s: abs(math.log(s / wanted)))
-        if self.resolution and side != wanted:
-            exist = ", ".join(map(str, sides))
-            raise GuidekitError(f"{self.name}.resolution {wanted}: the sites have {exist}")
-        return {site: grid for site, grid in sites.items() if max(grid) == side}
 
     def refine(self, step: Step, z: Tensor) -> Tensor:
         """z after one move, and at the steps of `at` after as many as it takes (Algorithm 1)."""
@@ -108,26 +89,15 @@ class AttendAndExcite(Guidance):
 
     def _loss(self, step: Step, z: Tensor) -> Tensor:
         """The worst token's loss of every image (B,): 1 - max of its smoothed map."""
-        found = step.denoise(step.model_input(z), step.timestep, self, stop=True)
-        maps = average_maps(found.attention(self._read)).to(z.dtype)  # (B, T, h, w)
-        words = (self.sharpness * maps[:, self._words]).softmax(1)
-        peaks = smoothed(words, self.blur).amax((2, 3))
-        losses = 1 - peaks
-        return losses.masked_fill(~self._wanted[:, self._words], -math.inf).amax(1)
+        maps = average_maps(self._maps(step, z))  # (B, K, h, w)
+        words = (self.sharpness * maps).softmax(1)
+        losses = 1 - smoothed(words, self.blur).amax((2, 3))
+        return losses.masked_fill(~self._wanted, -math.inf).amax(1)
 
     @classmethod
     def example(cls) -> "AttendAndExcite":
         """A few moves a step."""
         return cls(limit=2)
-
-
-def smoothed(maps: Tensor, std: float) -> Tensor:
-    """Maps (B, S, h, w) under a Gaussian of 3x3 pixels, mirrored at the edges."""
-    ends = math.exp(-0.5 / std**2)
-    line = maps.new_tensor([ends, 1.0, ends])
-    kernel = torch.outer(line, line) / line.sum() ** 2
-    padded = F.pad(maps, (1, 1, 1, 1), mode="reflect")
-    return F.conv2d(padded.flatten(0, 1)[:, None], kernel[None, None]).view_as(maps)
 
 
 @hookimpl

@@ -33,6 +33,13 @@ def _check_new(out: Path) -> None:
 @click.argument("shots", metavar="EXAMPLES", type=click.Path(path_type=Path))
 @click.option("--model", default="digits-ddpm", show_default=True, help="As of `sample`.")
 @click.option("--out", type=click.Path(path_type=Path), required=True, help="New folder.")
+@click.option(
+    "--kind",
+    type=click.Choice(["shots", "readout"]),
+    default="shots",
+    show_default=True,
+    help="readout: a map of images/ and targets/, at every noise level.",
+)
 @click.option("--site", "sites", multiple=True, help="Wildcard of blocks; repeat for several.")
 @click.option("--timestep", "timesteps", multiple=True, type=int, help="0 to 999 [500].")
 @click.option("--noised", is_flag=True, help="Noise the images to the timestep.")
@@ -52,6 +59,8 @@ def _check_new(out: Path) -> None:
     show_default=True,
     help="Passes over the examples, of the mlp.",
 )
+@click.option("--iterations", type=click.IntRange(1), help="Batches, of a readout [1000].")
+@click.option("--batch", type=click.IntRange(1), help="Pairs in a batch, of a readout [8].")
 @click.option("--prompt", default="", help="Prompt of a model that reads text.")
 @click.option("--cache", type=click.Path(path_type=Path), help="Folder that keeps the features.")
 @click.option("--device", default=None, help="cpu, cuda, cuda:1 [cuda if there is one].")
@@ -59,16 +68,35 @@ def _check_new(out: Path) -> None:
 @click.option("--quiet", is_flag=True, help="Print nothing but errors.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 @traceback_option
-def fit(shots: Path, model: str, out: Path, device: str, quiet: bool, as_json: bool, **options):
+def fit(
+    shots: Path,
+    model: str,
+    out: Path,
+    kind: str,
+    iterations: int | None,
+    batch: int | None,
+    device: str,
+    quiet: bool,
+    as_json: bool,
+    **options,
+):
     """Fit a head on labelled images: class folders, images/ with masks/, or a table.
 
     EXAMPLES holds a folder of images per class (`positive` and `negative` for an attribute), or
     images/ and masks/ by stem (indexed PNG), or metadata.jsonl or labels.csv with a column
-    file_name and the labels.
+    file_name and the labels. With --kind readout it holds images/ and targets/ by stem: grey or
+    colour images, or .npy, of what is to be read at every pixel.
     """
     _check_new(out)
     if not shots.exists():
         raise GuidekitError(f"{shots} does not exist; give a folder of labelled images or a table")
+    if kind == "readout":
+        own = {"steps": iterations, "batch": batch}
+        own = {name: value for name, value in own.items() if value is not None}
+        _fit_readout(shots, model, out, device, quiet, as_json, options, own)
+        return
+    if iterations or batch:
+        raise click.UsageError("--iterations and --batch go with --kind readout")
     if not (quiet or as_json):
         say(f"loading  {model}")
     from guidekit.heads import FitOptions, read_examples
@@ -86,6 +114,52 @@ def fit(shots: Path, model: str, out: Path, device: str, quiet: bool, as_json: b
         click.echo(json.dumps({"head": str(out), **dataclasses.asdict(report)}, default=str))
     elif not quiet:
         say(_fitted(report, model, out, head))
+
+
+#: Options of `fit` that a readout head has; others are refused where they were given.
+OF_READOUTS = ("sites", "prompt", "seed")
+
+
+def _fit_readout(
+    pairs: Path,
+    model: str,
+    out: Path,
+    device: str | None,
+    quiet: bool,
+    as_json: bool,
+    options: dict[str, Any],
+    own: dict[str, int],
+) -> None:
+    """Fits and saves a readout head."""
+    context = click.get_current_context()
+    for name in options.keys() - set(OF_READOUTS):
+        if context.get_parameter_source(name) is not click.core.ParameterSource.DEFAULT:
+            raise click.UsageError(f"--{name} does not go with --kind readout")
+    silent = quiet or as_json
+    if not silent:
+        say(f"loading  {model}")
+    from guidekit.heads.pairs import read_pairs
+    from guidekit.heads.readout_fit import ReadoutOptions, fit_readout
+
+    denoiser = _denoiser(model, device)
+    channels, height, width = denoiser.latent_shape(None, None)
+    size = (height * denoiser.factor, width * denoiser.factor)
+    found = read_pairs(pairs, size, channels if denoiser.vae is None else 3)
+    chosen = ReadoutOptions(**own, **{name: options[name] for name in OF_READOUTS})
+    if not silent:
+        say(f"fitting  a readout head on {len(found)} pairs, {chosen.steps} batches")
+    head, report = fit_readout(denoiser, found, chosen)
+    head.save(out)
+    if as_json:
+        click.echo(json.dumps({"head": str(out), **dataclasses.asdict(report)}))
+    elif not quiet:
+        words = ["guidekit", "sample", "--model", model, "--plugin", "readout"]
+        words += ["--set", f"readout.head={out}", "--set", "readout.target=MAP.png"]
+        say(
+            f"features {' + '.join(report.sites)}, {report.seconds:.1f} s\n"
+            f"scores   {_scores(report.scores)} of the variance, of pairs held out\n"
+            f"wrote    {out}/\nnext     {shlex.join(words)}"
+        )
 
 
 def _fitted(report: Any, model: str, out: Path, head: Any) -> str:

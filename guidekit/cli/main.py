@@ -18,6 +18,7 @@ from guidekit.cli.serve import serve
 from guidekit.cli.status import status
 from guidekit.cli.train import train
 from guidekit.cli.transfer import transfer
+from guidekit.cli.tune import tune
 from guidekit.errors import GuidekitError, blame
 
 EPILOG = "Plugins add commands under their own names; `guidekit plugins` lists the plugins."
@@ -86,6 +87,7 @@ OWN = (
     serve,
     status,
     evaluate,
+    tune,
     plugins,
     fit,
     augment,

@@ -72,7 +72,7 @@ LISTS = (
 )
 
 
-def _options(command: Callable) -> Callable:
+def sample_options(command: Callable) -> Callable:
     """Adds the options of `sample`, in the order of the tables above."""
     for flag, text in reversed(LISTS):
         command = click.option(flag, multiple=True, help=text)(command)
@@ -82,7 +82,7 @@ def _options(command: Callable) -> Callable:
 
 
 @click.command()
-@_options
+@sample_options
 @click.option(
     "--compile",
     is_flag=False,
@@ -126,10 +126,10 @@ def sample(config: Path | None, quiet: bool, as_json: bool, **flags: Any) -> Non
         return
     with warnings.catch_warnings():  # what matters of them is in the account's notes
         warnings.simplefilter("ignore")
-        session = _prepared(settings, flags["no_plugin"])
+        session = prepared(settings, flags["no_plugin"])
         if not silent:
             say(_introduction(session))
-        run = _drawn(session, silent)
+        run = drawn(session, silent)
     if as_json:
         click.echo(json.dumps({"folder": str(session.plan.folder), **run}))
     elif not quiet:
@@ -191,7 +191,7 @@ def _sample_grid(settings: Any, flags: dict[str, Any], silent: bool, as_json: bo
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             own = dataclasses.replace(cell.settings, out=out)
-            run = _drawn(_prepared(own, flags["no_plugin"], load), silent)
+            run = drawn(prepared(own, flags["no_plugin"], load), silent)
         if not silent:
             say(f"cell     {cell.name}: {_energies(run['record'])}")
 
@@ -210,7 +210,7 @@ def _energies(record: dict[str, Any]) -> str:
     return ", ".join([*energies, f"{record['seconds']:.1f} s"])
 
 
-def _prepared(settings: Any, blocked: tuple[str, ...], load: Callable | None = None) -> Any:
+def prepared(settings: Any, blocked: tuple[str, ...], load: Callable | None = None) -> Any:
     """The session for the settings, ready to draw."""
     from guidekit.cli.models import load_model
     from guidekit.cli.plan import make_plan
@@ -222,7 +222,7 @@ def _prepared(settings: Any, blocked: tuple[str, ...], load: Callable | None = N
         return Session(plan)
 
 
-def _drawn(session: Any, silent: bool) -> dict[str, Any]:
+def drawn(session: Any, silent: bool) -> dict[str, Any]:
     """Draws, and tells how far it came; what was finished before a failure is named."""
 
     def done() -> str:

@@ -52,7 +52,7 @@ def branch_calls(hooks: Hooks, energies: list[Guidance]) -> list[Call]:
             ready=partial(_scaled, hooks, branch),
             reads=run.reads.of(hooks.active, branch=branch.name),
             edits=_edits(hooks, branch),
-            lengths=run.lengths(branch.prompts),
+            lengths=run.token_counts(branch),
             **_graph(run, branch, energies),
         )
         for branch in step.branches
@@ -76,7 +76,7 @@ def second_call(
         )
     found = branch if isinstance(branch, Branch) else known[branch]
     reads, text = run.reads.of([guidance], main=False), run.told(found, step.index, step.n)
-    lengths = run.lengths(found.prompts)
+    lengths = run.token_counts(found)
     return Call(found, x, timestep, text, reads=reads, lengths=lengths, graph=graph, stop=stop)
 
 

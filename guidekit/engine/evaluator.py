@@ -74,7 +74,9 @@ class Evaluator:
         # Where text and pixels are packed, texts of other lengths would move a tapped call's.
         packed = self.denoiser.family.order != "cross" and len(set(longest)) > 1
         for i, call in enumerate(calls):
-            graph, own = call.graph and not batched, longest[i] if packed and call.tapped else None
+            graph = call.graph and not batched
+            apart = (packed and call.tapped) or call.branch.text is not None
+            own = longest[i] if apart else None
             key = (tuple(call.x.shape[1:]), graph, call.stop, own)
             groups.setdefault(key, []).append(i)
         limit = 1 if not calls else max(2, ROWS // len(calls[0].x))

@@ -66,13 +66,21 @@ def check_never_guided(judge: Segmenter | Extractor, folders: Iterable[Path]) ->
     """Raises GuidekitError if weights of the judge guided a run or a plan in one of the folders."""
     for folder in folders:
         record = folder / "run.json"
-        for name in _named(read_json(record).get("plugin", {})) if record.exists() else ():
-            for path in (ZOO / name, Path(name)):
-                if path.exists() and weight_hashes(path) & judge.hashes:
-                    raise GuidekitError(
-                        f"{judge.name} guided the images of {folder} ({name}), so it cannot judge "
-                        "them; take another judge"
-                    )
+        tables = read_json(record).get("plugin", {}) if record.exists() else {}
+        if (name := guided_by(judge, tables)) is not None:
+            raise GuidekitError(
+                f"{judge.name} guided the images of {folder} ({name}), so it cannot judge "
+                "them; take another judge"
+            )
+
+
+def guided_by(judge: Segmenter | Extractor, tables: dict[str, Any]) -> str | None:
+    """The option of plugins that names weights of the judge; None if none does."""
+    for name in _named(tables):
+        for path in (ZOO / name, Path(name)):
+            if path.exists() and weight_hashes(path) & judge.hashes:
+                return name
+    return None
 
 
 def _named(value: Any) -> list[str]:

@@ -193,6 +193,8 @@ def load_head(folder: str | Path, denoiser: Denoiser | None = None) -> Head:
         ) from None
     except (OSError, ValueError) as error:
         raise GuidekitError(f"the head {folder} is damaged ({error}); fit it again") from None
+    if table.get("kind") == "readout":
+        raise GuidekitError(f"the head {folder} reads out a map; it goes with the plugin readout")
     if table.pop("format", None) != FORMAT:
         raise GuidekitError(f"the head {folder} has another format; fit it again")
     try:

@@ -1,6 +1,7 @@
 """What a conformance check works on: a guidance's example, images, a tiny pipeline, its state."""
 
 import dataclasses
+import inspect
 from functools import cached_property
 from typing import Any
 
@@ -88,7 +89,7 @@ class Subject:
             steps=steps,
             cfg=CFG,
             # Copies of a particle part by noise.
-            eta=float(count > 1 and self.family != "sd3"),
+            eta=float(count > 1 and "eta" in inspect.signature(pipe.scheduler.step).parameters),
             particles=count,
             controls=self.controls(pipe),
         )

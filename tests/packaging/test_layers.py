@@ -54,6 +54,7 @@ PACKAGES = {
 IMPLEMENTATIONS = {
     "guidekit_clip": "guidekit.noisy_clip",
     "guidekit_fewshot": "guidekit.heads",
+    "guidekit_readout": "guidekit.heads",
     "guidekit_semantica": "guidekit.semantica",
 }
 

@@ -1,0 +1,95 @@
+"""One number for a folder of images, higher is better, by the measures of `guidekit eval`.
+
+prompts clip=scenes-clip        layout maps=500 form=scenes        quality real=DIR
+inverse real=DIR                diversity                          prompts.COLUMN ...
+"""
+
+import inspect
+import shlex
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from guidekit.errors import GuidekitError
+from guidekit.evaluate import commands
+from guidekit.evaluate.judges import Extractor, Segmenter, load_extractor, load_segmenter
+from guidekit.evaluate.results import Results
+
+#: The column that stands for a measure, and those of which less is better.
+COLUMNS = {
+    "prompts": "CLIP score",
+    "layout": "mIoU",
+    "quality": "Frechet",
+    "diversity": "distance",
+    "inverse": "PSNR",
+}
+LESS = ("Frechet", "kernel")
+#: Options that measures have no default for here.
+DEFAULTS = {"clip": "scenes-clip", "features": "scenes-judge", "judge": "scenes-judge", "draws": 0}
+LOADERS: dict[str, Callable[[str], Segmenter | Extractor]] = {
+    "clip": load_extractor,
+    "features": load_extractor,
+    "judge": load_segmenter,
+}
+
+
+@dataclass(frozen=True)
+class Score:
+    """A measure with its options and the column that counts."""
+
+    measure: str
+    column: str
+    options: dict[str, Any]
+
+    def judge(self) -> Segmenter | Extractor | None:
+        """The network that reads the images; None where they are compared by themselves."""
+        for name, load in LOADERS.items():
+            if name in self.options:
+                return load(self.options[name])
+        return None
+
+    def of(self, folder: Path) -> float:
+        """The number of a folder. Raises GuidekitError as the measure does, and for no column."""
+        results: Results = getattr(commands, self.measure)([folder], **self.options)
+        row = results.rows[0]
+        if not isinstance(value := row.get(self.column), int | float):
+            numbers = [k for k, v in row.items() if isinstance(v, float)]
+            raise GuidekitError(
+                f"{self.measure} has no column {self.column!r}; it has {', '.join(numbers)}"
+            )
+        return -float(value) if self.column in LESS else float(value)
+
+
+def parse_score(text: str) -> Score:
+    """A score such as `quality real=DIR`, or `inverse.SSIM real=DIR`.
+
+    Raises GuidekitError that names what exists.
+    """
+    first, *words = shlex.split(text) or [""]
+    measure, _, column = first.partition(".")
+    if measure not in COLUMNS:
+        raise GuidekitError(f"no measure {measure!r}; there are {', '.join(COLUMNS)}")
+    known = inspect.signature(getattr(commands, measure)).parameters
+    options: dict[str, Any] = {k: v for k, v in DEFAULTS.items() if k in known}
+    for word in words:
+        name, equals, value = word.partition("=")
+        if not equals or name == "folders" or name not in known:
+            names = ", ".join(n for n in known if n != "folders")
+            raise GuidekitError(f"--judge {text!r}: {word!r} is none of its options, {names}")
+        options[name] = int(value) if value.isdecimal() and name != "maps" else value
+    if lacking := [n for n, p in known.items() if n not in options and _needed(n, p)]:
+        raise GuidekitError(f"--judge {text!r} needs {lacking[0]}=...")
+    if measure != "quality" and "real" in options:
+        options["real"] = Path(options["real"])
+    return Score(measure, column or COLUMNS[measure], options)
+
+
+def _needed(name: str, parameter: inspect.Parameter) -> bool:
+    return name != "folders" and parameter.default is inspect.Parameter.empty
+
+
+def mean_score(scores: Sequence[Score], folder: Path) -> tuple[float, dict[str, float]]:
+    """The mean of several scores of a folder, as TFG takes it, and each by itself."""
+    found = {f"{s.measure}.{s.column}": s.of(folder) for s in scores}
+    return sum(found.values()) / len(found), found

@@ -1,0 +1,54 @@
+"""Self-guidance: its properties in closed form, and the first image of a group left alone."""
+
+import pytest
+import torch
+
+import tiny
+from guidekit import Condition, Sampling, Segment, box_mask
+from guidekit_self_guidance import SelfGuidance, centroid, soft_shape
+
+
+def condition(box, group=None):
+    return Condition("a red circle", segments=(Segment("circle", box_mask(box)),), group=group)
+
+
+def test_properties_of_a_box():
+    maps = torch.zeros(1, 1, 4, 8, dtype=torch.float64)
+    maps[..., 1:3, 4:] = 3.0  # the right half of the middle rows
+    assert centroid(maps)[0, 0].tolist() == pytest.approx([0.75, 0.5])
+    shape = soft_shape(maps)
+    assert torch.equal(shape, (maps > 0).double()) and shape.mean() == 0.25
+    torch.testing.assert_close(soft_shape(7 * maps + 2), shape)
+
+
+def run(guidance, conditions, seeds, **options):
+    pipe = tiny.sd_pipeline()
+    return Sampling(pipe, conditions, guidance, seeds=seeds, steps=2, cfg=5.0, **options)
+
+
+def test_the_energy_is_the_distance_of_the_maps_from_the_mask():
+    box = (0.5, 0.25, 1, 0.75)
+    sampling = run([SelfGuidance(size=0.0)], condition(box), [5])
+    step = next(iter(sampling))
+    own = sampling.guidances[0]
+    maps = torch.stack(
+        [m[0, 0] for m in step.cond.attention(own._maps).values() if m.shape[-1] == 16]
+    )
+    (row,) = sampling.account.rows
+    assert 0 < row["energy"][0] < 0.25 + 0.25  # of a map that is nearly flat: x is 0.25 away
+    assert len(maps) and row["grad_norm"][0] > 0
+
+
+def test_the_first_of_a_group_is_drawn_as_it_is_without():
+    conditions = [condition((0, 0, 0.5, 1), "a"), condition((0.5, 0, 1, 1), "a")]
+    latents = torch.randn(1, 4, 16, 16, generator=torch.Generator().manual_seed(0)).repeat(
+        2, 1, 1, 1
+    )
+    guidance = SelfGuidance(shape=1.0, look=1.0, shape_of="first")
+    guided = run([guidance], conditions, [5, 6], latents=latents).finish()
+    bare = run([], conditions, [5, 6], latents=latents).finish()
+    torch.testing.assert_close(guided.latents[0], bare.latents[0], rtol=1e-4, atol=1e-4)
+    assert (guided.latents[1] - bare.latents[1]).abs().max() > 1e-2
+    assert all(row["energy"][0] == 0 < row["energy"][1] for row in guided.account.rows)
+    with pytest.raises(ValueError, match="every image is alone; use Condition.group"):
+        run([guidance], conditions[:1], [5])
