@@ -7,6 +7,9 @@ From a phrase to its tokens: `token_columns` finds the columns of a phrase in on
 padding. From a segment to its mask: `segment_masks` gives (B, S, h, w) at the grid of a site.
 Attention among pixels is read in `edit_attention` at `self_attention` sites by `probabilities`.
 `descend` moves z against the gradient of an energy, inside a `refine`.
+`InverseGuidance` and `LossGuidance` are bases of guidance by a measurement or a loss, whose
+operators are `LinearOperator`s; `Contrast` is one of other classifier-free guidance.
+`named` finds what an option of the type `ImportPath` names.
 A judge that never guides is a network by `load_judge`, with logits (B, 49, H, W) of classes and
 features (B, 64) as its output; `see` runs it on a batch of images.
 
@@ -17,12 +20,24 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 _HOME = {
+    "Contrast": "contrast",
+    "Downsampling": "operators",
+    "Grey": "operators",
+    "ImportPath": "options",
+    "Inpainting": "operators",
+    "InverseGuidance": "inverse",
+    "LinearOperator": "operators",
+    "LossGuidance": "inverse",
+    "REWARDS": "rewards",
+    "Reward": "rewards",
     "as_mask": "masks",
+    "as_operator": "operators",
     "derived_seed": "seeds",
     "descend": "descent",
     "find_sites": "taps",
     "layers": "backbones.sites",
     "load_judge": "evaluate.judge",
+    "named": "named",
     "pixel_rows": "perturbed",
     "probabilities": "attention.maps",
     "read_references": "references",
