@@ -62,9 +62,12 @@ class InverseGuidance(Guidance):
 
         Raises GuidekitError without one, and for one that is not what the operator measures.
         """
-        self._linear = self._made(run)
+        # Pixel models may be of one channel, as digits are.
+        channels = run.latent_shape[0] if run.denoiser.factor == 1 else 3
+        self._linear = self._made(run, channels)
         with torch.no_grad():
-            shape = self._linear.forward(torch.zeros(1, 3, *run.size, device=run.device)).shape[1:]
+            blank = torch.zeros(1, channels, *run.size, device=run.device)
+            shape = self._linear.forward(blank).shape[1:]
         own = run.targets(self.name)
         y = self._read(shape) if own is None else torch.stack(own)
         if y.shape[1:] != shape:
@@ -87,7 +90,7 @@ class InverseGuidance(Guidance):
         """
         return step.level.norm * step.next_level.norm
 
-    def _made(self, run: Run) -> LinearOperator:
+    def _made(self, run: Run, channels: int) -> LinearOperator:
         """The operator for images of the run's size."""
         height, width = run.size
         if self.operator == "downsampling":
@@ -97,7 +100,7 @@ class InverseGuidance(Guidance):
         if self.operator == "inpainting":
             return Inpainting(self._known(height, width).to(run.device))
         if self.operator == "grey":
-            return Grey()
+            return Grey(channels)
         where = f"{self.name}.operator"
         given = named(self.operator, where, dict.fromkeys(OPERATORS))
         if isinstance(given, nn.Module):  # deepinv's physics are modules

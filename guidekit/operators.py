@@ -88,7 +88,8 @@ class Downsampling(LinearOperator):
 class Grey(LinearOperator):
     """The mean of the channels; its inverse problem is colourisation."""
 
-    channels = 3
+    def __init__(self, channels: int = 3):
+        self.channels = channels
 
     def forward(self, x: Tensor) -> Tensor:
         """Grey images (B, 1, H, W)."""

@@ -24,8 +24,6 @@ class Ddnm(InverseGuidance):
     travel: int = 1  # steps that are done again together
     times: int = 1  # how often they are done
 
-    own_loop = True
-
     def __post_init__(self):
         super().__post_init__()
         if self.travel < 1 or self.times < 1:
