@@ -4,17 +4,22 @@ import dataclasses
 import json
 from dataclasses import dataclass
 
+import numpy as np
 import pytest
 import torch
 from click.testing import CliRunner
 from diffusers import EulerDiscreteScheduler
+from PIL import Image
 from torch import nn
 
+import exact
+import guidekit
 import tiny
 from guidekit import Condition, Guidance, GuidekitError, Sampling
 from guidekit.cli.main import main
 from guidekit.testing.miniatures import ddpm_pipeline, sd3_pipeline
 from guidekit.toolbox import Downsampling
+from guidekit_ddnm import Ddnm
 from guidekit_dps import Dps
 from guidekit_energy import Energy
 from guidekit_flowchef import FlowChef
@@ -170,6 +175,47 @@ def test_psld_on_pixels_is_dps_twice():
         for g in (Psld(gluing=0.25), Dps(scale=2.0))
     )
     torch.testing.assert_close(ours, plain, rtol=1e-4, atol=1e-4)
+
+
+def test_measurements_are_files(tmp_path):
+    """What they show where an operator measures; a mask is white where nothing is known."""
+    image = Image.radial_gradient("L").resize((8, 8)).convert("RGB")
+    image.save(tmp_path / "y.png")
+    mask = Image.new("L", (8, 8))
+    mask.paste(255, (2, 2, 6, 6))
+    mask.save(tmp_path / "holes.png")
+    pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1) / 127.5 - 1
+    cases = {
+        "inpainting": Ddnm(operator="inpainting", mask=tmp_path / "holes.png"),
+        "hole": Ddnm(operator="inpainting", hole=(0.25, 0.25, 0.75, 0.75)),
+        "grey": Ddnm(operator="grey"),
+    }
+    drawn = {}
+    for name, guidance in cases.items():
+        guidance = dataclasses.replace(guidance, measurement=tmp_path / "y.png")
+        pipe = exact.pipeline(exact.Gaussian)
+        run = Sampling(pipe, Condition(), [guidance], seeds=[5], steps=3).finish()
+        operator = run.guidances[0]._linear
+        drawn[name] = run.latents
+        torch.testing.assert_close(
+            operator.forward(run.latents), operator.forward(pixels[None]), rtol=0, atol=1e-4
+        )
+    assert torch.equal(drawn["inpainting"], drawn["hole"])
+
+
+def test_in_a_pipeline():
+    pipe, guidance = tiny.sd_pipeline(), Mpgd(measurement="scene-3", scale=3.0)
+    with guidekit.attach(pipe, [guidance]):
+        found = pipe(
+            "a red circle",
+            num_inference_steps=3,
+            guidance_scale=5.0,
+            output_type="latent",
+            generator=[torch.Generator().manual_seed(5)],
+        ).images
+    given = {"seeds": [5], "steps": 3, "cfg": 5.0}
+    ours = Sampling(pipe, Condition("a red circle"), [guidance], **given).finish().latents
+    torch.testing.assert_close(found, ours, rtol=1e-4, atol=1e-4)
 
 
 def brightness(images):
