@@ -9,13 +9,15 @@ import types
 import typing
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NewType
 
 from guidekit.errors import GuidekitError
 from guidekit.seeds import Seeds
 
 # What a text is made of: TOML knows dates, which are meant as written.
 TEXTS = str | int | float | Path | datetime.date | datetime.time
+#: The type of options that may name code, MODULE:NAME, which is imported: the user's own alone.
+ImportPath = NewType("ImportPath", str)
 
 
 def parse_setting(text: str) -> tuple[str, str, Any]:
@@ -79,6 +81,7 @@ def _read_as(value: Any, kind: Any, where: str, folder: Path) -> Any:
         if not isinstance(parts, list | tuple):
             raise TypeError
         return origin(_read_as(part, inner[0], where, folder) for part in parts)
+    kind = str if kind is ImportPath else kind
     if kind is bool:
         return {"true": True, "false": False, True: True, False: False}[_bool_key(value)]
     if kind in (int, float):
@@ -128,7 +131,12 @@ def _number(value: Any, kind: type) -> int | float:
 def describe(kind: Any) -> str:
     """A type in words, for messages and `guidekit plugins show`."""
     words = {bool: "true or false", int: "a whole number", float: "a number", str: "a text"}
-    words |= {Path: "a path", type(None): "nothing"}
+    words |= {
+        Path: "a path",
+        type(None): "nothing",
+        ImportPath: "a name or MODULE:NAME",
+        object: "an object, in Python",
+    }
     if _is_union(kind):
         return " or ".join(describe(k) for k in typing.get_args(kind) if k is not type(None))
     if typing.get_origin(kind) is typing.Literal:
@@ -149,6 +157,20 @@ def option_kinds(cls: type) -> dict[str, Any]:
 def _kinds(cls: type) -> dict[str, Any]:
     hints = typing.get_type_hints(cls)
     return {f.name: hints[f.name] for f in dataclasses.fields(cls) if f.init}
+
+
+def code_named(cls: type, values: dict[str, Any]) -> dict[str, str]:
+    """Those of a dataclass's values that are import paths, which reading would run."""
+    kinds = option_kinds(cls)
+    return {
+        name: value
+        for name, value in values.items()
+        if isinstance(value, str) and ":" in value and _may_name_code(kinds.get(name))
+    }
+
+
+def _may_name_code(kind: Any) -> bool:
+    return kind is ImportPath or ImportPath in typing.get_args(kind)
 
 
 def stated(made: Any) -> dict[str, Any]:

@@ -7,6 +7,7 @@ from typing import cast
 from torch import Tensor
 
 from guidekit.branches import Branch
+from guidekit.errors import NoPushError
 from guidekit.levels import Move
 from guidekit.noise import Level
 from guidekit.reads import Eval
@@ -120,6 +121,18 @@ class Step:
     def encode(self, pixels: Tensor) -> Tensor:
         """Clean latents of images (B, 3, H, W) in [-1, 1], with gradient."""
         return self.run.denoiser.latents(pixels)
+
+    def shifted(self, out: Tensor, delta: Tensor, name: str) -> Tensor:
+        """The output (B, C, h, w) that moves the next z by delta more, as `move.shift` does.
+
+        For edits of x0 that keep the predicted noise, with delta = next_level.a * their change. The
+        output itself, with a note for the guidance `name`, at a step that moves nothing.
+        """
+        try:
+            return (out + self.move.shift(delta)).to(out.dtype)
+        except NoPushError as error:
+            self.run.account.note(f"{name} left out step {self.index}: {error}")
+            return out
 
     def noise(self, tag: str) -> Tensor:
         """Noise like z per image from (seed, step, repeat, tag): no plugin moves another's."""

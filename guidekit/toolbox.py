@@ -8,6 +8,9 @@ padding. From a segment to its mask: `segment_masks` gives (B, S, h, w) at the g
 Attention among pixels is read in `edit_attention` at `self_attention` sites by `probabilities`.
 `descend` moves z against the gradient of an energy, inside a `refine`; `TokenMaps` are maps of
 single tokens for it, at `sites_of_one_grid` if so wished, and `smoothed`.
+`InverseGuidance` and `LossGuidance` are bases of guidance by a measurement or a loss, whose
+operators are `LinearOperator`s; `Contrast` is one of other classifier-free guidance.
+`named` finds what an option of the type `ImportPath` names.
 A judge that never guides is a network by `load_judge`, with logits (B, 49, H, W) of classes and
 features (B, 64) as its output; `see` runs it on a batch of images.
 
@@ -18,13 +21,25 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 _HOME = {
+    "Contrast": "contrast",
+    "Downsampling": "operators",
+    "Grey": "operators",
+    "ImportPath": "options",
+    "Inpainting": "operators",
+    "InverseGuidance": "inverse",
+    "LinearOperator": "operators",
+    "LossGuidance": "inverse",
+    "REWARDS": "rewards",
+    "Reward": "rewards",
     "TokenMaps": "token_reads",
     "as_mask": "masks",
+    "as_operator": "operators",
     "derived_seed": "seeds",
     "descend": "descent",
     "find_sites": "taps",
     "layers": "backbones.sites",
     "load_judge": "evaluate.judge",
+    "named": "named",
     "pixel_rows": "perturbed",
     "probabilities": "attention.maps",
     "read_references": "references",

@@ -7,8 +7,6 @@ resampled by their weights (sections 3 and 4). What comes out follows p(x) exp(s
 their number grows. Weights are kept in logarithms, also over steps that resample nobody.
 """
 
-import importlib
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
@@ -16,22 +14,7 @@ import torch
 from torch import Tensor
 
 from guidekit import Guidance, GuidekitError, Run, Step, hookimpl
-from guidekit.toolbox import derived_seed, systematic
-
-Reward = Callable[[Tensor], Tensor]
-
-
-def brightness(images: Tensor) -> Tensor:
-    """Mean of images (B, 3, H, W) in [-1, 1]."""
-    return images.mean((1, 2, 3))
-
-
-def contrast(images: Tensor) -> Tensor:
-    """Standard deviation of images (B, 3, H, W) in [-1, 1]."""
-    return images.std((1, 2, 3))
-
-
-REWARDS: dict[str, Reward] = {"brightness": brightness, "contrast": contrast}
+from guidekit.toolbox import REWARDS, ImportPath, Reward, derived_seed, named, systematic
 
 
 @dataclass(kw_only=True)
@@ -45,7 +28,7 @@ class FeynmanKac(Guidance):
 
     scale: float = 2.0  # lambda, the factor on rewards in the exponent; 0 switches it off
     # brightness, contrast, or MODULE:FUNCTION of images in [-1, 1]; in Python the function
-    reward: str | Reward = "contrast"
+    reward: ImportPath | Reward = "contrast"
     potential: Literal["max", "diff", "sum"] = "max"  # of a particle's rewards so far
     at: tuple[float, ...] = (0.2, 0.4, 0.6, 0.8)  # fractions of the steps; the end comes with them
     ess: float = 1.0  # resamples where the effective share of particles is at most this
@@ -61,7 +44,7 @@ class FeynmanKac(Guidance):
 
     def prepare(self, run: Run) -> None:
         """Finds the reward, and notes where copies of a particle would stay copies."""
-        self._reward = _reward_of(self.reward, self.name)
+        self._reward = named(self.reward, f"the reward of {self.name}", REWARDS)
         count, device = len(run.seeds), run.device
         zero = torch.zeros(count, dtype=torch.float64, device=device)
         #: Log-weights since the last resampling, of all potentials so far; rewards seen by them.
@@ -134,21 +117,6 @@ class FeynmanKac(Guidance):
     def example(cls) -> "FeynmanKac":
         """A strong reward at every step of a short run."""
         return cls(scale=200.0, at=(0.0, 0.34, 0.67))
-
-
-def _reward_of(given: str | Reward, who: str) -> Reward:
-    """The reward of a name, an import path, or a function; GuidekitError for anything else."""
-    if callable(given):
-        return given
-    if given in REWARDS:
-        return REWARDS[given]
-    module, _, name = str(given).partition(":")
-    try:
-        return getattr(importlib.import_module(module), name)
-    except (ImportError, AttributeError, ValueError):
-        raise GuidekitError(
-            f"{who}.reward {given!r}: write MODULE:FUNCTION, or {', '.join(REWARDS)}"
-        ) from None
 
 
 @hookimpl

@@ -7,17 +7,14 @@ distribution has it (section 3); the best noise of all iterations is drawn. With
 it goes through all of them, as D-Flow does (Ben-Hamu et al. 2024, arXiv:2402.14017).
 """
 
-import importlib
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from guidekit import Guidance, GuidekitError, Run, hookimpl
-
-Reward = Callable[[Tensor], Tensor]
+from guidekit.toolbox import REWARDS, ImportPath, Reward, named
 
 
 @dataclass(kw_only=True)
@@ -27,7 +24,8 @@ class Reno(Guidance):
     plugin = "reno"
 
     scale: float = 1.0  # factor on the reward; 0 switches it off
-    reward: str | Reward = "guidekit_fk:contrast"  # MODULE:FUNCTION of images in [-1, 1], or one
+    # brightness, contrast, or MODULE:FUNCTION of images in [-1, 1]; in Python the function
+    reward: ImportPath | Reward = "contrast"
     iterations: int = 50  # gradient steps
     rate: float = 5.0  # size of a gradient step
     bound: float = 0.1  # largest norm of an image's gradient
@@ -45,7 +43,7 @@ class Reno(Guidance):
         """The first z of the best noise, by the reward alone."""
         if not self.iterations:
             return None
-        reward = _reward_of(self.reward, self.name)
+        reward = named(self.reward, f"the reward of {self.name}", REWARDS)
         unit = run.levels.at(0).norm if run.levels.at(0).kind == "ve" else 1.0
         noise = run.first.detach().float() / unit
         speed = torch.zeros_like(noise)
@@ -76,17 +74,6 @@ def _surprise(noise: Tensor) -> Tensor:
     """Minus the log-density (B,) of the norm of normal noise (B, C, h, w), but for a constant."""
     norm = noise.flatten(1).norm(dim=1)
     return norm**2 / 2 - (noise[0].numel() - 1) * norm.log()
-
-
-def _reward_of(given: str | Reward, who: str) -> Reward:
-    """The reward of an import path, or a function; GuidekitError for anything else."""
-    if callable(given):
-        return given
-    module, _, name = given.partition(":")
-    try:
-        return getattr(importlib.import_module(module), name)
-    except (ImportError, AttributeError, ValueError):
-        raise GuidekitError(f"{who}.reward {given!r}: write MODULE:FUNCTION") from None
 
 
 @hookimpl

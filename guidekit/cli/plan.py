@@ -24,7 +24,7 @@ from guidekit.groups import batches, with_particles
 from guidekit.guidance import Guidance
 from guidekit.layouts import load_layout, parse_layout, parse_segment
 from guidekit.masks import box_mask
-from guidekit.options import stated
+from guidekit.options import code_named, stated
 from guidekit.references import Reference, load_reference, load_references
 from guidekit.registry import Registry
 from guidekit.run import MEMORY, POLICIES
@@ -190,8 +190,21 @@ def _guidance(registry: Registry, settings: Settings, own: dict[str, Any], name:
     """A guidance with the user's options over those that are tuned for the model."""
     options = own.get("plugin", {}).get(name, {}) | settings.plugin[name]
     changes = settings.changes.get(name, {})
+    _refuse_code(registry.guidance_class(name), name, settings.plugin[name], changes)
     with blame(name, "options"):
         return registry.make_guidance(name, options, settings.folder, changes)
+
+
+def _refuse_code(
+    cls: type[Guidance], name: str, options: dict[str, Any], changes: dict[str, Any]
+) -> None:
+    """Raises GuidekitError for code that a file names: it runs only if the user names it too."""
+    for option, value in code_named(cls, options).items():
+        if option not in changes:
+            raise GuidekitError(
+                f"the settings name code, {value!r}, which would be imported; if you trust it, "
+                f"say so by --set {name}.{option}={value}"
+            )
 
 
 def condition_of(settings: Settings) -> Condition:
@@ -214,6 +227,12 @@ def guidance_options(settings: Settings, blocked: tuple[str, ...] = ()) -> Setti
     """The settings with every option of every plugin, for whichever process reads them later."""
     registry, own = Registry(blocked), model_defaults(settings.model)
     made = [_guidance(registry, settings, own, name) for name in settings.plugin]
+    for guidance in made:
+        for option, value in code_named(type(guidance), stated(guidance)).items():
+            raise GuidekitError(
+                f"a plan names no code, and {guidance.name}.{option} is {value!r}: make a plugin "
+                "of it (guidekit plugins new)"
+            )
     return replace(settings, plugin={g.name: stated(g) for g in made}, changes={})
 
 

@@ -19,7 +19,7 @@ from guidekit.cli.grid import Axis, cells_of, parse_axes
 from guidekit.cli.plan import checked
 from guidekit.cli.settings import FORMAT, Settings, make_settings, read_config, sample_keys
 from guidekit.errors import GuidekitError
-from guidekit.options import option_kinds
+from guidekit.options import code_named, option_kinds
 from guidekit.references import BUILT_IN
 from guidekit.registry import Registry
 from guidekit.serve.knobs import as_json, default_of, names_files
@@ -208,6 +208,9 @@ def _check_plugins(
         if not isinstance(table, dict):
             raise GuidekitError(f"plugin {name!r}: its options must be an object")
         cls = registry.guidance_class(name)
+        if code := code_named(cls, table):
+            option, value = next(iter(code.items()))
+            raise GuidekitError(f"{name}.{option}: a request may not name code, such as {value!r}")
         kinds = option_kinds(cls)
         defaults = {f.name: as_json(default_of(f)) for f in dataclasses.fields(cls)}
         for option, value in table.items():

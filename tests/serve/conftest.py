@@ -7,12 +7,12 @@ from serving import Client, serving
 
 @pytest.fixture(scope="session")
 def options(model, tmp_path_factory):
-    """What the server was started with: the tiny model and two plugins."""
+    """What the server was started with: the tiny model and some plugins."""
     from guidekit.serve.options import Limits, ServeOptions
 
     return ServeOptions(
         models=(str(model),),
-        plugins=("zest", "pag", "ilvr", "fewshot", "clip"),
+        plugins=("zest", "pag", "ilvr", "fewshot", "clip", "energy"),
         out=tmp_path_factory.mktemp("out"),
         device="cpu",
         preview=1,

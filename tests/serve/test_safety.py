@@ -287,6 +287,14 @@ def test_an_option_of_a_plugin_names_no_path(client, body, plugin, option, value
         refused(client, grid, f"{plugin}.{option}")
 
 
+def test_a_request_names_no_code(client, body):
+    said = ("energy.loss", "a request may not name code, such as 'antigravity:fly'")
+    refused(client, body | {"plugin": {"energy": {"loss": "antigravity:fly"}}}, *said)
+    grid = body | {"plugin": {"energy": {}}, "grid": ["energy.loss=antigravity:fly,"]}
+    refused(client, grid, "energy.loss", "a request may not name code")
+    assert "antigravity" not in sys.modules
+
+
 def test_an_option_names_what_the_server_was_started_with(options, body, tmp_path):
     (tmp_path / "ref.png").write_bytes(b"")
     own = dataclasses.replace(options, out=tmp_path / "o", files={"ref.png": tmp_path / "ref.png"})
