@@ -185,8 +185,7 @@ class Run:
 
     def told(self, branch: Branch, index: int, n: int) -> Text:
         """What call `index` of `n` tells the model for a branch: text, and hints of controls."""
-        text = branch.text or self.text(branch.prompts, branch.null)
-        text = self.denoiser.windowed(text, branch.view)
+        text = (branch.text or self.text(branch.prompts, branch.null)).windowed(branch.view)
         hints = {} if self.controls is None else self.controls.hints(branch, index, n)
         return Text(text.given | hints) if hints else text
 

@@ -38,6 +38,10 @@ class Text:
         """Arguments of the model's forward, in containers of their own."""
         return {k: dict(v) if isinstance(v, dict) else v for k, v in self.given.items()}
 
+    def windowed(self, view: tuple[int, int, int, int] | None) -> "Text":
+        """What a branch is told that sees a window (top, left, height, width) of the latents."""
+        return self
+
     def rows(self, index: Tensor) -> "Text":
         """The text of some images, by their numbers."""
         return Text(_selected(self.given, index))
@@ -237,10 +241,6 @@ class Denoiser:
         prompts: `content` of each. null: they are the negative ones.
         """
         raise NotImplementedError
-
-    def windowed(self, text: Text, view: tuple[int, int, int, int] | None) -> Text:
-        """The text of a branch that sees a window (top, left, height, width) of the latents."""
-        return text
 
     def __call__(self, z: Tensor, timestep: Tensor, text: Text) -> Tensor:
         """The model's output for scaled latents z (B, C, h, w).

@@ -15,6 +15,17 @@ from guidekit.labels import LabelMap, LabelSet
 MAP = "label_map"  # the key of a text that holds the one-hot maps
 
 
+class Maps(Text):
+    """The one-hot maps of B images."""
+
+    def windowed(self, view: tuple[int, int, int, int] | None) -> Text:
+        """The part of the maps in a window (top, left, height, width)."""
+        if view is None:
+            return self
+        top, left, height, width = view
+        return Maps({MAP: self.given[MAP][..., top : top + height, left : left + width]})
+
+
 class MapsDenoiser(PixelDenoiser, families=("maps",)):
     """MapsPipeline: `Condition.map`; the null is a map of zeros, in which no pixel has a class."""
 
@@ -68,14 +79,7 @@ class MapsDenoiser(PixelDenoiser, families=("maps",)):
             shown = torch.zeros(len(prompts), len(self.labels), *size)
         else:
             shown = one_hot_maps(prompts, self.labels, size)
-        return Text({MAP: shown.to(self.device, self.dtype)})
-
-    def windowed(self, text: Text, view: tuple[int, int, int, int] | None) -> Text:
-        """The part of the maps in a window (top, left, height, width)."""
-        if view is None:
-            return text
-        top, left, height, width = view
-        return Text({MAP: text.given[MAP][..., top : top + height, left : left + width]})
+        return Maps({MAP: shown.to(self.device, self.dtype)})
 
     def __call__(self, z: Tensor, timestep: Tensor, text: Text) -> Tensor:
         """The model's output (B, 3, H, W) for scaled z (B, 3, H, W)."""

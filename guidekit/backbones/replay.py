@@ -34,6 +34,10 @@ class Rows:
         """The halves one after the other."""
         return Rows(tuple(null for part in parts for null in part.null))
 
+    def windowed(self, view: tuple[int, int, int, int] | None) -> "Rows":
+        """Themselves: what the pipeline tells its model has no place in the image."""
+        return self
+
 
 class Replay:
     """The denoiser of a live pipeline with the arguments of the pipeline's own latest call.

@@ -132,7 +132,7 @@ def save_controls(controls: tuple[Control, ...], label_map: LabelMap | None, fol
 def read_map(settings: Settings) -> LabelMap | None:
     """The label map of the settings, turned by their affinity; None without a map.
 
-    A model that has a label set of its own beside its weights draws from maps of that set. Raises
+    A model or control with a label set beside its weights reads maps of that set. Raises
     GuidekitError for a map without its label set, and for an affinity or a label set without a map.
     """
     if settings.map is None:
@@ -141,21 +141,22 @@ def read_map(settings: Settings) -> LabelMap | None:
                 raise GuidekitError(f"{name} {given} is for a label map; give --map MAP.png")
         return None
     affinity = None if settings.affinity is None else load_affinity(settings.affinity)
-    target = _own_labels(settings.model) if affinity is None else affinity.target
+    target = _own_labels(settings) if affinity is None else affinity.target
     labels = _labels(settings.labels, target)
     found = read_label_map(settings.map, labels)
     return found if affinity is None else affinity.remap(found)
 
 
-def _own_labels(model: str) -> LabelSet | None:
-    """The label set in a model's folder; None if it has none."""
-    places = [ZOO / model / LABELS, Path(model) / LABELS]
+def _own_labels(settings: Settings) -> LabelSet | None:
+    """The label set in the model's folder, or in a control's; None if there is none."""
+    names = [settings.model, *(c.model for c in read_controls(settings) if c.image is None)]
+    places = [folder / LABELS for name in names for folder in (ZOO / name, Path(name))]
     found = next((path for path in places if path.is_file()), None)
     return None if found is None else load_label_set(found)
 
 
 def _labels(name: str | None, target: LabelSet | None) -> LabelSet:
-    """The set that the map is in: the one that is named, else the affinity's or the model's."""
+    """The set that the map is in: the one that is named, else the affinity's or a model's."""
     if name is not None:
         return load_label_set(name)
     if target is None:

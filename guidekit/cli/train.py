@@ -69,6 +69,8 @@ def next_step(model: Path) -> str:
     if (index := model / "model_index.json").exists():
         kind = json.loads(index.read_text()).get("_class_name")
         return f"\nnext     guidekit sample --model {model}{BESIDE.get(kind, '')}"
+    if (model / "labels.json").exists():
+        return f"\nnext     guidekit sample --control {model} --map MAP.png"
     if (model / "noisy_clip.json").exists():
         return f"\nnext     guidekit sample --plugin clip --set clip.encoder={model}"
     return ""

@@ -18,6 +18,7 @@ from guidekit.semantica.adapter import ImageAdapter, new_adapter
 from guidekit.semantica.encode import ImageEncoder
 from guidekit.semantica.episodes import Episodes
 from guidekit.semantica.pages import PagesOptions, data_facts, make_episodes
+from guidekit.train.targets import model_target
 
 
 @dataclass(kw_only=True)
@@ -91,11 +92,7 @@ class AdapterTask:
         count = self.scheduler.config.num_train_timesteps
         timestep = torch.randint(count, (len(x0),), generator=generator)
         z = self.scheduler.add_noise(latents, eps, timestep)
-        target = {
-            "epsilon": lambda: eps,
-            "sample": lambda: latents,
-            "v_prediction": lambda: self.scheduler.get_velocity(latents, eps, timestep),
-        }[self.scheduler.config.prediction_type]()
+        target = model_target(self.scheduler, latents, eps, timestep)
         return {"z": z, "timestep": timestep, "states": states, "tokens": tokens, "target": target}
 
     def _tokens(self, given: Tensor) -> Tensor:

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from typing import Protocol
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -34,6 +35,9 @@ class Examples(Protocol):
     def pairs(self, numbers: range, generator: torch.Generator) -> Pairs:
         """Images and maps of the numbers of a step's examples."""
 
+    def captions(self, numbers: range) -> list[str]:
+        """Texts of the numbers' images, empty where there are none."""
+
     def held_out(self) -> Pairs | None:
         """Those that are never trained on, by which a checkpoint is chosen; None for none."""
 
@@ -56,6 +60,11 @@ class WorldExamples:
         plans = [self.world.scene(i, split) for i in numbers]
         pixels, classes = self.world.images_and_labels(plans, self.size)  # 0 is no class
         return pixels, [LabelMap(ids - 1, self.labels) for ids in classes]
+
+    def captions(self, numbers: range) -> list[str]:
+        """A wording of each scene."""
+        plans = [self.world.scene(i) for i in numbers]
+        return [self.world.varied_caption(p, np.random.default_rng(p.number)) for p in plans]
 
     def held_out(self) -> None:
         """None: no scene is seen twice."""
@@ -92,6 +101,10 @@ class ShotExamples:
 
     def _rows(self, rows: list[int]) -> Pairs:
         return self.pixels[rows], torch.stack([self.maps[i].one_hot() for i in rows])
+
+    def captions(self, numbers: range) -> list[str]:
+        """None of them has one."""
+        return [""] * len(numbers)
 
     def held_out(self) -> Pairs | None:
         """The shots that are never trained on."""

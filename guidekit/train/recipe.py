@@ -69,6 +69,7 @@ TASKS: dict[str, tuple[type, Make] | str] = {
     "adapter": "guidekit.semantica.adapter_train",
     "tags": "guidekit.semantica.tags",
     "maps": "guidekit.synthesis.train",
+    "control": "guidekit.synthesis.control_train",
 }
 
 
@@ -81,6 +82,7 @@ READS = {
     "adapter": ("encoder", "backbone"),
     "tags": ("encoder",),
     "maps": ("data", "start", "affinity"),
+    "control": ("data", "start", "affinity", "backbone"),
 }
 
 

@@ -51,8 +51,8 @@ def fails(result, *texts, code=2):
 @pytest.mark.parametrize(
     ("args", "texts"),
     [
-        (["--plugin", "../x"], ["no plugin '../x'; there are apg"]),
-        (["--no-plugin", "zset"], ["--no-plugin zset: no such plugin; there are apg"]),
+        (["--plugin", "../x"], ["no plugin '../x'; there are adaptive, apg"]),
+        (["--no-plugin", "zset"], ["--no-plugin zset: no such plugin; there are adaptive, apg"]),
         (["--plugin", "pag", "--set", "pag.sites=attn9"], ["'attn9' matches no", "it has: down"]),
         (["--plugin", "pag", "--set", "pag.sites=*.attn2"], ["cannot be perturbed", "those that"]),
         (["--segment", "red circle=0,0,1.5,1"], ["box 0,0,1.5,1", "0 <= left < right <= 1"]),

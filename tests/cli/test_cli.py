@@ -327,12 +327,12 @@ def test_ctrl_c_keeps_what_is_finished(model, tmp_path, monkeypatch):
 
 
 def test_ctrl_c_while_the_model_is_loaded(model, tmp_path, monkeypatch):
-    from guidekit.cli import plan
+    from guidekit.cli import models
 
     def load(*_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(plan, "load_model", load)
+    monkeypatch.setattr(models, "load_model", load)
     fails(stopped(model), "stopped", code=130)
     assert not (tmp_path / "o").exists()
 

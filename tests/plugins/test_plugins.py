@@ -79,7 +79,7 @@ def test_first_party(name, check):
 
 @pytest.mark.parametrize("check", TIERED)
 def test_the_template(check):
-    assert run_check(vignette(), check) is None
+    assert run_check(vignette(), check) in (None, NOT_ITS_KIND[1])
 
 
 @dataclass(kw_only=True)
@@ -294,7 +294,7 @@ def test_a_broken_guidance_is_caught(cls, check, says):
 
 @pytest.mark.parametrize("check", TIERED)
 def test_the_good_one_is_good(check):
-    assert run_check(Good, check) is None
+    assert run_check(Good, check) in (None, NOT_ITS_KIND[1])
 
 
 def test_the_engine_sees_what_a_hook_does():

@@ -49,7 +49,7 @@ def test_the_null_is_a_map_of_zeros_and_windows_see_their_part(pipe):
     assert not denoiser.text(["", ""], (16, 16), null=True).given[MAP].any()
     text = denoiser.text([own], (16, 16))
     assert torch.equal(text.given[MAP][0], own.one_hot())
-    window = denoiser.windowed(text, (4, 8, 8, 8)).given[MAP]
+    window = text.windowed((4, 8, 8, 8)).given[MAP]
     assert torch.equal(window[0], own.one_hot()[:, 4:12, 8:16])
     larger = LabelMap(own.ids.repeat_interleave(3, 0).repeat_interleave(3, 1), PARK)
     assert torch.equal(denoiser.text([larger], (16, 16)).given[MAP], text.given[MAP])

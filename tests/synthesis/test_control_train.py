@@ -1,0 +1,121 @@
+"""The task `control`: folds, the loss of a control that does nothing, what is exported."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+import guidekit
+import tiny
+from guidekit import Condition, Control, GuidekitError
+from guidekit.affinity.shots import read_shots
+from guidekit.backbones.control_images import control_pixels
+from guidekit.synthesis.control_train import (
+    ControlOptions,
+    ControlTask,
+    folded_control,
+    make,
+    new_control,
+    warn_of_reconstruction,
+)
+from guidekit.synthesis.data import ShotExamples, WorldExamples
+from guidekit.testing.conditioners import control_net, t2i_adapter
+from label_worlds import GARDEN, PARK, affinity, label_map, write_shots
+
+HAND = {"lawn": "grass", "pond": "rock"}
+FOUR = replace(PARK, classes=(*PARK.classes, "sand"))  # three channels are colours
+COLOURED = replace(FOUR, palette=((255, 0, 0), (0, 90, 200), (9, 200, 30), (200, 200, 0)))
+NETS = {"adapter": t2i_adapter, "controlnet": control_net}
+
+
+@pytest.fixture(scope="module")
+def pipe():
+    return tiny.sd_pipeline()
+
+
+@pytest.fixture(scope="module")
+def task(pipe, tmp_path_factory):
+    """A ControlNet task on shots at the tiny pipeline's size."""
+    shots = read_shots(write_shots(tmp_path_factory.mktemp("shots"), side=32))
+    options = ControlOptions(kind="controlnet", source="shots", embedding=(16, 32))
+    examples = ShotExamples(shots, GARDEN, 32, 1, flips=False)
+    return ControlTask(options, examples, pipe, new_control(options, pipe, 2))
+
+
+def answer(net, maps, pipe):
+    """Residuals of a control for maps (1, C, 32, 32), as one vector."""
+    if net.config.get("downscale_factor"):
+        return torch.cat([x.flatten() for x in net(maps)])
+    z = torch.randn(1, 4, 16, 16, generator=torch.Generator().manual_seed(1))
+    states = torch.zeros(1, 5, pipe.unet.config.cross_attention_dim)
+    downs, mid = net(z, 10, states, maps, return_dict=False)
+    return torch.cat([x.flatten() for x in (*downs, mid)])
+
+
+@pytest.mark.parametrize("kind", NETS)
+@pytest.mark.parametrize("source", [FOUR, COLOURED], ids=["one-hot", "coloured"])
+def test_a_folded_control_answers_as_to_the_remapped_map(kind, source, pipe):
+    channels = 3 if source.palette else len(source)
+    net, own = NETS[kind](pipe, channels=channels), affinity(HAND, source)
+    given = label_map(GARDEN, side=32)
+    shown = control_pixels(own.remap(given), channels, (32, 32))[None]
+    folded = folded_control(net, own).eval()
+    with torch.no_grad():
+        wanted, found = answer(net, shown, pipe), answer(folded, given.one_hot()[None], pipe)
+        other = answer(folded, given.one_hot().flip(0)[None], pipe)
+    assert (found - wanted).norm() < 1e-5 * wanted.norm() < (other - wanted).norm()
+
+
+def test_a_new_controlnet_has_the_backbones_own_loss(task, pipe):
+    batch = task.batch(range(4), torch.Generator().manual_seed(0))
+    assert batch["maps"].shape == (4, 2, 32, 32) and batch["z"].shape == (4, 4, 16, 16)
+    with torch.no_grad():
+        out = pipe.unet(batch["z"], batch["timestep"], batch["states"]).sample
+        assert task.net(**batch)["mse"] == F.mse_loss(out, batch["target"])
+    task.net(**batch)["mse"].backward()
+    assert all(p.grad is None for p in pipe.unet.parameters())
+    assert any(p.grad.abs().sum() > 0 for p in task.net.control.parameters() if p.grad is not None)
+    assert task.held_out() == task.held_out() > 0
+
+
+def test_an_exported_control_draws_from_a_map_and_names_its_classes(task, pipe, tmp_path):
+    task.export(tmp_path)
+    assert guidekit.load_label_set(tmp_path / "labels.json").classes == GARDEN.classes
+    own = Condition("a red circle", map=label_map(GARDEN, side=32))
+    done = guidekit.sample(pipe, [own], seeds=[0], steps=1, controls=[Control(str(tmp_path))])
+    assert done.finish().images.shape == (1, 3, 32, 32)
+
+
+def test_an_autoencoder_that_loses_the_images_is_said(recwarn):
+    pipe = guidekit.load("scenes", "cpu")
+    assert warn_of_reconstruction(pipe, WorldExamples("dense", 64).shown(4)[0]) > 28
+    assert not [w for w in recwarn if "autoencoder" in str(w.message)]
+    with pytest.warns(UserWarning, match="gives these images back with .* dB, so it cannot draw"):
+        assert warn_of_reconstruction(pipe, WorldExamples("prints", 64).shown(4)[0]) < 24
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"kind": "spade"}, "kind must be adapter or controlnet, not 'spade'"),
+        ({"start": "A"}, "start and affinity go together"),
+        ({"backbone": "scenes-ddpm"}, "is a DDPMPipeline; controls are trained for Stable"),
+    ],
+)
+def test_what_cannot_be_trained_is_said_in_one_line(options, words, tmp_path):
+    with pytest.raises(GuidekitError, match=words):
+        make(ControlOptions(**options), tmp_path, 32)
+
+
+def test_a_start_of_another_kind_or_label_set_is_refused(pipe, tmp_path):
+    t2i_adapter(pipe, channels=3).save_pretrained(tmp_path / "start")
+    affinity(HAND).save(tmp_path / "A")
+    shots = write_shots(tmp_path / "shots", side=32)
+    given = {"source": "shots", "data": str(shots), "affinity": str(tmp_path / "A")}
+    given["start"] = str(tmp_path / "start")
+    with pytest.raises(GuidekitError, match="of the kind adapter, not controlnet; set kind"):
+        make(ControlOptions(**given, kind="controlnet"), tmp_path, 32)
+    GARDEN.save(tmp_path / "start" / "labels.json")
+    with pytest.raises(GuidekitError, match="the model draws from 'garden' with 2 classes"):
+        make(ControlOptions(**given), tmp_path, 32)
