@@ -22,9 +22,7 @@ class Energy(LossGuidance):
 
     scale: float = 1.0  # factor on the energy; its gradient is that of log p(wanted | image)
 
-    usage: ClassVar[str] = (
-        "--model scenes-ddpm --set energy.measurement=scene-3 --set energy.scale=5"
-    )
+    usage: ClassVar[str] = "--model scenes-ddpm --set energy.measurement=scene-3"
 
     def energy(self, step: Step) -> Tensor:
         """The loss (B,)."""

@@ -21,7 +21,7 @@ class FlowChef(LossGuidance):
 
     plugin = "flowchef"
 
-    scale: float = 1.0  # size of a move
+    scale: float = 5.0  # size of a move
     stop: float = 0.9  # fraction of the steps at which it ends
 
     def edit_prediction(self, step: Step, out: Tensor) -> Tensor:

@@ -20,7 +20,7 @@ class Mpgd(LossGuidance):
 
     plugin = "mpgd"
 
-    scale: float = 1.0  # rho: x0 moves by rho / a times the gradient
+    scale: float = 5.0  # rho: x0 moves by rho / a times the gradient
 
     def edit_prediction(self, step: Step, out: Tensor) -> Tensor:
         """The output whose x0 has moved and whose noise has not."""

@@ -3,7 +3,8 @@
 Song, Vahdat, Mardani, Kautz: Pseudoinverse-Guided Diffusion Models for Inverse Problems, ICLR 2023.
 Section 3: p(x0 | z) is taken as N(x0 estimate, r^2) with r^2 = sigma^2 / (1 + sigma^2), so
 the score of y is J^T A^T (r^2 A A^T + noise^2)^-1 (y - A x0), J being the denoiser's Jacobian. That
-is exact where the images' own law is a Gaussian of variance 1, whatever its mean.
+is exact where the images' own law is a Gaussian of variance 1, whatever its mean. Algorithm 1
+weighs it by r^2, as is the default here.
 """
 
 from dataclasses import dataclass
@@ -23,7 +24,9 @@ class Pigdm(InverseGuidance):
 
     scale: float = 1.0  # factor on the score
     noise: float = 0.0  # standard deviation of the measurement's noise, images being in [-1, 1]
-    weight: Literal["score", "released"] = "score"  # released: z' + a a' r^2 score, as in the code
+    # paper: z' moves by a a' r^2 times the score; score: by what the score is worth to the solver,
+    # which leads to the posterior as steps become many, and is rough with few
+    weight: Literal["paper", "score"] = "paper"
 
     waived: ClassVar[dict[str, str]] = {
         "energy": "the vector before the Jacobian is held constant, by the paper"
@@ -42,7 +45,7 @@ class Pigdm(InverseGuidance):
         return -(vector.detach() * pixels).flatten(1).sum(1) / var
 
     def push(self, step: Step, grad: Tensor) -> Tensor:
-        """By the score, or by the released code's move of z."""
+        """By the score, or by the paper's move of z."""
         if self.weight == "score":
             return step.move.score(-self.scale * grad)
         amount = self.scale * step.level.a * step.next_level.a * _variance(step)

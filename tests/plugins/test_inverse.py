@@ -18,6 +18,7 @@ from guidekit_ddnm import Ddnm
 from guidekit_dps import Dps
 from guidekit_lgd import Lgd
 from guidekit_pigdm import Pigdm
+from guidekit_tfg import TrainingFree
 
 SCHEDULERS = [
     DDPMScheduler,
@@ -58,7 +59,9 @@ def unmeasured(latents):
 def test_pigdm_is_the_posterior(cls):
     """Prior N(m, 1): a mean over 16 pixels has variance 1/16, and y the same noise again."""
     # DDPM's own noise is that of small steps.
-    latents = drawn(Pigdm(noise=NOISE), cls, steps=120 if cls is DDPMScheduler else 40)
+    latents = drawn(
+        Pigdm(noise=NOISE, weight="score"), cls, steps=120 if cls is DDPMScheduler else 40
+    )
     mean, var = moments(latents)
     assert mean == pytest.approx(0.25, abs=0.02)
     assert var == pytest.approx(1 / 32, rel=0.2)
@@ -92,6 +95,18 @@ def test_ddnm_travels():
     pipe, condition = exact.pipeline(exact.Gaussian), Condition(targets={"ddnm": Y})
     run = Sampling(pipe, condition, [Ddnm(travel=2, times=2)], steps=4, seeds=[5])
     assert [(s.index, s.repeat) for s in run][:4] == [(0, 0), (1, 0), (0, 1), (1, 1)]
+
+
+@pytest.mark.parametrize("cls", [DDIMScheduler, EulerDiscreteScheduler])
+def test_tfgs_two_gradients_are_one_here(cls):
+    """The denoiser's Jacobian is a, in units of its input: rho through it does what mu does."""
+    given = {"cls": cls, "steps": 8, "images": 2}
+    through, beside = (
+        drawn(TrainingFree(rho=rho, mu=mu, inner=1, sigma=0.0), **given)
+        for rho, mu in ((0.3, 0.0), (0.0, 0.3))
+    )
+    torch.testing.assert_close(through, beside, rtol=1e-3, atol=1e-3)
+    assert not torch.allclose(through, drawn(None, **given), atol=0.05)
 
 
 def test_lgd_is_the_likelihood_of_a_gaussian():
@@ -142,12 +157,15 @@ def test_deepinvs_physics_are_operators():
     y = blur.A(exact.centres()[None] + 0.5)[0]
     solved = operator.solve(y[None], 0.3)
     torch.testing.assert_close(operator.forward(operator.adjoint(solved)) + 0.3 * solved, y[None])
-    found = drawn(Pigdm(noise=0.05, operator=blur), y=y, images=4, steps=20)
+    found = drawn(Pigdm(noise=0.05, weight="score", operator=blur), y=y, images=4, steps=20)
     apart = operator.forward(found) - y
     plain = operator.forward(drawn(None, images=4, steps=20)) - y
     assert apart.square().mean() < 0.2 * plain.square().mean()
     torch.testing.assert_close(
-        found, drawn(Pigdm(noise=0.05, operator=lambda size: blur), y=y, images=4, steps=20)
+        found,
+        drawn(
+            Pigdm(noise=0.05, weight="score", operator=lambda size: blur), y=y, images=4, steps=20
+        ),
     )
 
 
