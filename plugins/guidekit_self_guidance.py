@@ -43,7 +43,7 @@ class SelfGuidance(Guidance):
 
     plugin = "self-guidance"
 
-    scale: float = 100.0  # strength
+    scale: float = 30.0  # strength
     position: float = 1.0  # weight of the centroid, to that of the mask
     size: float = 1.0  # weight of the size, to that of the mask
     shape: float = 0.0  # weight of the shape, to that of the mask, or of the first of the group

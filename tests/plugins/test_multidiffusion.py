@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from diffusers import DDIMScheduler, EulerDiscreteScheduler
+from diffusers import DDIMScheduler, EulerDiscreteScheduler, StableDiffusionPanoramaPipeline
 
 import tiny
 from guidekit import Condition, Guidance, Sampling, Segment, box_mask
@@ -195,6 +195,24 @@ def test_a_panorama_is_the_papers_mean_over_windows(pipe):
         count[..., left : left + width] += 1
     torch.testing.assert_close(first.out, value / count, rtol=1e-4, atol=1e-4)
     assert sampling.images.shape == (1, 3, 32, 64)
+
+
+@pytest.mark.full
+def test_a_panorama_is_diffusers_pipeline(pipe):
+    parts = tiny.sd_pipeline().components | {"scheduler": DDIMScheduler(clip_sample=False)}
+    theirs = StableDiffusionPanoramaPipeline(**parts, requires_safety_checker=False)
+    theirs.set_progress_bar_config(disable=True)
+    noise = torch.randn(1, 4, 16, 72, generator=torch.Generator().manual_seed(0))
+    # Its windows have 64 latent pixels and eight pixels of the image for each, whatever the model.
+    size = {"height": 16 * 8, "width": 72 * 8}
+    given = {"num_inference_steps": 2, "guidance_scale": 5.0, "latents": noise}
+    expected = theirs("a red circle", **given, **size, output_type="latent").images
+    guidance = MultiDiffusion(window=64, stride=8, bootstrap=0.0)
+    options = {"steps": 2, "cfg": 5.0, "latents": noise, "height": 32, "width": 144}
+    ours = Sampling(
+        pipe, "a red circle", [guidance], scheduler=DDIMScheduler(clip_sample=False), **options
+    ).finish()
+    torch.testing.assert_close(ours.latents, expected, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("segments", [(), ONE.segments])

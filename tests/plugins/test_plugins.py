@@ -46,17 +46,23 @@ REFUSED = {"dit": "text", "sd3": "cross-attention"}
 # Models without text, and without classifier-free guidance at their own settings.
 WORDLESS = {"adaptive", "apg", "attend-and-excite", "cfg", "multidiffusion", "pww", "zest"}
 WORDLESS |= {"cfg-pp", "cfg-zero", "rectified-cfg-pp", "tcfg"}
-# `fk` does nothing in groups of one image, and with the models' own solvers, which add no noise.
+WORDLESS |= {"boxdiff", "layout-guidance", "regions", "self-guidance"}
+# `fk` and `stylealigned` do nothing in groups of one image; `fk` also with the models' own solvers,
+# which add no noise.
+ALONE = {"fk", "stylealigned"}
 REFUSED_BY = {
-    "scenes": {"fk"},
-    "scenes-ddpm": WORDLESS | {"fk", "semantica"},
-    "scenes-semantica": WORDLESS | {"fk", "ilvr"},  # its scheduler keeps samples
+    "scenes": ALONE,
+    "scenes-ddpm": WORDLESS | ALONE | {"semantica"},
+    "scenes-semantica": WORDLESS | ALONE | {"ilvr"},  # its scheduler keeps samples
 }
 
 
-# Of those on one base, `dps`, `mpgd`, `cfg-pp` and `reno` stand for the others in the tier `fast`.
+# Of those on one base, `dps`, `mpgd`, `cfg-pp` and `reno` stand for the others in the tier `fast`;
+# of the last two lines each has tests of its own that hold it to its paper.
 ALIKE = {"cfg-zero", "ddnm", "energy", "flowchef", "freedom", "lgd", "pigdm", "psld"}
 ALIKE |= {"rectified-cfg-pp", "search", "tcfg", "tfg", "ugd"}
+ALIKE |= {"boxdiff", "layout-guidance", "readout", "regions", "sag", "self-guidance"}
+ALIKE |= {"stylealigned", "tpg"}
 QUICK = ("constructs", "documented", "config", "scale_0", "acts")
 
 
