@@ -13,6 +13,7 @@ from guidekit.cli.terminal import say
 @click.command()
 @click.argument("shots", metavar="SHOTS", type=click.Path(path_type=Path))
 @click.option("--model", default="scenes-maps", show_default=True, help="A model of label maps.")
+@click.option("--control", help="Transfer this ControlNet or T2I-Adapter, beside --model.")
 @click.option(
     "--affinity",
     type=click.Path(path_type=Path),
@@ -35,7 +36,7 @@ from guidekit.cli.terminal import say
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 @traceback_option
 def transfer(out: Path, fast: bool, quiet: bool, as_json: bool, **options: Any) -> None:
-    """Make a model of label maps draw from those of a few labelled images.
+    """Make a model or control of label maps follow those of a few labelled images.
 
     SHOTS holds images/ and masks/ by stem and classes.json, their label set. OUT/recipe.toml says
     what is trained; a stopped training continues. With --steps 0 the affinity is folded into the
@@ -51,4 +52,6 @@ def transfer(out: Path, fast: bool, quiet: bool, as_json: bool, **options: Any) 
     if as_json:
         click.echo(json.dumps({"model": str(model)}))
     elif not quiet:
-        say(f"model    {model}\nnext     guidekit sample --model {model} --map MAP.png")
+        control = options["control"] is not None
+        words = f"{options['model']} --control {model}" if control else model
+        say(f"model    {model}\nnext     guidekit sample --model {words} --map MAP.png")

@@ -212,6 +212,17 @@ def warn_of_reconstruction(pipeline: StableDiffusionPipeline, pixels: Tensor) ->
     return level
 
 
+def load_backbone(name: str) -> StableDiffusionPipeline:
+    """The pipeline that a control is trained for. Raises GuidekitError for one of another kind."""
+    pipeline = load(name, str(processes().device), torch.float32)
+    if not isinstance(pipeline, StableDiffusionPipeline):
+        raise GuidekitError(
+            f"backbone {name} is a {type(pipeline).__name__}; controls are trained for Stable "
+            "Diffusion pipelines"
+        )
+    return pipeline
+
+
 def _start(options: ControlOptions, labels: LabelSet, folder: Path) -> Net:
     """The control that the options go on from, folded."""
     affinity = load_affinity(options.affinity)
@@ -229,12 +240,12 @@ def make(options: ControlOptions, folder: Path, size: int, quiet: bool = True) -
     """The task of a recipe's stage. Raises GuidekitError for a backbone of another kind."""
     given = (options.source, options.data, size, options.held_out, options.flips)
     examples = make_examples(*given)
-    pipeline = load(options.backbone, str(processes().device), torch.float32)
-    if not isinstance(pipeline, StableDiffusionPipeline):
+    if len(examples.labels) == 3:
         raise GuidekitError(
-            f"backbone {options.backbone} is a {type(pipeline).__name__}; controls are trained for "
-            "Stable Diffusion pipelines"
+            f"label set {examples.labels.name!r} has 3 classes, and a control of 3 channels reads "
+            "colours; add a class to it, or train a model of pixels (task maps)"
         )
+    pipeline = load_backbone(options.backbone)
     if options.start:
         control = _start(options, examples.labels, folder)
     else:

@@ -1,4 +1,4 @@
-"""Transfer of a model of label maps to other classes: a recipe that is written, and run.
+"""Transfer of a model or control of label maps to other classes: a recipe that is written and run.
 
 After Class Affinity Transfer (arXiv:2304.02321): the affinity is folded into the first layer, and
 all weights are trained on a few labelled images. Rate, length and choice of checkpoint are ours.
@@ -7,17 +7,22 @@ all weights are trained on a few labelled images. Rate, length and choice of che
 import json
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
+
+from diffusers import ControlNetModel
 
 from guidekit.affinity.matrix import VOTE
 from guidekit.affinity.shots import read_shots
+from guidekit.backbones.controls import load_control
 from guidekit.errors import GuidekitError
-from guidekit.synthesis.train import MapsOptions, load_start, make
+from guidekit.synthesis.control_train import load_backbone
+from guidekit.synthesis.train import load_start
 from guidekit.train.durable import put, put_text
-from guidekit.train.recipe import train
+from guidekit.train.recipe import task_kind, train
 from guidekit.untrusted import file_name
 from guidekit.zoo.shipped import ZOO
 
-RECIPE, STAGE = "recipe.toml", "maps"
+RECIPE = "recipe.toml"
 MOST_HELD_OUT = 5
 
 
@@ -27,8 +32,10 @@ class Transfer:
 
     #: Folder of labelled images: images/, masks/, classes.json.
     shots: Path
-    #: A model of label maps: a built-in, or a folder.
+    #: A model of label maps: a built-in, or a folder. With a control, the backbone beside it.
     model: str
+    #: Folder of a ControlNet or T2I-Adapter, which is transferred in place of the model.
+    control: str | None = None
     #: Folder of an affinity from its classes to the shots'; without one the filters are new.
     affinity: Path | None = None
     by: str = VOTE
@@ -41,34 +48,58 @@ class Transfer:
     lr: float = 3e-4
     seed: int = 0
 
-    def options(self) -> MapsOptions:
-        """The options of the stage, with paths that mean the same everywhere."""
+    @property
+    def task(self) -> str:
+        """The recipe's task, after which its stage is named."""
+        return "maps" if self.control is None else "control"
+
+    def table(self) -> dict[str, Any]:
+        """The options of the stage, with paths that mean the same everywhere.
+
+        Raises GuidekitError for what does not go with a control.
+        """
         count = self.held_out
         if count is None:
             count = min(MOST_HELD_OUT, len(read_shots(self.shots)) // 4)
-        there = not (ZOO / self.model).is_dir() and Path(self.model).is_dir()
-        return MapsOptions(
-            source="shots",
-            data=str(self.shots.resolve()),
-            start=str(Path(self.model).resolve()) if there else self.model,
-            affinity="" if self.affinity is None else str(self.affinity.resolve()),
-            by=self.by,
-            soft=self.soft,
-            held_out=count,
-            flips=True,
-        )
+        own = {
+            "source": "shots",
+            "data": str(self.shots.resolve()),
+            "start": _place(self.model if self.control is None else self.control),
+            "affinity": "" if self.affinity is None else str(self.affinity.resolve()),
+            "by": self.by,
+            "held_out": count,
+            "flips": True,
+        }
+        if self.control is None:
+            return own | {"soft": self.soft}
+        if self.affinity is None or self.soft:
+            raise GuidekitError("a control needs a hard affinity; give --affinity without --soft")
+        is_net = isinstance(load_control(self.control), ControlNetModel)
+        kind = "controlnet" if is_net else "adapter"
+        return own | {"kind": kind, "backbone": _place(self.model)}
+
+    def size(self) -> int:
+        """Side of the images. Raises GuidekitError for a model that is none of the kind."""
+        if self.control is None:
+            return load_start(self.model).unet.config.sample_size
+        pipeline = load_backbone(self.model)
+        return pipeline.unet.config.sample_size * pipeline.vae_scale_factor
 
     def recipe(self, name: str, size: int) -> str:
         """The recipe as TOML."""
-        own = self.options()
-        keys = ("source", "data", "start", "affinity", "by", "soft", "held_out", "flips")
-        rows = {key: getattr(own, key) for key in keys}
+        rows = self.table()
         rows |= {"steps": self.steps, "batch": self.batch, "lr": self.lr, "seed": self.seed}
         rows |= {"warmup": min(20, self.steps), "ema": 0.99}
         rows |= {"save_every": 50, "preview_every": 200}
         lines = [f"model = {_toml(name)}", f"size = {size}", "", "[[stage]]"]
-        lines += [f"task = {_toml(STAGE)}", *(f"{k} = {_toml(v)}" for k, v in rows.items())]
+        lines += [f"task = {_toml(self.task)}", *(f"{k} = {_toml(v)}" for k, v in rows.items())]
         return "\n".join(lines) + "\n"
+
+
+def _place(name: str) -> str:
+    """A folder by its whole path; names of built-ins and of the hub as they are."""
+    there = not (ZOO / name).is_dir() and Path(name).is_dir()
+    return str(Path(name).resolve()) if there else name
 
 
 def _toml(value: object) -> str:
@@ -83,9 +114,10 @@ def transfer(plan: Transfer, out: Path, quiet: bool = False, fast_dev_run: bool 
     written, for a model without label maps, an affinity of other label sets, and a folder that
     holds something else.
     """
-    name, home = file_name(out.name, "--out"), out / STAGE
-    size = load_start(plan.model).unet.config.sample_size
-    task = make(plan.options(), out, size)
+    name, home = file_name(out.name, "--out"), out / plan.task
+    kind, make = task_kind(plan.task)
+    options, size = kind(**plan.table()), plan.size()
+    task = make(options, out, size, quiet)
     text = plan.recipe(name, size)
     _check_free(out, text)
     out.mkdir(parents=True, exist_ok=True)

@@ -116,6 +116,9 @@ def test_a_start_of_another_kind_or_label_set_is_refused(pipe, tmp_path):
     given["start"] = str(tmp_path / "start")
     with pytest.raises(GuidekitError, match="of the kind adapter, not controlnet; set kind"):
         make(ControlOptions(**given, kind="controlnet"), tmp_path, 32)
+    three = write_shots(tmp_path / "three", PARK, side=32)
+    with pytest.raises(GuidekitError, match="has 3 classes, and a control of 3 channels reads col"):
+        make(ControlOptions(source="shots", data=str(three)), tmp_path, 32)
     GARDEN.save(tmp_path / "start" / "labels.json")
     with pytest.raises(GuidekitError, match="the model draws from 'garden' with 2 classes"):
         make(ControlOptions(**given), tmp_path, 32)

@@ -1,16 +1,20 @@
 """`guidekit transfer`: the recipe that it writes and runs, the model of no steps, refusals."""
 
 import json
+from dataclasses import replace
 
 import pytest
 from click.testing import CliRunner
 from PIL import Image
 
+import tiny
 from guidekit import LabelSet
+from guidekit.backbones.controls import load_control
 from guidekit.cli.main import main
 from guidekit.images import save_picture
 from guidekit.synthesis.pipeline import MapsPipeline
 from guidekit.synthesis.train import transferred
+from guidekit.testing.conditioners import t2i_adapter
 from guidekit.train.recipe import read_recipe
 from label_worlds import GARDEN, PARK, affinity, label_map, maps_pipeline, write_shots
 
@@ -67,6 +71,28 @@ def test_it_writes_a_recipe_runs_it_and_goes_on(there, tmp_path):
     assert other.exit_code == 2 and "holds another transfer; choose another --out" in other.output
 
 
+def test_a_control_is_transferred_beside_its_backbone(there, tmp_path):
+    """One in the colours of a palette, with the autoencoder's warning."""
+    pipe = tiny.sd_pipeline()
+    pipe.save_pretrained(tmp_path / "sd")
+    t2i_adapter(pipe).save_pretrained(tmp_path / "seg")
+    colours = ((9, 9, 9), (255, 0, 0), (0, 90, 0), (9, 0, 9))
+    park = replace(PARK, classes=(*PARK.classes, "sand"), palette=colours)
+    affinity(HAND, park).save(tmp_path / "A")
+    more = ("--control", tmp_path / "seg", "--model", tmp_path / "sd", "--affinity", tmp_path / "A")
+    with pytest.warns(UserWarning, match="autoencoder gives these images back"):
+        done = command(there, tmp_path / "mine", *more, "--steps", 1, "--batch", 2)
+    assert done.exit_code == 0, done.output
+    model = json.loads(done.stdout)["model"]
+    assert load_control(model).config.in_channels == 2
+    save_picture(label_map(GARDEN, side=32).indexed(), tmp_path / "map.png")
+    words = ["sample", "--model", tmp_path / "sd", "--prompt", "a red circle", "--steps", "1"]
+    words += ["--control", model, "--map", tmp_path / "map.png", "--seeds", "0"]
+    words += ["--out", tmp_path / "drawn"]
+    done = CliRunner().invoke(main, list(map(str, words)))
+    assert done.exit_code == 0, done.output
+
+
 @pytest.mark.parametrize(
     ("more", "words"),
     [
@@ -75,6 +101,7 @@ def test_it_writes_a_recipe_runs_it_and_goes_on(there, tmp_path):
         (("--affinity", "shots"), "affinity"),
         (("--held-out", 4), "4 of 4 shots held out leaves none to train on"),
         (("--affinity", "A", "--by", "dreams"), "no estimate 'dreams'"),
+        (("--control", "start"), "a control needs a hard affinity"),
     ],
 )
 def test_what_cannot_be_transferred_leaves_nothing_behind(more, words, there, tmp_path):
