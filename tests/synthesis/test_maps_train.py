@@ -131,3 +131,18 @@ def test_an_affinity_of_another_label_set_is_refused(start, shots, tmp_path):
         make(MapsOptions(**given, affinity=str(tmp_path / "A")), tmp_path, 16)
     with pytest.raises(GuidekitError, match="draws images of 16x16; give its recipe that size"):
         make(MapsOptions(**given), tmp_path, 32)
+
+
+def test_a_training_that_goes_on_keeps_the_same_weights(start, shots, tmp_path):
+    kept = []
+    for several in ((4,), (2, 4)):
+        folder = tmp_path / str(len(several))
+        for steps in several:
+            examples = ShotExamples(read_shots(shots), GARDEN, 16, 1, flips=True)
+            matrix = affinity(HAND).matrix()
+            begun = MapsPipeline.from_pretrained(start)
+            task = MapsTask(MapsOptions(source="shots"), examples, 16, begun, matrix)
+            own = {"steps": steps, "batch": 2, "lr": 1e-3, "warmup": 0, "decay": "constant"}
+            Loop(task, Options(**own, ema=0.5, save_every=1), folder, quiet=True).run()
+        kept.append((folder / "best.safetensors").read_bytes())
+    assert kept[0] == kept[1]
