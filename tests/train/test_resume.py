@@ -24,6 +24,8 @@ TINY = {
     "semantica": dict(pages=6, per_page=3, low=-2.0, high=2.0),
     "adapter": dict(pages=6, per_page=3, low=-2.0, high=2.0),
     "tags": dict(heads=2),
+    "maps": dict(channels=(16, 32), head=8, groups=8),
+    "control": dict(kind="controlnet", embedding=(16, 32)),
 }
 
 EARLIER = """
@@ -74,7 +76,7 @@ def loop_of(task, own, folder, earlier, model, encoder):
         own = own | {"base": str(earlier / "small-clip/model")}
     if task in ("semantica", "adapter", "tags"):
         own = own | {"encoder": str(encoder)}
-    if task == "adapter":
+    if task in ("adapter", "control"):
         own = own | {"backbone": str(model)}
     if task == "clip":
         own = own | {"text_heads": 2}
