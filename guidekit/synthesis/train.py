@@ -160,6 +160,11 @@ def load_start(name: str, folder: Path | None = None) -> MapsPipeline:
     """A model of label maps by the names that recipes use. Raises GuidekitError for others."""
     places = [] if folder is None else [folder / name]
     there = next((str(p) for p in [*places, ZOO / name] if p.is_dir()), name)
+    if there == name and not Path(name).is_dir() and (ZOO / f"{name}.toml").is_file():
+        raise GuidekitError(
+            f"the weights of {name} are not here; run guidekit train {name}, and give the folder "
+            "that it writes"
+        )
     found = load(there, "cpu", torch.float32)
     if not isinstance(found, MapsPipeline):
         raise GuidekitError(

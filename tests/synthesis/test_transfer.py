@@ -99,6 +99,7 @@ def test_a_control_is_transferred_beside_its_backbone(there, tmp_path):
         (("--affinity", "town"), "the shots are of 'garden' with 2 classes"),
         (("--model", "scenes-ddpm"), "scenes-ddpm is a DDPMPipeline, which reads no label maps"),
         (("--affinity", "shots"), "affinity"),
+        (("--model", "scenes-map-adapter"), "run guidekit train scenes-map-adapter, and give"),
         (("--held-out", 4), "4 of 4 shots held out leaves none to train on"),
         (("--affinity", "A", "--by", "dreams"), "no estimate 'dreams'"),
         (("--control", "start"), "a control needs a hard affinity"),
