@@ -133,6 +133,7 @@ def test_an_affinity_of_another_label_set_is_refused(start, shots, tmp_path):
         make(MapsOptions(**given), tmp_path, 32)
 
 
+@pytest.mark.full
 def test_a_training_that_goes_on_keeps_the_same_weights(start, shots, tmp_path):
     kept = []
     for several in ((4,), (2, 4)):

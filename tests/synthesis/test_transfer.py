@@ -71,6 +71,7 @@ def test_it_writes_a_recipe_runs_it_and_goes_on(there, tmp_path):
     assert other.exit_code == 2 and "holds another transfer; choose another --out" in other.output
 
 
+@pytest.mark.full
 def test_a_control_is_transferred_beside_its_backbone(there, tmp_path):
     """One in the colours of a palette, with the autoencoder's warning."""
     pipe = tiny.sd_pipeline()
@@ -98,7 +99,7 @@ def test_a_control_is_transferred_beside_its_backbone(there, tmp_path):
     [
         (("--affinity", "town"), "the shots are of 'garden' with 2 classes"),
         (("--model", "scenes-ddpm"), "scenes-ddpm is a DDPMPipeline, which reads no label maps"),
-        (("--affinity", "shots"), "affinity"),
+        (("--affinity", "shots"), "is no affinity (affinity.json"),
         (("--model", "scenes-map-adapter"), "run guidekit train scenes-map-adapter, and give"),
         (("--held-out", 4), "4 of 4 shots held out leaves none to train on"),
         (("--affinity", "A", "--by", "dreams"), "no estimate 'dreams'"),
