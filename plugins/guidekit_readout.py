@@ -33,13 +33,13 @@ class Readout(Guidance):
     scale: float = 100.0  # strength
     stop: float = 0.8  # fraction of the steps at which it ends
     head: Path | None = None  # folder that guidekit fit wrote; there is none to begin with
-    target: Path | None = None  # image or .npy of the wanted map, as those that the head learned
-    level: float | None = None  # one number for the whole map, in place of a file
+    target: Path | None = None  # image or .npy of the wanted map, as the head learned; or none
+    level: float | None = None  # a number for the whole map in place of a file, or none
 
     graph = "features"
     usage: ClassVar[str] = (
-        "--model scenes-ddpm --set readout.head=heads/depth --set readout.target=depth.png"
-        "  # after guidekit fit pairs/ --kind readout --model scenes-ddpm --out heads/depth"
+        "--model digits-ddpm --set readout.head=heads/map --set readout.level=0.5"
+        "  # after guidekit fit pairs/ --kind readout --model digits-ddpm --out heads/map"
     )
 
     def prepare(self, run: Run) -> None:

@@ -205,8 +205,8 @@ def _changed(settings: Any, knobs: list[Any], values: tuple[float, ...]) -> dict
 
 def _check(judges: list[Any], session: Any) -> None:
     """Raises GuidekitError, before anything is drawn, for a judge that would guide."""
-    from guidekit.cli.outputs import removed_if_empty
     from guidekit.evaluate.judges import guided_by
+    from guidekit.outputs import removed_if_empty
 
     tables = session.plan.settings.plugin
     for judge in judges:

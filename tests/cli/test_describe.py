@@ -6,11 +6,13 @@ import shlex
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import click
 import pytest
 import torch
 from click.testing import CliRunner
+from PIL import Image
 
 from guidekit.cli import doctor
 from guidekit.cli.describe import describe_plugin, plugin_text
@@ -107,8 +109,15 @@ def test_the_example_of_every_plugin_runs(name, model, tmp_path, monkeypatch):
 
 
 def prepare(words):
-    """Runs the command that an example comes after: `fit` with a few digits."""
-    digits.write_shots(words[1], 2)
+    """Runs the command that an example comes after: `fit` with a few digits, or a few pairs."""
+    if "readout" in words:
+        for part in ("images", "targets"):
+            (Path(words[1]) / part).mkdir(parents=True)
+            for i in range(4):
+                Image.new("L", (8, 8), 60 * i).save(Path(words[1]) / part / f"{i}.png")
+        words = [*words, "--iterations", "2"]
+    else:
+        digits.write_shots(words[1], 2)
     result = run(*words)
     assert result.exit_code == 0, result.stderr
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import tiny
-from guidekit import Condition, Sampling, Segment, box_mask
+from guidekit import Condition, Sampling, Segment, average_maps, box_mask
 from guidekit_self_guidance import SelfGuidance, centroid, soft_shape
 
 
@@ -28,15 +28,20 @@ def run(guidance, conditions, seeds, **options):
 
 def test_the_energy_is_the_distance_of_the_maps_from_the_mask():
     box = (0.5, 0.25, 1, 0.75)
-    sampling = run([SelfGuidance(size=0.0)], condition(box), [5])
+    sampling = run([SelfGuidance(size=0.0, stop=0.4)], condition(box), [5])
     step = next(iter(sampling))
     own = sampling.guidances[0]
-    maps = torch.stack(
-        [m[0, 0] for m in step.cond.attention(own._maps).values() if m.shape[-1] == 16]
-    )
+    maps = average_maps(step.cond.attention(own._maps))[0, 0]
+    places = [
+        (float(m), (x + 0.5) / 16, (y + 0.5) / 16)
+        for y, line in enumerate(maps)
+        for x, m in enumerate(line)
+    ]
+    mass = sum(m for m, _, _ in places)
+    centre = [sum(m * at[i] for m, *at in places) / mass for i in (0, 1)]
     (row,) = sampling.account.rows
-    assert 0 < row["energy"][0] < 0.25 + 0.25  # of a map that is nearly flat: x is 0.25 away
-    assert len(maps) and row["grad_norm"][0] > 0
+    wanted = (abs(centre[0] - 0.75) + abs(centre[1] - 0.5)) / 2  # from the middle of the box
+    assert row["energy"] == pytest.approx([wanted], rel=1e-4) and row["grad_norm"][0] > 0
 
 
 def test_the_first_of_a_group_is_drawn_as_it_is_without():
