@@ -75,8 +75,8 @@ class Search(Guidance):
 
     @classmethod
     def example(cls) -> "Search":
-        """Two candidates."""
-        return cls(candidates=2)
+        """Four candidates, by their brightness."""
+        return cls(reward="brightness")
 
 
 @hookimpl

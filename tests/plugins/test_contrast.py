@@ -1,5 +1,6 @@
 """Other ways of classifier-free guidance: their formulas on three schedulers, and their ends."""
 
+import functools
 from dataclasses import dataclass
 
 import pytest
@@ -19,8 +20,13 @@ RED = Condition("a red circle")
 SAME = Condition("a red circle", negative="a red circle")
 
 
+@functools.cache
+def pipeline(build):
+    return build().to(torch.float64)
+
+
 def sampling(case, *guidances, condition=RED, cfg=5.0, steps=3, **options):
-    pipe = CASES[case]().to(torch.float64)
+    pipe = pipeline(CASES[case])
     if case == "euler":
         options["scheduler"] = EulerDiscreteScheduler.from_config(pipe.scheduler.config)
     return Sampling(pipe, condition, guidances, seeds=[5], steps=steps, cfg=cfg, **options)
@@ -48,6 +54,7 @@ def test_cfg_pp_at_0_is_the_unconditional_run(case):
     torch.testing.assert_close(ours, plain, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("guidance", [CfgZero(zero=0.0), TangentialDamping(), RectifiedCfg()])
 @pytest.mark.parametrize("case", CASES)
 def test_equal_branches_are_the_conditional_run(case, guidance):

@@ -1,6 +1,7 @@
 """Gradients of losses: what a step does is what the papers' formulas say, on three schedulers."""
 
 import dataclasses
+import functools
 import json
 from dataclasses import dataclass
 
@@ -34,8 +35,13 @@ Y = torch.linspace(-1, 1, 192).view(3, 8, 8)
 CASES = {"ddim": tiny.sd_pipeline, "euler": tiny.sd_pipeline, "sd3": sd3_pipeline}
 
 
+@functools.cache
+def pipeline(build):
+    return build().to(torch.float64)
+
+
 def sampling(case, *guidances, steps=3, **options):
-    pipe = CASES[case]().to(torch.float64)
+    pipe = pipeline(CASES[case])
     if case == "euler":
         options["scheduler"] = EulerDiscreteScheduler.from_config(pipe.scheduler.config)
     targets = {g.name: Y for g in guidances if not isinstance(g, Recorded)}

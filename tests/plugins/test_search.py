@@ -12,18 +12,25 @@ from guidekit_search import Search
 RED = Condition("a red circle")
 
 
-def finished(*guidances, **options):
+@pytest.fixture(scope="module")
+def pipe():
+    return tiny.sd_pipeline()
+
+
+def finished(pipe, *guidances, **options):
     given = {"seeds": [5, 6], "steps": 2, "cfg": 5.0, **options}
-    return Sampling(tiny.sd_pipeline(), RED, guidances, **given).finish()
+    return Sampling(pipe, RED, guidances, **given).finish()
 
 
 @pytest.mark.parametrize("method", ["random", "zero-order"])
-@pytest.mark.parametrize("cls", [None, EulerDiscreteScheduler])
-def test_the_best_of_all_is_drawn(method, cls):
+@pytest.mark.parametrize(
+    "cls", [None, pytest.param(EulerDiscreteScheduler, marks=pytest.mark.full)]
+)
+def test_the_best_of_all_is_drawn(pipe, method, cls):
     """Steps are first-order and without noise, so rewards are those of the finished images."""
-    scheduler = cls and cls.from_config(tiny.sd_pipeline().scheduler.config)
+    scheduler = cls and cls.from_config(pipe.scheduler.config)
     guidance = Search(method=method, candidates=3, rounds=2)
-    run, plain = finished(guidance, scheduler=scheduler), finished(scheduler=scheduler)
+    run, plain = (finished(pipe, *g, scheduler=scheduler) for g in ((guidance,), ()))
     rewards = torch.tensor([row["reward"] for row in run.account.rows])
     assert len(rewards) == (4 if method == "random" else 7)
     pixels = run.denoiser.pixels(run.latents)
@@ -33,10 +40,10 @@ def test_the_best_of_all_is_drawn(method, cls):
     assert rewards.max(0).values.sum() > rewards[0].sum()
 
 
-def test_wrong_ones_are_refused():
+def test_wrong_ones_are_refused(pipe):
     with pytest.raises(ValueError, match="write MODULE:NAME, brightness, contrast"):
-        finished(Search(reward="beauty"))
+        finished(pipe, Search(reward="beauty"))
     with pytest.raises(ValueError, match="must give one finite number per image"):
-        finished(Search(reward=lambda images: images.mean()))
+        finished(pipe, Search(reward=lambda images: images.mean()))
     with pytest.raises(ValueError, match="candidates and rounds are at least 1"):
         Search(candidates=0)
