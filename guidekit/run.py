@@ -12,6 +12,7 @@ from guidekit.attention.choice import choose
 from guidekit.backbones.denoiser import Denoiser, Text
 from guidekit.backbones.records import layout_sites, site_grid
 from guidekit.backbones.sites import named_sites
+from guidekit.backbones.tokenizing import TOKENIZING
 from guidekit.backbones.tokens import looked_up
 from guidekit.branches import Branch
 from guidekit.conditions import Condition, stretched
@@ -179,7 +180,7 @@ class Run:
         key = (tuple(prompts), null)
         if key not in self._texts:
             words = [] if null else [p for p in looked_up(self.conditions) if p in prompts]
-            with self.denoiser.asserted(words):
+            with TOKENIZING, self.denoiser.asserted(words):
                 self._texts[key] = self.denoiser.text(prompts, self.size, null)
         return self._texts[key]
 

@@ -28,6 +28,7 @@ FULL = (
     "serve",
     "testing",
     "train",
+    "worlds/test_objects_train.py",
 )
 
 

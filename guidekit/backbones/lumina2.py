@@ -7,6 +7,7 @@ from guidekit.backbones.base import Text
 from guidekit.backbones.packed import rescaled, set_flow_timesteps
 from guidekit.backbones.text import TextDenoiser
 from guidekit.backbones.tokenizers import TemplateTokenizer
+from guidekit.backbones.tokenizing import tokenized
 
 
 class Lumina2(TextDenoiser, families=("lumina2",)):
@@ -39,7 +40,7 @@ class Lumina2(TextDenoiser, families=("lumina2",)):
     def text_lengths(self, prompts: list[str]) -> list[int]:
         """Number of tokens of each prompt with the system prompt; the padding is left out."""
         (tokenizer,) = self.tokenizers
-        return [len(tokenizer(prompt)["input_ids"]) for prompt in prompts]
+        return [len(tokenized(tokenizer, prompt)["input_ids"]) for prompt in prompts]
 
     def set_timesteps(
         self, scheduler, steps: int, shape: tuple[int, int, int], **own: list[float]

@@ -9,6 +9,7 @@ from guidekit.backbones.base import Text
 from guidekit.backbones.packed import PackedLatents, rescaled, set_flow_timesteps
 from guidekit.backbones.text import TextDenoiser
 from guidekit.backbones.tokenizers import TemplateTokenizer
+from guidekit.backbones.tokenizing import tokenized
 
 
 class PaddedText(Text):
@@ -57,7 +58,7 @@ class QwenImage(PackedLatents, TextDenoiser, families=("qwen",)):
     def text_lengths(self, prompts: list[str]) -> list[int]:
         """Number of tokens of the longest prompt, to which the pipeline pads the others."""
         (tokenizer,) = self.tokenizers
-        longest = max(len(tokenizer(prompt)["input_ids"]) for prompt in prompts)
+        longest = max(len(tokenized(tokenizer, prompt)["input_ids"]) for prompt in prompts)
         return [longest] * len(prompts)
 
     def set_timesteps(

@@ -9,6 +9,7 @@ import torch
 
 from guidekit.backbones.autoencoder import LatentDenoiser
 from guidekit.backbones.received import check_received, received
+from guidekit.backbones.tokenizing import tokenized
 from guidekit.conditions import Condition
 from guidekit.errors import GuidekitError
 
@@ -67,7 +68,7 @@ class TextDenoiser(LatentDenoiser):
         for name, found in rows.items():
             tokenizer = getattr(self.pipeline, name.replace("text_encoder", "tokenizer"))
             for prompt in prompts:
-                ids = tokenizer(self.read_text(prompt, tokenizer))["input_ids"]
+                ids = tokenized(tokenizer, self.read_text(prompt, tokenizer))["input_ids"]
                 check_received(ids, found, tokenizer, f"{name} of {type(self.pipeline).__name__}")
 
     def check_own_loop(self) -> None:
@@ -100,7 +101,7 @@ class TextDenoiser(LatentDenoiser):
             (self.negative_tokenizer, {c.negative for c in conditions}),
         ):
             for text in texts:
-                count = len(tokenizer(text)["input_ids"])
+                count = len(tokenized(tokenizer, text)["input_ids"])
                 if count > tokenizer.model_max_length:
                     raise GuidekitError(
                         f"the prompt has {count} tokens, the text encoder reads "

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from guidekit.backbones.phrases import key, occurrences, places
+from guidekit.backbones.tokenizing import tokenized
 from guidekit.conditions import Condition, Segment
 from guidekit.errors import GuidekitError
 
@@ -18,7 +19,7 @@ def token_columns(tokenizer, prompt: str, phrase: str, occurrence: int | None = 
     the tokenisation if the phrase does not occur, is cut off, or is unknown to the tokenizer.
     """
     spans = _chosen(places(prompt, phrase), phrase, occurrence)
-    encoded = tokenizer(prompt, return_offsets_mapping=True)
+    encoded = tokenized(tokenizer, prompt, return_offsets_mapping=True)
     length = tokenizer.model_max_length
     columns = [
         i
@@ -65,7 +66,7 @@ UNKNOWN = ("<unk>", "[UNK]", "\u2581")  # with the mark of a word's begin, which
 
 def show_tokens(tokenizer, prompt: str) -> str:
     """The prompt's tokens with their columns, for error messages."""
-    encoded = tokenizer(prompt, return_offsets_mapping=True)
+    encoded = tokenized(tokenizer, prompt, return_offsets_mapping=True)
     tokens = tokenizer.convert_ids_to_tokens(encoded["input_ids"])
     shown = []
     for i, (token, (start, end)) in enumerate(zip(tokens, encoded["offset_mapping"], strict=True)):

@@ -262,6 +262,7 @@ def pixels(path):
     return Image.open(path).tobytes()
 
 
+@pytest.mark.full
 def test_a_compiled_denoiser_is_in_the_record(model):
     """`--compile` with a backend; without one it is torch's own. The replay compiles again."""
     sample(model, "--compile", "eager", "--no-compare")

@@ -1,6 +1,7 @@
 """Runs beside each other: in threads, interleaved, given up; what belongs to which."""
 
 import gc
+import sys
 import threading
 import weakref
 
@@ -10,6 +11,7 @@ import torch
 import tiny
 from guidekit import Condition, Guidance, Sampling, Segment, attach, box_mask
 from guidekit.errors import GuidekitError
+from guidekit.toolbox import token_columns
 from guidekit_pww import PaintWithWords
 from guidekit_slg import SkipLayer
 from guidekit_zest import Zest
@@ -26,9 +28,35 @@ def pipe():
     return tiny.sd_pipeline()
 
 
+@pytest.fixture
+def switching():
+    """Threads take turns far more often than they would."""
+    before = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    yield
+    sys.setswitchinterval(before)
+
+
 def run(pipe, condition, guidances, seed, **options):
     given = {"steps": 5, "cfg": 5.0, "calls": SPLIT} | options
     return Sampling(pipe, condition, guidances, seeds=[seed], **given)
+
+
+def test_threads_that_read_by_one_tokenizer_do_not_meet(pipe, switching):
+    counts, ends = set(), threading.Event()
+
+    def look_up():
+        while not ends.is_set():
+            token_columns(pipe.tokenizer, ONE.prompt, "red circle")
+
+    thread = threading.Thread(target=look_up)
+    thread.start()
+    for _ in range(100):
+        text = run(pipe, ONE, [], 0).run.text([ONE.prompt, "a"])
+        counts.add(text.states.shape[1])
+    ends.set()
+    thread.join()
+    assert counts == {pipe.tokenizer.model_max_length}
 
 
 def wrapped(model):

@@ -484,6 +484,7 @@ def test_a_head_refuses_another_backbone_but_not_another_precision(denoiser, tmp
         load_head(folder, Denoiser(other))
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_a_fingerprint_sees_all_weights_and_no_rounding(dtype):
     pipe = ddpm_pipeline()

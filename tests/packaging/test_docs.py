@@ -182,6 +182,7 @@ def test_every_command_runs(page, tmp_path, monkeypatch):
         assert done.exit_code == 0, done.output
 
 
+@pytest.mark.full
 def test_generated_pages_are_fresh():
     command = [sys.executable, ROOT / "docs" / "generate.py", "--check"]
     done = subprocess.run(command, capture_output=True, text=True, check=False)

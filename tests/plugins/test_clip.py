@@ -310,6 +310,7 @@ def test_a_guidance_named_from_python_is_called_clip():
     assert Clip().name == "clip" and isinstance(replace(Clip(), scale=2.0), Guidance)
 
 
+@pytest.mark.full
 def test_the_built_in_encoder_draws_what_the_text_says():
     pipe = load("scenes-ddpm")
     options = {"seeds": range(8), "steps": 25, "scheduler": make_scheduler(pipe, "ddpm")}

@@ -57,12 +57,12 @@ REFUSED_BY = {
 }
 
 
-# Of those on one base, `dps`, `mpgd`, `cfg-pp` and `reno` stand for the others in the tier `fast`;
-# of the last two lines each has tests of its own that hold it to its paper.
+# Of those on one base, `dps`, `mpgd`, `cfg-pp` and `pag` stand for the others in the tier `fast`;
+# of the last lines each has tests of its own that hold it to its paper.
 ALIKE = {"cfg-zero", "ddnm", "energy", "flowchef", "freedom", "lgd", "pigdm", "psld"}
 ALIKE |= {"rectified-cfg-pp", "search", "tcfg", "tfg", "ugd"}
 ALIKE |= {"boxdiff", "layout-guidance", "readout", "regions", "sag", "self-guidance"}
-ALIKE |= {"stylealigned", "tpg"}
+ALIKE |= {"stylealigned", "tpg", "adaptive", "autoguidance", "fk", "red-diff", "reno", "seg", "slg"}
 QUICK = ("constructs", "documented", "config", "scale_0", "acts")
 
 

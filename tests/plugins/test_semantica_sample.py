@@ -182,6 +182,7 @@ def trained(tmp_path_factory):
     return root
 
 
+@pytest.mark.full
 def test_trained_adapter_is_used_by_the_plugin(trained):
     assert len((trained / "run/metrics.jsonl").read_text().splitlines()) == 4
     adapter = ImageAdapter.from_pretrained(trained / "model")

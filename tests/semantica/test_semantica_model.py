@@ -154,6 +154,7 @@ def test_checkpointing_changes_no_gradient():
     assert all(torch.equal(a, b) for a, b in zip(plain, gradients(), strict=True))
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_compiles_without_breaks(checkpointing):
     """Forward and backward, through convolutions and transformer blocks on both ways."""
