@@ -97,7 +97,7 @@ def test_a_scheduler_that_would_lose_it_is_refused(pipe, cls):
 class Calm(Guidance):
     """Descends on the size of features, image by image (2026)."""
 
-    scale: float = 2.0
+    scale: float = 0.5
     limit: int = 3
     until: tuple[float, ...] = (0.0,)
 
