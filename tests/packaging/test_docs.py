@@ -135,6 +135,7 @@ def test_the_readme_is_short():
 
 
 def python_blocks(path):
+    """What a reader can run as it stands; blocks of extras or of a reader's own files are `py`."""
     return re.findall(r"```python\n(.*?)```", path.read_text(), re.DOTALL)
 
 
