@@ -66,11 +66,18 @@ ALIKE |= {"stylealigned", "tpg", "adaptive", "autoguidance", "fk", "red-diff", "
 QUICK = ("constructs", "documented", "config", "scale_0", "acts")
 
 
+def _tier(name, check, family):
+    """Alike plugins on other families than Stable Diffusion: whether they act, and scale 0."""
+    if family == "sd":
+        return [] if name not in ALIKE or check in QUICK else pytest.mark.full
+    slow = name in ALIKE and not check.startswith(("acts", "scale_0"))
+    return pytest.mark.slow if slow else pytest.mark.full
+
+
 def _first_party():
     for name in GUIDANCES:
         for check, (_, family) in CHECKS.items():
-            fast = family == "sd" and (name not in ALIKE or check in QUICK)
-            yield pytest.param(name, check, marks=[] if fast else pytest.mark.full)
+            yield pytest.param(name, check, marks=_tier(name, check, family))
 
 
 @pytest.mark.parametrize("name, check", list(_first_party()))
