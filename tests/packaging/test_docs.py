@@ -168,7 +168,8 @@ def test_every_python_block_runs(page, tmp_path, monkeypatch):
 
 def runnable(page):
     """Commands that draw or tell with a built-in model: no file of the reader's."""
-    of_the_reader = re.compile(r"[A-Z]{4}|\.png|\.toml|layout\.json|shots|head|per_class|--count|--plan\b")
+    names = r"[A-Z]{4}|\.png|\.toml|layout\.json|shots|head|per_class"
+    of_the_reader = re.compile(rf"{names}|--count|--plan\b")
     found = [words for words in commands(page) if words[0] in ("sample", "plugins")]
     return [words for words in found if not of_the_reader.search(" ".join(words))]
 
