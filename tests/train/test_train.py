@@ -320,4 +320,4 @@ def test_every_stage_says_what_it_does_before_it_begins(recipe, tmp_path, capsys
     assert [line.partition(",")[0] for line in lines] == [
         f"vae      step {step} of 6" for step in range(1, 7)
     ]
-    assert all(" s left" in line and ", reconstruction " in line for line in lines)
+    assert all(" s left" in line and ", l1 " in line for line in lines)
