@@ -9,7 +9,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from guidekit.errors import GuidekitError, NonFiniteError
+from guidekit.errors import GuidekitError
+from guidekit.finite import finite_rows
 from guidekit.guidance import Guidance
 from guidekit.step import Step
 
@@ -79,13 +80,10 @@ def _gradient(
 
 def _finite(step: Step, guidance: Guidance, grad: Tensor) -> Tensor:
     """Which gradients are finite (B,); raises NonFiniteError where the run says so."""
-    finite = torch.isfinite(grad).flatten(1).all(1)
-    if not finite.all():
-        bad = [seed for seed, fine in zip(step.run.seeds, finite.tolist(), strict=True) if not fine]
-        text = f"gradient of {guidance.name} is not finite at step {step.index} for seeds {bad}"
-        if step.run.nonfinite == "raise":
-            raise NonFiniteError(
-                f"{text}; lower its scale, run in float32, or set nonfinite to 'zero' to skip"
-            )
-        step.run.account.note(f"{text}; those images were not moved at that step")
-    return finite
+    return finite_rows(
+        step,
+        grad,
+        f"gradient of {guidance.name} is not finite at step {step.index}",
+        "lower its scale, run in float32, or set nonfinite to 'zero' to skip",
+        "those images were not moved at that step",
+    )

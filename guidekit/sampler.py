@@ -41,6 +41,7 @@ from guidekit.start import Start, own_copy
 from guidekit.step import Step
 
 STEPS = 50  # where neither the user nor the model says
+Asked = Condition | str | int  # what says a condition: a text is a prompt, a number a class
 MOST = 1000  # times that one step may be done
 
 
@@ -70,7 +71,7 @@ class Sampling(Drawn):
     def __init__(
         self,
         denoiser: Denoiser | DiffusionPipeline | str,
-        conditions: Condition | str | int | Sequence[Condition | str | int],
+        conditions: Asked | Sequence[Asked],
         guidances: Guidance | str | Sequence[Guidance | str] = (),
         *,
         seeds: int | str | Iterable[int] = (0,),
@@ -96,35 +97,18 @@ class Sampling(Drawn):
     ):
         self._backend = as_backend(compile)
         denoiser = with_controls(as_denoiser(denoiser), controls)
-        own, guidances = (
-            tuned(denoiser.pipeline),
-            as_guidances(guidances, denoiser.pipeline),
-        )
+        asked = as_guidances(guidances, denoiser.pipeline)
         self.start = Start(timesteps, sigmas, latents, image, strength)
-        steps = self.start.count(steps)
-        steps = own.get("steps", STEPS) if steps is None else steps
-        cfg = own.get("cfg") if cfg is None else cfg
-        if embedded_cfg is not None:
-            denoiser = denoiser.with_embedded_cfg(embedded_cfg)
-        cfg = denoiser.cfg if cfg is None else cfg
-        self.denoiser, self.seeds = denoiser, list(Seeds(seeds))
-        asked = with_particles(as_conditions(conditions, len(self.seeds)), particles)
-        self.conditions = [denoiser.prepared(c) for c in asked]
-        check_numbers(steps, cfg=cfg, eta=eta, embedded_cfg=embedded_cfg or 0.0)
-        denoiser.check_own_loop()
-        denoiser.check_cfg(cfg)
-        denoiser.check(self.conditions)
-        scheduler = as_scheduler(scheduler, denoiser.pipeline)
-        check_scheduler(scheduler, denoiser.pipeline.scheduler, steps)
-        # Schedulers keep state from step to step; this run has its own, with the same tables.
-        scheduler = own_copy(scheduler)
-        shape = denoiser.latent_shape(height, width)
-        self.start.check(denoiser, shape, len(self.seeds))
-        first = self.start.lay_out(denoiser, scheduler, steps, shape)
+        self.denoiser, self.steps, cfg = _settled(denoiser, self.start, steps, cfg, embedded_cfg)
+        check_numbers(self.steps, cfg=cfg, eta=eta, embedded_cfg=embedded_cfg or 0.0)
+        self.seeds = list(Seeds(seeds))
+        self.conditions = self._prepared(conditions, particles, cfg)
+        shape = self.denoiser.latent_shape(height, width)
+        scheduler, first = self._laid_out(scheduler, shape)
         self.generators = [torch.Generator().manual_seed(seed) for seed in self.seeds]
         step_kwargs = step_arguments(scheduler, eta, self.generators)
         self.run = Run(
-            denoiser,
+            self.denoiser,
             self.conditions,
             self.seeds,
             shape,
@@ -137,15 +121,9 @@ class Sampling(Drawn):
             levels=Levels(scheduler, step_kwargs, first),
             calls=calls,
         )
-        # One of scale 0 may still reject finished images; it acts at no step.
-        used = [g for g in guidances if g.scale != 0 or g.rejects]
-        check_images(denoiser, self.conditions, guidances)
-        check_maps(denoiser, self.conditions)
-        check_targets(self.conditions, guidances)
-        with frozen(*denoiser.models):
-            self.engine = Engine(self.run, used)
+        self.engine = self._engine(asked)
         self.guidances = self.engine.guidances  # the run's own copies
-        self._drawn, self.steps = False, steps
+        self._drawn = False
         #: By the number of a solver's step: the scheduler before it, and how often it was done.
         self._before: dict[int, Any] = {}
         self._done: dict[int, int] = {}
@@ -153,6 +131,39 @@ class Sampling(Drawn):
         #: Which ones the pipeline's safety checker blackened; None without one.
         self.black: list[bool] | None = None
         self.latents: Tensor | None = None  # (B, C, h, w), the last z
+
+    def _prepared(
+        self, conditions: Asked | Sequence[Asked], particles: int, cfg: float
+    ) -> list[Condition]:
+        """A condition for every image, in groups, as the denoiser takes them."""
+        asked = with_particles(as_conditions(conditions, len(self.seeds)), particles)
+        prepared = [self.denoiser.prepared(condition) for condition in asked]
+        self.denoiser.check_own_loop()
+        self.denoiser.check_cfg(cfg)
+        self.denoiser.check(prepared)
+        return prepared
+
+    def _laid_out(self, scheduler: Any, shape: tuple[int, int, int]) -> tuple[Any, int]:
+        """A scheduler with the steps of this run, and the index of its first timestep.
+
+        Schedulers keep state from step to step; this run has its own, with the same tables.
+        """
+        pipeline = self.denoiser.pipeline
+        scheduler = as_scheduler(scheduler, pipeline)
+        check_scheduler(scheduler, pipeline.scheduler, self.steps)
+        own = own_copy(scheduler)
+        self.start.check(self.denoiser, shape, len(self.seeds))
+        return own, self.start.lay_out(self.denoiser, own, self.steps, shape)
+
+    def _engine(self, guidances: Sequence[Guidance]) -> Engine:
+        """The engine with copies of the guidances that have something to do."""
+        check_images(self.denoiser, self.conditions, guidances)
+        check_maps(self.denoiser, self.conditions)
+        check_targets(self.conditions, guidances)
+        # One of scale 0 may still reject finished images; it acts at no step.
+        used = [g for g in guidances if g.scale != 0 or g.rejects]
+        with frozen(*self.denoiser.models):
+            return Engine(self.run, used)
 
     @property
     def account(self) -> Account:
@@ -312,6 +323,22 @@ class Sampling(Drawn):
         shape, repeat = self.run.latent_shape, self._done[first]
         fresh = self.run.noise(shape, calls[0], repeat, "recurrence")
         return gain * z + std * fresh.to(z.dtype)
+
+
+def _settled(
+    denoiser: Denoiser,
+    start: Start,
+    steps: int | None,
+    cfg: float | None,
+    embedded_cfg: float | None,
+) -> tuple[Denoiser, int, float]:
+    """The denoiser, steps and guidance scale: given, tuned for the model, or the family's own."""
+    own, steps = tuned(denoiser.pipeline), start.count(steps)
+    if embedded_cfg is not None:
+        denoiser = denoiser.with_embedded_cfg(embedded_cfg)
+    steps = own.get("steps", STEPS) if steps is None else steps
+    cfg = own.get("cfg") if cfg is None else cfg
+    return denoiser, steps, denoiser.cfg if cfg is None else cfg
 
 
 def sample(

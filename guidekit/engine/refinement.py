@@ -8,7 +8,8 @@ from torch import Tensor
 
 from guidekit.engine.calls import own_branches
 from guidekit.engine.hooks import Hooks
-from guidekit.errors import GuidekitError, NonFiniteError
+from guidekit.errors import GuidekitError
+from guidekit.finite import finite_rows
 from guidekit.guidance import Guidance
 from guidekit.noise import wide
 from guidekit.step import Step
@@ -47,16 +48,14 @@ def _one(hooks: Hooks, guidance: Guidance, z: Tensor) -> Tensor:
             "own shape"
         )
     found = found.detach().to(z.dtype)
-    finite = torch.isfinite(found).flatten(1).all(1)
-    if not finite.all():
-        bad = [seed for seed, fine in zip(step.run.seeds, finite.tolist(), strict=True) if not fine]
-        text = f"{guidance.name} refines z at step {step.index} to NaN or infinity for seeds {bad}"
-        if step.run.nonfinite == "raise":
-            raise NonFiniteError(
-                f"{text}; lower its scale, or set nonfinite to 'zero' to leave them as they were"
-            )
-        step.run.account.note(f"{text}; they were left as they were at that step")
-        found = torch.where(finite[:, None, None, None], found, z)
+    finite = finite_rows(
+        step,
+        found,
+        f"{guidance.name} refines z at step {step.index} to NaN or infinity",
+        "lower its scale, or set nonfinite to 'zero' to leave them as they were",
+        "they were left as they were at that step",
+    )
+    found = torch.where(finite[:, None, None, None], found, z)
     if not torch.equal(found, z):
         hooks.changed(guidance.name)
     return found

@@ -1,6 +1,5 @@
 """results.json and results.md: rows, what measured them, and everything that they depend on."""
 
-import importlib.metadata
 import json
 import platform
 import resource
@@ -8,6 +7,8 @@ import sys
 import time
 from pathlib import Path
 from typing import Any
+
+from guidekit.outputs import versions
 
 PACKAGES = ("guidekit", "torch", "transformers", "open_clip_torch", "torch-fidelity", "numpy")
 FORMAT = 1
@@ -33,7 +34,7 @@ class Results:
             "notes": self.notes,
             "seconds": round(time.monotonic() - self._started, 3),
             "peak MiB": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024, 1),
-            "versions": _versions() | {"python": platform.python_version()},
+            "versions": versions(PACKAGES) | {"python": platform.python_version()},
         }
 
     def markdown(self) -> str:
@@ -60,13 +61,3 @@ def _cell(row: dict[str, Any], name: str) -> str:
         return str(value)
     bounds = row.get(f"{name} 95%")
     return f"{value:.3f}" + ("" if bounds is None else f" [{bounds[0]:.3f}, {bounds[1]:.3f}]")
-
-
-def _versions() -> dict[str, str]:
-    found = {}
-    for name in PACKAGES:
-        try:
-            found[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    return found

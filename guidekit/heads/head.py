@@ -5,15 +5,12 @@ which backbone they came from; loading it with another backbone is refused, sinc
 training and test features differ is worthless without any sign of it.
 """
 
-import dataclasses
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from guidekit.backbones.denoiser import Denoiser
@@ -27,12 +24,12 @@ from guidekit.heads.features import (
     observe,
     pooled,
 )
+from guidekit.heads.files import CONFIG, WEIGHTS, write_head
 from guidekit.heads.fingerprint import fingerprint, same_backbone
 from guidekit.taps import find_sites
 from guidekit.untrusted import MOST_LAYERS, read_fields, read_object, read_weights
 
 FORMAT = 2
-WEIGHTS, CONFIG = "head.safetensors", "head.json"
 RANDOM = "random"  # the name of a head that nobody fitted
 
 
@@ -170,13 +167,7 @@ class Head(nn.Module):
 
     def save(self, folder: str | Path) -> Path:
         """Writes head.safetensors and head.json into a new folder."""
-        folder = Path(folder)
-        folder.mkdir(parents=True, exist_ok=True)
-        weights = {k: v.detach().cpu().contiguous() for k, v in self.state_dict().items()}
-        save_file(weights, folder / WEIGHTS)
-        table = {"format": FORMAT, **dataclasses.asdict(self.config)}
-        (folder / CONFIG).write_text(json.dumps(table, indent=1) + "\n", encoding="utf-8")
-        return folder
+        return write_head(folder, self, self.config, FORMAT)
 
 
 def load_head(folder: str | Path, denoiser: Denoiser | None = None) -> Head:

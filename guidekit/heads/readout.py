@@ -6,26 +6,23 @@ mixed by learned weights (as in Diffusion Hyperfeatures, Luo et al. 2023, arXiv:
 timestep is told, and a few convolutions read the target out.
 """
 
-import dataclasses
-import json
 import math
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from guidekit.backbones.denoiser import Denoiser
 from guidekit.errors import GuidekitError
 from guidekit.heads.features import Maps, read_features, resolve_sites
+from guidekit.heads.files import CONFIG, WEIGHTS, write_head
 from guidekit.heads.fingerprint import fingerprint, same_backbone
 from guidekit.untrusted import MOST_LAYERS, read_fields, read_object, read_weights
 
 FORMAT = 1
 KIND = "readout"
-WEIGHTS, CONFIG = "head.safetensors", "head.json"
 WIDTH = 64
 
 
@@ -92,13 +89,7 @@ class ReadoutHead(nn.Module):
 
     def save(self, folder: str | Path) -> Path:
         """Writes head.safetensors and head.json into a new folder."""
-        folder = Path(folder)
-        folder.mkdir(parents=True, exist_ok=True)
-        weights = {k: v.detach().cpu().contiguous() for k, v in self.state_dict().items()}
-        save_file(weights, folder / WEIGHTS)
-        table = {"format": FORMAT, **dataclasses.asdict(self.config)}
-        (folder / CONFIG).write_text(json.dumps(table, indent=1) + "\n", encoding="utf-8")
-        return folder
+        return write_head(folder, self, self.config, FORMAT)
 
 
 def _waves(timestep: float | Tensor, width: int, like: Tensor) -> Tensor:
