@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from guidekit.errors import GuidekitError
@@ -56,3 +57,10 @@ def combination(branches: list[Branch], outs: dict[str, Tensor]) -> Tensor:
         if branch.weight is not None:
             combined = combined + branch.weight * (outs[branch.name] - base)
     return combined
+
+
+def windowed(x: Tensor, top: int, left: int, height: int, width: int) -> Tensor:
+    """The window of x (..., H, W); one that goes past the right edge goes on at the left."""
+    over = left + width - x.shape[-1]
+    x = torch.cat([x, x[..., :over]], -1) if over > 0 else x
+    return x[..., top : top + height, left : left + width]

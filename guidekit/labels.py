@@ -6,6 +6,7 @@ neighbour, because every other way makes pixels of third classes at the edges.
 """
 
 import json
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -54,8 +55,14 @@ class LabelSet:
         where = f"label set {self.name!r}"
         if not 1 <= len(self.classes) <= MOST_CLASSES:
             raise GuidekitError(f"{where} has {len(self.classes)} classes; 1 to {MOST_CLASSES} go")
-        if twice := sorted({c for c in self.classes if self.classes.count(c) > 1}):
+        if twice := sorted(c for c, times in Counter(self.classes).items() if times > 1):
             raise GuidekitError(f"{where} names {', '.join(twice[:LISTED])} twice; name each once")
+        numbers = range(self.first, self.first + len(self.classes))
+        if clash := [number for number in self.void if number in numbers]:
+            raise GuidekitError(
+                f"{where}: {clash[0]} is a class and void; give `void` numbers outside of "
+                f"{numbers.start} to {numbers.stop - 1}, or none: []"
+            )
         if self.palette and len(self.palette) != len(self.classes):
             raise GuidekitError(
                 f"{where} has {len(self.palette)} colours for {len(self.classes)} classes; give "
@@ -288,7 +295,8 @@ def as_label_map(image: Image.Image, labels: LabelSet) -> LabelMap:
     numbers = class_values(image)
     if labels.palette and not is_deep(image) and image.mode not in ("L", "1"):
         ids, unknown = _by_colour(np.asarray(as_rgb(image)), labels)
-        if not unknown:
+        # An indexed map of classes alone may have the colour of void for one of them.
+        if not unknown and (numbers is None or (ids != VOID).any()):
             return LabelMap(torch.from_numpy(ids), labels)
         if numbers is None:
             raise GuidekitError(

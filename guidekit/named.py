@@ -26,6 +26,7 @@ def named(given: object, where: str, known: Mapping[str, Any] | None = None) -> 
         if not colon:
             raise ImportError(name)
         return functools.reduce(getattr, name.split("."), importlib.import_module(module))
-    except (ImportError, AttributeError, ValueError):
+    except (ImportError, AttributeError, ValueError) as error:
         there = "".join(f", {name}" for name in known)
-        raise GuidekitError(f"{where} {given!r}: write MODULE:NAME{there}") from None
+        why = f" ({type(error).__name__}: {error})" if colon else ""
+        raise GuidekitError(f"{where} {given!r}: write MODULE:NAME{there}{why}") from None

@@ -79,6 +79,11 @@ class Run:
         self._lengths: dict[tuple[str | int, ...], list[int]] = {}
 
     @property
+    def first_std(self) -> float:
+        """What noise of variance 1 is multiplied by in `first`."""
+        return float(getattr(self.scheduler, "init_noise_sigma", 1.0))
+
+    @property
     def grid(self) -> tuple[int, int]:
         """Height and width of the latents."""
         return self.latent_shape[1:]

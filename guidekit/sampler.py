@@ -281,7 +281,7 @@ class Sampling(Drawn):
                 step = self.engine.predict(z, timesteps[index], index, n, repeat)
                 if index == calls[0] and done == 0:
                     times = self._times(step)
-                z = self.engine.resample(step, self._scheduler_step(step))
+                z = self.engine.resample(step, self._scheduler_step(step), self._before.values())
                 z = self.engine.edit_sample(step, z)
                 if done + 1 == times:
                     yield step, z

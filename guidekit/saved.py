@@ -16,6 +16,7 @@ from guidekit.errors import GuidekitError
 from guidekit.images import enlarge, heat_map, overlay, save_picture, to_image
 from guidekit.options import stated
 from guidekit.run import Run
+from guidekit.start import Start
 from guidekit.untrusted import printable
 from guidekit.zoo.shipped import ZOO
 
@@ -32,6 +33,8 @@ class Drawn:
     images: Tensor | None
     #: Number of denoising steps.
     steps: int
+    #: How the steps were laid out, and the first z.
+    start: Start
 
     @property
     def pil(self) -> list[Image.Image]:
@@ -45,7 +48,7 @@ class Drawn:
         as a live scheduler or several conditions, is noted in run.json, which cannot repeat it.
         Raises GuidekitError before the images are drawn, and for a folder that cannot be made.
         """
-        return save_run(self.run, self._finished(), Path(folder), self.steps)
+        return save_run(self.run, self._finished(), Path(folder), self.steps, self.start)
 
     def _repr_html_(self) -> str:
         """What a notebook shows: every image with its masks and attention maps."""
@@ -57,7 +60,7 @@ class Drawn:
         return self.images
 
 
-def save_run(run: Run, images: Tensor, folder: Path, steps: int) -> Path:
+def save_run(run: Run, images: Tensor, folder: Path, steps: int, start: Start) -> Path:
     """Writes images (B, 3, H, W) in [0, 1], masks, maps and run.json into a new folder."""
     folder = outputs.new_folder(folder, "run")
     with outputs.removed_if_empty(folder):
@@ -71,7 +74,7 @@ def save_run(run: Run, images: Tensor, folder: Path, steps: int) -> Path:
                 save_picture(overlay(image, masks), folder / "overlay" / f"{seed}.png")
             for part, shown in enumerate(_maps(run, index)):
                 save_picture(shown, folder / "attention" / f"{seed}-{part}.png")
-        outputs.write_record(_tables(run, run.conditions[0], steps) | _record(run), folder)
+        outputs.write_record(_tables(run, run.conditions[0], steps) | _record(run, start), folder)
         (folder / outputs.CLAIM).unlink(missing_ok=True)
     return folder
 
@@ -111,7 +114,19 @@ def _scheduler(run: Run) -> str | None:
     return None if name == own else names.get(name)
 
 
-def _record(run: Run) -> dict[str, Any]:
+def _unsaid(run: Run, start: Start) -> list[str]:
+    """What decided the images and is not among the settings, in words."""
+    unsaid = {
+        "controls": run.controls is not None,
+        "the image to follow": any(c.image is not None for c in run.conditions),
+        "the label map": any(c.map is not None for c in run.conditions),
+    }
+    names = [name for name, there in unsaid.items() if there]
+    names += [name for name, value in vars(start).items() if value is not None]
+    return [f"{name} of the run: not written here, so the settings draw others" for name in names]
+
+
+def _record(run: Run, start: Start) -> dict[str, Any]:
     """What came of the run, and what its settings cannot repeat."""
     account, notes = run.account, list(run.account.notes)
     alone = len(run.groups) == len(run.seeds)  # particles have copies of one
@@ -119,6 +134,7 @@ def _record(run: Run) -> dict[str, Any]:
         notes.append("the images had conditions of their own; the settings are those of the first")
     if dict(run.scheduler.config) != dict(run.denoiser.pipeline.scheduler.config):
         notes.append("the scheduler had settings of its own, which are not written here")
+    notes += _unsaid(run, start)
     record = {
         "status": "finished",
         "versions": outputs.versions(),

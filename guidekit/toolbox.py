@@ -31,6 +31,7 @@ _HOME = {
     "LossGuidance": "inverse",
     "REWARDS": "rewards",
     "Reward": "rewards",
+    "rewarded": "rewards",
     "TokenMaps": "token_reads",
     "as_mask": "masks",
     "as_operator": "operators",

@@ -82,7 +82,7 @@ class AttendAndExcite(Guidance):
         amount = self.scale * math.sqrt(share) * step.level.norm**2
         limit, until = 1, -math.inf
         for fraction, attention in zip(self.at, self.until, strict=True):
-            if step.index == round(fraction * step.n):
+            if round(fraction * step.n) in step.run.levels.step(step.index):
                 limit, until = self.limit + 1, 1 - attention
         loss = functools.partial(self._loss, step)
         return descend(step, self, z, loss, amount, limit, until, after=1)

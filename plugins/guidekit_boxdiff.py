@@ -81,7 +81,7 @@ class BoxDiff(Guidance):
         ratio = 1 + (self.decay - 1) * step.index / max(step.n - 1, 1)
         amount = self.scale * math.sqrt(ratio) * step.level.norm**2  # in units of the model's input
         for fraction, attention in zip(self.at, self.until, strict=True):
-            if step.index == round(fraction * step.n):
+            if round(fraction * step.n) in step.run.levels.step(step.index):
                 inside = functools.partial(self._energy, step, whole=False)
                 enough = (1 - attention) * self._pairs.sum((1, 2))
                 z = descend(step, self, z, inside, amount, self.limit, enough)

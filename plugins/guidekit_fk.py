@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from guidekit import Guidance, GuidekitError, Run, Step, hookimpl
-from guidekit.toolbox import REWARDS, ImportPath, Reward, derived_seed, named, systematic
+from guidekit.toolbox import REWARDS, ImportPath, Reward, derived_seed, named, rewarded, systematic
 
 
 @dataclass(kw_only=True)
@@ -84,13 +84,7 @@ class FeynmanKac(Guidance):
     def _rewards(self, step: Step, z: Tensor, last: bool) -> Tensor:
         """Rewards (B,) of the clean estimates, at the end of the images themselves."""
         x0 = z if last else step.level.x0(step.prediction, step.z)
-        reward = self._reward(step.decode(x0)).double()
-        if reward.shape != (len(z),) or not torch.isfinite(reward).all():
-            raise GuidekitError(
-                f"the reward of {self.name} gives {reward.tolist()}; it must give one finite "
-                f"number per image, ({len(z)},)"
-            )
-        return reward
+        return rewarded(self._reward, step.decode(x0), self.name).double()
 
     def _potential(self, reward: Tensor, last: bool) -> Tensor:
         """The logarithm of a step's potential (B,): all of a run make scale * its last reward."""
@@ -110,8 +104,6 @@ class FeynmanKac(Guidance):
     def _move(self, rows: Tensor) -> None:
         """What is kept of a particle goes with it; its weight was spent on being chosen."""
         self._spent, self._seen = self._spent[rows], self._seen[rows]
-        moved = rows != torch.arange(len(rows), device=rows.device)
-        self._weight = torch.where(moved, torch.zeros_like(self._weight), self._weight)
 
     @classmethod
     def example(cls) -> "FeynmanKac":

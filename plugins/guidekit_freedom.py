@@ -47,7 +47,8 @@ class FreeDom(LossGuidance):
         weight = next((b.weight for b in step.branches if b.name == "cond"), None)
         if weight is None or "null" not in step.evals:
             return step.level.a
-        contrast = step.cond.out.detach() - step.evals["null"].out.detach()
+        _, eps_per_out = step.level.eps_weights()
+        contrast = eps_per_out * (step.cond.out - step.evals["null"].out).detach()
         sizes = [x.float().flatten(1).norm(dim=1) for x in (contrast, grad)]
         return (weight * sizes[0] / sizes[1].clamp(min=1e-12))[:, None, None, None]
 

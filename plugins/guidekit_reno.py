@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from guidekit import Guidance, GuidekitError, Run, hookimpl
-from guidekit.toolbox import REWARDS, ImportPath, Reward, named
+from guidekit.toolbox import REWARDS, ImportPath, Reward, named, rewarded
 
 
 @dataclass(kw_only=True)
@@ -44,14 +44,15 @@ class Reno(Guidance):
         if not self.iterations:
             return None
         reward = named(self.reward, f"the reward of {self.name}", REWARDS)
-        unit = run.levels.at(0).norm if run.levels.at(0).kind == "ve" else 1.0
+        unit = run.first_std
         noise = run.first.detach().float() / unit
         speed = torch.zeros_like(noise)
         best, most = noise, torch.full((len(noise),), -math.inf, device=noise.device)
         for step in range(self.iterations + 1):
             noise = noise.detach().requires_grad_()
             with torch.enable_grad():
-                found = reward(run.denoiser.pixels(run.rollout(noise * unit)))
+                images = run.denoiser.pixels(run.rollout(noise * unit))
+                found = rewarded(reward, images, self.name)
                 loss = self.prior * _surprise(noise) - self.scale * found
                 (grad,) = torch.autograd.grad(loss.sum(), noise)
             better = (found > most).detach()

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from guidekit import Guidance, GuidekitError, Run, hookimpl
-from guidekit.toolbox import REWARDS, ImportPath, Reward, named
+from guidekit.toolbox import REWARDS, ImportPath, Reward, named, rewarded
 
 
 @dataclass(kw_only=True)
@@ -39,8 +39,7 @@ class Search(Guidance):
 
     def begin(self, run: Run) -> Tensor:
         """The first z (B, C, h, w) of the best noise."""
-        level = run.levels.at(0)
-        unit = level.norm if level.kind == "ve" else 1.0
+        unit = run.first_std
         best = run.first.detach().float() / unit
         most = self._rewarded(run, best * unit, 0)
         for turn in range(self.rounds if self.method == "zero-order" else 1):
@@ -64,12 +63,7 @@ class Search(Guidance):
         """Rewards (B,) of the images that a first z leads to."""
         reward = named(self.reward, f"{self.name}.reward", REWARDS)
         with torch.no_grad():
-            found = reward(run.denoiser.pixels(run.rollout(z)))
-        if found.shape != (len(z),) or not torch.isfinite(found).all():
-            raise GuidekitError(
-                f"the reward of {self.name} gives {found.tolist()}; it must give one finite number "
-                f"per image, ({len(z)},)"
-            )
+            found = rewarded(reward, run.denoiser.pixels(run.rollout(z)), self.name)
         run.account.reward(self.name, 0, number, found)
         return found
 

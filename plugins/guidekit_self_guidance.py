@@ -104,7 +104,8 @@ class SelfGuidance(Guidance):
         (features,) = step.cond.features(self._look).values()
         features = features.to(shapes.dtype)
         under = F.interpolate(shapes, features.shape[-2:], mode="bilinear")
-        look = torch.einsum("bshw,bchw->bsc", under, features) / under.sum((2, 3))[..., None]
+        size = under.sum((2, 3)).clamp(min=torch.finfo(under.dtype).tiny)  # 0: no such segment
+        look = torch.einsum("bshw,bchw->bsc", under, features) / size[..., None]
         apart = (look - look.detach()[self._first]).abs().mean(-1)
         return apart * self._takes.to(apart)[:, None]
 

@@ -170,6 +170,17 @@ class Affinity:
         Of counts their shares, of similarities softmax(similarity / tau); of the vote the mean over
         the estimates that do not abstain. By hand the given weights. Raises as `hard`.
         """
+        total, spoke = self._summed(tau, by)
+        self._check_said((spoke == 0).nonzero()[:, 0].tolist())
+        return total / spoke
+
+    def said(self) -> Tensor:
+        """Shares of the vote as `soft` has them; columns of zeros where nothing speaks."""
+        total, spoke = self._summed(TAU, VOTE)
+        return total / torch.where(spoke == 0, 1.0, spoke)
+
+    def _summed(self, tau: float, by: str) -> tuple[Tensor, Tensor]:
+        """Shares (N_s, N_t) summed over the estimates that speak, and how many those are (N_t,)."""
         names = self._ordered() if by == VOTE else [by]
         total = torch.zeros(len(self.source), len(self.target), dtype=torch.float64)
         spoke = torch.zeros(len(self.target), dtype=torch.float64)
@@ -179,8 +190,7 @@ class Affinity:
             spoke += own
         for target, weights in self.by_hand.items():
             total[:, target], spoke[target] = weights, weights.sum()
-        self._check_said((spoke == 0).nonzero()[:, 0].tolist())
-        return total / spoke
+        return total, spoke
 
     def _shares(self, name: str, tau: float) -> Tensor:
         estimate = self._estimate(name)

@@ -2,9 +2,7 @@
 
 from collections import Counter
 
-import torch
 from PIL import Image, ImageDraw, ImageFont
-from torch import Tensor
 
 from guidekit.affinity.matrix import Affinity
 from guidekit.images import heat_map
@@ -19,7 +17,7 @@ def matrix_image(affinity: Affinity) -> Image.Image:
 
     Columns for which nothing speaks are black.
     """
-    shares = _shares(affinity)
+    shares = affinity.said()
     rows, columns = shares.shape
     cells = heat_map(shares, 1.0, least=1).resize((columns * CELL, rows * CELL), 0)
     sheet = Image.new("RGB", (cells.width + MARGIN, cells.height + MARGIN), "white")
@@ -32,18 +30,6 @@ def matrix_image(affinity: Affinity) -> Image.Image:
     if max(rows, columns) <= NAMED:
         _write_names(sheet, affinity)
     return sheet
-
-
-def _shares(affinity: Affinity) -> Tensor:
-    """Mean shares (N_s, N_t) of the estimates, zero where nothing speaks."""
-    shares = torch.zeros(len(affinity.source), len(affinity.target), dtype=torch.float64)
-    said = [vote.to != VOID for vote in affinity.votes()]
-    if all(said):
-        return affinity.soft()
-    for column, (vote, says) in enumerate(zip(affinity.votes(), said, strict=True)):
-        if says:
-            shares[vote.to, column] = 1.0
-    return shares
 
 
 def _write_names(sheet: Image.Image, affinity: Affinity) -> None:

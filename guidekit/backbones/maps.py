@@ -8,6 +8,7 @@ from torch import Tensor
 from guidekit.backbones.base import Text
 from guidekit.backbones.control_images import check_shape
 from guidekit.backbones.pixel import PixelDenoiser
+from guidekit.branches import windowed
 from guidekit.conditions import Condition
 from guidekit.errors import GuidekitError
 from guidekit.labels import LabelMap, LabelSet
@@ -22,8 +23,7 @@ class Maps(Text):
         """The part of the maps in a window (top, left, height, width)."""
         if view is None:
             return self
-        top, left, height, width = view
-        return Maps({MAP: self.given[MAP][..., top : top + height, left : left + width]})
+        return Maps({MAP: windowed(self.given[MAP], *view)})
 
 
 class MapsDenoiser(PixelDenoiser, families=("maps",)):

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from guidekit.backbones.base import Denoiser
 from guidekit.backbones.control_images import control_pixels
 from guidekit.backbones.controls import Control, check_adapter, check_net, load_control
-from guidekit.branches import Branch
+from guidekit.branches import Branch, windowed
 from guidekit.conditions import Condition
 from guidekit.errors import GuidekitError
 
@@ -76,8 +76,7 @@ class Controls:
         """The image of a ControlNet, the features of an adapter by level, in a branch's window."""
         control, seen = self.controls[index], self.pixels[index]
         if branch.view is not None:
-            top, left, height, width = (side * self.denoiser.factor for side in branch.view)
-            seen = seen[..., top : top + height, left : left + width]
+            seen = windowed(seen, *(side * self.denoiser.factor for side in branch.view))
         if not control.is_adapter:
             return seen
         key = (index, branch.view)

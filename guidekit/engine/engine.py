@@ -5,6 +5,8 @@ every scheduler (see noise.py).
 """
 
 import contextlib
+from collections.abc import Iterable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -113,10 +115,11 @@ class Engine:
         self._check_edits(step)
         return step
 
-    def resample(self, step: Step, z: Tensor) -> Tensor:
+    def resample(self, step: Step, z: Tensor, kept: Iterable[Any] = ()) -> Tensor:
         """The next z (B, C, h, w), each image's from the image of its group that it goes on from.
 
-        Raises GuidekitError for one of another group.
+        kept: schedulers as they were before steps that may be done again; their histories go with
+        the images too. Raises GuidekitError for an image of another group.
         """
         hooks = Hooks(step, self.active(step))
         for guidance in [g for g in hooks.active if g.overrides("resample")]:
@@ -126,7 +129,8 @@ class Engine:
                 continue
             rows = checked_rows(rows, self.run.groups, guidance.name).to(z.device)
             z = z[rows]
-            permute_history(self.run.scheduler, rows, len(z))
+            for scheduler in (self.run.scheduler, *kept):
+                permute_history(scheduler, rows, len(z))
             hooks.changed(guidance.name)
         return z
 

@@ -79,17 +79,13 @@ def _key(path: Path, source: str) -> str:
 def _files(path: Path) -> Iterator[tuple[str, Callable[[], Image]]]:
     if path.is_file():
         return
-    own = _is_own(path)
+    beside = {
+        run.parent / name for run in path.rglob("run.json") for name in (*BESIDE, "reference.png")
+    }
+    beside |= {run.parent.parent / "sheet.png" for run in path.glob("*/run.json")}  # of a grid
     for file in sorted(path.rglob("*")):
-        inner = file.relative_to(path)
-        if file.suffix.lower() in ENDINGS and not (
-            own and inner.parts[0] in (*BESIDE, "reference.png")
-        ):
-            yield inner.as_posix(), lambda file=file: load_image(file)
-
-
-def _is_own(path: Path) -> bool:
-    return (path / "run.json").exists()
+        if file.suffix.lower() in ENDINGS and not beside & {file, *file.parents}:
+            yield file.relative_to(path).as_posix(), lambda file=file: load_image(file)
 
 
 def _members(path: Path) -> Iterator[tuple[str, Callable[[], Image]]]:
@@ -128,7 +124,7 @@ def prompts_of(path: Path) -> dict[str, str]:
     Raises GuidekitError where there are none.
     """
     found: dict[str, str] = {}
-    if _is_own(path) and not (path / "plan.json").exists():
+    if (path / "run.json").exists() and not (path / "plan.json").exists():
         prompt = read_json(path / "run.json")["sample"].get("prompt")
         return dict.fromkeys(read_images(path).keys, prompt or "")
     for file in sorted(path.rglob("*.txt")) if path.is_dir() else ():

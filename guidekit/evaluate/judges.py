@@ -65,13 +65,12 @@ def weight_hashes(folder: Path) -> frozenset[str]:
 def check_never_guided(judge: Segmenter | Extractor, folders: Iterable[Path]) -> None:
     """Raises GuidekitError if weights of the judge guided a run or a plan in one of the folders."""
     for folder in folders:
-        record = folder / "run.json"
-        tables = read_json(record).get("plugin", {}) if record.exists() else {}
-        if (name := guided_by(judge, tables)) is not None:
-            raise GuidekitError(
-                f"{judge.name} guided the images of {folder} ({name}), so it cannot judge "
-                "them; take another judge"
-            )
+        for record in sorted(folder.rglob("run.json")):  # of one run, or of those of a grid
+            if (name := guided_by(judge, read_json(record).get("plugin", {}))) is not None:
+                raise GuidekitError(
+                    f"{judge.name} guided the images of {record.parent} ({name}), so it cannot "
+                    "judge them; take another judge"
+                )
 
 
 def guided_by(judge: Segmenter | Extractor, tables: dict[str, Any]) -> str | None:

@@ -41,6 +41,8 @@ class Score:
     measure: str
     column: str
     options: dict[str, Any]
+    #: As the user wrote it.
+    text: str = ""
 
     def judge(self) -> Segmenter | Extractor | None:
         """The network that reads the images; None where they are compared by themselves."""
@@ -82,7 +84,7 @@ def parse_score(text: str) -> Score:
         raise GuidekitError(f"--judge {text!r} needs {lacking[0]}=...")
     if measure != "quality" and "real" in options:
         options["real"] = Path(options["real"])
-    return Score(measure, column or COLUMNS[measure], options)
+    return Score(measure, column or COLUMNS[measure], options, text)
 
 
 def _needed(name: str, parameter: inspect.Parameter) -> bool:
@@ -91,5 +93,5 @@ def _needed(name: str, parameter: inspect.Parameter) -> bool:
 
 def mean_score(scores: Sequence[Score], folder: Path) -> tuple[float, dict[str, float]]:
     """The mean of several scores of a folder, as TFG takes it, and each by itself."""
-    found = {f"{s.measure}.{s.column}": s.of(folder) for s in scores}
-    return sum(found.values()) / len(found), found
+    values = [score.of(folder) for score in scores]
+    return sum(values) / len(values), dict(zip([s.text for s in scores], values, strict=True))

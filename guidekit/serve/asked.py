@@ -7,6 +7,7 @@ read as `guidekit sample --config` reads a file, from a folder that holds its fi
 
 import base64
 import binascii
+import copy
 import dataclasses
 import json
 import re
@@ -15,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from guidekit.cli.grid import Axis, cells_of, parse_axes
+from guidekit.cli.grid import Axis, Cell, cells_of, parse_axes
 from guidekit.cli.plan import checked
 from guidekit.cli.settings import FORMAT, Settings, make_settings, read_config, sample_keys
 from guidekit.errors import GuidekitError
@@ -67,6 +68,8 @@ class Asked:
 
     settings: Settings
     axes: tuple[Axis, ...]
+    #: Its runs: those of a grid, or the one.
+    cells: tuple[Cell, ...]
     #: The request itself, from which a page restores everything.
     body: dict[str, Any]
 
@@ -76,7 +79,8 @@ def read_asked(body: Any, options: ServeOptions, registry: Registry, folder: Pat
 
     Raises GuidekitError, in one line, for what the server does not do.
     """
-    body = _tables(body)
+    kept = _tables(body)
+    body = copy.deepcopy(kept)  # the checks write places of the server into these tables
     files = _write_files(body["files"], folder, options.limits)
     _check_sample(body["sample"], files, options)
     _check_plugins(body["plugin"], files, options, registry)
@@ -91,14 +95,15 @@ def read_asked(body: Any, options: ServeOptions, registry: Registry, folder: Pat
     _check_numbers(settings, options.limits)
     axes = parse_axes(body["grid"])
     _check_axes(axes)
-    for cell in cells_of(settings, axes) if axes else ():
+    _check_cells(axes, options.limits)
+    cells = tuple(cells_of(settings, axes)) if axes else (Cell(0, 0, settings),)
+    for cell in cells if axes else ():
         _check_numbers(cell.settings, options.limits)
         _check_plugins(cell.settings.changes, files, options, registry)
-    _check_cells(axes, options.limits)
     _, condition = checked(settings, registry)
     if len(condition.segments) > options.limits.segments:
         raise GuidekitError(f"a layout has {options.limits.segments} segments at most here")
-    return Asked(settings, axes, body)
+    return Asked(settings, axes, cells, kept)
 
 
 def _tables(body: Any) -> dict[str, Any]:
@@ -135,8 +140,11 @@ def write_file(name: str, text: Any, folder: Path, limits: Limits) -> Path:
         data = base64.b64decode(text, validate=True)
     except (binascii.Error, TypeError, ValueError):
         raise GuidekitError(f"file {name!r} is not written in base64") from None
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_bytes(data)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(data)
+    except (FileExistsError, IsADirectoryError, NotADirectoryError):
+        raise GuidekitError(f"file {name!r} is a folder of another file; rename one") from None
     if path.suffix.lower() in PICTURES:
         _check_picture(path, name, limits)
     return path

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from guidekit.cli.grid import Cell, cells_of, draw_cells
+from guidekit.cli.grid import Cell, draw_cells
 from guidekit.cli.plan import make_plan
 from guidekit.cli.session import Session, Stopped
 from guidekit.errors import GuidekitError, where_of
@@ -59,9 +59,7 @@ class Job:
     @property
     def cells(self) -> list[Cell]:
         """Its runs: those of a grid, or the one."""
-        if not self.asked.axes:
-            return [Cell(0, 0, self.asked.settings)]
-        return cells_of(self.asked.settings, self.asked.axes)
+        return list(self.asked.cells)
 
     def turn(self, state: str, **data: Any) -> None:
         """Changes how it stands, and says so."""

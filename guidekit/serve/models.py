@@ -135,6 +135,8 @@ def _found(
 def _segment(entry: dict[str, Any]) -> Segment:
     """A segment with the words of an entry, everywhere."""
     tokens = entry.get("tokens")
+    if not isinstance(tokens, list | None):
+        raise GuidekitError("`tokens` of a segment is a list of columns")
     return Segment(
         entry.get("phrase", ""),
         torch.ones(1, 1),

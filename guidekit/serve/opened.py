@@ -94,6 +94,12 @@ def _document(
     raise GuidekitError("it is neither a run.json (`sample`) nor a layout.json (`segments`)")
 
 
+def _own_name(value: Any, options: ServeOptions) -> Any:
+    """The name by which requests know a file of the server; other values as they are."""
+    names = {str(path.resolve()): name for name, path in options.files.items()}
+    return names.get(value, value) if isinstance(value, str) else value
+
+
 def _run(
     tables: dict[str, Any],
     files: dict[str, str],
@@ -102,6 +108,9 @@ def _run(
     options: ServeOptions,
 ) -> dict[str, Any]:
     """The tables of a run, as far as this server has what they name; what it has not is noted."""
+    for key, kind in (("sample", dict), ("plugin", dict), ("segment", list)):
+        if not isinstance(tables.get(key) or kind(), kind):
+            raise GuidekitError(f"`{key}` must be {'a list' if kind is list else 'an object'}")
     notes: list[str] = []
     sample = {
         key: value
@@ -119,10 +128,11 @@ def _run(
     plugin = {}
     for name, own in dict(tables.get("plugin") or {}).items():
         if name.partition(".")[0] in options.plugins and isinstance(own, dict):
-            plugin[name] = own
+            plugin[name] = {option: _own_name(value, options) for option, value in own.items()}
         else:
             notes.append(f"this server has no plugin {name!r}")
-    if (image := sample.get("image")) is not None and image not in files:
+    image = sample.get("image")
+    if image is not None and not (isinstance(image, str) and image in files):
         notes.append(f"the image {Path(str(image)).name} to follow is not here; add it again")
         sample.pop("image")
     return _layers("run", sample, plugin, layout, files, folder, size, notes)

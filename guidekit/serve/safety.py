@@ -65,8 +65,8 @@ class Safety:
         try:
             self._check(scope, headers)
             receive = _bounded(receive, headers, self.options.limits.body)
-            if (there := self._token_of_link(scope)) is not None:
-                await _go_home(sending, there)
+            if self.options.token is not None and self._token_of_link(scope) is not None:
+                await _go_home(sending, self.options.token)
                 return
             await self.app(scope, receive, sending)
         except Refused as refusal:
@@ -77,8 +77,9 @@ class Safety:
         host = headers.get("host", "")
         if not self._is_own(host):
             raise Refused(421, f"this server is not called {host!r}; add it with --name")
-        if scope["method"] not in SAFE:
+        if scope["method"] not in SAFE or scope["path"].startswith("/api"):
             _check_origin(headers, host)
+        if scope["method"] not in SAFE:
             kind = headers.get("content-type", "").partition(";")[0].strip()
             if scope["method"] == "POST" and kind != "application/json":
                 raise Refused(415, "send a body of the type application/json")

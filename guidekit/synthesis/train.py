@@ -97,11 +97,12 @@ class MapsTask:
         unet = self.net.unet
         x0, maps = (x.repeat(LEVELS, 1, 1, 1) for x in pairs)
         batch = self._noisy(x0, maps, torch.Generator().manual_seed(0))
-        training, unet.training = unet.training, False
+        training = unet.training
+        unet.eval()
         try:
             losses = self.net(**{k: v.to(unet.device) for k, v in batch.items()})
         finally:
-            unet.training = training
+            unet.train(training)
         return float(losses["mse"])
 
     def pipeline(self) -> MapsPipeline:

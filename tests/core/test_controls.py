@@ -25,6 +25,7 @@ from guidekit import (
     attach,
 )
 from guidekit.backbones.controls import load_control
+from guidekit.branches import windowed
 from guidekit.testing import miniatures
 from guidekit.testing.conditioners import control_net, t2i_adapter
 from guidekit_multidiffusion import MultiDiffusion
@@ -311,3 +312,9 @@ def test_pickles_and_other_folders_are_refused(sd, tmp_path):
     (tmp_path / "empty").mkdir()
     with pytest.raises(GuidekitError, match="has no config.json"):
         load_control(tmp_path / "empty")
+
+
+def test_a_window_past_the_right_edge_goes_on_at_the_left():
+    x = torch.arange(12.0).reshape(1, 1, 2, 6)
+    assert windowed(x, 0, 4, 2, 4).tolist() == [[[[4, 5, 0, 1], [10, 11, 6, 7]]]]
+    assert torch.equal(windowed(x, 1, 1, 1, 3), x[..., 1:, 1:4])

@@ -8,7 +8,7 @@ import torch
 from PIL import Image
 
 from guidekit import GuidekitError, LabelMap, LabelSet, load_label_set, read_label_map
-from guidekit.labels import VOID, label_sets
+from guidekit.labels import VOID, as_label_map, label_sets
 
 TWO = LabelSet("two", ("sky", "grass"), ((0, 0, 255), (0, 255, 0)), things=("grass",))
 IDS = torch.tensor([[0, 0, 1], [1, VOID, 0]])
@@ -159,3 +159,16 @@ def test_what_cannot_be_is_refused(tmp_path):
     refused("is in colour.*has no palette", read_label_map, path, LabelSet("x", ("a", "b")))
     Image.new("RGB", (2, 2)).save(tmp_path / "map.jpg")
     refused("is a JPEG", read_label_map, tmp_path / "map.jpg", TWO)
+
+
+def test_a_class_is_not_void_as_well():
+    refused("255 is a class and void", LabelSet, "many", tuple(map(str, range(256))))
+    assert len(LabelSet("many", tuple(map(str, range(256))), void=())) == 256
+
+
+def test_an_indexed_map_of_the_first_class_alone_is_read_by_number():
+    labels = LabelSet("two", ("a", "b"), palette=((200, 0, 0), (0, 200, 0)))
+    for shown in ([[0, 1]], [[0, 0]]):
+        image = Image.fromarray(np.array(shown, np.uint8)).convert("P")
+        image.putpalette([0, 0, 0, 128, 0, 0])
+        assert as_label_map(image, labels).ids.tolist() == shown

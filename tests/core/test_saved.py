@@ -7,6 +7,7 @@ import re
 
 import numpy as np
 import pytest
+import torch
 from click.testing import CliRunner
 from PIL import Image
 
@@ -69,6 +70,15 @@ def test_what_settings_cannot_say_is_noted(model, tmp_path):
     run = guidekit.sample(guidekit.load(str(model)), conditions, seeds=(0, 1), steps=1).finish()
     notes = json.loads((run.save(tmp_path / "o") / "run.json").read_text())["record"]["notes"]
     assert any("conditions of their own" in note for note in notes)
+
+
+def test_what_decided_the_images_and_is_not_written_is_noted(model, tmp_path):
+    pipe = guidekit.load(str(model))
+    plain = guidekit.sample(pipe, PROMPT, seeds=0, steps=1)
+    noise = torch.randn(1, *plain.run.latent_shape, generator=torch.Generator().manual_seed(3))
+    run = guidekit.sample(pipe, PROMPT, seeds=0, steps=1, latents=noise).finish()
+    notes = json.loads((run.save(tmp_path / "o") / "run.json").read_text())["record"]["notes"]
+    assert [note for note in notes if "latents of the run" in note]
 
 
 def test_a_notebook_shows_images_masks_and_maps(drawn):

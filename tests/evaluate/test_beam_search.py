@@ -4,7 +4,7 @@ import math
 
 import pytest
 
-from guidekit.evaluate.scores import parse_score
+from guidekit.evaluate.scores import Score, mean_score, parse_score
 from guidekit.evaluate.search import Knob, beam_search, parse_knob
 
 A, B = Knob("p", "a", 0.25, 8.0), Knob("p", "b", 0.001, 1.0, 10.0)
@@ -75,3 +75,12 @@ def test_scores():
     ]:
         with pytest.raises(ValueError, match=says):
             parse_score(text)
+
+
+def test_two_judges_of_one_measure_both_count(monkeypatch, tmp_path):
+    given = {"clip": 1.0, "other": 3.0}
+    monkeypatch.setattr(Score, "of", lambda self, folder: given[self.options["clip"]])
+    judges = [parse_score(f"prompts clip={name}") for name in given]
+    mean, each = mean_score(judges, tmp_path)
+    assert mean == 2.0
+    assert each == {"prompts clip=clip": 1.0, "prompts clip=other": 3.0}

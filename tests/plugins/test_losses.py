@@ -141,11 +141,13 @@ def test_gradients_through_the_denoiser(case, guidance):
     close(move, -rho * grad * step.level.norm)
 
 
-def test_freedom_moves_by_the_contrast():
-    """Each move is scale * cfg * the norm of the contrast long, whatever the gradient."""
-    for step, _, move in moves("ddim", FreeDom(times=1)):
-        contrast = step.cond.out - step.evals["null"].out
-        assert float(move.norm()) == pytest.approx(0.2 * 5 * float(contrast.norm()), rel=1e-4)
+@pytest.mark.parametrize("case", ["ddim", "sd3"])
+def test_freedom_moves_by_the_contrast(case):
+    """Each move is scale * cfg * the norm of the contrast of eps long, whatever the gradient."""
+    for step, _, move in moves(case, FreeDom(times=1)):
+        null, cond = (step.level.eps(e.out, step.z) for e in (step.evals["null"], step.cond))
+        wanted = 0.2 * 5 * float((cond - null).norm()) * step.next_level.norm
+        assert float(move.norm()) == pytest.approx(wanted, rel=1e-3)
 
 
 def test_freedom_repeats_in_the_middle():

@@ -57,3 +57,16 @@ def test_the_first_of_a_group_is_drawn_as_it_is_without():
     assert all(row["energy"][0] == 0 < row["energy"][1] for row in guided.account.rows)
     with pytest.raises(ValueError, match="every image is alone; use Condition.group"):
         run([guidance], conditions[:1], [5])
+
+
+def test_an_image_of_fewer_segments_has_an_energy_too():
+    two = Condition(
+        "a red circle",
+        segments=tuple(Segment(w, box_mask((0, 0, 0.5, 1))) for w in ("circle", "red")),
+        group="a",
+    )
+    guidance = SelfGuidance(look=1.0, stop=0.4)
+    sampling = run([guidance], [two, condition((0.5, 0, 1, 1), "a")], [5, 6])
+    next(iter(sampling))
+    (row,) = sampling.account.rows
+    assert all(energy == energy for energy in row["energy"])  # no NaN

@@ -6,11 +6,13 @@ import sys
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from guidekit.cli.serve import serve
 from guidekit.cli.settings import sample_keys
 from guidekit.errors import GuidekitError
-from guidekit.serve.asked import ALLOWED
+from guidekit.registry import Registry
+from guidekit.serve.asked import ALLOWED, read_asked
 from guidekit.serve.options import ServeOptions
 from guidekit.serve.running import bound, link
 from guidekit.serve.safety import is_loopback
@@ -56,6 +58,7 @@ def test_an_address_of_the_network_is_no_name_of_a_local_server(client):
 def test_pages_of_others_change_nothing(client, body, headers):
     refused(client, body, "may not use this server", status=403, headers=headers)
     assert client.raw("DELETE", "/api/runs/0001", headers=headers)[0] == 403
+    assert client.raw("GET", "/api/models", headers=headers)[0] == 403
 
 
 def test_its_own_page_may(client, body):
@@ -172,6 +175,8 @@ def test_a_run_has_limits(client, body, change, word):
 def test_a_grid_has_the_limits_of_a_run(client, body):
     refused(client, body | {"grid": ["steps=1,999"]}, "steps is 50 at most")
     refused(client, body | {"grid": ["cfg=1,2,3,4", "steps=1,2"]}, "6 cells at most")
+    many = ",".join(str(number) for number in range(1, 5000))  # too many even to be written out
+    refused(client, body | {"grid": [f"cfg={many}", f"eta={many}"]}, "6 cells at most")
 
 
 @pytest.mark.parametrize("name", ["image", "layout", "map", "device", "dtype", "compile", "out"])
@@ -405,3 +410,30 @@ def test_the_report_of_a_run_has_no_script(client, body):
     assert status == 200
     policy = headers["content-security-policy"]
     assert "default-src 'none'" in policy and "script" not in policy
+
+
+def test_a_file_of_the_server_is_asked_for_by_its_name_again(model, tmp_path, body):
+    Image.new("RGB", (8, 8)).save(tmp_path / "reference.png")
+    files = {"ref.png": tmp_path / "reference.png"}
+    own = ServeOptions(
+        models=(str(model),), plugins=("ilvr",), out=tmp_path / "o", device="cpu", files=files
+    )
+    asked = body | {"plugin": {"ilvr": {"image": "ref.png"}}}
+    asked = read_asked(asked, own, Registry(), tmp_path / "first")
+    assert asked.body["plugin"] == {"ilvr": {"image": "ref.png"}}
+    assert read_asked(asked.body, own, Registry(), tmp_path / "again").body == asked.body
+    grid = body | {"plugin": {"ilvr": {}}, "grid": ["ilvr.image=ref.png,scene-3"]}
+    first, _ = read_asked(grid, own, Registry(), tmp_path / "grid").cells
+    assert first.settings.changes["ilvr"]["image"] == str(files["ref.png"].resolve())
+
+
+def test_files_that_are_folders_of_others_are_refused(client, body):
+    files = {"a.json": text({}), "a.json/b.json": text({})}
+    refused(client, body | {"files": files}, "is a folder of another file")
+
+
+@pytest.mark.parametrize("tables", [{"sample": [1]}, {"sample": {"image": [1]}}, {"plugin": 3}])
+def test_a_run_of_no_such_tables_is_no_fault_of_the_server(client, tables):
+    files = {"run.json": text({"sample": {}} | tables)}
+    status, _ = client.ask("POST", "/api/open", {"main": "run.json", "files": files})
+    assert status < 500

@@ -4,7 +4,7 @@ import dataclasses
 import hashlib
 import json
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -145,12 +145,13 @@ def _condition(entry: dict[str, Any], folder: Path, base: Condition, where: str)
     image = base.image
     if "image" in entry:
         image = load_reference(inside(folder, entry["image"], f"{where}: `image`"))
-    return Condition(
-        entry.get("prompt", found.prompt or base.prompt),
-        entry.get("negative", found.negative or base.negative),
-        found.segments if segments else base.segments,
-        entry.get("label", base.label if found.label is None else found.label),
-        image,
+    return replace(
+        base,
+        prompt=entry.get("prompt", found.prompt or base.prompt),
+        negative=entry.get("negative", found.negative or base.negative),
+        segments=found.segments if segments else base.segments,
+        label=entry.get("label", base.label if found.label is None else found.label),
+        image=image,
     )
 
 

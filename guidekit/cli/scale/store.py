@@ -124,6 +124,8 @@ class Store:
 
     def publish(self, number: int, members: Members, made_by: dict[str, Any]) -> None:
         """Makes a block appear, its record first; one that is there already stays."""
+        if self.done(number):
+            return
         seeds = self.plan.seeds(number)
         self.write(
             self.state("records", number),
@@ -204,11 +206,11 @@ class Store:
     def write_manifest(self) -> dict[str, Any]:
         """Writes manifest.json and returns it.
 
-        It is looked at again afterwards, as another process may have written a later one meanwhile.
+        It is written twice, as another process may have written an older one meanwhile; processes
+        that go on write theirs when they end.
         """
-        manifest: dict[str, Any] = {}
-        while manifest != (now := self.manifest()):
-            manifest = now
+        for _ in range(2):
+            manifest = self.manifest()
             self.write(self.folder / MANIFEST, manifest)
         return manifest
 
