@@ -30,6 +30,7 @@ from guidekit.train.loop import Loop, Options
 from guidekit.train.precision import emulates_bf16
 from guidekit.worlds import scenes
 from semantica_cost import cost_rows
+from semantica_draw import draw_rows
 from semantica_measures import HELD_OUT, SIZE, PagesSeen, held_out, measure
 from semantica_reader import reader_rows
 
@@ -50,7 +51,7 @@ MODELS = {
     "labelled": {"source": "labelled-scenes", "quantiles": (), "low": -2.0, "high": 2.0},
 }
 FACTORS = (0.0, 0.1, 0.2, 0.5, 1.0)
-PARTS = ("variance", "reader", "ablations", "guidance", "oneshot", "unseen", "cost")
+PARTS = ("variance", "draw", "reader", "ablations", "guidance", "oneshot", "unseen", "cost")
 # Claims: the row that should be the better one, the other, the column, and what it says.
 CLAIMS = (
     ("tokens", "film", "frechet", "cross-attention to tokens beats FiLM"),
@@ -302,6 +303,7 @@ def main(
     judge = evaluate.load_judge()
     make_rows = {
         "variance": lambda: variance_rows(setting),
+        "draw": lambda: draw_rows(200 if quick else 3000, SIZE),
         "reader": lambda: reader_rows(setting.n, SIZE, 20 if quick else 600),
         "ablations": lambda: ablation_rows(setting, judge, names or tuple(MODELS)),
         "guidance": lambda: guidance_rows(setting, judge, model, factors or FACTORS),

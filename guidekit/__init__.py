@@ -41,7 +41,7 @@ _HOME = {
     "attach": "attached",
     "average_maps": "reads",
     "box_mask": "masks",
-    "draw": "sampler",
+    "draw": "drawing",
     "level": "noise",
     "load": "inputs",
     "make": "inputs",
@@ -50,7 +50,7 @@ _HOME = {
     "load_mask": "masks",
     "load_reference": "references",
     "read_label_map": "labels",
-    "sample": "sampler",
+    "sample": "drawing",
     "tap_attention": "taps",
     "tap_blocks": "taps",
     "token_maps": "attention.call",
@@ -67,6 +67,7 @@ if TYPE_CHECKING:
     from guidekit.blocks import BlockCall
     from guidekit.branches import Branch
     from guidekit.conditions import Condition, Segment
+    from guidekit.drawing import draw, sample
     from guidekit.errors import GuidekitError
     from guidekit.guidance import Guidance
     from guidekit.inputs import load, make
@@ -79,7 +80,7 @@ if TYPE_CHECKING:
     from guidekit.reads import AttentionRead, Eval, FeatureRead, average_maps
     from guidekit.references import Reference, load_reference
     from guidekit.run import Run
-    from guidekit.sampler import Sampling, draw, sample
+    from guidekit.sampler import Sampling
     from guidekit.step import Step
     from guidekit.taps import tap_attention, tap_blocks
 

@@ -30,13 +30,13 @@ from guidekit.conditions import Condition
 from guidekit.engine.engine import Engine
 from guidekit.engine.solution import solved, solver_of
 from guidekit.errors import GuidekitError, blame
-from guidekit.groups import batches, rows_by_group, with_particles
+from guidekit.groups import with_particles
 from guidekit.guidance import Guidance
 from guidekit.inputs import as_conditions, as_denoiser, as_guidances, as_scheduler, tuned
 from guidekit.levels import Levels
 from guidekit.run import Run
 from guidekit.saved import Drawn
-from guidekit.seeds import Seeds, derived_seed
+from guidekit.seeds import Seeds
 from guidekit.start import Start, own_copy
 from guidekit.step import Step
 
@@ -280,7 +280,7 @@ class Sampling(Drawn):
             for index in calls:
                 step = self.engine.predict(z, timesteps[index], index, n, repeat)
                 if index == calls[0] and done == 0:
-                    times = self._times(step)
+                    times = self.engine.repeats(step)
                 z = self.engine.resample(step, self._scheduler_step(step), self._before.values())
                 z = self.engine.edit_sample(step, z)
                 if done + 1 == times:
@@ -288,10 +288,6 @@ class Sampling(Drawn):
             done, self._done[place] = done + 1, repeat + 1
             if done < times:
                 z = self._noise_again(z, place, place)
-
-    def _times(self, step: Step) -> int:
-        """How often the solver's step is done that begins with `step`."""
-        return self.engine.repeats(step)
 
     @property
     def _returns(self) -> bool:
@@ -339,56 +335,6 @@ def _settled(
     steps = own.get("steps", STEPS) if steps is None else steps
     cfg = own.get("cfg") if cfg is None else cfg
     return denoiser, steps, denoiser.cfg if cfg is None else cfg
-
-
-def sample(
-    denoiser: Denoiser | DiffusionPipeline,
-    conditions: Condition | Sequence[Condition],
-    guidances: Sequence[Guidance] = (),
-    **options: Any,
-) -> Sampling:
-    """Starts drawing images; see `Sampling` for the options."""
-    return Sampling(denoiser, conditions, guidances, **options)
-
-
-def draw(
-    denoiser: Denoiser | DiffusionPipeline,
-    conditions: Condition | Sequence[Condition],
-    guidances: Sequence[Guidance] = (),
-    *,
-    seeds: Iterable[int] = (0,),
-    batch: int = 4,
-    tries: int = 1,
-    particles: int = 1,
-    **options: Any,
-) -> Tensor:
-    """Images (len(seeds), 3, H, W) in [0, 1], drawn in batches that cut no group.
-
-    Where guidances reject images (`accept`), those are drawn again from seeds derived from their
-    own, at most `tries` times in all; the last draw stays. Raises GuidekitError for groups that are
-    to be drawn again, of which some images would be missing.
-    """
-    denoiser, seeds = as_denoiser(denoiser), list(Seeds(seeds))
-    conditions = with_particles(as_conditions(conditions, len(seeds)), particles)
-    if tries > 1 and len(rows_by_group(conditions)) < len(seeds):
-        raise GuidekitError("tries draws single images again, which would cut groups; leave it out")
-    images: dict[int, Tensor] = {}
-    left = list(range(len(seeds)))
-    for attempt in range(tries):
-        rejected = []
-        for rows in batches([conditions[j] for j in left], batch):
-            part = [left[row] for row in rows]
-            own = [seeds[j] if attempt == 0 else derived_seed(seeds[j], attempt) for j in part]
-            drawn = Sampling(
-                denoiser, [conditions[j] for j in part], guidances, seeds=own, **options
-            ).finish()
-            finished = cast(Tensor, drawn.images)
-            kept = accepted(drawn.guidances, finished)
-            for j, image, keep in zip(part, finished, kept.tolist(), strict=True):
-                images[j] = image
-                rejected += [] if keep else [j]
-        left = rejected
-    return torch.stack([images[i] for i in range(len(seeds))])
 
 
 def accepted(guidances: Sequence[Guidance], images: Tensor) -> Tensor:

@@ -96,12 +96,6 @@ class _Leave(torch.autograd.Function):
         )
 
 
-def _wide(x: Tensor) -> Tensor:
-    """Another tensor of the same numbers, in float32 or better."""
-    wide = torch.promote_types(x.dtype, torch.float32)
-    return x.view_as(x) if x.dtype == wide else x.to(wide)
-
-
 def _scale(largest: Tensor) -> Tensor:
     """Powers of two (B,) that bring the largest entries to 0.5 to 1; 1 where there is none."""
     _, exponent = torch.frexp(largest)
