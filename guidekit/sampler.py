@@ -4,7 +4,6 @@ Without guidances it makes the same calls as the bare diffusers pipeline and the
 for bit.
 """
 
-import copy
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, cast
 
@@ -28,6 +27,7 @@ from guidekit.checks import (
 )
 from guidekit.conditions import Condition
 from guidekit.engine.engine import Engine
+from guidekit.engine.recurrence import Recurrence
 from guidekit.engine.solution import solved, solver_of
 from guidekit.errors import GuidekitError, blame
 from guidekit.groups import with_particles
@@ -42,7 +42,6 @@ from guidekit.step import Step
 
 STEPS = 50  # where neither the user nor the model says
 Asked = Condition | str | int  # what says a condition: a text is a prompt, a number a class
-MOST = 1000  # times that one step may be done
 
 
 class Sampling(Drawn):
@@ -123,10 +122,9 @@ class Sampling(Drawn):
         )
         self.engine = self._engine(asked)
         self.guidances = self.engine.guidances  # the run's own copies
+        self._begins = self._who_begins()
         self._drawn = False
-        #: By the number of a solver's step: the scheduler before it, and how often it was done.
-        self._before: dict[int, Any] = {}
-        self._done: dict[int, int] = {}
+        self._again = Recurrence(self.run, self.guidances)
         self.images: Tensor | None = None  # (B, 3, H, W) in [0, 1]
         #: Which ones the pipeline's safety checker blackened; None without one.
         self.black: list[bool] | None = None
@@ -214,7 +212,7 @@ class Sampling(Drawn):
                     self._decode(step, z)
                 yield step
             if back:
-                z = self._noise_again(z, place + 1 - back, place)
+                z = self._again.back(z, place + 1 - back, place)
             place += 1 - back
 
     def _ended(self, solution: Iterator[tuple[Step, Tensor]]) -> Iterator[Step]:
@@ -242,23 +240,26 @@ class Sampling(Drawn):
         timestep = run.scheduler.timesteps[run.levels.start]
         shape, generators = run.latent_shape, self.generators
         run.first = self.start.first(self.denoiser, run.scheduler, timestep, shape, generators)
-        found = []
-        for guidance in self.engine.guidances:
-            with blame(guidance.name, "begin"):
-                found.append((guidance.name, guidance.begin(run)))
-        begun = [(name, z) for name, z in found if z is not None]
-        return self._begun(begun) if begun else run.first
+        if self._begins is None:
+            return run.first
+        with blame(name := self._begins.name, "begin"):
+            z = self._begins.begin(run)
+        return run.first if z is None else self._begun(z, name)
 
-    def _begun(self, begun: list[tuple[str, Tensor]]) -> Tensor:
-        """The z that a guidance begins with; GuidekitError for two, or one of another shape."""
-        names = [name for name, _ in begun] + ["latents or image"] * self.start.given
-        if len(names) > 1:
+    def _who_begins(self) -> Guidance | None:
+        """The guidance that says how the run begins; GuidekitError for two that would."""
+        begins = [g for g in self.guidances if g.scale != 0 and g.overrides("begin")]
+        names = [g.name for g in begins] + ["latents or image"] * self.start.given
+        if begins and len(names) > 1:
             raise GuidekitError(f"{' and '.join(names)} both say how the run begins; leave one out")
-        ((_, z),) = begun
+        return begins[0] if begins else None
+
+    def _begun(self, z: Tensor, name: str) -> Tensor:
+        """The z that a guidance begins with; GuidekitError for one of another shape."""
         shape = (len(self.seeds), *self.run.latent_shape)
         if z.shape != shape:
-            raise GuidekitError(f"{names[0]} begins with {tuple(z.shape)}; this run has {shape}")
-        self.run.account.edit(names[0])
+            raise GuidekitError(f"{name} begins with {tuple(z.shape)}; this run has {shape}")
+        self.run.account.edit(name)
         return z.to(self.run.device, self.denoiser.dtype)
 
     def _advance(
@@ -270,29 +271,20 @@ class Sampling(Drawn):
         """
         calls, done, times, n = self.run.levels.steps[place], 0, 1, len(timesteps)
         while done < times:
-            if self._returns:
-                self._before[place] = copy.deepcopy(self.run.scheduler)
-            repeat = self._done.get(place, 0)
-            if repeat == MOST:
-                raise GuidekitError(
-                    f"step {calls[0]} was done {MOST} times; end its repeats or jumps"
-                )
+            repeat = self._again.enter(place)
             for index in calls:
                 step = self.engine.predict(z, timesteps[index], index, n, repeat)
                 if index == calls[0] and done == 0:
                     times = self.engine.repeats(step)
-                z = self.engine.resample(step, self._scheduler_step(step), self._before.values())
+                z = self.engine.resample(
+                    step, self._scheduler_step(step), self._again.kept.values()
+                )
                 z = self.engine.edit_sample(step, z)
                 if done + 1 == times:
                     yield step, z
-            done, self._done[place] = done + 1, repeat + 1
+            done += 1
             if done < times:
-                z = self._noise_again(z, place, place)
-
-    @property
-    def _returns(self) -> bool:
-        """Whether some step may be done again, from the scheduler's state before it."""
-        return any(g.overrides("repeats") or g.overrides("jumps") for g in self.guidances)
+                z = self._again.back(z, place, place)
 
     def _scheduler_step(self, step: Step) -> Tensor:
         """The scheduler's own step on the guided prediction, from the refined z."""
@@ -304,21 +296,6 @@ class Sampling(Drawn):
                 out, step.timestep, step.z, **self.run.step_kwargs, return_dict=False
             )
         return stepped[0]
-
-    def _noise_again(self, z: Tensor, first: int, last: int) -> Tensor:
-        """From the level after the solver's step `last` back to the one before step `first`.
-
-        The scheduler is again as it was there. FreeDoM, Yu et al. 2023 (arXiv:2303.09833),
-        Algorithm 2; several steps: RePaint, Lugmayr et al. 2022 (arXiv:2201.09865), section 4.2.
-        """
-        levels, calls = self.run.levels, self.run.levels.steps[first]
-        self.run.scheduler = copy.deepcopy(self._before[first])
-        noisier, cleaner = levels.at(calls[0]), levels.next(levels.steps[last][-1])
-        gain = noisier.a / cleaner.a
-        std: float = max(noisier.s**2 - (gain * cleaner.s) ** 2, 0.0) ** 0.5
-        shape, repeat = self.run.latent_shape, self._done[first]
-        fresh = self.run.noise(shape, calls[0], repeat, "recurrence")
-        return gain * z + std * fresh.to(z.dtype)
 
 
 def _settled(

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from guidekit.backbones.hub import require_hub
 from guidekit.backbones.loading import LOAD_ERRORS, check_part, quiet
+from guidekit.backbones.whole import whole
 from guidekit.errors import GuidekitError
 from guidekit.images import to_image
 from guidekit.labels import VOID, LabelSet, load_label_set
@@ -117,7 +118,7 @@ def _of_transformers(folder: Path, panoptic: bool, device: str) -> Segmenter:
     if panoptic:
         kind = transformers.AutoModelForUniversalSegmentation
     try:
-        with quiet():
+        with quiet(), whole():
             processor = transformers.AutoImageProcessor.from_pretrained(folder)
             model = kind.from_pretrained(folder, use_safetensors=True).to(device).eval()
     except LOAD_ERRORS as error:

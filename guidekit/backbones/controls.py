@@ -16,6 +16,7 @@ from torch import nn
 
 from guidekit.backbones.hub import require_hub
 from guidekit.backbones.loading import LOAD_ERRORS, check_part, quiet
+from guidekit.backbones.whole import whole
 from guidekit.errors import GuidekitError
 from guidekit.images import load_image
 from guidekit.untrusted import check_configs, read_object
@@ -94,7 +95,7 @@ def load_control(name: str | Path, device: Any = "cpu", dtype: Any = None) -> nn
     check_part(folder, f'python -c "{CONVERT.format(kind, str(folder))}"')
     half = not any(file.name.count(".") == 1 for file in folder.glob("*.safetensors"))
     try:
-        with quiet():
+        with quiet(), whole():
             model = KINDS[kind].from_pretrained(
                 folder, use_safetensors=True, dtype=dtype, variant="fp16" if half else None
             )

@@ -12,6 +12,7 @@ from transformers.utils import logging as transformers_logging
 
 from guidekit.backbones.hub import require_hub
 from guidekit.backbones.schedulers import SCHEDULERS, parse_scheduler, scheduler_config
+from guidekit.backbones.whole import whole
 from guidekit.errors import GuidekitError
 from guidekit.noise import is_flow
 from guidekit.untrusted import check_pipeline, check_weights, file_name, read_object
@@ -64,7 +65,7 @@ def load(
     else:
         _require_download(name)
     try:
-        with quiet():
+        with quiet(), whole(f"model {name!r}"):
             folder = path if there else _downloaded(name)
             pipeline = _pipeline_class(folder).from_pretrained(
                 folder, dtype=dtype, use_safetensors=True

@@ -40,8 +40,9 @@ def pipe():
 
 def sampling(pipe, guidance, cls=DDIMScheduler, **options):
     scheduler = cls.from_config(pipe.scheduler.config)
+    guidances = options.pop("guidances", [guidance] if guidance else [])
     options = {"seeds": [5], "steps": 4, "cfg": 5.0, "scheduler": scheduler, **options}
-    return Sampling(pipe, RED, [guidance] if guidance else [], **options)
+    return Sampling(pipe, RED, guidances, **options)
 
 
 def test_the_steps_and_their_noise(pipe):
@@ -50,7 +51,8 @@ def test_the_steps_and_their_noise(pipe):
     (guidance,) = run.guidances
     order = [(0, 0), (1, 0), (0, 1), (1, 1), (2, 0), (3, 0), (2, 1), (3, 1)]
     assert yielded == order == [seen[:2] for seen in guidance.seen]
-    assert run.account.edits == {"travel": 2} and run.images is not None
+    assert run.account.edits == {"travel": 2}
+    assert run.images is not None
     levels, z = run.run.levels, {seen[:2]: seen[2] for seen in guidance.seen}
     gain = levels.at(0).a / levels.at(2).a
     std = (levels.at(0).s ** 2 - (gain * levels.at(2).s) ** 2) ** 0.5
@@ -64,7 +66,8 @@ def test_the_steps_and_their_noise(pipe):
 def test_the_scheduler_is_as_it_was_there(pipe, cls):
     """Done again from the very same z, the steps give the very same samples."""
     run = sampling(pipe, Travel(length=3), cls)
-    run._noise_again = lambda z, first, last, own=run._noise_again: (own(z, first, last), start)[1]
+    again = run._again
+    again.back = lambda z, first, last, own=again.back: (own(z, first, last), start)[1]
     steps = iter(run)
     start, seen = None, []
     for step in steps:
@@ -72,8 +75,8 @@ def test_the_scheduler_is_as_it_was_there(pipe, cls):
         seen.append((step.index, step.repeat, step.z))
         if step.repeat and step.index == 2:
             break
-    again = {index: z for index, repeat, z in seen if repeat}
-    assert all(torch.equal(again[index], z) for index, repeat, z in seen if index in again)
+    second = {index: z for index, repeat, z in seen if repeat}
+    assert all(torch.equal(second[index], z) for index, repeat, z in seen if index in second)
 
 
 def test_no_jump_is_none_and_wrong_ones_are_refused(pipe):
@@ -92,8 +95,35 @@ def test_no_jump_is_none_and_wrong_ones_are_refused(pipe):
             pass
 
 
+@dataclass(kw_only=True)
+class Twice(Guidance):
+    """Does every step of its window twice."""
+
+    def repeats(self, step):
+        return 2
+
+
+@pytest.mark.parametrize(
+    "guidances, kept",
+    [
+        ([], [[], [], [], []]),
+        ([Twice(start=0.25, stop=0.75)], [[], [1], [2], []]),
+        ([Travel()], [[0], [0, 1], [0, 1, 2], [0, 1, 2, 3]]),
+        ([Travel(times=1, stop=0.5)], [[0], [0, 1], [], []]),
+        ([Travel(times=1, stop=0.25), Twice(start=0.5)], [[0], [], [2], [3]]),
+    ],
+    ids=["nobody", "repeats", "jumps", "jumps early", "both"],
+)
+def test_schedulers_are_kept_only_while_somebody_may_go_back(pipe, guidances, kept):
+    run = sampling(pipe, None, guidances=guidances)
+    found = {}
+    for step in run:
+        found.setdefault(step.index, sorted(run._again.kept))
+    assert list(found.values()) == kept
+
+
 def test_steps_without_an_end_are_refused(monkeypatch):
-    monkeypatch.setattr("guidekit.sampler.MOST", 3)
+    monkeypatch.setattr("guidekit.engine.recurrence.MOST", 3)
     with pytest.raises(ValueError, match="step 0 was done 3 times; end its repeats or jumps"):
         Sampling(exact.pipeline(), Condition(), [Travel(times=9)], steps=4).finish()
 

@@ -190,10 +190,30 @@ def test_a_guidance_begins_a_run(pipe):
     plain = Sampling(pipe, RED, latents=noise * factor, **given).finish()
     torch.testing.assert_close(ours.latents, plain.latents, rtol=1e-4, atol=1e-4)
     with pytest.raises(ValueError, match="flat and latents or image both say"):
-        Sampling(pipe, RED, [Flat()], latents=noise, **given).finish()
+        Sampling(pipe, RED, [Flat()], latents=noise, **given)
     with pytest.raises(ValueError, match="flat begins elsewhere"):
         with guidekit.attach(pipe, [Flat()]):
             pass
+
+
+def test_two_beginnings_are_refused_before_either_is_computed(pipe):
+    class Sharp(Flat):
+        def begin(self, run):
+            raise AssertionError("it was asked")
+
+    given = {"seeds": [5], "steps": 3, **OPTIONS}
+    with pytest.raises(ValueError, match="sharp and flat both say how the run begins"):
+        Sampling(pipe, RED, [Sharp(), Flat()], **given)
+
+
+def test_a_guidance_of_scale_0_that_rejects_begins_nothing(pipe):
+    class Rejects(Flat):
+        def accept(self, images):
+            return torch.zeros(len(images), dtype=torch.bool)
+
+    given = {"seeds": [5], "steps": 3, **OPTIONS}
+    off = Sampling(pipe, RED, [Rejects(scale=0.0)], **given).finish()
+    assert torch.equal(off.latents, Sampling(pipe, RED, **given).finish().latents)
 
 
 def test_levels_of_flow_follow_the_shift():
