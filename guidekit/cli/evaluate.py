@@ -33,6 +33,7 @@ def _measure(command: Callable) -> Callable:
 _paired = click.option(
     "--paired", is_flag=True, help="Differences of the first row to the others too."
 )
+_lpips = click.option("--lpips", type=PATH, help="Weights of LPIPS, for its column.")
 
 
 def _commands() -> Any:
@@ -64,6 +65,7 @@ def _tell(results: Any, out: Path | None, as_json: bool) -> None:
 @click.option(
     "--protocol", type=click.Choice(["all", "filtered", "few"]), default="all", show_default=True
 )
+@click.option("--clip", help="A CLIP, or its folder, for a column of CLIP scores.")
 @_paired
 def layout(out: Path | None, as_json: bool, **options: Any) -> None:
     """Do things stand where the maps say? mIoU and presence."""
@@ -109,6 +111,7 @@ def prompts(
 @click.option("--real", required=True, help="Folder of real images, .npz of mu and sigma, scenes.")
 @click.option("--features", default="scenes-judge", show_default=True, help="An extractor.")
 @click.option("--draws", type=click.IntRange(0), default=100, show_default=True)
+@_paired
 def quality(out: Path | None, as_json: bool, **options: Any) -> None:
     """How near do images lie to real ones? Frechet and kernel distance, precision, recall."""
     _tell(_commands().quality(**options), out, as_json)
@@ -117,6 +120,8 @@ def quality(out: Path | None, as_json: bool, **options: Any) -> None:
 @evaluate.command()
 @_measure
 @click.option("--features", default="scenes-judge", show_default=True, help="An extractor.")
+@_lpips
+@_paired
 def diversity(out: Path | None, as_json: bool, **options: Any) -> None:
     """How far apart are images of one prompt?"""
     _tell(_commands().diversity(**options), out, as_json)
@@ -128,6 +133,7 @@ def diversity(out: Path | None, as_json: bool, **options: Any) -> None:
 @click.option("--clip", default="scenes-clip", show_default=True, help="A CLIP, or its folder.")
 @click.option("--among", type=click.IntRange(1), default=99, show_default=True)
 @click.option("--seed", default=0, show_default=True, help="Chooses the real ones.")
+@_paired
 def retrieval(out: Path | None, as_json: bool, **options: Any) -> None:
     """Is an image found by its prompt among real ones?"""
     _tell(_commands().retrieval(**options), out, as_json)
@@ -136,7 +142,8 @@ def retrieval(out: Path | None, as_json: bool, **options: Any) -> None:
 @evaluate.command()
 @_measure
 @click.option("--real", required=True, type=PATH, help="Folder of the true images.")
+@_lpips
 @_paired
 def inverse(out: Path | None, as_json: bool, **options: Any) -> None:
-    """How near are restored images to the true ones? PSNR and SSIM."""
+    """How near are restored images to the true ones? PSNR, SSIM, LPIPS."""
     _tell(_commands().inverse(**options), out, as_json)

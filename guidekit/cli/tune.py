@@ -173,7 +173,7 @@ def _trial(
     """Draws and scores some values, or recalls what they got."""
     from guidekit.evaluate.scores import mean_score
 
-    judges = [judge for judge in (score.judge() for score in scores) if judge is not None]
+    judges = [judge for score in scores for judge in score.judges()]
 
     def trial(values: tuple[float, ...]) -> float:
         if (row := state.row(values)) is not None:

@@ -1,20 +1,16 @@
 """What the commands of `guidekit eval` do: images and judges in, rows out."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
-import torch
 from PIL.Image import Image
 from torch import Tensor
 
 from guidekit.errors import GuidekitError
 from guidekit.evaluate.diversity import spread
 from guidekit.evaluate.forms import by_prompt
-from guidekit.evaluate.frechet import Moments, frechet, of_gaussians
 from guidekit.evaluate.images import ImageSet, prompts_of, read_images
-from guidekit.evaluate.intervals import interval
 from guidekit.evaluate.judges import (
     Extractor,
     Segmenter,
@@ -22,31 +18,31 @@ from guidekit.evaluate.judges import (
     load_extractor,
     load_segmenter,
 )
-from guidekit.evaluate.kernel_distance import kernel_distance
 from guidekit.evaluate.label_maps import LabelMaps, Protocol, chosen, held_out, read_label_maps
 from guidekit.evaluate.layout import LayoutCounts
-from guidekit.evaluate.precision_recall import precision_recall
+from guidekit.evaluate.lpips import load_lpips
+from guidekit.evaluate.quality import quality
 from guidekit.evaluate.restoration import psnr, ssim
 from guidekit.evaluate.results import Results
 from guidekit.evaluate.retrieval import ranks
-from guidekit.images import to_image, to_uint8
-from guidekit.worlds import scenes
+from guidekit.evaluate.rows import (
+    BATCH,
+    common_keys,
+    compared,
+    differences,
+    features_of,
+    mean_column,
+    named,
+    prompted,
+    real_scenes,
+    rows_of,
+)
+from guidekit.images import to_uint8
 
-BATCH = 16
-SPLITS = 10  # of the kernel distance's interval
-REFERENCE = 2000  # real scenes for distances, from number 100,000 on
+__all__ = ["diversity", "inverse", "layout", "prompts", "quality", "retrieval"]
+
+TOP = (1, 5, 10)  # places of retrieval
 NO_REAL = "There is no row of real images, the judge's own ceiling; give --real."
-
-
-def real_scenes(plans: list[scenes.Scene], size: int = 64) -> ImageSet:
-    """Scenes of the built-in world as images."""
-
-    def opened(plan: scenes.Scene) -> Image:
-        return to_image((scenes.batch([plan], size)[0][0] + 1) / 2)
-
-    return ImageSet(
-        "real scenes", {str(i): lambda p=plan: opened(p) for i, plan in enumerate(plans)}
-    )
 
 
 # Layout
@@ -59,22 +55,23 @@ def layout(
     judge: str,
     real: Path | None = None,
     protocol: Protocol = "all",
+    clip: str | None = None,
     paired: bool = False,
 ) -> Results:
-    """mIoU and presence of images by their label maps.
+    """mIoU and presence of images by their label maps; of a CLIP the score of their prompts too.
 
     Raises GuidekitError for a judge that guided, whose classes are others, and for no common image.
     """
     segmenter, wanted = load_segmenter(judge), read_label_maps(maps, form)
     check_never_guided(segmenter, folders)
     numbers = _numbering(segmenter, wanted)
-    sets = _rows_of(folders)
+    sets = rows_of(folders)
     if form == "scenes":
         sets.append(real_scenes(held_out(int(maps))))
     elif real is not None:
         sets.append(ImageSet("real", read_images(real).openers))
-    result = Results("layout", judge=_named(segmenter), maps=form, protocol=protocol)
-    keys = _common(sets, wanted.keys, result)
+    result = Results("layout", judge=named(segmenter), maps=form, protocol=protocol)
+    keys = common_keys(sets, wanted.keys, result)
     kept = {key: m for key in keys if (m := chosen(wanted.map(key), protocol)) is not None}
     if not kept:
         raise GuidekitError(f"no layout takes part in the protocol {protocol!r}")
@@ -82,42 +79,40 @@ def layout(
     for name, counts in found.items():
         result.rows.append({"images": name, "n": counts.n} | counts.row())
     if paired:
-        first, *others = found
-        for name in others:
-            row = found[first].against(found[name])
-            result.rows.append({"images": f"{first} - {name}", "n": found[first].n} | row)
+        for first, other, _ in compared(dict.fromkeys(found, kept), "n"):
+            row = found[first].against(found[other])
+            result.rows.append({"images": f"{first} - {other}", "n": len(kept)} | row)
+    if clip is not None:
+        _add_clip_scores(result, folders, sets, [*kept], clip, paired)
     if form != "scenes" and real is None:
         result.notes.append(NO_REAL)
     return result
 
 
-def _rows_of(folders: Sequence[Path]) -> list[ImageSet]:
-    """The folders' images, and the unguided ones that runs keep beside them."""
-    sets = []
-    for folder in folders:
-        sets.append(read_images(folder))
-        if (folder / "unguided").is_dir():
-            unguided = read_images(folder / "unguided")
-            sets.append(ImageSet(f"{folder.name} unguided", unguided.openers))
-    names = [images.name for images in sets]
-    if doubled := [name for name in names if names.count(name) > 1]:
-        raise GuidekitError(f"two folders are called {doubled[0]!r}; rename one")
-    return sets
-
-
-def _common(sets: Sequence[ImageSet], keys: Sequence[str], result: Results) -> list[str]:
-    """The keys that all rows have, so that all have the same number of the same images."""
-    have = [set(images.keys) for images in sets]
-    common = [key for key in keys if all(key in own for own in have)]
-    if not common:
-        raise GuidekitError(
-            f"{', '.join(i.name for i in sets)} have no image that is called as one of the maps or "
-            f"true images, such as {keys[0]!r}"
-        )
-    left = len(keys) - len(common)
-    if left:
-        result.notes.append(f"{left} of {len(keys)} are left out, as a row has no image of them.")
-    return common
+def _add_clip_scores(
+    result: Results,
+    folders: Sequence[Path],
+    sets: Sequence[ImageSet],
+    keys: Sequence[str],
+    clip: str,
+    paired: bool,
+) -> None:
+    """A column of CLIP scores, with intervals over layouts, by the first folder's prompts."""
+    extractor = _clip(clip)
+    check_never_guided(extractor, folders)
+    result.facts["clip"] = named(extractor)
+    texts = prompts_of(folders[0])
+    if lacking := [key for key in keys if key not in texts]:
+        raise GuidekitError(f"{folders[0]} has no prompt of {lacking[0]!r}, which --clip needs")
+    found = {
+        images.name: {key: float(_scores(images, extractor, texts[key], [key])[0]) for key in keys}
+        for images in sets
+    }
+    columns = [mean_column("CLIP score", np.array([*own.values()])) for own in found.values()]
+    if paired:
+        columns += differences({"CLIP score": found}, "n")
+    for row, column in zip(result.rows, columns, strict=True):
+        row |= column
 
 
 def _numbering(judge: Segmenter, maps: LabelMaps) -> np.ndarray:
@@ -163,105 +158,6 @@ def _resized(wanted: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
     return wanted[np.ix_(rows, columns)]
 
 
-def _named(judge: Segmenter | Extractor) -> dict[str, Any]:
-    return {"name": judge.name, "sha256": sorted(judge.hashes)}
-
-
-# Quality
-
-
-def quality(
-    folders: Sequence[Path], real: str, features: str, draws: int = 100, neighbours: int = 3
-) -> Results:
-    """Frechet and kernel distance, precision and recall, of equal numbers of images.
-
-    real: a folder, `scenes`, or an .npz of `mu` and `sigma`, for which there is no other distance.
-    """
-    extractor = load_extractor(features)
-    check_never_guided(extractor, folders)
-    result = Results("quality", judge=_named(extractor), draws=draws)
-    sets = _rows_of(folders)
-    n = min(map(len, sets))
-    if n < max(map(len, sets)):
-        result.notes.append(f"Rows have the first {n} images, as many as the smallest.")
-    if real.endswith(".npz"):
-        mean, covariance = _statistics(Path(real))
-        for images in sets:
-            value = _to_gaussian(images, n, extractor, mean, covariance)
-            result.rows.append({"images": images.name, "n": n, "Frechet": value})
-        return result
-    plans = [scenes.scene(100_000 + i, "test") for i in range(REFERENCE)]
-    reference = _features(
-        real_scenes(plans) if real == "scenes" else read_images(Path(real)), extractor
-    )
-    for images in sets:
-        row = {"images": images.name, "n": n, "n real": len(reference)}
-        found = _features(images, extractor, n)
-        result.rows.append(row | _distances(found, reference, draws, neighbours))
-    half = len(reference) // 2
-    if half > neighbours + 1:
-        row = {"images": "real against real", "n": half, "n real": len(reference) - half}
-        own = _distances(reference[:half], reference[half:], draws, neighbours)
-        result.rows.append(row | own)
-    return result
-
-
-def _features(images: ImageSet, extractor: Extractor, n: int | None = None) -> np.ndarray:
-    """Features of the first n images, or of all."""
-    return np.concatenate(list(_shards(images, extractor, n)))
-
-
-def _shards(images: ImageSet, extractor: Extractor, n: int | None) -> Iterator[np.ndarray]:
-    for part in images.batches(BATCH, images.keys[:n]):
-        yield np.concatenate([extractor.read([image]) for image in part])
-
-
-def _statistics(path: Path) -> tuple[np.ndarray, np.ndarray]:
-    """Mean and covariance as pytorch-fid and others save them."""
-    try:
-        with np.load(path, allow_pickle=False) as file:
-            return file["mu"], file["sigma"]
-    except (OSError, ValueError, KeyError) as error:
-        raise GuidekitError(f"{path}: no statistics with mu and sigma ({error})") from None
-
-
-def _to_gaussian(
-    images: ImageSet, n: int, extractor: Extractor, mean: np.ndarray, covariance: np.ndarray
-) -> float:
-    """Frechet distance of n images to statistics; of the images only sums are kept."""
-    moments = Moments()
-    for features in _shards(images, extractor, n):
-        if features.shape[1] != len(mean):
-            raise GuidekitError(
-                f"the statistics have {len(mean)} features, and {extractor.name} has "
-                f"{features.shape[1]}"
-            )
-        moments.add(features)
-    return of_gaussians(moments.mean, moments.covariance, mean, covariance)
-
-
-def _distances(
-    made: np.ndarray, real: np.ndarray, draws: int, neighbours: int
-) -> dict[str, object]:
-    """A row's numbers: of the Frechet distance a bootstrap's interval, of the kernel's splits'."""
-
-    def distance(i: np.ndarray) -> float:
-        return frechet(made[i], real)
-
-    row: dict[str, object] = {"Frechet": distance(np.arange(len(made)))}
-    if draws:
-        row["Frechet 95%"] = interval(distance, len(made), draws)
-    row["kernel"] = kernel_distance(made, real)
-    parts = [kernel_distance(part, real) for part in np.array_split(made, SPLITS) if len(part) > 1]
-    if len(parts) == SPLITS:
-        error = 1.96 * float(np.std(parts, ddof=1)) / SPLITS**0.5
-        row["kernel 95%"] = (row["kernel"] - error, row["kernel"] + error)
-    if min(len(made), len(real)) > neighbours:
-        both = torch.from_numpy(made), torch.from_numpy(real)
-        row["precision"], row["recall"] = precision_recall(*both, neighbours)
-    return row
-
-
 # Prompts, retrieval, diversity
 
 
@@ -269,31 +165,17 @@ def prompts(folders: Sequence[Path], clip: str, paired: bool = False) -> Results
     """CLIP score, 100 max(cos, 0), with intervals over prompts. Hessel et al. 2021."""
     extractor = _clip(clip)
     check_never_guided(extractor, folders)
-    result = Results("prompts", judge=_named(extractor))
+    result = Results("prompts", judge=named(extractor))
     found: dict[str, dict[str, float]] = {}
-    for folder in folders:
-        images, texts = read_images(folder), prompts_of(folder)
+    for images, texts in prompted(folders):
         groups = by_prompt(images, texts)
         scores = {p: float(_scores(images, extractor, p, k).mean()) for p, k in groups.items()}
         row = {"images": images.name, "n": sum(map(len, groups.values())), "prompts": len(groups)}
-        result.rows.append(row | _mean("CLIP score", np.array([*scores.values()])))
+        result.rows.append(row | mean_column("CLIP score", np.array([*scores.values()])))
         found[images.name] = scores
     if paired:
-        result.rows += _differences("CLIP score", found, "prompts")
+        result.rows += differences({"CLIP score": found}, "prompts")
     return result
-
-
-def _differences(
-    name: str, found: dict[str, dict[str, float]], unit: str
-) -> Iterator[dict[str, object]]:
-    """Rows of the first folder's numbers minus each other's, of what both have."""
-    first, *others = found
-    for other in others:
-        common = [key for key in found[first] if key in found[other]]
-        if not common:
-            raise GuidekitError(f"{first} and {other} have no {unit} in common, so no differences")
-        gaps = np.array([found[first][key] - found[other][key] for key in common])
-        yield {"images": f"{first} - {other}", unit: len(common)} | _mean(name, gaps)
 
 
 def _scores(images: ImageSet, clip: Extractor, prompt: str, keys: list[str]) -> np.ndarray:
@@ -309,77 +191,109 @@ def _clip(name: str) -> Extractor:
     return extractor
 
 
-def _mean(name: str, values: np.ndarray) -> dict[str, object]:
-    """A column: the mean of numbers of images or prompts, and its interval."""
-    bounds = interval(lambda i: float(values[i].mean()), len(values))
-    return {name: float(values.mean()), f"{name} 95%": bounds}
-
-
 def retrieval(
-    folders: Sequence[Path], real: Path, clip: str, among: int = 99, seed: int = 0
+    folders: Sequence[Path],
+    real: Path,
+    clip: str,
+    among: int = 99,
+    seed: int = 0,
+    paired: bool = False,
 ) -> Results:
     """How often an image is among the first 1, 5 and 10 of `among` real ones by its prompt."""
     extractor = _clip(clip)
     check_never_guided(extractor, folders)
-    others = _features(read_images(real), extractor)
+    others = features_of(read_images(real), extractor)
     if len(others) < among:
         raise GuidekitError(f"{real} has {len(others)} images; give {among}, or --among fewer")
-    result = Results("retrieval", judge=_named(extractor), among=among)
-    for folder in folders:
-        images, texts = read_images(folder), prompts_of(folder)
+    result = Results("retrieval", judge=named(extractor), among=among)
+    columns: dict[str, dict[str, dict[str, float]]] = {f"top {k}": {} for k in TOP}
+    for images, texts in prompted(folders):
         keys = [key for key in images.keys if key in texts]
         seen = np.concatenate([extractor.read(part) for part in images.batches(BATCH, keys)])
         places = ranks(seen, extractor.texts([texts[k] for k in keys]), others, among, seed)
         row: dict[str, object] = {"images": images.name, "n": len(keys)}
-        for k in (1, 5, 10):
-            row |= _mean(f"top {k}", (places < k).astype(float))
+        for k, (name, found) in zip(TOP, columns.items(), strict=True):
+            hits = (places < k).astype(float)
+            # Of images that are called alike but show other prompts there is no difference.
+            found[images.name] = {
+                f"{key} {texts[key]}": h for key, h in zip(keys, hits, strict=True)
+            }
+            row |= mean_column(name, hits)
         result.rows.append(row)
+    if paired:
+        result.rows += differences(columns, "n")
     return result
 
 
-def diversity(folders: Sequence[Path], features: str) -> Results:
-    """Mean distance of an extractor's features between the images of each prompt."""
+def diversity(
+    folders: Sequence[Path], features: str, lpips: Path | None = None, paired: bool = False
+) -> Results:
+    """Mean distance between the images of each prompt, of an extractor's features and by LPIPS."""
     extractor = load_extractor(features)
+    perceptual = None if lpips is None else load_lpips(lpips)
     check_never_guided(extractor, folders)
-    result = Results("diversity", judge=_named(extractor), pairs="all of one prompt")
-    for folder in folders:
-        images, texts = read_images(folder), prompts_of(folder)
-        groups = [keys for keys in by_prompt(images, texts).values() if len(keys) > 1]
+    result = Results("diversity", judge=named(extractor), pairs="all of one prompt")
+    columns: dict[str, dict[str, dict[str, float]]] = {"distance": {}}
+    if perceptual is not None:
+        check_never_guided(perceptual, folders)
+        result.facts["lpips"], columns["LPIPS"] = named(perceptual), {}
+    for images, texts in prompted(folders):
+        groups = {p: keys for p, keys in by_prompt(images, texts).items() if len(keys) > 1}
         if not groups:
-            raise GuidekitError(f"{folder} has one image of each prompt; diversity needs two")
-        found = [
-            spread(np.concatenate([extractor.read(p) for p in images.batches(BATCH, keys)]))
-            for keys in groups
-        ]
-        row = {"images": images.name, "n": sum(map(len, groups)), "prompts": len(groups)}
-        result.rows.append(row | _mean("distance", np.array(found)))
+            raise GuidekitError(f"{images.name} has one image of each prompt; diversity needs two")
+        row = {"images": images.name, "n": sum(map(len, groups.values())), "prompts": len(groups)}
+        for name, found in columns.items():
+            found[images.name] = {
+                prompt: perceptual.spread(keys, images.image)
+                if name == "LPIPS"
+                else _spread(images, extractor, keys)
+                for prompt, keys in groups.items()
+            }
+            row |= mean_column(name, np.array([*found[images.name].values()]))
+        result.rows.append(row)
+    if paired:
+        result.rows += differences(columns, "prompts")
     return result
+
+
+def _spread(images: ImageSet, extractor: Extractor, keys: list[str]) -> float:
+    return spread(np.concatenate([extractor.read(p) for p in images.batches(BATCH, keys)]))
 
 
 # Inverse problems
 
 
-def inverse(folders: Sequence[Path], real: Path, paired: bool = False) -> Results:
-    """PSNR and SSIM to the true images of the same names."""
+def inverse(
+    folders: Sequence[Path], real: Path, lpips: Path | None = None, paired: bool = False
+) -> Results:
+    """PSNR and SSIM to the true images of the same names, and LPIPS by its weights."""
     truth = read_images(real)
-    sets = _rows_of(folders)
+    sets = rows_of(folders)
     result = Results("inverse", real=str(real))
-    keys = _common(sets, truth.keys, result)
-    found: dict[str, dict[str, dict[str, float]]] = {"PSNR": {}, "SSIM": {}}
+    keys = common_keys(sets, truth.keys, result)
+    measures = {"PSNR": _of_values(psnr), "SSIM": _of_values(ssim)}
+    if lpips is not None:
+        perceptual = load_lpips(lpips)
+        check_never_guided(perceptual, folders)
+        result.facts["lpips"], measures["LPIPS"] = named(perceptual), perceptual.distance
+    columns: dict[str, dict[str, dict[str, float]]] = {name: {} for name in measures}
     for images in sets:
-        pairs = {key: (_values(images.image(key)), _values(truth.image(key))) for key in keys}
-        if wrong := [key for key, (a, b) in pairs.items() if a.shape != b.shape]:
+        pairs = {key: (images.image(key), truth.image(key)) for key in keys}
+        if wrong := [key for key, (a, b) in pairs.items() if a.size != b.size]:
             raise GuidekitError(f"{images.name}: {wrong[0]} is not of its true image's size")
         row: dict[str, object] = {"images": images.name, "n": len(keys)}
-        for name, measure in (("PSNR", psnr), ("SSIM", ssim)):
-            values = {key: float(measure(a, b)) for key, (a, b) in pairs.items()}
-            row |= _mean(name, np.array([*values.values()]))
-            found[name][images.name] = values
+        for name, measure in measures.items():
+            columns[name][images.name] = own = {k: measure(*pair) for k, pair in pairs.items()}
+            row |= mean_column(name, np.array([*own.values()]))
         result.rows.append(row)
     if paired:
-        columns = [_differences(name, values, "n") for name, values in found.items()]
-        result.rows += [a | b for a, b in zip(*columns, strict=True)]
+        result.rows += differences(columns, "n")
     return result
+
+
+def _of_values(measure: Callable[[Tensor, Tensor], Tensor]) -> Callable[[Image, Image], float]:
+    """A measure of tensors (1, 3, H, W) in [0, 1] as one of images."""
+    return lambda a, b: float(measure(_values(a), _values(b)))
 
 
 def _values(image: Image) -> Tensor:

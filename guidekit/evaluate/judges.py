@@ -33,21 +33,25 @@ CLIP = "open_clip_config.json"
 
 
 @dataclass(frozen=True)
-class Segmenter:
-    """Reads class maps: images to (H, W) each, 0 for none, 1 to the number of its names."""
+class Judge:
+    """A network that reads images, with the SHA-256 of its weights."""
 
     name: str
     hashes: frozenset[str]
+
+
+@dataclass(frozen=True)
+class Segmenter(Judge):
+    """Reads class maps: images to (H, W) each, 0 for none, 1 to the number of its names."""
+
     names: tuple[str, ...]
     read: Callable[[Sequence[Image]], list[np.ndarray]]
 
 
 @dataclass(frozen=True)
-class Extractor:
+class Extractor(Judge):
     """Reads features: images to (n, d); of CLIP also texts, both of length 1."""
 
-    name: str
-    hashes: frozenset[str]
     read: Callable[[Sequence[Image]], np.ndarray]
     texts: Callable[[list[str]], np.ndarray] | None = None
 
@@ -62,7 +66,7 @@ def weight_hashes(folder: Path) -> frozenset[str]:
     return frozenset(found)
 
 
-def check_never_guided(judge: Segmenter | Extractor, folders: Iterable[Path]) -> None:
+def check_never_guided(judge: Judge, folders: Iterable[Path]) -> None:
     """Raises GuidekitError if weights of the judge guided a run or a plan in one of the folders."""
     for folder in folders:
         for record in sorted(folder.rglob("run.json")):  # of one run, or of those of a grid
@@ -73,7 +77,7 @@ def check_never_guided(judge: Segmenter | Extractor, folders: Iterable[Path]) ->
                 )
 
 
-def guided_by(judge: Segmenter | Extractor, tables: dict[str, Any]) -> str | None:
+def guided_by(judge: Judge, tables: dict[str, Any]) -> str | None:
     """The option of plugins that names weights of the judge; None if none does."""
     for name in _named(tables):
         for path in (ZOO / name, Path(name)):

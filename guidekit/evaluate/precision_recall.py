@@ -9,10 +9,11 @@ from torch import Tensor
 
 def precision_recall(made: Tensor, real: Tensor, neighbours: int = 3) -> tuple[float, float]:
     """Shares of features (n, d) and (m, d) that lie within the other's k-th neighbours."""
-    return _covered(made, real, neighbours), _covered(real, made, neighbours)
+    both = covered(made, real, neighbours), covered(real, made, neighbours)
+    return float(both[0].float().mean()), float(both[1].float().mean())
 
 
-def _covered(points: Tensor, balls: Tensor, neighbours: int) -> float:
-    """Share of the points that lie in a ball, each as wide as its k-th neighbour is far."""
+def covered(points: Tensor, balls: Tensor, neighbours: int = 3) -> Tensor:
+    """Which points (n,) lie in a ball, each as wide as its k-th neighbour is far."""
     radii = torch.cdist(balls, balls).kthvalue(neighbours + 1).values  # the first is itself
-    return float((torch.cdist(points, balls) <= radii).any(1).float().mean())
+    return (torch.cdist(points, balls) <= radii).any(1)

@@ -13,7 +13,8 @@ from typing import Any
 
 from guidekit.errors import GuidekitError
 from guidekit.evaluate import commands
-from guidekit.evaluate.judges import Extractor, Segmenter, load_extractor, load_segmenter
+from guidekit.evaluate.judges import Judge, load_extractor, load_segmenter
+from guidekit.evaluate.lpips import load_lpips
 from guidekit.evaluate.results import Results
 
 #: The column that stands for a measure, and those of which less is better.
@@ -24,13 +25,14 @@ COLUMNS = {
     "diversity": "distance",
     "inverse": "PSNR",
 }
-LESS = ("Frechet", "kernel")
+LESS = (("quality", "Frechet"), ("quality", "kernel"), ("inverse", "LPIPS"))
 #: Options that measures have no default for here.
 DEFAULTS = {"clip": "scenes-clip", "features": "scenes-judge", "judge": "scenes-judge", "draws": 0}
-LOADERS: dict[str, Callable[[str], Segmenter | Extractor]] = {
+LOADERS: dict[str, Callable[[Any], Judge]] = {
     "clip": load_extractor,
     "features": load_extractor,
     "judge": load_segmenter,
+    "lpips": load_lpips,
 }
 
 
@@ -44,12 +46,9 @@ class Score:
     #: As the user wrote it.
     text: str = ""
 
-    def judge(self) -> Segmenter | Extractor | None:
-        """The network that reads the images; None where they are compared by themselves."""
-        for name, load in LOADERS.items():
-            if name in self.options:
-                return load(self.options[name])
-        return None
+    def judges(self) -> list[Judge]:
+        """The networks that read the images; none where they are compared by themselves."""
+        return [load(self.options[name]) for name, load in LOADERS.items() if name in self.options]
 
     def of(self, folder: Path) -> float:
         """The number of a folder. Raises GuidekitError as the measure does, and for no column."""
@@ -60,7 +59,7 @@ class Score:
             raise GuidekitError(
                 f"{self.measure} has no column {self.column!r}; it has {', '.join(numbers)}"
             )
-        return -float(value) if self.column in LESS else float(value)
+        return -float(value) if (self.measure, self.column) in LESS else float(value)
 
 
 def parse_score(text: str) -> Score:
@@ -73,7 +72,9 @@ def parse_score(text: str) -> Score:
     if measure not in COLUMNS:
         raise GuidekitError(f"no measure {measure!r}; there are {', '.join(COLUMNS)}")
     known = inspect.signature(getattr(commands, measure)).parameters
-    options: dict[str, Any] = {k: v for k, v in DEFAULTS.items() if k in known}
+    options: dict[str, Any] = {
+        k: v for k, v in DEFAULTS.items() if k in known and known[k].default is not None
+    }
     for word in words:
         name, equals, value = word.partition("=")
         if not equals or name == "folders" or name not in known:
@@ -82,8 +83,9 @@ def parse_score(text: str) -> Score:
         options[name] = int(value) if value.isdecimal() and name != "maps" else value
     if lacking := [n for n, p in known.items() if n not in options and _needed(n, p)]:
         raise GuidekitError(f"--judge {text!r} needs {lacking[0]}=...")
-    if measure != "quality" and "real" in options:
-        options["real"] = Path(options["real"])
+    for name in ("real", "lpips"):
+        if name in options and measure != "quality":
+            options[name] = Path(options[name])
     return Score(measure, column or COLUMNS[measure], options, text)
 
 

@@ -10,11 +10,11 @@ from PIL import Image
 
 from guidekit.errors import GuidekitError
 from guidekit.evaluate import judge as evaluate
-from guidekit.evaluate.commands import real_scenes
 from guidekit.evaluate.images import prompts_of, read_images
 from guidekit.evaluate.judges import load_extractor, load_segmenter
 from guidekit.evaluate.label_maps import chosen, held_out, read_label_maps
 from guidekit.evaluate.layout import LayoutCounts
+from guidekit.evaluate.rows import real_scenes
 from guidekit.images import to_uint8
 from guidekit.worlds import scenes
 from guidekit.zoo.shipped import ZOO
@@ -169,6 +169,50 @@ def test_quality_is_torch_fidelitys_by_our_extractor(drawn, tmp_path):
     np.savez(tmp_path / "real.npz", **values)
     done = run("eval", "quality", drawn, "--real", tmp_path / "real.npz", "--json")
     assert json.loads(done.stdout)["rows"][0]["Frechet"] == pytest.approx(row["Frechet"], rel=1e-6)
+
+
+@pytest.mark.full
+def test_layout_has_the_clip_score_of_its_prompts(drawn, tmp_path):
+    other = shuffled(tmp_path / "other", drawn)
+    words = ("--maps", N, "--form", "scenes", "--clip", "scenes-clip", "--paired", "--json")
+    table = json.loads(run("eval", "layout", drawn, other, *words).stdout)
+    own, wrong, real, gap, none = (row["CLIP score"] for row in table["rows"])
+    (alone,) = json.loads(run("eval", "prompts", drawn, "--json").stdout)["rows"]
+    assert real == own == pytest.approx(alone["CLIP score"]) and none == 0
+    assert gap == pytest.approx(own - wrong) and gap > 1
+    assert table["clip"]["name"] == "scenes-clip"
+
+
+@pytest.mark.full
+def test_pairs_of_quality_retrieval_and_diversity_are_the_rows_differences(drawn, tmp_path):
+    other, real = tmp_path / "other", tmp_path / "real"
+    for folder in (other, real):
+        folder.mkdir()
+    for file in drawn.glob("*.png"):  # darker, and called by the same prompts
+        Image.open(file).point(lambda v: v // 2).save(other / file.name)
+    for folder in (drawn, other):
+        lines = [json.dumps({"key": i, "prompt": f"{i // 2}"}) + "\n" for i in range(N)]
+        (folder / "prompts.jsonl").write_text("".join(lines))
+    images = real_scenes([scenes.scene(5000 + i, "test") for i in range(N)])
+    for key in images.keys:
+        images.image(key).save(real / f"{key}.png")
+    for command, words in {
+        "quality": ("--real", real, "--draws", 20),
+        "retrieval": ("--real", real, "--among", N),
+        "diversity": (),
+    }.items():
+        done = run("eval", command, drawn, other, *words, "--paired", "--json")
+        assert done.exit_code == 0, done.stderr
+        rows = {row["images"]: row for row in json.loads(done.stdout)["rows"]}
+        gap = rows[f"{drawn.name} - other"]
+        numbers = [name for name, value in gap.items() if isinstance(value, float)]
+        assert numbers
+        for name in numbers:
+            wanted = rows[drawn.name][name] - rows["other"][name]
+            assert gap[name] == pytest.approx(wanted, abs=1e-9), (command, name)
+        done = run("eval", command, drawn, *words, "--paired")
+        assert done.exit_code == 2 and "give another FOLDER" in done.stderr
+    (drawn / "prompts.jsonl").unlink()
 
 
 def test_inverse_and_diversity(drawn, tmp_path):

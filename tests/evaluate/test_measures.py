@@ -14,6 +14,7 @@ from guidekit.evaluate.layout import LayoutCounts
 from guidekit.evaluate.map_score import filled, inside
 from guidekit.evaluate.overlap import mean_iou, overlaps
 from guidekit.evaluate.precision_recall import precision_recall
+from guidekit.evaluate.quality import Reference
 from guidekit.evaluate.restoration import psnr, ssim
 
 RNG = np.random.default_rng(0)
@@ -89,6 +90,40 @@ def test_a_paired_difference_is_surer_than_two_intervals():
     assert value == pytest.approx(0.2, abs=0.01) and low < value < high and high - low < 0.01
     own = interval(mean(a), 200)
     assert own[1] - own[0] > 0.2
+
+
+def test_paired_quality_of_a_shift_is_the_closed_form():
+    """b = a + d: covariances are equal in every resample, so the difference is in the means."""
+    rng = np.random.default_rng(1)
+    a, real = rng.normal(size=(300, 3)), rng.normal(size=(300, 3))
+    shift = np.array([0.5, 0, 0])
+    row = Reference(real, draws=400, neighbours=3).against(a, a + shift)
+    gap = a.mean(0) - real.mean(0)
+    assert row["Frechet"] == pytest.approx(-2 * shift @ gap - shift @ shift, abs=1e-9)
+    low, high = row["Frechet 95%"]
+    # Of a normal mean, times 2 |d|.
+    assert high - low == pytest.approx(2 * 1.96 * 2 * 0.5 * a[:, 0].std() / 300**0.5, rel=0.2)
+
+
+def test_paired_quality_is_surer_where_images_are_alike():
+    rng = np.random.default_rng(1)
+    a, real = rng.normal(size=(200, 6)), rng.normal(size=(200, 6))
+    b = a + 0.05 + 0.02 * rng.normal(size=a.shape)
+    reference = Reference(real, draws=100, neighbours=3)
+    paired, one, two = reference.against(a, b), reference.row(a), reference.row(b)
+    for name in ("Frechet", "kernel", "precision", "recall"):
+        assert paired[name] == pytest.approx(one[name] - two[name], abs=1e-9)
+        widths = [np.diff(row[f"{name} 95%"])[0] for row in (paired, one, two)]
+        assert widths[0] < 0.6 * np.hypot(*widths[1:]), name  # of what independent rows would give
+
+
+def test_distances_are_clean_fids():
+    """Of the same features; its own network would be downloaded and unpickled."""
+    fid = pytest.importorskip("cleanfid.fid")
+    moments = [(x.mean(0), np.cov(x, rowvar=False)) for x in (A, B)]
+    assert frechet(A, B) == pytest.approx(fid.frechet_distance(*moments[0], *moments[1]), rel=1e-6)
+    theirs = fid.kernel_distance(A, B, num_subsets=1, max_subset_size=80)
+    assert kernel_distance(A, B) == pytest.approx(theirs, rel=1e-6)
 
 
 def test_psnr_and_ssim_of_known_images():
