@@ -53,7 +53,7 @@ _HOME = {
     "sample": "drawing",
     "tap_attention": "taps",
     "tap_blocks": "taps",
-    "token_maps": "attention.call",
+    "token_maps": "attention.maps",
 }
 
 __all__ = ["hookimpl", *_HOME]  # noqa: PLE0604  (keys, all texts)

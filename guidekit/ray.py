@@ -17,6 +17,7 @@ import ray
 from guidekit.cli.scale.block_plan import read_block_plan
 from guidekit.cli.scale.drawer import Drawer
 from guidekit.cli.scale.store import Store
+from guidekit.cli.scale.worker import drawn_by_someone
 
 
 def blocks(plan: str | Path) -> ray.data.Dataset:
@@ -46,7 +47,11 @@ def draw(
 
 
 class _Worker:
-    """An actor with the model; `guidekit.cli.scale.worker` is its like without Ray."""
+    """An actor with the model; `guidekit.cli.scale.worker` is its like without Ray.
+
+    Ray gives a block to one actor, but `guidekit sample --plan` may draw beside it, and an actor
+    that was killed leaves halves: so a block is drawn under its lock, as there.
+    """
 
     def __init__(self, folder: str, tars: bool):
         self.store = Store(Path(folder), read_block_plan(Path(folder)))
@@ -54,13 +59,8 @@ class _Worker:
 
     def __call__(self, row: dict[str, Any]) -> list[dict[str, Any]]:
         number = int(row["id"])
-        if not self.store.done(number):
-            try:
-                members = self.drawer.draw(number)
-            except Exception as error:
-                self.store.fail(number, error)
-                return []
-            self.store.publish(number, members, self.drawer.made_by)
+        if not drawn_by_someone(self.store, self.drawer, number):
+            return []
         done = {"id": number, "images": len(self.store.plan.seeds(number))}
         return [done | {"tar": self._tar(number)} if self.tars else done]
 

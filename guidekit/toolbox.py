@@ -7,7 +7,8 @@ From a phrase to its tokens: `token_columns` finds the columns of a phrase in on
 padding. From a segment to its mask: `segment_masks` gives (B, S, h, w) at the grid of a site.
 Attention among pixels is read in `edit_attention` at `self_attention` sites by `probabilities`.
 `descend` moves z against the gradient of an energy, inside a `refine`; `TokenMaps` are maps of
-single tokens for it, at `sites_of_one_grid` if so wished, and `smoothed`.
+single tokens for it, at `sites_of_one_grid` if so wished, and `smoothed`; `TokenMoves` is a base of
+guidance by both.
 `InverseGuidance` and `LossGuidance` are bases of guidance by a measurement or a loss, whose
 operators are `LinearOperator`s; `Contrast` is one of other classifier-free guidance.
 `named` finds what an option of the type `ImportPath` names.
@@ -33,6 +34,7 @@ _HOME = {
     "Reward": "rewards",
     "rewarded": "rewards",
     "TokenMaps": "token_reads",
+    "TokenMoves": "token_moves",
     "as_mask": "masks",
     "as_operator": "operators",
     "derived_seed": "seeds",
@@ -64,7 +66,28 @@ _HOME = {
 __all__ = list(_HOME)
 
 if TYPE_CHECKING:
-    pass
+    from guidekit.attention.maps import probabilities
+    from guidekit.backbones.loading import schedulers_for
+    from guidekit.backbones.sites import layers, self_attention
+    from guidekit.backbones.tokens import real_tokens, segment_weights, token_columns
+    from guidekit.conditions import require_segments, segment_masks, segment_strengths
+    from guidekit.contrast import Contrast
+    from guidekit.descent import descend
+    from guidekit.evaluate.judge import load_judge, see
+    from guidekit.groups import systematic
+    from guidekit.images import to_image
+    from guidekit.inverse import InverseGuidance, LossGuidance
+    from guidekit.masks import as_mask, resize_mask
+    from guidekit.named import named
+    from guidekit.operators import Downsampling, Grey, Inpainting, LinearOperator, as_operator
+    from guidekit.options import ImportPath
+    from guidekit.perturbed import pixel_rows
+    from guidekit.references import read_references, square
+    from guidekit.rewards import REWARDS, Reward, rewarded
+    from guidekit.seeds import derived_seed
+    from guidekit.taps import find_sites
+    from guidekit.token_moves import TokenMoves
+    from guidekit.token_reads import TokenMaps, sites_of_one_grid, smoothed
 
 
 def __getattr__(name: str) -> Any:

@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from accelerate import PartialState
-from diffusers import DDPMScheduler, StableDiffusionPipeline
+from diffusers import StableDiffusionPipeline
 from PIL import Image
 from torch import Tensor, nn
 
@@ -18,7 +18,7 @@ from guidekit.semantica.adapter import ImageAdapter, new_adapter
 from guidekit.semantica.encode import ImageEncoder
 from guidekit.semantica.episodes import Episodes
 from guidekit.semantica.pages import PagesOptions, data_facts, make_episodes
-from guidekit.train.targets import model_target
+from guidekit.train.beside import Backbone, BesideLoss, with_words
 
 
 @dataclass(kw_only=True)
@@ -30,22 +30,19 @@ class AdapterOptions(PagesOptions):
     wordless: float = 0.5  # share of the captions replaced by the empty prompt
 
 
-class AdapterLoss(nn.Module):
+class AdapterLoss(BesideLoss):
     """The backbone's own loss, the adapter being what is trained."""
 
     def __init__(self, adapter: ImageAdapter, unet: nn.Module):
-        super().__init__()
+        super().__init__(unet)
         self.adapter = adapter
-        self.frozen = [unet]  # in a list, so that it is no part of the module
 
     def forward(
         self, z: Tensor, timestep: Tensor, states: Tensor, tokens: Tensor, target: Tensor
     ) -> dict[str, Tensor]:
         """Error at latents z (B, C, h, w), text states (B, T, D), encoder tokens (B, T', D')."""
-        unet = self.frozen[0]
-        with self.adapter.attached(unet, self.adapter(tokens)):
-            out = unet(z, timestep, states, return_dict=False)[0]
-        return {"mse": F.mse_loss(out.float(), target)}
+        with self.adapter.attached(self.unet, self.adapter(tokens)):
+            return self.error(z, timestep, states, target)
 
 
 class AdapterTask:
@@ -63,10 +60,7 @@ class AdapterTask:
     ):
         self.options, self.episodes, self.encoder = options, episodes, encoder
         self.asked, self.ready = "tokens" if episodes.has_tokens else "seen", episodes.ready
-        self.pipeline, self.size = pipeline, size
-        for part in (pipeline.unet, pipeline.vae, pipeline.text_encoder):
-            part.eval().requires_grad_(False)
-        self.scheduler = DDPMScheduler.from_config(pipeline.scheduler.config)
+        self.pipeline, self.size, self.backbone = pipeline, size, Backbone(pipeline)
         self.net = self.whole_net()
 
     def whole_net(self) -> nn.Module:
@@ -77,23 +71,16 @@ class AdapterTask:
 
     def batch(self, numbers: range, generator: torch.Generator) -> dict[str, Tensor]:
         """Noisy latents of the images to draw, their captions, and the conditions' tokens."""
-        pipeline, rows = self.pipeline, [self.episodes.pair(n)[1] for n in numbers]
+        rows = [self.episodes.pair(n)[1] for n in numbers]
         tokens, x0 = self.episodes.batch(numbers, self.asked)
         tokens = self._tokens(tokens)
         tokens = tokens * (torch.rand(len(x0), 1, 1, generator=generator) >= self.options.drop)
-        words = torch.rand(len(x0), generator=generator) >= self.options.wordless
-        captions = self.episodes.store.captions(rows)
-        texts = [c if keep else "" for c, keep in zip(captions, words.tolist(), strict=True)]
-        with torch.no_grad():
-            latents = pipeline.vae.encode(x0.to(pipeline.device)).latent_dist.mode().cpu()
-            states = pipeline.encode_prompt(texts, pipeline.device, 1, False)[0].cpu()
-        latents = latents.float() * pipeline.vae.config.scaling_factor
+        texts = with_words(self.episodes.store.captions(rows), self.options.wordless, generator)
+        latents, states = self.backbone.encoded(x0, texts)
         eps = torch.randn(latents.shape, generator=generator)
-        count = self.scheduler.config.num_train_timesteps
-        timestep = torch.randint(count, (len(x0),), generator=generator)
-        z = self.scheduler.add_noise(latents, eps, timestep)
-        target = model_target(self.scheduler, latents, eps, timestep)
-        return {"z": z, "timestep": timestep, "states": states, "tokens": tokens, "target": target}
+        timestep = torch.randint(self.backbone.timesteps, (len(x0),), generator=generator)
+        noisy = self.backbone.noisy(latents, eps, timestep)
+        return noisy | {"states": states, "tokens": tokens}
 
     def _tokens(self, given: Tensor) -> Tensor:
         """Tokens (B, T, D) on the CPU: those that are kept, or of what the encoder sees."""

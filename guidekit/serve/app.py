@@ -25,7 +25,7 @@ from guidekit.errors import GuidekitError
 from guidekit.images import COLOURS
 from guidekit.registry import Registry
 from guidekit.serve.asked import read_asked
-from guidekit.serve.jobs import ENDED, Job, Jobs, QueueFullError, records
+from guidekit.serve.jobs import ENDED, Job, Jobs, NoRunError, QueueFullError, records
 from guidekit.serve.knobs import plugin_knobs
 from guidekit.serve.models import Models
 from guidekit.serve.opened import opened
@@ -65,7 +65,11 @@ class Server:
                 Mount("/static", StaticFiles(directory=STATIC)),
             ],
             middleware=[Middleware(Safety, options=options)],
-            exception_handlers={GuidekitError: _refusal, QueueFullError: _full},
+            exception_handlers={
+                GuidekitError: _refusal,
+                NoRunError: _no_run,
+                QueueFullError: _full,
+            },
             lifespan=self.lifespan,
         )
 
@@ -195,7 +199,7 @@ class Server:
     def _job(self, request: Request) -> Job:
         id = request.path_params["id"]
         if id not in self.jobs.all:
-            raise GuidekitError(f"no run {id!r}; the server was started anew, or it is long past")
+            raise NoRunError(f"no run {id!r}; the server was started anew, or it is long past")
         return self.jobs.all[id]
 
     def _summary(self, job: Job) -> dict[str, Any]:
@@ -242,8 +246,11 @@ def _missing(name: str) -> Response:
 
 
 async def _refusal(_: Request, error: Exception) -> Response:
-    status = 404 if str(error).startswith("no run ") else 400
-    return JSONResponse({"error": str(error)}, status_code=status)
+    return JSONResponse({"error": str(error)}, status_code=400)
+
+
+async def _no_run(_: Request, error: Exception) -> Response:
+    return JSONResponse({"error": str(error)}, status_code=404)
 
 
 async def _full(_: Request, error: Exception) -> Response:

@@ -28,6 +28,10 @@ from guidekit.untrusted import read_json
 ENDED = ("finished", "stopped", "failed")
 
 
+class NoRunError(GuidekitError):
+    """The server has no run of that id."""
+
+
 class QueueFullError(Exception):
     """No more runs may wait."""
 

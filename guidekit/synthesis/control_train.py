@@ -11,8 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
-from diffusers import ControlNetModel, DDPMScheduler, StableDiffusionPipeline, T2IAdapter
+from diffusers import ControlNetModel, StableDiffusionPipeline, T2IAdapter
 from PIL import Image
 from torch import Tensor, nn
 
@@ -29,8 +28,8 @@ from guidekit.sampler import Sampling
 from guidekit.synthesis.data import Examples, make_examples
 from guidekit.synthesis.pipeline import LABELS
 from guidekit.synthesis.train import check_affinity
+from guidekit.train.beside import Backbone, BesideLoss, with_words
 from guidekit.train.processes import processes
-from guidekit.train.targets import model_target
 
 KINDS = ("adapter", "controlnet")
 SHOWN, LEVELS = 8, 4
@@ -64,26 +63,23 @@ class ControlOptions:
             )
 
 
-class ControlLoss(nn.Module):
+class ControlLoss(BesideLoss):
     """The backbone's own loss, the control being what is trained."""
 
     def __init__(self, control: Net, unet: nn.Module):
-        super().__init__()
+        super().__init__(unet)
         self.control = control
-        self.frozen = [unet]  # in a list, so that it is no part of the module
 
     def forward(
         self, z: Tensor, timestep: Tensor, states: Tensor, maps: Tensor, target: Tensor
     ) -> dict[str, Tensor]:
         """Error at latents z (B, C, h, w), text states (B, T, D), one-hot maps (B, N, H, W)."""
-        unet = self.frozen[0]
         if isinstance(self.control, T2IAdapter):
             given = {"down_intrablock_additional_residuals": list(self.control(maps))}
         else:
             downs, mid = self.control(z, timestep, states, maps, return_dict=False)
             given = {"down_block_additional_residuals": downs, "mid_block_additional_residual": mid}
-        out = unet(z, timestep, states, **given, return_dict=False)[0]
-        return {"mse": F.mse_loss(out.float(), target)}
+        return self.error(z, timestep, states, target, **given)
 
 
 class ControlTask:
@@ -98,34 +94,25 @@ class ControlTask:
         pipeline: StableDiffusionPipeline,
         control: Net,
     ):
-        self.options, self.examples, self.pipeline = options, examples, pipeline
-        for part in (pipeline.unet, pipeline.vae, pipeline.text_encoder):
-            part.eval().requires_grad_(False)
-        self.scheduler = DDPMScheduler.from_config(pipeline.scheduler.config)
+        self.options, self.examples = options, examples
+        self.pipeline, self.backbone = pipeline, Backbone(pipeline)
         self.net = ControlLoss(control.train().requires_grad_(True), pipeline.unet)
 
     def batch(self, numbers: range, generator: torch.Generator) -> dict[str, Tensor]:
         """Noisy latents of the images, their maps and captions."""
         x0, maps = self.examples.pairs(numbers, generator)
-        words = torch.rand(len(x0), generator=generator) >= self.options.wordless
         captions = self.examples.captions(numbers)
-        texts = [text if keep else "" for text, keep in zip(captions, words, strict=True)]
+        texts = with_words(captions, self.options.wordless, generator)
         return self._noisy(x0, maps, texts, generator)
 
     def _noisy(
         self, x0: Tensor, maps: Tensor, texts: list[str], generator: torch.Generator
     ) -> dict[str, Tensor]:
-        pipeline = self.pipeline
-        with torch.no_grad():
-            latents = pipeline.vae.encode(x0.to(pipeline.device)).latent_dist.mode().cpu()
-            states = pipeline.encode_prompt(texts, pipeline.device, 1, False)[0].cpu()
-        latents = latents.float() * pipeline.vae.config.scaling_factor
+        latents, states = self.backbone.encoded(x0, texts)
         eps = torch.randn(latents.shape, generator=generator)
         spread = torch.arange(len(x0)) + torch.rand(len(x0), generator=generator)
-        timestep = (spread / len(x0) * self.scheduler.config.num_train_timesteps).long()
-        z = self.scheduler.add_noise(latents, eps, timestep)
-        target = model_target(self.scheduler, latents, eps, timestep)
-        return {"z": z, "timestep": timestep, "states": states, "maps": maps, "target": target}
+        timestep = (spread / len(x0) * self.backbone.timesteps).long()
+        return self.backbone.noisy(latents, eps, timestep) | {"states": states, "maps": maps}
 
     @torch.no_grad()
     def held_out(self) -> float | None:

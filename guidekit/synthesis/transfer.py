@@ -85,10 +85,9 @@ class Transfer:
         pipeline = load_backbone(self.model)
         return pipeline.unet.config.sample_size * pipeline.vae_scale_factor
 
-    def recipe(self, name: str, size: int) -> str:
-        """The recipe as TOML."""
-        rows = self.table()
-        rows |= {"steps": self.steps, "batch": self.batch, "lr": self.lr, "seed": self.seed}
+    def recipe(self, name: str, size: int, table: dict[str, Any]) -> str:
+        """The recipe as TOML, of a stage with the options of `table`."""
+        rows = table | {"steps": self.steps, "batch": self.batch, "lr": self.lr, "seed": self.seed}
         rows |= {"warmup": min(20, self.steps), "ema": 0.99}
         rows |= {"save_every": 50, "preview_every": 200}
         lines = [f"model = {_toml(name)}", f"size = {size}", "", "[[stage]]"]
@@ -116,9 +115,10 @@ def transfer(plan: Transfer, out: Path, quiet: bool = False, fast_dev_run: bool 
     """
     name, home = file_name(out.name, "--out"), out / plan.task
     kind, make = task_kind(plan.task)
-    options, size = kind(**plan.table()), plan.size()
+    table, size = plan.table(), plan.size()
+    options = kind(**table)
     task = make(options, out, size, quiet)
-    text = plan.recipe(name, size)
+    text = plan.recipe(name, size, table)
     _check_free(out, text)
     out.mkdir(parents=True, exist_ok=True)
     put_text(out / RECIPE, text)

@@ -5,6 +5,8 @@ import os
 import subprocess
 import sys
 import tarfile
+import time
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -15,7 +17,7 @@ import guidekit
 from guidekit.cli.scale.block_plan import BlockPlan, read_block_plan
 from guidekit.cli.scale.locks import held, holder
 from guidekit.cli.scale.store import Store
-from guidekit.cli.scale.worker import Worker
+from guidekit.cli.scale.worker import Worker, drawn_by_someone
 from plans import PROMPT, contents, run, write_plan
 
 
@@ -173,6 +175,29 @@ def test_a_block_that_two_drew_is_there_once(tmp_path):
             store.publish(0, drawer.draw(0), {})
         assert len(contents(tmp_path / form)) == (4 if form == "folders" else 1)
         assert not list((tmp_path / form / "state/parts").iterdir())
+
+
+def test_a_single_block_is_drawn_under_its_lock_or_awaited(tmp_path, monkeypatch):
+    monkeypatch.setattr("guidekit.cli.scale.worker.WAIT", 0.01)
+    store, drawer = made(tmp_path)
+    half = tmp_path / "state" / "parts" / f"{store.place(0).name}.gone-1"
+    half.mkdir()
+    assert drawn_by_someone(store, drawer, 0)
+    assert not half.exists()
+    assert store.done(0)
+    peer = Counting(store.plan)
+    with ThreadPoolExecutor() as pool:
+        with held(store.state("locks", 1)):
+            waits = pool.submit(drawn_by_someone, store, drawer, 1)
+            time.sleep(0.1)
+            assert not waits.done()
+            store.publish(1, peer.draw(1), {})
+        assert waits.result()
+    assert drawer.calls == [0]
+    drawer.broken = {2}
+    assert not drawn_by_someone(store, drawer, 2)
+    assert store.tries(2) == 1
+    assert drawer.calls == [0, 2]
 
 
 def test_a_folder_has_one_plan(tmp_path):

@@ -4,7 +4,6 @@ from dataclasses import dataclass
 
 import pytest
 import torch
-import torch.nn.functional as F
 from diffusers import (
     DDIMScheduler,
     DPMSolverMultistepScheduler,
@@ -17,10 +16,14 @@ import guidekit
 import tiny
 from guidekit import Condition, Guidance, Sampling
 from guidekit.testing.miniatures import sd3_pipeline
+from guidekit.toolbox import Downsampling, Grey, Inpainting
 from guidekit_red_diff import RedDiff
 from guidekit_zest import Zest
 
 RED = Condition("a red circle")
+LEFT = torch.ones(8, 8)
+LEFT[:, :4] = 0  # the hole
+OPERATORS = {"downsampling": Downsampling(4), "inpainting": Inpainting(LEFT), "grey": Grey()}
 
 
 @pytest.fixture(scope="module")
@@ -95,15 +98,21 @@ def test_what_acts_on_the_schedulers_step_is_refused(pipe):
         drawn(pipe, Idle())
 
 
-def test_red_diff_meets_its_measurement():
-    """On an exact model, and for each image its own."""
+@pytest.mark.parametrize("operator", ["downsampling", "inpainting", "grey"])
+def test_red_diff_meets_its_measurement(operator):
+    """On an exact model, for each image its own, by every operator."""
     images = [torch.full((3, 8, 8), value) for value in (0.5, -0.5)]
-    conditions = [Condition(targets={"red-diff": image}) for image in images]
-    found = Sampling(exact.pipeline(), conditions, [RedDiff()], seeds=[5, 6], steps=40).finish()
-    small = F.avg_pool2d(found.latents, 4)
-    torch.testing.assert_close(small[0], torch.full((3, 2, 2), 0.5), rtol=0, atol=0.2)
-    torch.testing.assert_close(small[1], torch.full((3, 2, 2), -0.5), rtol=0, atol=0.2)
+    measure = OPERATORS[operator]
+    conditions = [Condition(targets={"red-diff": measure.forward(i[None])[0]}) for i in images]
+    guidance = RedDiff(operator=operator, hole=(0, 0, 0.5, 1))
+    found = Sampling(exact.pipeline(), conditions, [guidance], seeds=[5, 6], steps=40).finish()
+    for image, drawn in zip(images, found.latents, strict=True):
+        pair = (measure.forward(image[None]), measure.forward(drawn[None]))
+        torch.testing.assert_close(*pair, rtol=0, atol=0.2)
     assert [row["step"] for row in found.account.rows] == list(range(40))
     assert all(reward <= 0 for row in found.account.rows for reward in row["reward"])
-    with pytest.raises(ValueError, match="red-diff needs a reference: --set red-diff.image=FILE"):
+
+
+def test_red_diff_needs_a_measurement():
+    with pytest.raises(ValueError, match="red-diff needs a measurement: --set red-diff.measureme"):
         Sampling(exact.pipeline(), Condition(), [RedDiff()], steps=4)

@@ -107,3 +107,14 @@ def test_the_core_names_no_plugin():
     plugins = {path.stem for path in (ROOT / "plugins").glob("*.py")}
     for path in (ROOT / "guidekit").rglob("*.py"):
         assert not _imports(path) & plugins, path
+
+
+@pytest.mark.parametrize("module", ["guidekit", "guidekit.toolbox", "guidekit.testing"])
+def test_names_that_come_lazily_are_there_for_type_checkers(module):
+    """Those of `if TYPE_CHECKING`, from where they really live."""
+    found = importlib.import_module(module)
+    tree = ast.parse(Path(found.__file__).read_text())
+    (block,) = [node for node in tree.body if isinstance(node, ast.If)]
+    base = "guidekit.testing" if module == "guidekit.testing" else "guidekit"
+    named = {alias.name: node.module for node in block.body for alias in node.names}
+    assert named == {name: f"{base}.{home}" for name, home in found._HOME.items()}

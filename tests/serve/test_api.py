@@ -396,3 +396,11 @@ def test_the_command_serves_until_it_is_interrupted(tmp_path):
 def test_a_run_that_is_not_there(client, path):
     status, found = client.ask("GET", path)
     assert status == 404 and "no run '9999'" in found["error"]
+
+
+def test_a_refusal_of_other_words_is_none_of_a_missing_run(client):
+    name = "no run .json"
+    body = {"sample": {"layout": name}, "files": {name: text([])}}
+    status, found = client.ask("POST", "/api/open", {"size": [48, 48], "body": body})
+    assert found["error"] == "no run .json holds no object"
+    assert status == 400

@@ -14,6 +14,7 @@ from guidekit.cli.main import main
 from guidekit.images import save_picture
 from guidekit.synthesis.pipeline import MapsPipeline
 from guidekit.synthesis.train import transferred
+from guidekit.synthesis.transfer import Transfer
 from guidekit.testing.conditioners import t2i_adapter
 from guidekit.train.recipe import read_recipe
 from label_worlds import GARDEN, PARK, affinity, label_map, maps_pipeline, write_shots
@@ -57,10 +58,13 @@ def test_no_steps_fold_the_affinity_and_the_model_draws(there, tmp_path):
     assert same[0] == same[1]
 
 
-def test_it_writes_a_recipe_runs_it_and_goes_on(there, tmp_path):
+def test_it_writes_a_recipe_runs_it_and_goes_on(there, tmp_path, monkeypatch):
+    tables, table = [], Transfer.table  # which reads shots and controls
+    monkeypatch.setattr(Transfer, "table", lambda plan: (tables.append(None), table(plan))[1])
     out, few = tmp_path / "mine", ("--steps", 2, "--batch", 2, "--affinity", there / "A")
     done = command(there, out, *few)
     assert done.exit_code == 0, done.output
+    assert tables == [None]
     stage = read_recipe(out / "recipe.toml").stages[0]
     assert (stage.task, stage.loop.steps, stage.options.held_out) == ("maps", 2, 1)
     assert json.loads(done.stdout)["model"] == str(out / "maps" / "model")

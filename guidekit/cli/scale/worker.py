@@ -1,5 +1,6 @@
 """One of any number of processes that draw a plan: it takes blocks that nobody has."""
 
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any, Protocol
@@ -8,6 +9,7 @@ from guidekit.cli.scale.locks import held
 from guidekit.cli.scale.store import Store
 from guidekit.errors import GuidekitError
 
+WAIT = 1.0  # seconds until a block that another process draws is looked at again
 PATIENCE = 5  # blocks that fail one after the other, before the plan itself is taken to be wrong
 
 
@@ -82,12 +84,9 @@ class Worker:
 
     def _draw(self, number: int) -> None:
         """Draws one block whose lock is held."""
-        self.store.sweep(number)
-        try:
-            members = self.drawer.draw(number)
-        except Exception as error:
+        error = _draw(self.store, self.drawer, number)
+        if error is not None:
             self.failed[number] = error
-            self.store.fail(number, error)
             self._in_a_row += not self._tries[number]
             if self._in_a_row == PATIENCE:
                 raise GuidekitError(
@@ -95,8 +94,34 @@ class Worker:
                     f"{type(error).__name__}: {error}"
                 ) from error
             return
-        self.store.publish(number, members, self.drawer.made_by)
         self._in_a_row = 0
         self.drawn += len(self.store.plan.seeds(number))
         if self.tell is not None:
             self.tell(self.drawn, self.store.plan.count)
+
+
+def drawn_by_someone(store: Store, drawer: Draws, number: int) -> bool:
+    """Whether a block is there: drawn now, or by the process that has its lock, which is awaited.
+
+    False for one that failed here, which is written down. Without locks, on file systems that have
+    none, a block that two are given is drawn twice, with the same bytes.
+    """
+    while not store.done(number):
+        with held(store.state("locks", number), needed=False) as own:
+            if own and not store.done(number) and _draw(store, drawer, number) is not None:
+                return False
+        if not own:
+            time.sleep(WAIT)
+    return True
+
+
+def _draw(store: Store, drawer: Draws, number: int) -> Exception | None:
+    """Draws one block whose lock is held; the error of one that failed, which is written down."""
+    store.sweep(number)
+    try:
+        members = drawer.draw(number)
+    except Exception as error:
+        store.fail(number, error)
+        return error
+    store.publish(number, members, drawer.made_by)
+    return None
