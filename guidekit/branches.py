@@ -21,7 +21,7 @@ class Branch:
     made them to use. images: (B,) bool, which images it is evaluated for; the output of "cond"
     stands in for the others, so that they have no difference to it; None for all. text: what the
     model is told in place of the encoded prompts (`run.text`), with as many tokens as you like; it
-    has a denoiser call of its own.
+    has a denoiser call of its own. controlled: whether the controls beside the denoiser act.
     """
 
     name: str
@@ -33,6 +33,7 @@ class Branch:
     group: str = "main"
     images: Tensor | None = None
     text: Any = None
+    controlled: bool = True
 
     def of(self, z: Tensor) -> Tensor:
         """What this branch sees of the carried z (B, C, h, w): its own input, its window."""

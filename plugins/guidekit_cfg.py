@@ -3,6 +3,8 @@
 The sampler does classifier-free guidance by itself (Ho & Salimans 2022, arXiv:2207.12598, with
 diffusers' scale, which is their w + 1). This plugin changes it: rescaling by Lin, Liu, Li and Yang:
 Common diffusion noise schedules and sample steps are flawed, 2023, arXiv:2305.08891, section 3.4;
+the scale of controls apart from that of the prompt by Avrahami et al.: SpaText, CVPR 2023,
+arXiv:2211.14305 (after Brooks et al. 2023, arXiv:2211.09800, whose differences are chained);
 the interval by Kynkaanniemi et al.: Applying guidance in a limited interval improves sample and
 distribution quality in diffusion models, 2024, arXiv:2404.07724, section 3.1, in noise levels by
 sigma_start and sigma_stop, as there, or in fractions of the steps.
@@ -29,6 +31,7 @@ class ClassifierFree(Guidance):
     scale: float = 1.0  # 1 on, 0 off; the strength is cfg_scale
     cfg_scale: float = 0.0  # diffusers' guidance scale; 0 is the run's
     rescale: float = 0.0  # phi: share of the output that has the conditional one's contrast
+    control_scale: float = 0.0  # of the controls, apart from the prompt's; 0: one scale for both
 
     waived: ClassVar[dict[str, str]] = {
         "window": "outside of its interval there is no classifier-free guidance, by the paper"
@@ -42,6 +45,10 @@ class ClassifierFree(Guidance):
             raise GuidekitError(f"cfg.cfg_scale must be a finite number >= 0, not {self.cfg_scale}")
         if not 0 <= self.rescale <= 1:
             raise GuidekitError(f"cfg.rescale lies between 0 and 1, not {self.rescale}")
+        if not 0 <= self.control_scale < float("inf"):
+            raise GuidekitError(
+                f"cfg.control_scale must be a finite number >= 0, not {self.control_scale}"
+            )
 
     def active(self, frac: float, level: Level) -> bool:
         """Always: outside of its interval it takes the null branch away."""
@@ -50,10 +57,13 @@ class ClassifierFree(Guidance):
     def prepare(self, run: Run) -> None:
         """Raises GuidekitError for options that change nothing in this run."""
         window = (self.start, self.stop, self.sigma_start, self.sigma_stop)
-        if not self.cfg_scale and not self.rescale and window == (0, 1, None, None):
+        if self.control_scale and run.controls is None:
+            raise GuidekitError("cfg.control_scale is of controls; give --control, or leave it out")
+        own = (self.cfg_scale, self.rescale, self.control_scale)
+        if not any(own) and window == (0, 1, None, None):
             raise GuidekitError(
-                "cfg changes nothing: set cfg_scale, rescale, start, stop, sigma_start or "
-                "sigma_stop"
+                "cfg changes nothing: set cfg_scale, rescale, control_scale, start, stop, "
+                "sigma_start or sigma_stop"
             )
         if (self.cfg_scale or run.cfg) <= 1 and not (self.cfg_scale and run.cfg > 1):
             raise GuidekitError(
@@ -61,10 +71,23 @@ class ClassifierFree(Guidance):
             )
 
     def branches(self, step: Step, branches: list[Branch]) -> list[Branch]:
-        """Conditional branches alone outside of the interval; inside, with the own scale."""
+        """Conditional branches alone outside of the interval; inside, with the own scales."""
+        inside = self.inside(step.frac, step.level)
+        scaled = self._scaled(step, branches, inside)
+        return self._apart(step, scaled) if inside and self.control_scale else scaled
+
+    def _apart(self, step: Step, branches: list[Branch]) -> list[Branch]:
+        """Null and prompt without the controls, and the controls without the prompt."""
+        for branch in branches:
+            branch.controlled &= branch.group != "main"
+        negatives = [c.negative for c in step.run.conditions]
+        text = step.run.text(negatives, null=True)
+        return [*branches, Branch("control", negatives, self.control_scale, text=text)]
+
+    def _scaled(self, step: Step, branches: list[Branch], inside: bool) -> list[Branch]:
+        """The branches with the own scale of the prompt."""
         cond = next((b for b in branches if b.name == "cond"), None)
         before = cond.weight if cond else step.run.cfg
-        inside = self.inside(step.frac, step.level)
         scale = (self.cfg_scale or step.run.cfg) if inside else 1.0
         weight = scale if scale > 1 else None
         if weight == before:

@@ -158,8 +158,9 @@ class Denoiser:
 
     @property
     def channels(self) -> int:
-        """Channels of the latents."""
-        return self.model.config.in_channels
+        """Channels of the latents; what controls make for the model to read comes beside them."""
+        further = 0 if self.controls is None else self.controls.further
+        return self.model.config.in_channels - further
 
     @property
     def multiple(self) -> int:
@@ -249,7 +250,7 @@ class Denoiser:
         """
         given = text.kwargs()
         if self.controls is not None:
-            given = self.controls.added(z, timestep, given)
+            z, given = self.controls.added(z, timestep, given)
         return self.network(z, timestep=timestep, return_dict=False, **given)[0]
 
     def rescaled(self, combined: Tensor, cond: Tensor) -> Tensor:

@@ -1,9 +1,11 @@
-"""Controls: ControlNets and T2I-Adapters beside a Stable Diffusion or SDXL denoiser.
+"""Controls: what goes beside a Stable Diffusion or SDXL denoiser.
 
-Zhang, Rao, Agrawala 2023 (arXiv:2302.05543) and Mou et al. 2023 (arXiv:2302.08453), by diffusers'
-own classes.
+ControlNets and T2I-Adapters (Zhang, Rao, Agrawala 2023, arXiv:2302.05543; Mou et al. 2023,
+arXiv:2302.08453) are diffusers' own classes, and add to what the denoiser computes. Encoders of
+label maps add tokens to the prompt's, maps of segments add channels to the latents.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,12 +18,17 @@ from torch import nn
 
 from guidekit.backbones.hub import require_hub
 from guidekit.backbones.loading import LOAD_ERRORS, check_part, quiet
+from guidekit.backbones.map_encoder import MapEncoder
+from guidekit.backbones.segment_map import SegmentMap
 from guidekit.backbones.whole import whole
 from guidekit.errors import GuidekitError
 from guidekit.images import load_image
 from guidekit.untrusted import check_configs, read_object
 
-KINDS = {"ControlNetModel": ControlNetModel, "T2IAdapter": T2IAdapter}
+Network = ControlNetModel | T2IAdapter | MapEncoder | SegmentMap
+KINDS: dict[str, type[Network]] = {
+    kind.__name__: kind for kind in (ControlNetModel, T2IAdapter, MapEncoder, SegmentMap)
+}
 FILES = ("*.json", "*.safetensors")
 #: What a ControlNet's config has in common with that of its denoiser.
 SHARED = ("block_out_channels", "cross_attention_dim", "down_block_types", "addition_embed_type")
@@ -33,10 +40,11 @@ CONVERT = (
 
 @dataclass(frozen=True, eq=False)
 class Control:
-    """A ControlNet or T2I-Adapter with what it looks at.
+    """A ControlNet, T2I-Adapter, MapEncoder or SegmentMap with what it looks at.
 
     model: the network, or where it is: a diffusers folder or hub id with safetensors. image: an
-    image or its path, a LabelMap, or None for each condition's own `map`. scale: strength. start,
+    image or its path, a LabelMap, or None for each condition's own `map`; a SegmentMap looks at the
+    conditions' segments. scale: strength. start,
     stop: fractions of the steps from the noisy end between which it acts, as diffusers'
     `control_guidance_start` and `control_guidance_end`. guess: the null branch goes without a
     ControlNet (guess mode). Raises GuidekitError for numbers that cannot be.
@@ -70,14 +78,29 @@ class Control:
         return isinstance(self.model, T2IAdapter)
 
     @property
+    def looks_once(self) -> bool:
+        """Whether it does not look at the noisy image: all but ControlNets."""
+        return not isinstance(self.model, ControlNetModel)
+
+    @property
+    def reads_map(self) -> bool:
+        """Whether it looks at the conditions' maps."""
+        return self.image is None and not isinstance(self.model, SegmentMap)
+
+    @property
     def channels(self) -> int:
         """Channels of the image that it reads."""
         config = self.model.config
         return config.in_channels if self.is_adapter else config.conditioning_channels
 
+    @property
+    def further(self) -> int:
+        """Channels that the denoiser reads of it beside the latents."""
+        return self.model.config.channels if isinstance(self.model, SegmentMap) else 0
+
 
 def load_control(name: str | Path, device: Any = "cpu", dtype: Any = None) -> nn.Module:
-    """A ControlNet or T2I-Adapter from a diffusers folder or hub id.
+    """A control's network from a diffusers folder or hub id.
 
     Raises GuidekitError for a folder of another kind, for pickled weights, with the line that
     converts them, and for what cannot be loaded.
@@ -86,7 +109,7 @@ def load_control(name: str | Path, device: Any = "cpu", dtype: Any = None) -> nn
     if not (folder / "config.json").is_file():
         raise GuidekitError(
             f"control {name} has no config.json; give the folder of a ControlNet or T2I-Adapter in "
-            "diffusers' format"
+            "diffusers' format, or of a control that guidekit trained"
         )
     kind = read_object(folder / "config.json").get("_class_name")
     if kind not in KINDS:
@@ -125,6 +148,39 @@ def check_net(net: ControlNetModel, model: nn.Module) -> None:
 
 def _plain(value: Any) -> Any:
     return list(value) if isinstance(value, tuple) else value
+
+
+def check_widths(model: MapEncoder | SegmentMap, denoiser: Any) -> None:
+    """Raises GuidekitError for a control that was trained with texts of another width."""
+    if isinstance(model, MapEncoder):
+        own, wanted = model.config.width, denoiser.model.config.cross_attention_dim
+    else:
+        own, wanted = model.config.text_channels, denoiser.pipeline.text_encoder.config.hidden_size
+    if own != wanted:
+        raise GuidekitError(
+            f"the control is a {type(model).__name__} for another model: its texts have {own} "
+            f"channels, this one's {wanted}; take the model that it was trained with"
+        )
+
+
+def check_further(controls: Sequence[Control], denoiser: Any) -> None:
+    """Raises GuidekitError where the denoiser reads other channels than latents and controls have.
+
+    A control that looks at its own image where it reads segments is refused too.
+    """
+    for control in controls:
+        if isinstance(control.model, SegmentMap) and control.image is not None:
+            raise GuidekitError(
+                "this control reads the segments of the condition, not an image; leave it out"
+            )
+    reads = denoiser.model.config.in_channels
+    own = getattr(denoiser.vae.config, "latent_channels", reads)
+    further = sum(control.further for control in controls)
+    if further and reads != own + further:
+        raise GuidekitError(
+            f"the controls make {further} channels beside the {own} of the latents, and the model "
+            f"reads {reads}; take the model that was trained with the control"
+        )
 
 
 def check_adapter(adapter: T2IAdapter, denoiser: Any, size: tuple[int, int]) -> None:

@@ -1,6 +1,6 @@
 """Controls beside a denoiser: they add to its calls exactly what diffusers' pipelines add.
 
-A ControlNet sees the scaled latents of every call; a T2I-Adapter looks at its image once.
+A ControlNet sees the scaled latents of every call; all others look at their image once.
 """
 
 import copy
@@ -10,12 +10,22 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import ControlNetModel, T2IAdapter
+from diffusers import ControlNetModel
 from torch import Tensor, nn
 
 from guidekit.backbones.base import Denoiser
 from guidekit.backbones.control_images import control_pixels
-from guidekit.backbones.controls import Control, check_adapter, check_net, load_control
+from guidekit.backbones.controls import (
+    KINDS,
+    Control,
+    check_adapter,
+    check_further,
+    check_net,
+    check_widths,
+    load_control,
+)
+from guidekit.backbones.map_encoder import MapEncoder
+from guidekit.backbones.segment_map import SegmentMap, segment_maps
 from guidekit.branches import Branch, windowed
 from guidekit.conditions import Condition
 from guidekit.errors import GuidekitError
@@ -29,7 +39,7 @@ class Controls:
 
     controls: tuple[Control, ...]
     denoiser: Denoiser
-    pixels: list[Tensor] = field(default_factory=list)  # (B, C, H, W) for each
+    pixels: list[Tensor] = field(default_factory=list)  # (B, C, H, W) of what each looks at
     _features: dict[tuple, dict[str, Tensor]] = field(default_factory=dict)
 
     @property
@@ -40,7 +50,12 @@ class Controls:
     @property
     def reads_map(self) -> bool:
         """Whether one of them looks at the conditions' maps."""
-        return any(control.image is None for control in self.controls)
+        return any(control.reads_map for control in self.controls)
+
+    @property
+    def further(self) -> int:
+        """Channels that they make beside the latents."""
+        return sum(control.further for control in self.controls)
 
     def prepared(self, conditions: Sequence[Condition], size: tuple[int, int]) -> "Controls":
         """The controls with what they see of these conditions, at `size` (H, W).
@@ -51,52 +66,75 @@ class Controls:
         for control in self.controls:
             if control.is_adapter:
                 check_adapter(control.model, self.denoiser, size)
-            rows = [
-                control_pixels(_image_of(control, condition), control.channels, size)
-                for condition in conditions
-            ]
-            pixels = torch.stack(rows).to(control.model.device, control.model.dtype)
+            pixels = self._looked_at(control, conditions, size)
+            pixels = pixels.to(control.model.device, control.model.dtype)
             if control.is_adapter:  # as diffusers hands it over, which decides the last bits
                 pixels = pixels.contiguous(memory_format=torch.channels_last)
             own.pixels.append(pixels)
         return own
+
+    def _looked_at(
+        self, control: Control, conditions: Sequence[Condition], size: tuple[int, int]
+    ) -> Tensor:
+        """What a control sees of each condition, (B, C, H, W); segments on the latents' grid."""
+        if isinstance(control.model, SegmentMap):
+            grid = (size[0] // self.denoiser.factor, size[1] // self.denoiser.factor)
+            return segment_maps(control.model, self.denoiser.pipeline, conditions, grid)
+        images = (_image_of(control, condition) for condition in conditions)
+        return torch.stack([control_pixels(image, control.channels, size) for image in images])
 
     def hints(self, branch: Branch, index: int, n: int) -> dict[str, Any]:
         """What call `index` of `n` needs of them for a branch; empty where none acts.
 
         Tensors have a row for every image, so that branches join along the batch.
         """
-        active = [i for i, control in enumerate(self.controls) if control.acts(index, n)]
-        if not active:
+        acting = [c.acts(index, n) for c in self.controls]
+        own = {
+            str(i): self._hint(i, branch, acts)
+            for i, acts in enumerate(acting)
+            if acts or self.controls[i].further  # the model reads its channels at every call
+        }
+        if not own:
             return {}
-        own: dict[str, Any] = {str(i): self._hint(i, branch) for i in active}
-        return {HINTS: own | {"null": torch.full((len(branch.prompts),), branch.null)}}
+        rows = len(branch.prompts)
+        null, silent = (torch.full((rows,), x) for x in (branch.null, not branch.controlled))
+        return {HINTS: own | {"null": null, "silent": silent}}
 
-    def _hint(self, index: int, branch: Branch) -> Any:
-        """The image of a ControlNet, the features of an adapter by level, in a branch's window."""
+    def _hint(self, index: int, branch: Branch, acts: bool) -> Any:
+        """What a control adds to a branch, in its window: by level for an adapter.
+
+        Of a ControlNet it is the image, as it adds another thing at every call.
+        """
         control, seen = self.controls[index], self.pixels[index]
         if branch.view is not None:
-            seen = windowed(seen, *(side * self.denoiser.factor for side in branch.view))
-        if not control.is_adapter:
+            factor = 1 if control.further else self.denoiser.factor
+            seen = windowed(seen, *(side * factor for side in branch.view))
+        if not control.looks_once:
             return seen
-        key = (index, branch.view)
+        key = (index, branch.view, branch.null, branch.controlled, acts)
         if key not in self._features:
             with torch.no_grad():
-                levels = enumerate(control.model(seen))
-                self._features[key] = {str(i): control.scale * x for i, x in levels}
+                self._features[key] = _features(control, seen, branch, acts)
         return self._features[key]
 
-    def added(self, z: Tensor, timestep: Tensor, given: dict[str, Any]) -> dict[str, Any]:
-        """The denoiser's arguments for scaled z (B, C, h, w), with what the controls add."""
+    def added(
+        self, z: Tensor, timestep: Tensor, given: dict[str, Any]
+    ) -> tuple[Tensor, dict[str, Any]]:
+        """The denoiser's input and arguments for scaled z (B, C, h, w), with what they add."""
         hints = given.pop(HINTS, None)
         if hints is None:
-            return given
-        null, found, adapters = hints.pop("null").to(z.device), [], []
+            return z, given
+        null, silent = (hints.pop(name).to(z.device) for name in ("null", "silent"))
+        found, adapters, tokens, further = [], [], [], [z]
         for index, hint in hints.items():
             control = self.controls[int(index)]
             if control.is_adapter:
                 adapters.append(list(hint.values()))
-            elif (own := _residuals(control, z, timestep, given, hint, null)) is not None:
+            elif isinstance(control.model, MapEncoder):
+                tokens.append(hint)
+            elif isinstance(control.model, SegmentMap):
+                further.append(hint.to(z.dtype))
+            elif (own := _residuals(control, z, timestep, given, hint, null, silent)) is not None:
                 found.append(own)
         if adapters:
             # The UNet takes them out of the list that it is given, and adds in place.
@@ -106,7 +144,25 @@ class Controls:
             downs = zip(*(downs for downs, _ in found), strict=True)
             given["down_block_additional_residuals"] = [_summed(parts) for parts in downs]
             given["mid_block_additional_residual"] = _summed([mid for _, mid in found])
-        return given
+        if tokens:  # after the prompt's, whose columns stay where they are
+            states = given["encoder_hidden_states"]
+            given["encoder_hidden_states"] = torch.cat([states, *tokens], 1)
+        return torch.cat(further, 1), given
+
+
+def _features(control: Control, seen: Tensor, branch: Branch, acts: bool) -> Any:
+    """What a control that looks once adds to a branch, for what it sees (B, C, H, W).
+
+    An adapter says the same in the null branch, as diffusers' pipelines have it.
+    """
+    if control.is_adapter:
+        scale = control.scale if branch.controlled else 0.0
+        return {str(i): scale * x for i, x in enumerate(control.model(seen))}
+    says = branch.controlled and not branch.null
+    if isinstance(control.model, SegmentMap):
+        return (control.scale if says and acts else 0.0) * seen
+    null = control.model(torch.zeros_like(seen))
+    return torch.lerp(null, control.model(seen), control.scale) if says else null
 
 
 def _residuals(
@@ -116,13 +172,15 @@ def _residuals(
     given: dict[str, Any],
     pixels: Tensor,
     null: Tensor,
+    silent: Tensor,
 ) -> tuple[list[Tensor], Tensor] | None:
     """A ControlNet's residuals of the skips and of the middle; None where it is left out.
 
-    In guess mode the rows of the null branch get zeros.
+    Silent rows get zeros, in guess mode those of the null branch too.
     """
     guess = control.guess or control.model.config.global_pool_conditions
-    seen = (~null).nonzero()[:, 0] if guess and null.any() else None
+    left_out = silent | null if guess else silent
+    seen = (~left_out).nonzero()[:, 0] if left_out.any() else None
     if seen is not None and not len(seen):
         return None
     names = ("encoder_hidden_states", "added_cond_kwargs")
@@ -190,7 +248,9 @@ def with_controls(denoiser: Denoiser, controls: Control | Sequence[Control]) -> 
             "and SDXL"
         )
     view = copy.copy(denoiser)
-    view.controls = Controls(tuple(_loaded(control, denoiser) for control in several), denoiser)
+    loaded = tuple(_loaded(control, denoiser) for control in several)
+    check_further(loaded, denoiser)
+    view.controls = Controls(loaded, denoiser)
     return view
 
 
@@ -199,11 +259,13 @@ def _loaded(control: Control, denoiser: Denoiser) -> Control:
     if isinstance(control.model, str | Path):
         model = load_control(control.model, denoiser.device, denoiser.model.dtype)
         control = replace(control, model=model)
-    if not isinstance(control.model, ControlNetModel | T2IAdapter):
+    if not isinstance(control.model, tuple(KINDS.values())):
         raise GuidekitError(
-            f"a control's model is a ControlNetModel, a T2IAdapter or a folder, not "
+            f"a control's model is a {', '.join(KINDS)} or a folder, not "
             f"{type(control.model).__name__}"
         )
-    if not control.is_adapter:
+    if isinstance(control.model, ControlNetModel):
         check_net(control.model, denoiser.model)
+    if isinstance(control.model, MapEncoder | SegmentMap):
+        check_widths(control.model, denoiser)
     return control

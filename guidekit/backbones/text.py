@@ -85,7 +85,8 @@ class TextDenoiser(LatentDenoiser):
         if self.channels != latents:
             raise GuidekitError(
                 f"the model of {name} reads {self.channels} channels, the latents have {latents}: "
-                f"the others are of an image (inpainting, editing); {remedy}"
+                "the others are of a control, which --control or Sampling(controls=...) gives it, "
+                f"or of an image (inpainting, editing): {remedy}"
             )
         if getattr(self.model, "encoder_hid_proj", None) is not None:
             raise GuidekitError(

@@ -177,10 +177,15 @@ def _controls(plan: Plan) -> list[dict[str, Any]]:
     loaded = [] if plan.denoiser.controls is None else plan.denoiser.controls.models
     return [
         table
-        | {"class": type(model).__name__, "image": table["image"] or plan.settings.map.name}
+        | {"class": type(model).__name__, "image": table["image"] or _shared_map(plan)}
         | {"parameters": sum(p.numel() for p in model.parameters())}
         for table, model in zip(tables, loaded, strict=True)
     ]
+
+
+def _shared_map(plan: Plan) -> str | None:
+    """The name of the run's label map; None without one, as controls of segments need none."""
+    return None if plan.settings.map is None else plan.settings.map.name
 
 
 def _data_set(plan: Plan) -> dict[str, dict[str, str]]:

@@ -68,7 +68,11 @@ def next_step(model: Path) -> str:
     """What is done with a trained model, where it is a command."""
     if (index := model / "model_index.json").exists():
         kind = json.loads(index.read_text()).get("_class_name")
-        return f"\nnext     guidekit sample --model {model}{BESIDE.get(kind, '')}"
+        beside = BESIDE.get(kind, "")
+        if (own := model / "control").is_dir():  # that the model was trained with
+            reads = "--map MAP.png" if (own / "labels.json").exists() else "--segment PHRASE=MASK"
+            beside = f" --control {own} {reads}"
+        return f"\nnext     guidekit sample --model {model}{beside}"
     if (model / "labels.json").exists():
         return f"\nnext     guidekit sample --control {model} --map MAP.png"
     if (model / "noisy_clip.json").exists():

@@ -1,8 +1,10 @@
-"""Training of a ControlNet or T2I-Adapter that reads one-hot label maps; the backbone stays frozen.
+"""Training of a control that reads one-hot label maps, beside a frozen backbone or with it.
 
-Zhang, Rao, Agrawala 2023 (arXiv:2302.05543) and Mou et al. 2023 (arXiv:2302.08453), by diffusers'
-own classes. One of other classes begins with an affinity folded into its first layer, also one that
-was trained on a palette: colours are linear in the one-hot map.
+ControlNets and T2I-Adapters: Zhang, Rao, Agrawala 2023 (arXiv:2302.05543) and Mou et al. 2023
+(arXiv:2302.08453), by diffusers' own classes. Encoders of maps into tokens: Wang et al. 2022 (PITI,
+arXiv:2205.12952), who train the encoder first, then the denoiser with it. A control of other
+classes begins with an affinity folded into its first layer, also one that was trained on a palette:
+colours are linear in the one-hot map.
 """
 
 import copy
@@ -18,7 +20,8 @@ from torch import Tensor, nn
 from guidekit.affinity.fold import Host, fold_state
 from guidekit.affinity.matrix import VOTE, Affinity, load_affinity
 from guidekit.backbones.controls import Control, load_control
-from guidekit.backbones.loading import load
+from guidekit.backbones.loading import load, quiet
+from guidekit.backbones.map_encoder import MapEncoder
 from guidekit.conditions import Condition
 from guidekit.errors import GuidekitError
 from guidekit.evaluate.restoration import psnr
@@ -31,17 +34,28 @@ from guidekit.synthesis.train import check_affinity
 from guidekit.train.beside import Backbone, BesideLoss, with_words
 from guidekit.train.processes import processes
 
-KINDS = ("adapter", "controlnet")
+KINDS: dict[str, type[nn.Module]] = {
+    "adapter": T2IAdapter,
+    "controlnet": ControlNetModel,
+    "encoder": MapEncoder,
+}
 SHOWN, LEVELS = 8, 4
 FAITHFUL = 24.0  # dB below which an autoencoder loses what the images are of; ours
-Net = T2IAdapter | ControlNetModel
+#: The weight of each kind's first layer.
+FIRST = {
+    "adapter": "adapter.conv_in.weight",
+    "controlnet": "controlnet_cond_embedding.conv_in.weight",
+    "encoder": "conv_in.weight",
+}
+CONTROL = "control"  # where a control lies in the folder of the backbone that was trained with it
+Net = T2IAdapter | ControlNetModel | MapEncoder
 
 
 @dataclass(kw_only=True)
 class ControlOptions:
     """The backbone, the kind of control and its data."""
 
-    kind: str = "adapter"  # adapter | controlnet
+    kind: str = "adapter"  # adapter | controlnet | encoder
     backbone: str = "scenes"  # a Stable Diffusion pipeline, as for guidekit sample --model
     source: str = "dense"  # dense (scenes, grounds as classes too) | prints | shots
     data: str = ""  # folder of the shots: images/, masks/, classes.json; they have no captions
@@ -51,30 +65,43 @@ class ControlOptions:
     affinity: str = ""  # folder of an affinity from the start's classes to these
     by: str = VOTE  # the estimate of it that is folded
     wordless: float = 0.5  # share of the captions replaced by the empty prompt
-    blocks: int = 1  # residual blocks of an adapter per resolution
-    embedding: tuple[int, ...] = (16, 32, 64)  # channels of a ControlNet's first layers; halvings
+    null: float = 0.0  # share of the maps replaced by zeros, which an encoder's null branch sees
+    joint: bool = False  # trains the backbone's denoiser too, and exports both; for an encoder
+    blocks: int = 1  # residual blocks of an adapter per resolution, or layers of an encoder
+    # Channels of the first layers of a ControlNet or encoder: as many halvings.
+    embedding: tuple[int, ...] = (16, 32, 64)
 
     def __post_init__(self):
         if self.kind not in KINDS:
             raise GuidekitError(f"kind must be {' or '.join(KINDS)}, not {self.kind!r}")
-        if bool(self.affinity) != bool(self.start):
+        if self.affinity and not self.start:
+            raise GuidekitError("an affinity is for the control that is named by `start`; name it")
+        if self.joint and self.kind != "encoder":
             raise GuidekitError(
-                "start and affinity go together: a control, and what it is turned by"
+                f"joint is for the kind encoder; a backbone beside the kind {self.kind} is frozen"
             )
+        for name in ("wordless", "null"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise GuidekitError(f"{name} must be from 0 to 1, not {getattr(self, name):g}")
 
 
 class ControlLoss(BesideLoss):
-    """The backbone's own loss, the control being what is trained."""
+    """The backbone's own loss, the control being what is trained, jointly with it or not."""
 
-    def __init__(self, control: Net, unet: nn.Module):
+    def __init__(self, control: Net, unet: nn.Module, joint: bool = False):
         super().__init__(unet)
         self.control = control
+        if joint:
+            self.joined = unet  # a part of the module, and so trained
 
     def forward(
         self, z: Tensor, timestep: Tensor, states: Tensor, maps: Tensor, target: Tensor
     ) -> dict[str, Tensor]:
         """Error at latents z (B, C, h, w), text states (B, T, D), one-hot maps (B, N, H, W)."""
-        if isinstance(self.control, T2IAdapter):
+        given: dict[str, object] = {}
+        if isinstance(self.control, MapEncoder):
+            states = torch.cat([states, self.control(maps)], 1)
+        elif isinstance(self.control, T2IAdapter):
             given = {"down_intrablock_additional_residuals": list(self.control(maps))}
         else:
             downs, mid = self.control(z, timestep, states, maps, return_dict=False)
@@ -96,14 +123,17 @@ class ControlTask:
     ):
         self.options, self.examples = options, examples
         self.pipeline, self.backbone = pipeline, Backbone(pipeline)
-        self.net = ControlLoss(control.train().requires_grad_(True), pipeline.unet)
+        pipeline.unet.train(options.joint).requires_grad_(options.joint)
+        control.train().requires_grad_(True)
+        self.net = ControlLoss(control, pipeline.unet, options.joint)
 
     def batch(self, numbers: range, generator: torch.Generator) -> dict[str, Tensor]:
         """Noisy latents of the images, their maps and captions."""
         x0, maps = self.examples.pairs(numbers, generator)
         captions = self.examples.captions(numbers)
         texts = with_words(captions, self.options.wordless, generator)
-        return self._noisy(x0, maps, texts, generator)
+        keep = torch.rand(len(x0), 1, 1, 1, generator=generator) >= self.options.null
+        return self._noisy(x0, maps * keep, texts, generator)
 
     def _noisy(
         self, x0: Tensor, maps: Tensor, texts: list[str], generator: torch.Generator
@@ -140,14 +170,50 @@ class ControlTask:
         return sheet(torch.cat([real, images]), len(maps))
 
     def export(self, folder: Path) -> None:
-        """Saves the control in half precision, and its label set beside."""
-        copy.deepcopy(self.net.control).eval().half().save_pretrained(folder)
-        self.examples.labels.save(Path(folder) / LABELS)
+        """Saves the control in half precision, and its label set beside.
+
+        A backbone that was trained with it is saved as a pipeline, in which the control lies.
+        """
+        own = Path(folder)
+        if self.options.joint:
+            with quiet():
+                halved(self.pipeline).save_pretrained(own)
+            own = own / CONTROL
+        copy.deepcopy(self.net.control).eval().half().save_pretrained(own)
+        self.examples.labels.save(own / LABELS)
+
+
+def halved(pipeline: StableDiffusionPipeline) -> StableDiffusionPipeline:
+    """A copy of the pipeline in half precision."""
+    parts = {
+        name: copy.deepcopy(part).eval().half() if isinstance(part, nn.Module) else part
+        for name, part in pipeline.components.items()
+    }
+    return type(pipeline)(**parts, requires_safety_checker=False)
+
+
+def kind_of(control: nn.Module) -> str:
+    """The kind of a control by its name in KINDS. Raises GuidekitError for those not trained."""
+    found = next((kind for kind, own in KINDS.items() if isinstance(control, own)), None)
+    if found is None:
+        raise GuidekitError(
+            f"a {type(control).__name__} reads no label maps; the kinds are {', '.join(KINDS)}"
+        )
+    return found
 
 
 def new_control(options: ControlOptions, pipeline: StableDiffusionPipeline, classes: int) -> Net:
     """A control of so many classes that changes nothing much yet, at the backbone's sizes."""
     unet = pipeline.unet
+    if options.kind == "encoder":
+        side = unet.config.sample_size * pipeline.vae_scale_factor
+        return MapEncoder(
+            conditioning_channels=classes,
+            width=unet.config.cross_attention_dim,
+            grid=side // 2 ** len(options.embedding),
+            channels=options.embedding,
+            layers=options.blocks,
+        )
     if options.kind == "controlnet":
         return ControlNetModel.from_unet(
             unet,
@@ -171,7 +237,7 @@ def folded_control(start: Net, affinity: Affinity, by: str = VOTE) -> Net:
     size = "in_channels" if adapter else "conditioning_channels"
     coloured = start.config[size] == 3 and len(affinity.source) != 3
     host = Host(
-        ("adapter.conv_in.weight" if adapter else "controlnet_cond_embedding.conv_in.weight",),
+        (FIRST[kind_of(start)],),
         colours="unit" if coloured else "",
         unshuffle=start.config.downscale_factor if adapter else 1,
     )
@@ -211,19 +277,26 @@ def load_backbone(name: str) -> StableDiffusionPipeline:
 
 
 def _start(options: ControlOptions, labels: LabelSet, folder: Path) -> Net:
-    """The control that the options go on from, folded."""
-    affinity = load_affinity(options.affinity)
+    """The control that the options go on from, folded if there is an affinity."""
     there = folder / options.start
-    control = load_control(there if there.is_dir() else options.start, "cpu", torch.float32)
-    kind = KINDS[isinstance(control, ControlNetModel)]
-    if kind != options.kind:
+    place = there if there.is_dir() else Path(options.start)
+    control = load_control(place if there.is_dir() else options.start, "cpu", torch.float32)
+    if (kind := kind_of(control)) != options.kind:
         raise GuidekitError(f"{options.start} is of the kind {kind}, not {options.kind}; set kind")
-    own = (there if there.is_dir() else Path(options.start)) / LABELS
-    check_affinity(affinity, load_label_set(own) if own.is_file() else affinity.source, labels)
-    return folded_control(control, affinity, options.by)
+    own = load_label_set(place / LABELS) if (place / LABELS).is_file() else None
+    if options.affinity:
+        affinity = load_affinity(options.affinity)
+        check_affinity(affinity, own or affinity.source, labels)
+        return folded_control(control, affinity, options.by)
+    if own is None or own.classes != labels.classes:
+        raise GuidekitError(
+            f"{options.start} is of other classes than {labels.name!r}, or does not say of which "
+            f"({LABELS}); give an affinity (guidekit affinity)"
+        )
+    return control
 
 
-def make(options: ControlOptions, folder: Path, size: int, quiet: bool = True) -> ControlTask:
+def make(options: ControlOptions, folder: Path, size: int, silent: bool = True) -> ControlTask:
     """The task of a recipe's stage. Raises GuidekitError for a backbone of another kind."""
     given = (options.source, options.data, size, options.held_out, options.flips)
     examples = make_examples(*given)

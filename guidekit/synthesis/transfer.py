@@ -9,13 +9,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from diffusers import ControlNetModel
-
 from guidekit.affinity.matrix import VOTE
 from guidekit.affinity.shots import read_shots
 from guidekit.backbones.controls import load_control
 from guidekit.errors import GuidekitError
-from guidekit.synthesis.control_train import load_backbone
+from guidekit.synthesis.control_train import kind_of, load_backbone
 from guidekit.synthesis.train import load_start
 from guidekit.train.durable import put, put_text
 from guidekit.train.recipe import task_kind, train
@@ -74,8 +72,7 @@ class Transfer:
             return own | {"soft": self.soft}
         if self.affinity is None or self.soft:
             raise GuidekitError("a control needs a hard affinity; give --affinity without --soft")
-        is_net = isinstance(load_control(self.control), ControlNetModel)
-        kind = "controlnet" if is_net else "adapter"
+        kind = kind_of(load_control(self.control))
         return own | {"kind": kind, "backbone": _place(self.model)}
 
     def size(self) -> int:

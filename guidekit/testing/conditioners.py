@@ -1,7 +1,15 @@
-"""Tiny random ControlNets and T2I-Adapters for the tiny pipelines."""
+"""Tiny random controls for the tiny pipelines."""
 
-from diffusers import ControlNetModel, DiffusionPipeline, StableDiffusionXLPipeline, T2IAdapter
+from diffusers import (
+    ControlNetModel,
+    DiffusionPipeline,
+    StableDiffusionPipeline,
+    StableDiffusionXLPipeline,
+    T2IAdapter,
+)
 
+from guidekit.backbones.map_encoder import MapEncoder
+from guidekit.backbones.segment_map import SegmentMap, widened
 from guidekit.testing.weights import frozen_model, randomised
 
 
@@ -24,3 +32,24 @@ def t2i_adapter(pipe: DiffusionPipeline, seed: int = 0, channels: int = 3) -> T2
         adapter_type="full_adapter_xl" if xl else "full_adapter",
     )
     return frozen_model(randomised(adapter, seed))
+
+
+def map_encoder(pipe: DiffusionPipeline, classes: int, seed: int = 0) -> MapEncoder:
+    """An encoder of maps of 32x32 into 17 tokens for a tiny Stable Diffusion pipeline."""
+    width = pipe.unet.config.cross_attention_dim
+    encoder = MapEncoder(
+        conditioning_channels=classes, width=width, grid=4, channels=(8, 8, 8), layers=1, heads=2
+    )
+    return frozen_model(randomised(encoder, seed))
+
+
+def segment_map(
+    pipe: StableDiffusionPipeline, seed: int = 0, channels: int = 3
+) -> tuple[StableDiffusionPipeline, SegmentMap]:
+    """A tiny pipeline whose UNet reads further channels, and the control that makes them."""
+    width = pipe.text_encoder.config.hidden_size
+    prior = SegmentMap(text_channels=width, channels=channels)
+    made = type(pipe)(**pipe.components | {"unet": widened(pipe.unet, channels)})
+    randomised(made.unet.conv_in, seed)
+    made.set_progress_bar_config(disable=True)
+    return made, frozen_model(randomised(prior, seed))

@@ -70,6 +70,7 @@ TASKS: dict[str, tuple[type, Make] | str] = {
     "tags": "guidekit.semantica.tags",
     "maps": "guidekit.synthesis.train",
     "control": "guidekit.synthesis.control_train",
+    "spatial": "guidekit.synthesis.spatial_train",
 }
 
 
@@ -83,6 +84,7 @@ READS = {
     "tags": ("encoder",),
     "maps": ("data", "start", "affinity"),
     "control": ("data", "start", "affinity", "backbone"),
+    "spatial": ("data", "backbone", "embedder"),
 }
 
 
@@ -97,7 +99,7 @@ FAST_LOOP = {
     "workers": 0,
     "precision": "no",
 }
-FAST_OWN = {"compile": False, "pool": 16, "pages": 16, "limit": 64}
+FAST_OWN = {"compile": False, "pool": 16, "pages": 16, "limit": 64, "pairs": 16}
 
 
 def task_kind(name: str) -> tuple[type, Make]:

@@ -14,7 +14,7 @@ from PIL import Image
 import tiny
 from guidekit.cli.controls import parse_control
 from guidekit.cli.main import main
-from guidekit.testing.conditioners import control_net, t2i_adapter
+from guidekit.testing.conditioners import control_net, segment_map, t2i_adapter
 
 PROMPT = "a red circle and a blue square on white"
 SETS = {
@@ -96,6 +96,21 @@ def test_a_control_is_drawn_noted_and_replayed(model, kit):
         "guess": False,
     }
     assert second["scale"] == 0.7 and record["record"]["controls"][1]["class"] == "T2IAdapter"
+    again = run("sample", "--config", "o/run.json", "--out", "again", "--json")
+    assert again.exit_code == 0, again.stderr
+    assert np.array_equal(np.asarray(Image.open("again/0.png")), image)
+
+
+def test_a_control_of_segments_is_drawn_noted_and_replayed(tmp_path):
+    made, control = segment_map(tiny.sd_pipeline())
+    made.save_pretrained(tmp_path / "wide")
+    control.save_pretrained(tmp_path / "segments")
+    words = ("--control", tmp_path / "segments", "--segment", "red circle=0,0,0.5,1")
+    image = drawn(tmp_path / "wide", *words)
+    other = drawn(tmp_path / "wide", *words[:3], "red circle=0.5,0,1,1", out="other")
+    assert not np.array_equal(image, other)
+    noted = json.loads(Path("o/run.json").read_text())["record"]["controls"]
+    assert [row["class"] for row in noted] == ["SegmentMap"] and noted[0]["image"] is None
     again = run("sample", "--config", "o/run.json", "--out", "again", "--json")
     assert again.exit_code == 0, again.stderr
     assert np.array_equal(np.asarray(Image.open("again/0.png")), image)

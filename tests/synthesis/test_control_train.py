@@ -11,6 +11,7 @@ import tiny
 from guidekit import Condition, Control, GuidekitError
 from guidekit.affinity.shots import read_shots
 from guidekit.backbones.control_images import control_pixels
+from guidekit.backbones.controls import load_control
 from guidekit.synthesis.control_train import (
     ControlOptions,
     ControlTask,
@@ -19,14 +20,18 @@ from guidekit.synthesis.control_train import (
     new_control,
     warn_of_reconstruction,
 )
-from guidekit.synthesis.data import ShotExamples, WorldExamples
-from guidekit.testing.conditioners import control_net, t2i_adapter
+from guidekit.synthesis.data import SOURCE_LABELS, ShotExamples, WorldExamples
+from guidekit.testing.conditioners import control_net, map_encoder, t2i_adapter
 from label_worlds import GARDEN, PARK, affinity, label_map, write_shots
 
 HAND = {"lawn": "grass", "pond": "rock"}
 FOUR = replace(PARK, classes=(*PARK.classes, "sand"))  # three channels are colours
 COLOURED = replace(FOUR, palette=((255, 0, 0), (0, 90, 200), (9, 200, 30), (200, 200, 0)))
-NETS = {"adapter": t2i_adapter, "controlnet": control_net}
+NETS = {
+    "adapter": t2i_adapter,
+    "controlnet": control_net,
+    "encoder": lambda pipe, channels: map_encoder(pipe, channels),
+}
 
 
 @pytest.fixture(scope="module")
@@ -47,6 +52,8 @@ def answer(net, maps, pipe):
     """Residuals of a control for maps (1, C, 32, 32), as one vector."""
     if net.config.get("downscale_factor"):
         return torch.cat([x.flatten() for x in net(maps)])
+    if net.config.get("grid"):
+        return net(maps).flatten()
     z = torch.randn(1, 4, 16, 16, generator=torch.Generator().manual_seed(1))
     states = torch.zeros(1, 5, pipe.unet.config.cross_attention_dim)
     downs, mid = net(z, 10, states, maps, return_dict=False)
@@ -79,6 +86,56 @@ def test_a_new_controlnet_has_the_backbones_own_loss(task, pipe):
     assert task.held_out() == task.held_out() > 0
 
 
+def encoder_task(pipe, folder, **options):
+    """Training of an encoder on shots at the tiny pipeline's size."""
+    shots = read_shots(write_shots(folder / "shots", side=32))
+    given = {"kind": "encoder", "source": "shots", "embedding": (8, 8, 8)} | options
+    options, examples = ControlOptions(**given), ShotExamples(shots, GARDEN, 32, 1, flips=False)
+    return ControlTask(options, examples, pipe, new_control(options, pipe, 2))
+
+
+def test_an_encoder_trains_beside_a_frozen_backbone_then_both(tmp_path):
+    pipe = tiny.sd_pipeline()
+    task = encoder_task(pipe, tmp_path / "alone", null=1.0)
+    assert not any(p.requires_grad for p in pipe.unet.parameters())
+    batch = task.batch(range(4), torch.Generator().manual_seed(0))
+    assert not batch["maps"].any()
+    with torch.no_grad():
+        told = torch.cat([batch["states"], task.net.control(batch["maps"])], 1)
+        assert told.shape[1] == batch["states"].shape[1] + 17
+        out = pipe.unet(batch["z"], batch["timestep"], told).sample
+        assert task.net(**batch)["mse"] == F.mse_loss(out, batch["target"])
+    trained = {name.split(".")[0] for name, p in task.net.named_parameters() if p.requires_grad}
+    assert trained == {"control"}
+
+    both = encoder_task(pipe, tmp_path / "both", joint=True)
+    both.net(**both.batch(range(4), torch.Generator().manual_seed(0)))["mse"].backward()
+    moved = {n.split(".")[0] for n, p in both.net.named_parameters() if p.grad is not None}
+    assert moved == {"control", "unet"}
+    assert all(p.grad is None for p in pipe.text_encoder.parameters())
+    both.export(tmp_path / "model")
+    drawn = guidekit.sample(
+        str(tmp_path / "model"),
+        [Condition("a red circle", map=label_map(GARDEN, side=32))],
+        seeds=[0],
+        steps=1,
+        controls=[Control(str(tmp_path / "model" / "control"))],
+    )
+    assert drawn.finish().images.shape == (1, 3, 32, 32)
+
+
+def test_an_encoder_goes_on_from_one_of_the_same_classes(pipe, tmp_path):
+    map_encoder(pipe, len(SOURCE_LABELS)).save_pretrained(tmp_path / "start")
+    SOURCE_LABELS.save(tmp_path / "start" / "labels.json")
+    given = {"kind": "encoder", "start": "start", "backbone": "scenes"}
+    task = make(ControlOptions(**given), tmp_path, 64)
+    wanted = load_control(tmp_path / "start").state_dict()
+    assert all(torch.equal(wanted[k], v) for k, v in task.net.control.state_dict().items())
+    PARK.save(tmp_path / "start" / "labels.json")
+    with pytest.raises(GuidekitError, match="start is of other classes than 'scenes', or does not"):
+        make(ControlOptions(**given), tmp_path, 64)
+
+
 def test_an_exported_control_draws_from_a_map_and_names_its_classes(task, pipe, tmp_path):
     task.export(tmp_path)
     assert guidekit.load_label_set(tmp_path / "labels.json").classes == GARDEN.classes
@@ -98,8 +155,10 @@ def test_an_autoencoder_that_loses_the_images_is_said(recwarn):
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        ({"kind": "spade"}, "kind must be adapter or controlnet, not 'spade'"),
-        ({"start": "A"}, "start and affinity go together"),
+        ({"kind": "spade"}, "kind must be adapter or controlnet or encoder, not 'spade'"),
+        ({"affinity": "A"}, "an affinity is for the control that is named by `start`"),
+        ({"joint": True}, "joint is for the kind encoder; a backbone beside the kind adapter is"),
+        ({"null": 2.0}, "null must be from 0 to 1, not 2"),
         ({"backbone": "scenes-ddpm"}, "is a DDPMPipeline; controls are trained for Stable"),
     ],
 )
