@@ -14,10 +14,8 @@ there yet; each of their rows is kept in --out, and a stopped run goes on. One t
 """
 
 import importlib.util
-import json
 import os
 import platform
-import tempfile
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -36,6 +34,7 @@ from guidekit.labels import VOID
 from guidekit.train.judge import Judge
 from guidekit.train.recipe import train
 from guidekit.worlds import prints, scenes
+from measured import Results
 
 PARTS = ("affinity", "training-free", "fine-tuned")
 SIZE = 32
@@ -212,7 +211,7 @@ def affinity_rows(setting: Setting, estimated: Estimator) -> list[dict]:
     ]
 
 
-def model_rows(part: str, setting: Setting, estimated: Estimator) -> list[dict]:
+def model_rows(part: str, setting: Setting, estimated: Estimator, results: Results) -> None:
     """Rows of models that draw, and what they say."""
     import cat_models
     import cat_words
@@ -223,8 +222,9 @@ def model_rows(part: str, setting: Setting, estimated: Estimator) -> list[dict]:
     rows = {name: ROWS[name] for name in DRAWN}
     make = {"training-free": cat_models.training_free, "fine-tuned": cat_models.fine_tuned}[part]
     lines = make(lab, shots, found, rows, right_colours)
-    print("\n".join(["", *cat_words.said(part, lines, cat_models.MANY)]))
-    return lines
+    results.extend({"part": part} | line for line in lines)
+    print(f"\n{part}\n\n{table(lines)}")
+    results.say(*cat_words.said(part, lines, cat_models.MANY))
 
 
 def right_colours(picks: Tensor) -> int:
@@ -296,16 +296,16 @@ def main(parts, path, text, **options):
     options["source_shots"] = options["source_shots"] or (20 if quick else SOURCE_SHOTS)
     options["out"] = options["out"] / "quick" if quick else options["out"]
     setting = Setting(text=text, **options)
-    estimated, results = Estimator(setting), {}
+    estimated, results = Estimator(setting), Results(path, seed=setting.seed, model=setting.model)
     for part in parts or PARTS:
-        rows = affinity_rows(setting, estimated) if part == "affinity" else None
-        results[part] = model_rows(part, setting, estimated) if rows is None else rows
-        print(f"\n{part}\n\n{table(results[part])}")
+        if part != "affinity":
+            model_rows(part, setting, estimated, results)
+            continue
+        rows = affinity_rows(setting, estimated)
+        results.extend({"part": part} | row for row in rows)
+        print(f"\n{part}\n\n{table(rows)}")
     print(f"\none thread on {os.cpu_count()} {platform.machine()} cores, torch {torch.__version__}")
-    if path:
-        with tempfile.NamedTemporaryFile("w", dir=path.parent, delete=False) as part:
-            part.write(json.dumps(results, indent=1) + "\n")
-        Path(part.name).replace(path)
+    results.finish()
 
 
 if __name__ == "__main__":

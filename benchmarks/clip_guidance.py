@@ -11,7 +11,6 @@ and 99 real scenes, by the cosine with its text or reference? Weights are in the
 ("120"), or lengths of the change over that of the noise ("0.2 noise").
 """
 
-import json
 import os
 import platform
 import time
@@ -50,6 +49,7 @@ from guidekit.noisy_clip.files import load_clip
 from guidekit.noisy_clip.model import CleanClip
 from guidekit.registry import Registry
 from guidekit.worlds import scenes
+from measured import Results
 
 PARTS = ("encoder", "latents", "text", "image", "structure", "style", "both", "cost")
 REFERENCE = 2000  # real scenes for the Frechet distance
@@ -373,19 +373,19 @@ def main(model, encoder, clean, retrieval, latents, parts, n, steps, batch, seed
     if n % SAMPLES:
         raise click.UsageError(f"--n must be a multiple of {SAMPLES}, the samples of a condition")
     bench = Bench(Setting(model, encoder, clean, retrieval, latents, n, steps, batch, seed))
-    found = []
+    over = {"intervals": "95% bootstrap intervals over conditions", "seeds": [seed, seed + n - 1]}
+    results = Results(json_file, n=n, steps=steps, batch=batch, model=model, **over)
     for part in parts or [p for p in PARTS if latents or p != "latents"]:
         rows = ROWS[part](bench)
-        found += [{"part": part} | row for row in rows]
+        results.extend({"part": part} | row for row in rows)
         print(f"\n{part}\n\n{table(rows)}\n")
-        print("\n".join(words(part, rows)), flush=True)
+        results.say(*words(part, rows))
     print(
         f"\nn = {n}, seeds {seed} to {seed + n - 1}, {steps} DDPM steps, batch {batch}, "
         f"{torch.get_num_threads()} threads of {os.cpu_count()} {platform.machine()} cores, torch "
         f"{torch.__version__}; 95% bootstrap intervals over conditions"
     )
-    if json_file:
-        json_file.write_text(json.dumps(found, indent=1))
+    results.finish()
 
 
 if __name__ == "__main__":

@@ -114,8 +114,7 @@ class Problem:
             "task": self.task,
             "method": method,
             "psnr": round(float(values.mean()), 2),
-            "low": round(low, 2),
-            "high": round(high, 2),
+            "psnr 95%": [round(low, 2), round(high, 2)],
             "measured": round(math.sqrt(float(apart.sum() / seen.sum())), 4),
             "seconds": round(seconds, 3),
         }
@@ -150,7 +149,7 @@ def main(quick, count, steps, batch, models, tasks, methods, path) -> None:
     """Print a row for each method on each problem."""
     torch.set_num_threads(1)
     count, steps = (4, 20) if quick else (count, steps)
-    results = Results(path, count=count, steps=steps)
+    results = Results(path, n=count, seeds=[0, count - 1], steps=steps, batch=batch)
     for model in models or MODELS:
         for task in tasks or TASKS:
             problem = Problem(model, task, count, steps, batch)

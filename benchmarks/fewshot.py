@@ -8,7 +8,6 @@ The judges never guided and saw none of the shots. Finished cells lie in --cells
 run goes on; intervals are 95%, draws of the shots and their images resampled. One thread.
 """
 
-import json
 import os
 import platform
 import tempfile
@@ -37,6 +36,7 @@ from guidekit.options import option_kinds
 from guidekit.worlds import digits
 from guidekit.zoo.shipped import ZOO, model_defaults
 from guidekit_fewshot import Fewshot
+from measured import Results
 
 PARTS = ("digits", "scenes", "latents", "attribute", "augment", "cost")
 
@@ -212,15 +212,16 @@ def main(parts, model, scenes_model, judge, cells, n, draws, steps, seed, quick,
         seed,
         quick,
     )
-    everything = []
+    about = {"n": setting.n, "draws": setting.draws, "steps": steps, "seed": seed}
+    results = Results(json_file, **about, intervals="95% bootstrap intervals")
     for part in parts or PARTS:
         for rows in TABLES[part](setting):
             print(f"\n{table(rows)}", flush=True)
             if rows[0].get("method") == SWEEP[0]:
-                print(f"\n{at_equal_diversity(rows)}", flush=True)
-            everything += [{"part": part} | row for row in rows]
-            if json_file:
-                Path(json_file).write_text(json.dumps(everything, indent=1) + "\n")
+                results.say(*at_equal_diversity(rows).splitlines())
+            name = "scales" if rows[0].get("method") == SWEEP[0] else part
+            results.extend({"part": name} | row for row in rows)
+    results.finish()
     print(
         f"\nn = {setting.n} a row, {setting.draws} draws of the shots, {steps} steps, seed {seed}, "
         f"one thread on {os.cpu_count()} {platform.machine()} cores, torch {torch.__version__}"

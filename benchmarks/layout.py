@@ -35,6 +35,7 @@ from guidekit.evaluate.layout import LayoutCounts
 from guidekit.registry import Registry
 from guidekit.worlds import scenes
 from guidekit.zoo.shipped import model_defaults
+from measured import Results
 from memory import PeakMemory
 
 CEILINGS = "ceilings"
@@ -218,6 +219,13 @@ class Bench:
         return [self.judged("real scenes", real), self.judged("reconstructed", back)]
 
 
+def told(setting: Setting) -> dict:
+    """What the results say of all rows."""
+    facts = vars(setting)
+    first, last = setting.seed, setting.seed + setting.n - 1
+    return facts | {"seeds": [first, last], "intervals": "95% bootstrap intervals over layouts"}
+
+
 def run_row(setting: Setting, method: str) -> list[dict]:
     """One row, in a process of its own."""
     torch.set_num_threads(1)
@@ -225,7 +233,7 @@ def run_row(setting: Setting, method: str) -> list[dict]:
     return Bench(setting).rows(method)
 
 
-def all_rows(setting: Setting, methods: list[str], workers: int) -> dict[str, list[dict]]:
+def all_rows(setting: Setting, methods: list[str], workers: int, results: Results) -> dict:
     """Rows by method, some at a time; those that are done are told as they come."""
     done = {}
     spawn = multiprocessing.get_context("spawn")
@@ -233,6 +241,7 @@ def all_rows(setting: Setting, methods: list[str], workers: int) -> dict[str, li
         futures = {pool.submit(run_row, setting, method): method for method in methods}
         for future in as_completed(futures):
             done[futures[future]] = future.result()
+            results.extend(future.result())
             for row in future.result():
                 click.echo(json.dumps(row), err=True)
     return done
@@ -295,8 +304,12 @@ def main(
     if scales:
         methods = ["unguided", *(f"{SCALED}{float(scale):g}" for scale in scales.split(","))]
     # MultiDiffusion takes longest: first, so that no worker waits for it at the end.
-    done = all_rows(setting, sorted(methods, key=lambda m: m != "MultiDiffusion"), workers)
+    results = Results(json_file, **told(setting))
+    ordered = sorted(methods, key=lambda m: m != "MultiDiffusion")
+    done = all_rows(setting, ordered, workers, results)
     rows = [row for method in methods for row in done[method]]
+    results.facts |= {"rows": rows, "threads": 1}  # of a row's process
+    results.finish()
     print(table(rows))
     print(
         f"\nn = {n}, seeds {seed} to {seed + n - 1}, {steps} steps, cfg {setting.cfg:g}, "
@@ -304,9 +317,6 @@ def main(
         f"{batch}, one thread a row on {os.cpu_count()} {platform.machine()} "
         f"cores, torch {torch.__version__}; 95% bootstrap intervals over layouts"
     )
-    if json_file:
-        with open(json_file, "w") as file:
-            json.dump(rows, file, indent=1)
 
 
 if __name__ == "__main__":

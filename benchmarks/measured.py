@@ -1,16 +1,29 @@
-"""Results of a benchmark on disk, written row by row so that a run cut short keeps its rows."""
+"""Results of a benchmark on disk: rows and what they were measured on, in one form for all.
+
+A file is written after every row, so that a run cut short keeps its rows. docs/tables.py makes the
+tables of the pages of it.
+"""
 
 import json
+import os
+import platform
+import shlex
+import sys
 import time
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+import diffusers
 import torch
+
+import guidekit
 
 
 class Results:
-    """Rows of one part and what they were measured on; `finish` marks the part as done.
+    """Rows of one measurement and what they were measured on; `finish` marks it as done.
 
+    `about` says what the rows share: n, seeds (the first and the last), steps, cfg, batch, model.
     path None prints only.
     """
 
@@ -19,12 +32,19 @@ class Results:
         cuda = torch.cuda.is_available()
         self.facts: dict[str, Any] = dict(
             about,
+            command=command(sys.argv),
+            threads=torch.get_num_threads(),
+            cores=os.cpu_count(),
+            machine=platform.machine(),
             device=torch.cuda.get_device_name() if cuda else "cpu",
             capability=torch.cuda.get_device_capability() if cuda else None,
+            guidekit=guidekit.__version__,
             torch=torch.__version__,
+            diffusers=diffusers.__version__,
             triton=_triton(),
             date=time.strftime("%F"),
             finished=False,
+            said=[],
             rows=[],
         )
         self._write()
@@ -37,7 +57,17 @@ class Results:
     def add(self, row: dict) -> None:
         """One more row, printed and written."""
         print(json.dumps(row), flush=True)
-        self.rows.append(row)
+        self.extend([row])
+
+    def extend(self, rows: Iterable[dict]) -> None:
+        """More rows, written."""
+        self.rows.extend(rows)
+        self._write()
+
+    def say(self, *lines: str) -> None:
+        """What the rows show, in sentences; printed, and written with them."""
+        print("\n" + "\n".join(lines), flush=True)
+        self.facts["said"] += lines
         self._write()
 
     def finish(self) -> None:
@@ -47,7 +77,22 @@ class Results:
 
     def _write(self) -> None:
         if self.path is not None:
-            self.path.write_text(json.dumps(self.facts, indent=1) + "\n")
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            part = self.path.with_suffix(".part")
+            part.write_text(json.dumps(self.facts, indent=1) + "\n")
+            part.replace(self.path)
+
+
+def rows_of(path: str | Path) -> list[dict]:
+    """The rows that a benchmark wrote."""
+    return json.loads(Path(path).read_text())["rows"]
+
+
+def command(argv: list[str]) -> str:
+    """The command line, without the file of the results and without folders of this machine."""
+    words = [word for i, word in enumerate(argv[1:]) if "--json" not in (word, argv[i])]
+    words = [Path(word).name if os.path.isabs(word) else word for word in words]
+    return shlex.join(["python", f"benchmarks/{Path(argv[0]).name}", *words])
 
 
 def _triton() -> str | None:

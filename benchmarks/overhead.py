@@ -12,7 +12,6 @@ tensors that Python waits for, on a CPU also of those that live there by design.
 """
 
 import contextlib
-import json
 import os
 import platform
 import time
@@ -32,6 +31,7 @@ from guidekit_pag import PerturbedAttention
 from guidekit_pww import PaintWithWords
 from guidekit_seg import SmoothedEnergy
 from guidekit_zest import Zest
+from measured import Results
 from memory import PeakMemory
 
 CFG = 7.5
@@ -434,6 +434,9 @@ def main(model, full, peak, repeats, quick, threads, compiled, seed, json_file):
         for number in threads:
             torch.set_num_threads(number)
             tables += [step_rows(pipeline, batch, repeats, not compiled) for batch in batches]
+    results = Results(json_file, model=model, repeats=repeats, seed=seed)
+    results.extend(row for rows in tables for row in rows)
+    results.finish()
     for rows in tables:
         print(table(rows), end="\n\n")
     print(
@@ -441,9 +444,6 @@ def main(model, full, peak, repeats, quick, threads, compiled, seed, json_file):
         f"{torch.cuda.get_device_name() if torch.cuda.is_available() else 'no GPU'}, "
         f"torch {torch.__version__}"
     )
-    if json_file:
-        with open(json_file, "w") as file:
-            json.dump([row for rows in tables for row in rows], file, indent=1)
 
 
 if __name__ == "__main__":

@@ -8,7 +8,6 @@ median of the rounds counts. Time on the CPU beside the wall's, as other program
 latter: where two processes have a core each, they draw twice as much at the same CPU time an image.
 """
 
-import json
 import multiprocessing
 import os
 import platform
@@ -28,6 +27,7 @@ from guidekit.cli.scale.store import Store
 from guidekit.cli.scale.worker import Worker
 from guidekit.cli.session import Session
 from guidekit.cli.settings import make_settings
+from measured import Results
 
 FORK = multiprocessing.get_context("fork")  # nothing is computed before
 PROMPT = "a red circle and a blue square on a white background"
@@ -128,17 +128,16 @@ def main(model, blocks, block, steps, rounds, seed, quick, json_file):
         "cost of a plan over a run, by CPU time": one["CPU s/image"] / run["CPU s/image"] - 1,
         "cost of a plan over a run, wall": run["images/s"] / one["images/s"] - 1,
     }
-    print()
-    for name, value in facts.items():
-        print(f"{name}: {value:.3f}")
     print(
         f"\n{rounds} rounds, {blocks} blocks of {block}, {steps} steps, zest, seed {seed}, a thread"
         f" each on {os.cpu_count()} {platform.machine()} cores (load {os.getloadavg()[0]:.1f}),"
         f" torch {torch.__version__}"
     )
-    if json_file:
-        table = {"rows": rows, "rounds": found, **facts, "load": os.getloadavg()[0]}
-        Path(json_file).write_text(json.dumps(table, indent=1))
+    about = {"n": blocks * block, "batch": block, "steps": steps, "seed": seed, "model": model}
+    results = Results(json_file, **about, rounds=rounds, load=os.getloadavg()[0])
+    results.extend(rows)
+    results.say(*(f"{name}: {value:.3f}" for name, value in facts.items()))
+    results.finish()
 
 
 if __name__ == "__main__":

@@ -9,7 +9,6 @@ trained on the same pages with the same seeds and floating-point operations, and
 held-out pages. The judge reads the images; it never guides. Trained models are kept in --out.
 """
 
-import json
 import os
 import platform
 from dataclasses import dataclass, replace
@@ -29,6 +28,7 @@ from guidekit.train.judge import Judge
 from guidekit.train.loop import Loop, Options
 from guidekit.train.precision import emulates_bf16
 from guidekit.worlds import scenes
+from measured import Results, rows_of
 from semantica_cost import cost_rows
 from semantica_draw import draw_rows
 from semantica_measures import HELD_OUT, SIZE, PagesSeen, held_out, measure
@@ -311,19 +311,22 @@ def main(
         "unseen": lambda: unseen_rows(setting, judge),
         "cost": lambda: cost_rows(quick),
     }
-    rows = [row for file in row_files for row in json.loads(file.read_text())]
+    rows = [row for file in row_files for row in rows_of(file)]
     rows += [row for part in parts or (() if row_files else PARTS) for row in make_rows[part]()]
     rows = list({row["method"]: row for row in rows}.values())  # each process has a row "real"
     print(table(rows))
-    print("\n" + "\n".join(verdicts(rows)))
     print(
         f"\nn = {setting.n} held-out pages, {setting.flop:g} FLOP a model (precision "
         f"{precision()}), {setting.steps} steps, "
         f"w = {W:g} unless named, seed {seed}, torch {torch.__version__} on "
         f"{os.cpu_count()} {platform.machine()} cores; 95% bootstrap intervals over pages"
     )
-    if json_file:
-        Path(json_file).write_text(json.dumps(rows, indent=1))
+    over = {"intervals": "95% bootstrap intervals over pages", "precision": precision()}
+    about = {"n": setting.n, "steps": setting.steps, "w": W, "flop": setting.flop, "seed": seed}
+    results = Results(json_file, **about, **over)
+    results.extend(rows)
+    results.say(*verdicts(rows))
+    results.finish()
 
 
 if __name__ == "__main__":

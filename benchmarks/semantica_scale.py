@@ -34,6 +34,7 @@ from guidekit.semantica.encode import from_timm
 from guidekit.semantica.episodes import Episodes
 from guidekit.semantica.groups import find_pairs
 from guidekit.semantica.sources import Item, Part, numbered
+from measured import Results
 
 WIDTH = 64  # of the rows' global features; DINOv2-B has 768
 CHUNK, CHUNKS = 1024, 10  # rows of a chunk, chunks of a part, as img2dataset's shards have 10,000
@@ -283,7 +284,7 @@ def main(model, quick, seed, rates, tflops, keep, only_rates, json_file, action,
         counts = (10**4, 10**5) if quick else (10**5, 10**6, 10**7)
         rows = [scale_row(count, seed, keep) for count in counts]
         need = Need(rows[-1], found, tflops).table()
-        print(table(rows) + "\n\n" + "\n".join(flat(rows)))
+        print(table(rows))
     print("\n" + table([{"encoder": model} | found]))
     if need:
         print(f"\n{PAGES:.0e} pages of {PER_PAGE} images on {GPUS} GPUs, {THREADS} threads each:")
@@ -292,10 +293,11 @@ def main(model, quick, seed, rates, tflops, keep, only_rates, json_file, action,
         f"\nseed {seed}, chunks of {CHUNK} rows, features of {WIDTH}, torch {torch.__version__}, "
         f"{os.cpu_count()} {platform.machine()} cores, one thread"
     )
-    if json_file:
-        told = {"rows": rows, "rates": found, "need": need, "model": model, "seed": seed}
-        json_file.parent.mkdir(parents=True, exist_ok=True)
-        json_file.write_text(json.dumps(told, indent=1) + "\n")
+    results = Results(json_file, model=model, seed=seed, rates=found)
+    results.extend({"part": "measured"} | row for row in rows)
+    results.extend({"part": "needed"} | row for row in need)
+    results.say(*(flat(rows) if rows else []))
+    results.finish()
 
 
 if __name__ == "__main__":

@@ -12,7 +12,6 @@ of the phrases' mean maps and the cosine of the gradients, means over the seeds 
 """
 
 import itertools
-import json
 import math
 import statistics
 from pathlib import Path
@@ -25,6 +24,7 @@ from torch import Tensor
 import guidekit
 from guidekit import Condition, Segment, box_mask
 from guidekit_zest import Zest
+from measured import Results
 
 PROMPT = "a red circle and a blue square on a white background"
 BOXES = {"red circle": (0.05, 0.1, 0.5, 0.6), "blue square": (0.5, 0.4, 0.95, 0.9)}
@@ -129,6 +129,12 @@ def interval(values: list[float]) -> tuple[float, float]:
     return statistics.mean(values), half
 
 
+def pairs(found: dict[str, tuple[float, float]]) -> dict:
+    """Means and the bounds of their intervals."""
+    means = {name: mean for name, (mean, _) in found.items()}
+    return means | {f"{name} 95%": [m - half, m + half] for name, (m, half) in found.items()}
+
+
 @click.command()
 @click.option("--model", default="scenes", help="Built-in, directory or hub id of the SD family.")
 @click.option("--seed", default=0, help="The first seed.")
@@ -141,7 +147,8 @@ def main(model: str, seed: int, count: int, quick: bool, path: Path | None) -> N
     pipeline = guidekit.load(model)
     pipeline.unet.requires_grad_(False)
     count, steps = (2, 10) if quick else (count, 50)
-    table = []
+    facts = {"seeds": [seed, seed + count - 1], "intervals": "95% intervals over seeds"}
+    results = Results(path, model=model, n=count, steps=steps, **facts)
     print(f"{model}, {count} seeds from {seed}, latents at {AT} of {steps} steps")
     print(f"{'resize':8} {'map: largest difference':>26} {'gradient: cosine':>22}")
     for resize in ("maps", "logits"):
@@ -152,11 +159,8 @@ def main(model: str, seed: int, count: int, quick: bool, path: Path | None) -> N
         }
         (m, dm), (c, dc) = found["map"], found["cosine"]
         print(f"{resize:8} {m:16.2e} +- {dm:7.1e} {c:14.4f} +- {dc:.4f}")
-        table.append({"resize": resize, "n": len(rows), **found})
-    if path:
-        facts = {"model": model, "seed": seed, "seeds": count, "steps": steps, "rows": table}
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
+        results.extend([{"resize": resize} | pairs(found)])
+    results.finish()
 
 
 if __name__ == "__main__":

@@ -29,7 +29,8 @@ import guidekit
 from guidekit.registry import Registry
 from guidekit.zoo.shipped import model_defaults
 from guidekit_zest import Zest
-from layout import Bench, Setting, table
+from layout import Bench, Setting, table, told
+from measured import Results
 
 TUNING = 10_000
 ROWS = (
@@ -120,9 +121,11 @@ def main(model, n, repeated, batch, seed, wanted, quick, path, sheet):
     n, steps = n or (8 if quick else 64), 10 if quick else defaults.get("steps", 50)
     setting = Setting(model, n, steps, defaults.get("cfg", 7.5), batch, seed, first=TUNING)
     bench, rows, shown = Bench(setting), [], []
+    results = Results(path, **told(setting), repeated=min(repeated, n))
     for row in wanted or (ROWS[1:3] if quick else ROWS):
         measures, images = measured(bench, row, min(repeated, n))
         rows.append(measures)
+        results.extend([measures])
         shown.append(images)
         click.echo(json.dumps(measures), err=True)
         if sheet:
@@ -134,9 +137,7 @@ def main(model, n, repeated, batch, seed, wanted, quick, path, sheet):
         f"{batch // 4}, float32, one thread on {os.cpu_count()} {platform.machine()} cores, "
         f"torch {torch.__version__}"
     )
-    if path:
-        with open(path, "w") as file:
-            json.dump(rows, file, indent=1)
+    results.finish()
 
 
 if __name__ == "__main__":

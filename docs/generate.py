@@ -1,4 +1,6 @@
-"""Writes reference/commands.md and reference/options.md, which the code knows best.
+"""Writes reference/commands.md and reference/options.md, which the code knows best, and all tables.
+
+Tables of results stand in pages of all folders; tables.py makes them of benchmarks/results.
 
 With --check it writes nothing, and exits with 1 if a page is not what it would write.
 """
@@ -8,12 +10,14 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import click
+import tables
 
 from guidekit.cli.describe import describe_plugin
 from guidekit.cli.main import main as guidekit
 from guidekit.registry import entries
 
-REFERENCE = Path(__file__).parent / "reference"
+ROOT = Path(__file__).resolve().parents[1]
+REFERENCE = ROOT / "docs" / "reference"
 NOTE = "<!-- Written by docs/generate.py; change the code and run it again. -->\n\n"
 
 
@@ -87,11 +91,12 @@ PAGES = {"commands.md": commands, "options.md": options}
 def main() -> None:
     """Writes the pages, or says which of them are stale."""
     pages = {REFERENCE / name: NOTE + made().rstrip() + "\n" for name, made in PAGES.items()}
+    pages |= {path: tables.filled(path.read_text()) for path in tables.PAGES}
     if "--check" not in sys.argv[1:]:
         for path, text in pages.items():
             path.write_text(text)
         return
-    stale = [path.name for path, text in pages.items() if not same(path, text)]
+    stale = [str(path.relative_to(ROOT)) for path, text in pages.items() if not same(path, text)]
     if stale:
         sys.exit(f"stale: {', '.join(stale)}; run python docs/generate.py")
 

@@ -19,8 +19,9 @@ def test_all_rows_run_and_are_kept(tmp_path):
     words += ["--part", "training-free", "--part", "fine-tuned"]
     first = subprocess.run(words, capture_output=True, text=True, check=True)
     found = json.loads((tmp_path / "r.json").read_text())
-    names = {part: {row["method"] for row in rows} for part, rows in found.items()}
-    assert names["training-free"] >= ROWS and names["fine-tuned"] >= ROWS | TRAINED
+    names = {(row["part"], row["method"]) for row in found["rows"]}
+    assert names >= {("training-free", row) for row in ROWS}
+    assert names >= {("fine-tuned", row) for row in ROWS | TRAINED}
     assert "25 shots: the vote against scratch" in first.stdout
     again = subprocess.run(words, capture_output=True, text=True, check=True)
     assert "drawing" in first.stderr and "drawing" not in again.stderr
