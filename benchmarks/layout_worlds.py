@@ -147,9 +147,12 @@ class Objects:
         return self._store["features"].astype(np.float64)
 
 
+WORLDS = ("scenes", "objects")
+
+
 def world_of(name: str, cutouts: str = "") -> World:
-    """A world by its name."""
-    return {"scenes": Scenes, "objects": lambda: Objects(cutouts)}[name]()
+    """One of the worlds by its name."""
+    return Objects(cutouts) if name == "objects" else Scenes()
 
 
 def stored(cutouts: Path, size: int = Objects.size) -> dict[str, Any]:
