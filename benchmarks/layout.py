@@ -2,10 +2,11 @@
 
     python benchmarks/layout.py                  the main table, 500 layouts
     python benchmarks/layout.py --ablations      the lecture's ablations, 100 layouts
+    python benchmarks/layout.py --world objects  everyday things; the ceilings need --cutouts FOLDER
     python benchmarks/layout.py --quick          minutes on two cores
     python benchmarks/layout.py --scheduler dpm++ --scales 0.75,1.5,3     Zest's scale on a solver
 
-The judge (`scenes-judge`) never guided. mIoU is over classes of the whole set; "labelled" counts
+The world's judge never guided. mIoU is over classes of the whole set; "labelled" counts
 only pixels that some mask covers, as in ZestGuide's Table 1. Every row runs in a process of its
 own with one thread; cost is that process's time on the CPU, which other programs disturb little,
 and the growth of its resident set while it draws.
@@ -21,25 +22,22 @@ from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass
 
 import click
-import numpy as np
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
 import guidekit
-from guidekit import Condition, Segment
+from guidekit import Condition
 from guidekit.backbones.loading import make_scheduler
 from guidekit.evaluate import judge as evaluate
-from guidekit.evaluate import label_maps
 from guidekit.evaluate.layout import LayoutCounts
 from guidekit.registry import Registry
-from guidekit.worlds import scenes
 from guidekit.zoo.shipped import model_defaults
+from layout_worlds import WORLDS, world_of
 from measured import Results
 from memory import PeakMemory
 
 CEILINGS = "ceilings"
-REFERENCE = 2000  # real scenes for the Frechet and kernel distances, from number 100,000 on
 
 # Zest's own strength and window in its paper, which it has beside Paint-with-Words.
 PAPER = {"scale": 1.0, "stop": 0.5}
@@ -86,44 +84,6 @@ def scaled(method: str) -> list[tuple[str, dict]]:
 
 
 @dataclass(frozen=True)
-class Layouts:
-    """Held-out scenes as conditions, their class maps (n, 64, 64) and their images in [0, 1]."""
-
-    plans: list[scenes.Scene]
-    conditions: list[Condition]
-    wanted: np.ndarray
-    real: Tensor
-
-
-def held_out(n: int, first: int = 0, size: int = 64) -> Layouts:
-    """Scenes `first` to `first + n` of the test split; every object visible somewhere."""
-    plans = label_maps.held_out(n, first)
-    conditions = []
-    for plan in plans:
-        _, masks = scenes.draw(plan, size)
-        segments = [
-            Segment(thing.phrase, torch.from_numpy(mask).float(), prompt=_alone(thing, plan))
-            for thing, mask in zip(plan.things, masks, strict=True)
-        ]
-        conditions.append(Condition(plan.caption, segments=tuple(segments)))
-    wanted = np.stack([scenes.labels(plan, size) for plan in plans])
-    return Layouts(plans, conditions, wanted, (scenes.batch(plans, size)[0] + 1) / 2)
-
-
-def _alone(thing: scenes.Thing, plan: scenes.Scene) -> str:
-    """The caption of one object on the scene's background, for methods with region prompts."""
-    return scenes.caption([thing.phrase], plan.background)
-
-
-def background_only(conditions: list[Condition], plans: list[scenes.Scene]) -> list[Condition]:
-    """The same layouts with the background as the prompt (MultiDiffusion's prompt 0)."""
-    return [
-        Condition(f"a {plan.background} background", c.negative, c.segments)
-        for c, plan in zip(conditions, plans, strict=True)
-    ]
-
-
-@dataclass(frozen=True)
 class Setting:
     """What all rows share."""
 
@@ -135,6 +95,8 @@ class Setting:
     seed: int
     scheduler: str = ""
     first: int = 0  # number of the first layout; those from 10,000 on are for tuning
+    world: str = "scenes"
+    cutouts: str = ""  # of objects, for the ceilings alone
 
 
 class Bench:
@@ -146,11 +108,10 @@ class Bench:
         own = setting.scheduler
         self.scheduler = make_scheduler(self.pipeline, own) if own else self.pipeline.scheduler
         self.defaults = model_defaults(setting.model)
-        self.layouts = held_out(setting.n, setting.first)
-        self.judge = evaluate.load_judge()
-        reference = [scenes.scene(100_000 + i, "test") for i in range(REFERENCE)]
-        pictures = (scenes.batch(reference, 64)[0] + 1) / 2
-        self.reference = evaluate.see(self.judge, pictures).features
+        self.world = world_of(setting.world, setting.cutouts)
+        self.layouts = self.world.layouts(setting.n, setting.first)
+        self.judge = evaluate.load_judge(self.world.judge)
+        self.reference = self.world.features(self.judge)
 
     def guidances(self, method: str) -> list:
         """Fresh guidances of a row: the model's tuned defaults with the row's own fields."""
@@ -175,7 +136,7 @@ class Bench:
         seeds: Sequence[int],
         batch: int = 0,
     ) -> Tensor:
-        """Images (n, 3, 64, 64) of conditions, by guidances that `make` makes for every batch."""
+        """Images (n, 3, H, W) of conditions, by guidances that `make` makes for every batch."""
         drawn, s = [], self.setting
         for i in tqdm(range(0, len(conditions), size := batch or s.batch), leave=False):
             run = guidekit.sample(
@@ -196,14 +157,14 @@ class Bench:
             return self.ceilings()
         conditions = self.layouts.conditions
         if method == "MultiDiffusion":
-            conditions = background_only(conditions, self.layouts.plans)
+            conditions = self.layouts.on_grounds()
         images, cost = self.draw(method, conditions)
         return [self.judged(method, images) | cost]
 
     def judged(self, method: str, images: Tensor) -> dict:
-        """The measures of images (n, 3, 64, 64), with 95% bootstrap intervals over layouts."""
+        """The measures of images (n, 3, H, W), with 95% bootstrap intervals over layouts."""
         verdict = evaluate.see(self.judge, images)
-        counts = LayoutCounts()
+        counts = LayoutCounts(len(self.world.classes))
         counts.add(verdict.classes, self.layouts.wanted)
         row = {"method": method, "n": len(images)} | counts.row()
         row["Frechet"] = evaluate.frechet(verdict.features, self.reference)
@@ -212,7 +173,7 @@ class Bench:
 
     def ceilings(self) -> list[dict]:
         """The judge on the real scenes and on their reconstructions by the autoencoder."""
-        real = self.layouts.real
+        real = self.world.real(self.setting.n, self.setting.first)
         denoiser = guidekit.Denoiser(self.pipeline)
         with torch.no_grad():
             back = torch.cat([denoiser.decode(denoiser.latents(p * 2 - 1)) for p in real.split(32)])
@@ -265,7 +226,9 @@ def _cell(row: dict, name: str) -> str:
 
 
 @click.command()
-@click.option("--model", default="scenes", show_default=True, help="A scenes pipeline.")
+@click.option("--world", default="scenes", show_default=True, type=click.Choice(WORLDS))
+@click.option("--cutouts", default="", help="Folder of the objects' cut-outs, for the ceilings.")
+@click.option("--model", default="", help="A pipeline of the world; default the one of its name.")
 @click.option("--n", default=0, help="Layouts; 500, for ablations 100.")
 @click.option("--steps", default=0, help="Sampling steps; 0 is the model's default.")
 @click.option("--cfg", default=0.0, help="Guidance scale; 0 is the model's default.")
@@ -281,6 +244,8 @@ def _cell(row: dict, name: str) -> str:
 @click.option("--workers", default=2, show_default=True, help="Rows at a time, a thread each.")
 @click.option("--json", "json_file", type=click.Path(), help="Also write the rows here.")
 def main(
+    world,
+    cutouts,
     model,
     n,
     steps,
@@ -296,10 +261,12 @@ def main(
     json_file,
 ):
     """Prints mIoU, presence and distances of layout guidance on held-out scenes."""
+    model = model or world
     defaults = model_defaults(model)
     n = n or (40 if quick else 100 if ablations else 500)
     steps = steps or (15 if quick else defaults.get("steps", 50))
-    setting = Setting(model, n, steps, cfg or defaults.get("cfg", 7.5), batch, seed, scheduler)
+    cfg = cfg or defaults.get("cfg", 7.5)
+    setting = Setting(model, n, steps, cfg, batch, seed, scheduler, world=world, cutouts=cutouts)
     methods = list(only) or ([*ABLATIONS] if ablations else [CEILINGS, *METHODS])
     if scales:
         methods = ["unguided", *(f"{SCALED}{float(scale):g}" for scale in scales.split(","))]

@@ -1,4 +1,4 @@
-"""The judge of the built-in world of scenes: what it sees in images. It never guides."""
+"""The judges of the built-in worlds: what they see in images. They never guide."""
 
 from dataclasses import dataclass
 
@@ -31,15 +31,15 @@ __all__ = [
 
 @dataclass(frozen=True)
 class Verdict:
-    """What the judge sees in n images: classes (n, H, W), 0 for none, and features (n, 64)."""
+    """What a judge sees in n images: classes (n, H, W), 0 for none, and features (n, 64)."""
 
     classes: np.ndarray
     features: np.ndarray
 
 
-def load_judge() -> Judge:
-    """The built-in judge of the scenes world."""
-    judge = Judge.from_pretrained(ZOO / "scenes-judge", dtype=torch.float32)
+def load_judge(name: str = "scenes-judge") -> Judge:
+    """A built-in judge: that of the scenes world, or another by its name."""
+    judge = Judge.from_pretrained(ZOO / name, dtype=torch.float32)
     return judge.eval().requires_grad_(False)
 
 
