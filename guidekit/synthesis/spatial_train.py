@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from diffusers import DDPMScheduler, StableDiffusionPipeline
+from diffusers import StableDiffusionPipeline
 from PIL import Image
 from torch import Tensor, nn
 
@@ -127,10 +127,7 @@ class SpatialTask(ControlTask):
             raise GuidekitError(
                 f"label set {labels.name!r} names no things, whose segments are shown; add `things`"
             )
-        for part in (pipeline.vae, pipeline.text_encoder):
-            part.eval().requires_grad_(False)
-        self.scheduler = DDPMScheduler.from_config(pipeline.scheduler.config)
-        self.pipeline = pipeline
+        self.pipeline, self.backbone = pipeline, Backbone(pipeline)
         self.prior = self._prior()
         unet = widened(pipeline.unet, self.prior.config.channels).train().requires_grad_(True)
         pipeline.unet = unet

@@ -111,7 +111,7 @@ def test_an_encoder_trains_beside_a_frozen_backbone_then_both(tmp_path):
     both = encoder_task(pipe, tmp_path / "both", joint=True)
     both.net(**both.batch(range(4), torch.Generator().manual_seed(0)))["mse"].backward()
     moved = {n.split(".")[0] for n, p in both.net.named_parameters() if p.grad is not None}
-    assert moved == {"control", "unet"}
+    assert moved == {"control", "joined"}
     assert all(p.grad is None for p in pipe.text_encoder.parameters())
     both.export(tmp_path / "model")
     drawn = guidekit.sample(
