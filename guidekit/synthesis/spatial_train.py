@@ -27,6 +27,7 @@ from guidekit.noisy_clip.files import load_clip
 from guidekit.sampler import Sampling
 from guidekit.synthesis.control_train import CONTROL, ControlTask, halved, load_backbone
 from guidekit.synthesis.data import Examples, make_examples
+from guidekit.train.beside import Backbone
 
 SHOWN = 8
 MARGIN = 0.1  # of a segment's box that is seen around it
