@@ -24,10 +24,11 @@ class Results:
     """Rows of one measurement and what they were measured on; `finish` marks it as done.
 
     `about` says what the rows share: n, seeds (the first and the last), steps, cfg, batch, model.
-    path None prints only.
+    path None prints only. With `resume` the rows of a run that was cut short stay, if it was of the
+    same versions and `about`.
     """
 
-    def __init__(self, path: str | Path | None, **about: Any):
+    def __init__(self, path: str | Path | None, *, resume: bool = False, **about: Any):
         self.path = None if path is None else Path(path)
         cuda = torch.cuda.is_available()
         self.facts: dict[str, Any] = dict(
@@ -47,6 +48,8 @@ class Results:
             said=[],
             rows=[],
         )
+        if resume and self.path is not None and self.path.exists():
+            self.facts["rows"] = self._kept(json.loads(self.path.read_text()), [*about])
         self._write()
 
     @property
@@ -74,6 +77,11 @@ class Results:
         """All rows are there."""
         self.facts["finished"] = True
         self._write()
+
+    def _kept(self, facts: dict, about: list[str]) -> list[dict]:
+        names = [*about, "guidekit", "torch", "diffusers"]
+        same = all(facts.get(name) == self.facts[name] for name in names)
+        return facts["rows"] if same and not facts["finished"] else []
 
     def _write(self) -> None:
         if self.path is not None:

@@ -1,4 +1,4 @@
-"""Writes reference/commands.md and reference/options.md, which the code knows best, and all tables.
+"""Writes the pages of the reference that code and results know best, and all tables.
 
 Tables of results stand in pages of all folders; tables.py makes them of benchmarks/results.
 
@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import click
+import matrix
 import tables
 
 from guidekit.cli.describe import describe_plugin
@@ -85,7 +86,7 @@ def options() -> str:
     return head + "\n".join(map(guidance_text, facts))
 
 
-PAGES = {"commands.md": commands, "options.md": options}
+PAGES = {"commands.md": commands, "options.md": options, "matrix.md": matrix.page}
 
 
 def main() -> None:

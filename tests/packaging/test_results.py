@@ -137,3 +137,23 @@ NUMBERS |= {7: "7", None: "", float("nan"): "", True: "True", "a": "a"}
 @pytest.mark.parametrize("value, text", NUMBERS.items())
 def test_numbers_have_the_digits_that_are_read(value, text, tables):
     assert tables.number(value) == text
+
+
+def test_the_matrix_counts_cells_and_says_where_a_plugin_refuses(monkeypatch, tmp_path):
+    monkeypatch.syspath_prepend(ROOT / "docs")
+    matrix, tables = (importlib.import_module(name) for name in ("matrix", "tables"))
+    cells = [("A", "ddim", "zest", ""), ("A", "unipc", "zest", "UniPCScheduler does not")]
+    cells += [("B", "unipc", "zest", "needs a prompt"), ("A", "ddim", "pag", "")]
+    names = "family", "scheduler", "plugin", "reason"
+    rows = [dict(zip(names, c, strict=True), state="refused" if c[3] else "ok") for c in cells]
+    assert matrix.by_family(rows).splitlines()[2:] == [
+        "| `zest` | 1 of 2 | no |",
+        "| `pag` | all |  |",
+    ]
+    assert matrix.by_scheduler(rows).splitlines()[-1] == "| `unipc` | no | no |"
+    assert matrix.reasons(rows) == [
+        "**`zest`**\n\n- this scheduler does not (A: unipc)\n- needs a prompt (B)"
+    ]
+    monkeypatch.setattr(tables, "RESULTS", tmp_path)
+    tables.result.cache_clear()
+    assert "Not measured with this version" in matrix.page()

@@ -10,11 +10,18 @@ from click.testing import CliRunner
 
 from guidekit import Guidance
 
+BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
+
 
 @pytest.fixture(scope="module")
 def script():
-    path = Path(__file__).parents[2] / "benchmarks" / "conformance.py"
-    spec = importlib.util.spec_from_file_location("conformance_matrix", path)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(BENCHMARKS)
+        yield loaded()
+
+
+def loaded():
+    spec = importlib.util.spec_from_file_location("matrix", BENCHMARKS / "conformance.py")
     module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
@@ -28,8 +35,34 @@ def test_a_slice(script, tmp_path):
     assert "| pag | ok | ok |" in result.output and "| zest | [1] | [1] |" in result.output
     assert "[1] refused: zest needs a prompt that pixels attend to" in result.output
     assert "2 ok, 2 refused, 0 failed" in result.output
-    cells = json.loads(path.read_text())
+    cells = json.loads(path.read_text())["rows"]
     assert {c["scheduler"] for c in cells} == {"ddim", "unipc"}
+
+
+def test_a_run_that_was_cut_short_goes_on(script, tmp_path, monkeypatch):
+    path = tmp_path / "cells.json"
+    args = [
+        "--quick",
+        "--family",
+        "DiT",
+        "--plugin",
+        "zest",
+        "--plugin",
+        "apg",
+        "--json",
+        str(path),
+    ]
+    CliRunner().invoke(script.main, args)
+    whole = json.loads(path.read_text())
+    assert [row["state"] for row in whole["rows"]] == ["ok", "refused"] * 2 and whole["finished"]
+    short = whole | {"finished": False, "rows": whole["rows"][:2]}
+    path.write_text(json.dumps(short))
+    asked = []
+    cell = script.cell
+    monkeypatch.setattr(script, "cell", lambda *given: asked.append(given[2:4]) or cell(*given))
+    CliRunner().invoke(script.main, args)
+    assert asked == [("unipc", "apg"), ("unipc", "zest")]
+    assert json.loads(path.read_text())["rows"] == whole["rows"]
 
 
 class Nothing(Guidance):
