@@ -303,7 +303,7 @@ def main(
     judge = evaluate.load_judge()
     make_rows = {
         "variance": lambda: variance_rows(setting),
-        "draw": lambda: draw_rows(200 if quick else 3000, SIZE),
+        "draw": lambda: draw_rows(setting.n, SIZE),
         "reader": lambda: reader_rows(setting.n, SIZE, 20 if quick else 600),
         "ablations": lambda: ablation_rows(setting, judge, names or tuple(MODELS)),
         "guidance": lambda: guidance_rows(setting, judge, model, factors or FACTORS),
