@@ -2,7 +2,7 @@
 
 import inspect
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any, ParamSpec, cast
+from typing import Any, ParamSpec
 
 import torch
 from diffusers import DiffusionPipeline
@@ -68,7 +68,7 @@ def draw(
             drawn = Sampling(
                 denoiser, [conditions[j] for j in part], guidances, seeds=own, **options
             ).finish()
-            finished = cast(Tensor, drawn.images)
+            finished = drawn.images
             kept = accepted(drawn.guidances, finished)
             for j, image, keep in zip(part, finished, kept.tolist(), strict=True):
                 images[j] = image

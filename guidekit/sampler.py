@@ -125,10 +125,8 @@ class Sampling(Drawn):
         self._begins = self._who_begins()
         self._drawn = False
         self._again = Recurrence(self.run, self.guidances)
-        self.images: Tensor | None = None  # (B, 3, H, W) in [0, 1]
         #: Which ones the pipeline's safety checker blackened; None without one.
         self.black: list[bool] | None = None
-        self.latents: Tensor | None = None  # (B, C, h, w), the last z
 
     def _prepared(
         self, conditions: Asked | Sequence[Asked], particles: int, cfg: float
@@ -229,9 +227,9 @@ class Sampling(Drawn):
 
     def _decode(self, step: Step, z: Tensor) -> None:
         """Keeps what the run has drawn."""
-        self.latents = z
+        self._latents = z
         images, self.black = checked(self.denoiser, self.denoiser.decode(z))
-        self.images = step.images = images
+        self._images = step.images = images
         self.engine.close()
 
     def _start(self) -> Tensor:

@@ -29,17 +29,27 @@ class Drawn:
     """What a run shows and keeps of itself, for `guidekit.Sampling`."""
 
     run: Run
-    #: Images (B, 3, H, W) in [0, 1]; None before they are drawn.
-    images: Tensor | None
     #: Number of denoising steps.
     steps: int
     #: How the steps were laid out, and the first z.
     start: Start
+    _images: Tensor | None = None
+    _latents: Tensor | None = None
+
+    @property
+    def images(self) -> Tensor:
+        """Images (B, 3, H, W) in [0, 1]. Raises GuidekitError before they are drawn."""
+        return self._finished(self._images)
+
+    @property
+    def latents(self) -> Tensor:
+        """The last z (B, C, h, w). Raises GuidekitError before it is drawn."""
+        return self._finished(self._latents)
 
     @property
     def pil(self) -> list[Image.Image]:
         """The finished images as PIL has them. Raises GuidekitError before they are drawn."""
-        return [to_image(image) for image in self._finished()]
+        return [to_image(image) for image in self.images]
 
     def save(self, folder: str | Path) -> Path:
         """Writes the finished images into a new folder, as `guidekit sample` does; returns it.
@@ -48,16 +58,16 @@ class Drawn:
         as a live scheduler or several conditions, is noted in run.json, which cannot repeat it.
         Raises GuidekitError before the images are drawn, and for a folder that cannot be made.
         """
-        return save_run(self.run, self._finished(), Path(folder), self.steps, self.start)
+        return save_run(self.run, self.images, Path(folder), self.steps, self.start)
 
     def _repr_html_(self) -> str:
         """What a notebook shows: every image with its masks and attention maps."""
-        return as_html(self.run, self.images)
+        return as_html(self.run, self._images)
 
-    def _finished(self) -> Tensor:
-        if self.images is None:
+    def _finished(self, found: Tensor | None) -> Tensor:
+        if found is None:
             raise GuidekitError("nothing is drawn yet; call finish(), or iterate to the end")
-        return self.images
+        return found
 
 
 def save_run(run: Run, images: Tensor, folder: Path, steps: int, start: Start) -> Path:

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from guidekit.backbones.base import Denoiser, in_float32, wide
+from guidekit.backbones.storage import wide_weights
 
 
 class LatentDenoiser(Denoiser):
@@ -39,12 +40,14 @@ class LatentDenoiser(Denoiser):
     def pixels(self, x0: Tensor) -> Tensor:
         """Images (B, 3, H, W) in [-1, 1] of clean latents x0, in float32 and with gradient."""
         vae = self._wide_vae
-        return vae.decode(self._unscale(x0.to(vae.dtype)), return_dict=False)[0]
+        with wide_weights(vae):
+            return vae.decode(self._unscale(x0.to(vae.dtype)), return_dict=False)[0]
 
     def latents(self, pixels: Tensor) -> Tensor:
         """Clean latents x0 of images (B, 3, H, W) in [-1, 1], in float32 and with gradient."""
         vae = self._wide_vae
-        found = vae.encode(pixels.to(vae.dtype))
+        with wide_weights(vae):
+            found = vae.encode(pixels.to(vae.dtype))
         return scaled(_coded(found, None), vae.config)
 
     def drawn_latents(self, pixels: Tensor, generators: list[torch.Generator]) -> Tensor:

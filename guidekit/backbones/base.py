@@ -19,6 +19,7 @@ from diffusers import DiffusionPipeline
 from torch import Tensor, nn
 
 from guidekit.backbones.records import Family, family_of, layout_sites
+from guidekit.backbones.storage import casts
 from guidekit.conditions import Condition
 from guidekit.errors import GuidekitError
 
@@ -315,9 +316,10 @@ _WIDE: "weakref.WeakKeyDictionary[nn.Module, tuple]" = weakref.WeakKeyDictionary
 def wide(model: nn.Module) -> nn.Module:
     """The model in float32 or better: itself, or a copy of a half one, whose backward needs it.
 
-    The copy is made once for a model, and again only after its weights were changed or moved.
+    One that widens its weights layer by layer is taken as it is. The copy is made once for a model,
+    and again only after its weights were changed or moved.
     """
-    if model.dtype in (torch.float32, torch.float64):
+    if model.dtype in (torch.float32, torch.float64) or casts(model):
         return model
     marks = [(p.data_ptr(), p._version) for p in model.parameters()]
     if model not in _WIDE or _WIDE[model][0] != marks:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from guidekit.backbones.denoiser import Denoiser
+from guidekit.backbones.storage import check_storage
 from guidekit.branches import Branch, combination
 from guidekit.engine.calls import branch_calls, check_branches, own_branches, second_call
 from guidekit.engine.devices import check_devices
@@ -44,6 +45,7 @@ class Engine:
     """Turns z and a timestep into the guided prediction, with the run's own copies of guidances."""
 
     def __init__(self, run: Run, guidances: list[Guidance]):
+        check_storage(run.denoiser.model)
         self.run, self.guidances = run, copied(guidances)
         run.guidances = self.guidances
         self.evaluator = Evaluator(

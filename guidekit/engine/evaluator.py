@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from guidekit.backbones.denoiser import Denoiser
+from guidekit.backbones.storage import wide_weights
 from guidekit.engine.capture import Call, Capture, Part, StopForward
 from guidekit.engine.precision import Rescaled
 from guidekit.errors import GuidekitError
@@ -190,15 +191,18 @@ class Evaluator:
 
     @contextlib.contextmanager
     def _opened(self, calls: list[Call], capture: Capture, graph: bool) -> Iterator[None]:
-        """The capture behind the taps, a cache's context, checkpoints where memory is low."""
+        """The capture behind the taps, what autograd keeps, a cache's context, checkpoints."""
         model = self.denoiser.model
         with contextlib.ExitStack() as stack:
             stack.enter_context(Showing(capture))
+            checkpoints = graph and (self.memory == "low" or _checkpoints(model))
+            if graph:
+                stack.enter_context(wide_weights(model, checkpoints))
             if getattr(model, "is_cache_enabled", False):
                 name = "+".join(call.branch.name for call in calls)
                 stack.enter_context(model.cache_context(name))
             # A user's own checkpoints would run blocks again without the capture.
-            if graph and (self.memory == "low" or _checkpoints(model)):
+            if checkpoints:
                 stack.enter_context(checkpointed(model))
             yield
 

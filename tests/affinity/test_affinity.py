@@ -264,6 +264,7 @@ def test_a_judge_and_a_model_of_transformers_segment(tmp_path):
     config = SegformerConfig(
         hidden_sizes=[8, 8, 16, 16],
         depths=[1] * 4,
+        num_attention_heads=[1, 2, 2, 2],
         decoder_hidden_size=16,
         num_labels=3,
         id2label={0: "background", 1: "sky", 2: "grass"},

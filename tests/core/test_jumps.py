@@ -52,7 +52,7 @@ def test_the_steps_and_their_noise(pipe):
     order = [(0, 0), (1, 0), (0, 1), (1, 1), (2, 0), (3, 0), (2, 1), (3, 1)]
     assert yielded == order == [seen[:2] for seen in guidance.seen]
     assert run.account.edits == {"travel": 2}
-    assert run.images is not None
+    assert run.images.shape == (1, 3, 32, 32)
     levels, z = run.run.levels, {seen[:2]: seen[2] for seen in guidance.seen}
     gain = levels.at(0).a / levels.at(2).a
     std = (levels.at(0).s ** 2 - (gain * levels.at(2).s) ** 2) ** 0.5

@@ -84,19 +84,23 @@ def test_what_decided_the_images_and_is_not_written_is_noted(model, tmp_path):
 def test_a_notebook_shows_images_masks_and_maps(drawn):
     html = drawn._repr_html_()
     sources = re.findall(r'src="data:image/png;base64,([^"]+)"', html)
-    assert len(sources) == 2 * 3 and "http" not in html
+    assert len(sources) == 2 * 3
+    assert "http" not in html
     first = Image.open(io.BytesIO(base64.b64decode(sources[0])))
     factor = first.width // drawn.pil[0].width
     assert np.array_equal(np.asarray(first)[::factor, ::factor], drawn.pil[0])
-    assert PROMPT in html and "energy of zest" in html and "attention of red circle" in html
+    for shown in (PROMPT, "energy of zest", "attention of red circle"):
+        assert shown in html
 
 
 def test_before_it_is_drawn(model, tmp_path):
     prompt = "<script>alert(1)</script>"
     run = guidekit.sample(guidekit.load(str(model)), prompt, seeds=(0, 1), steps=1)
     html = run._repr_html_()
-    assert "2 images, not drawn yet" in html and "<script>" not in html
-    for read in (lambda: run.pil, lambda: run.save(tmp_path / "o")):
+    assert "2 images, not drawn yet" in html
+    assert "<script>" not in html
+    whole = (lambda: run.images, lambda: run.latents, lambda: run.pil)
+    for read in (*whole, lambda: run.save(tmp_path / "o")):
         with pytest.raises(guidekit.GuidekitError, match="nothing is drawn yet"):
             read()
     assert not (tmp_path / "o").exists()
