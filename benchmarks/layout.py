@@ -115,9 +115,13 @@ class Bench:
 
     def guidances(self, method: str) -> list:
         """Fresh guidances of a row: the model's tuned defaults with the row's own fields."""
-        tuned = self.defaults.get("plugin", {})
         made = scaled(method) if method.startswith(SCALED) else (METHODS | ABLATIONS)[method]
-        return [Registry().make_guidance(name, tuned.get(name, {}) | own) for name, own in made]
+        return [self.made(name, own) for name, own in made]
+
+    def made(self, plugin: str, options: dict) -> guidekit.Guidance:
+        """A guidance with the model's tuned options and these."""
+        tuned = self.defaults.get("plugin", {}).get(plugin, {})
+        return Registry().make_guidance(plugin, tuned | options)
 
     def draw(self, method: str, conditions: list[Condition]) -> tuple[Tensor, dict]:
         """Images of all layouts, seconds of CPU (or GPU) per image and peak memory."""

@@ -5,12 +5,14 @@ tables of the pages of it.
 """
 
 import json
+import multiprocessing
 import os
 import platform
 import shlex
 import sys
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -57,6 +59,10 @@ class Results:
         """The rows so far."""
         return self.facts["rows"]
 
+    def has(self, **key: Any) -> bool:
+        """Whether there is a row with these values."""
+        return any(key.items() <= row.items() for row in self.rows)
+
     def add(self, row: dict) -> None:
         """One more row, printed and written."""
         print(json.dumps(row), flush=True)
@@ -89,6 +95,13 @@ class Results:
             part = self.path.with_suffix(".part")
             part.write_text(json.dumps(self.facts, indent=1) + "\n")
             part.replace(self.path)
+
+
+def apart(function: Callable, *arguments: Any) -> Any:
+    """What a function gives in a fresh process with one thread, so that memory starts anew."""
+    spawn = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(1, spawn, torch.set_num_threads, (1,)) as pool:
+        return pool.submit(function, *arguments).result()
 
 
 def rows_of(path: str | Path) -> list[dict]:
