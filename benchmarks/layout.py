@@ -4,6 +4,7 @@
     python benchmarks/layout.py --ablations      the lecture's ablations, 100 layouts
     python benchmarks/layout.py --quick          minutes on two cores
     python benchmarks/layout.py --scheduler dpm++ --scales 0.75,1.5,3     Zest's scale on a solver
+    python benchmarks/layout.py --trained runs   beside controls of `guidekit train --out runs`
 
 The judge (`scenes-judge`) never guided. mIoU is over classes of the whole set; "labelled" counts
 only pixels that some mask covers, as in ZestGuide's Table 1. Every row runs in a process of its
@@ -19,6 +20,7 @@ import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass
+from pathlib import Path
 
 import click
 import numpy as np
@@ -35,6 +37,7 @@ from guidekit.evaluate.layout import LayoutCounts
 from guidekit.registry import Registry
 from guidekit.worlds import scenes
 from guidekit.zoo.shipped import model_defaults
+from layout_trained import TRAINED, kind, loaded, there, with_maps
 from measured import Results
 from memory import PeakMemory
 
@@ -135,6 +138,7 @@ class Setting:
     seed: int
     scheduler: str = ""
     first: int = 0  # number of the first layout; those from 10,000 on are for tuning
+    trained: str = ""  # folder of the runs of controls
 
 
 class Bench:
@@ -145,6 +149,7 @@ class Bench:
         self.pipeline = guidekit.load(setting.model)
         own = setting.scheduler
         self.scheduler = make_scheduler(self.pipeline, own) if own else self.pipeline.scheduler
+        self.controls: list[guidekit.Control] = []
         self.defaults = model_defaults(setting.model)
         self.layouts = held_out(setting.n, setting.first)
         self.judge = evaluate.load_judge()
@@ -155,7 +160,10 @@ class Bench:
     def guidances(self, method: str) -> list:
         """Fresh guidances of a row: the model's tuned defaults with the row's own fields."""
         tuned = self.defaults.get("plugin", {})
-        made = scaled(method) if method.startswith(SCALED) else (METHODS | ABLATIONS)[method]
+        if method in TRAINED:
+            made = TRAINED[method].guidances
+        else:
+            made = scaled(method) if method.startswith(SCALED) else (METHODS | ABLATIONS)[method]
         return [Registry().make_guidance(name, tuned.get(name, {}) | own) for name, own in made]
 
     def draw(self, method: str, conditions: list[Condition]) -> tuple[Tensor, dict]:
@@ -186,6 +194,7 @@ class Bench:
                 steps=s.steps,
                 cfg=s.cfg,
                 scheduler=self.scheduler,
+                controls=self.controls,
             )
             drawn.append(run.finish().images)
         return torch.cat(drawn)
@@ -197,6 +206,10 @@ class Bench:
         conditions = self.layouts.conditions
         if method == "MultiDiffusion":
             conditions = background_only(conditions, self.layouts.plans)
+        if method in TRAINED:
+            self.controls, own = loaded(method, Path(self.setting.trained))
+            self.pipeline = own or self.pipeline
+            conditions = with_maps(conditions, self.layouts.plans, self.controls)
         images, cost = self.draw(method, conditions)
         return [self.judged(method, images) | cost]
 
@@ -205,7 +218,7 @@ class Bench:
         verdict = evaluate.see(self.judge, images)
         counts = LayoutCounts()
         counts.add(verdict.classes, self.layouts.wanted)
-        row = {"method": method, "n": len(images)} | counts.row()
+        row = {"method": method} | kind(method) | {"n": len(images)} | counts.row()
         row["Frechet"] = evaluate.frechet(verdict.features, self.reference)
         row["kernel"] = evaluate.kernel_distance(verdict.features, self.reference)
         return row
@@ -273,8 +286,12 @@ def _cell(row: dict, name: str) -> str:
 @click.option("--seed", default=0, show_default=True, help="Seed of the first image.")
 @click.option("--ablations", is_flag=True, help="Zest's fields one at a time.")
 @click.option(
-    "--only", multiple=True, type=click.Choice([CEILINGS, *METHODS, *ABLATIONS]), help="A row."
+    "--only",
+    multiple=True,
+    type=click.Choice([CEILINGS, *METHODS, *ABLATIONS, *TRAINED]),
+    help="A row.",
 )
+@click.option("--trained", default="", help="Folder of the runs of trained controls.")
 @click.option("--scheduler", default="", help="Its name; default the model's.")
 @click.option("--scales", default="", help="Rows of Zest at these scales alone, 0.75,1.5,3.")
 @click.option("--quick", is_flag=True, help="40 layouts, 15 steps.")
@@ -289,6 +306,7 @@ def main(
     seed,
     ablations,
     only,
+    trained,
     scheduler,
     scales,
     quick,
@@ -299,8 +317,12 @@ def main(
     defaults = model_defaults(model)
     n = n or (40 if quick else 100 if ablations else 500)
     steps = steps or (15 if quick else defaults.get("steps", 50))
-    setting = Setting(model, n, steps, cfg or defaults.get("cfg", 7.5), batch, seed, scheduler)
-    methods = list(only) or ([*ABLATIONS] if ablations else [CEILINGS, *METHODS])
+    cfg = cfg or defaults.get("cfg", 7.5)
+    setting = Setting(model, n, steps, cfg, batch, seed, scheduler, trained=trained)
+    own = there(Path(trained)) if trained else []
+    if missing := [TRAINED[name].recipe for name in only if name in TRAINED and name not in own]:
+        raise click.UsageError(f"guidekit train {missing[0]} --out RUNS, then --trained RUNS")
+    methods = list(only) or ([*ABLATIONS] if ablations else [CEILINGS, *METHODS, *own])
     if scales:
         methods = ["unguided", *(f"{SCALED}{float(scale):g}" for scale in scales.split(","))]
     # MultiDiffusion takes longest: first, so that no worker waits for it at the end.
