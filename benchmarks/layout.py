@@ -5,6 +5,7 @@
     python benchmarks/layout.py --world objects  everyday things; the ceilings need --cutouts FOLDER
     python benchmarks/layout.py --quick          minutes on two cores
     python benchmarks/layout.py --scheduler dpm++ --scales 0.75,1.5,3     Zest's scale on a solver
+    python benchmarks/layout.py --trained runs   beside controls of `guidekit train --out runs`
 
 The world's judge never guided. mIoU is over classes of the whole set; "labelled" counts
 only pixels that some mask covers, as in ZestGuide's Table 1. Every row runs in a process of its
@@ -20,6 +21,7 @@ import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass
+from pathlib import Path
 
 import click
 import torch
@@ -33,6 +35,7 @@ from guidekit.evaluate import judge as evaluate
 from guidekit.evaluate.layout import LayoutCounts
 from guidekit.registry import Registry
 from guidekit.zoo.shipped import model_defaults
+from layout_trained import TRAINED, kind, loaded, there, with_maps
 from layout_worlds import WORLDS, world_of
 from measured import Results
 from memory import PeakMemory
@@ -95,6 +98,7 @@ class Setting:
     seed: int
     scheduler: str = ""
     first: int = 0  # number of the first layout; those from 10,000 on are for tuning
+    trained: str = ""  # folder of the runs of controls
     world: str = "scenes"
     cutouts: str = ""  # of objects, for the ceilings alone
 
@@ -107,6 +111,7 @@ class Bench:
         self.pipeline = guidekit.load(setting.model)
         own = setting.scheduler
         self.scheduler = make_scheduler(self.pipeline, own) if own else self.pipeline.scheduler
+        self.controls: list[guidekit.Control] = []
         self.defaults = model_defaults(setting.model)
         self.world = world_of(setting.world, setting.cutouts)
         self.layouts = self.world.layouts(setting.n, setting.first)
@@ -115,7 +120,10 @@ class Bench:
 
     def guidances(self, method: str) -> list:
         """Fresh guidances of a row: the model's tuned defaults with the row's own fields."""
-        made = scaled(method) if method.startswith(SCALED) else (METHODS | ABLATIONS)[method]
+        if method in TRAINED:
+            made = TRAINED[method].guidances
+        else:
+            made = scaled(method) if method.startswith(SCALED) else (METHODS | ABLATIONS)[method]
         return [self.made(name, own) for name, own in made]
 
     def made(self, plugin: str, options: dict) -> guidekit.Guidance:
@@ -151,6 +159,7 @@ class Bench:
                 steps=s.steps,
                 cfg=s.cfg,
                 scheduler=self.scheduler,
+                controls=self.controls,
             )
             drawn.append(run.finish().images)
         return torch.cat(drawn)
@@ -162,6 +171,10 @@ class Bench:
         conditions = self.layouts.conditions
         if method == "MultiDiffusion":
             conditions = self.layouts.on_grounds()
+        if method in TRAINED:
+            self.controls, own = loaded(method, Path(self.setting.trained))
+            self.pipeline = own or self.pipeline
+            conditions = with_maps(conditions, self.setting.first, self.controls)
         images, cost = self.draw(method, conditions)
         return [self.judged(method, images) | cost]
 
@@ -170,7 +183,7 @@ class Bench:
         verdict = evaluate.see(self.judge, images)
         counts = LayoutCounts(len(self.world.classes))
         counts.add(verdict.classes, self.layouts.wanted)
-        row = {"method": method, "n": len(images)} | counts.row()
+        row = {"method": method} | kind(method) | {"n": len(images)} | counts.row()
         row["Frechet"] = evaluate.frechet(verdict.features, self.reference)
         row["kernel"] = evaluate.kernel_distance(verdict.features, self.reference)
         return row
@@ -240,8 +253,12 @@ def _cell(row: dict, name: str) -> str:
 @click.option("--seed", default=0, show_default=True, help="Seed of the first image.")
 @click.option("--ablations", is_flag=True, help="Zest's fields one at a time.")
 @click.option(
-    "--only", multiple=True, type=click.Choice([CEILINGS, *METHODS, *ABLATIONS]), help="A row."
+    "--only",
+    multiple=True,
+    type=click.Choice([CEILINGS, *METHODS, *ABLATIONS, *TRAINED]),
+    help="A row.",
 )
+@click.option("--trained", default="", help="Folder of the runs of trained controls.")
 @click.option("--scheduler", default="", help="Its name; default the model's.")
 @click.option("--scales", default="", help="Rows of Zest at these scales alone, 0.75,1.5,3.")
 @click.option("--quick", is_flag=True, help="40 layouts, 15 steps.")
@@ -258,6 +275,7 @@ def main(
     seed,
     ablations,
     only,
+    trained,
     scheduler,
     scales,
     quick,
@@ -270,8 +288,13 @@ def main(
     n = n or (40 if quick else 100 if ablations else 500)
     steps = steps or (15 if quick else defaults.get("steps", 50))
     cfg = cfg or defaults.get("cfg", 7.5)
-    setting = Setting(model, n, steps, cfg, batch, seed, scheduler, world=world, cutouts=cutouts)
-    methods = list(only) or ([*ABLATIONS] if ablations else [CEILINGS, *METHODS])
+    setting = Setting(
+        model, n, steps, cfg, batch, seed, scheduler, trained=trained, world=world, cutouts=cutouts
+    )
+    own = there(Path(trained)) if trained else []
+    if missing := [TRAINED[name].recipe for name in only if name in TRAINED and name not in own]:
+        raise click.UsageError(f"guidekit train {missing[0]} --out RUNS, then --trained RUNS")
+    methods = list(only) or ([*ABLATIONS] if ablations else [CEILINGS, *METHODS, *own])
     if scales:
         methods = ["unguided", *(f"{SCALED}{float(scale):g}" for scale in scales.split(","))]
     # MultiDiffusion takes longest: first, so that no worker waits for it at the end.
