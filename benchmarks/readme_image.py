@@ -18,7 +18,6 @@ from guidekit import Segment
 from guidekit.registry import Registry
 from guidekit.worlds import scenes
 from guidekit.zoo.shipped import model_defaults
-from layout import PAPER
 from layout_worlds import WORLDS, world_of
 
 COUNT = 8
@@ -49,7 +48,7 @@ def main(path, world):
     rows = {
         "unguided": [],
         "Zest": [make("zest", tuned["zest"])],
-        "Zest + PwW": [make("pww", tuned["pww"]), make("zest", PAPER)],
+        "Zest + PwW": [make("pww", tuned["pww"]), make("zest", tuned["zest"])],
     }
     images = [colour_masks([c.segments for c in layouts.conditions], drawn.size)]
     for guidances in rows.values():

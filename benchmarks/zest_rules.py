@@ -9,8 +9,8 @@ the last digit grows. Each row is a rule on layouts that no table of results hol
 number 10,000 on). "moved" is what float32 makes of it: the first images are drawn again in batches
 of another size, and "moved" is the share of them that differ by more than 0.1 of full range
 somewhere, "moved by" the median over images of their mean absolute difference. A row is fields of
-Zest over those tuned for the model; `halves` does each step as two of half the length, the second
-with a gradient of its own.
+Zest over those tuned for the model, with the paper's loss unless it names another; `halves` does
+each step as two of half the length, the second with a gradient of its own.
 """
 
 import json
@@ -73,7 +73,7 @@ def guidances(row: str, tuned: dict) -> list[Zest]:
     if row == "unguided":
         return []
     words = row.split()
-    fields = dict(word.split("=", 1) for word in words if "=" in word)
+    fields = {"loss": "bce"} | dict(word.split("=", 1) for word in words if "=" in word)
     made = Registry().make_guidance("zest", tuned, changes=fields)
     if "halves" not in words:
         return [made]

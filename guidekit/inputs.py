@@ -13,7 +13,7 @@ from guidekit.conditions import Condition
 from guidekit.errors import GuidekitError
 from guidekit.guidance import Guidance
 from guidekit.registry import Registry
-from guidekit.zoo.shipped import ZOO, model_defaults
+from guidekit.zoo.shipped import ZOO, model_defaults, tuned_options
 
 
 def as_denoiser(model: object) -> Denoiser:
@@ -97,7 +97,7 @@ def as_guidances(given: object, pipeline: DiffusionPipeline) -> list[Guidance]:
     for i, one in enumerate(found):
         if any(one is other for other in found[:i]):
             raise GuidekitError(f"{one.name} is given twice; make two of it, or leave one out")
-    return [_with_tuned(one, tuned(pipeline).get("plugin", {}).get(one.name, {})) for one in found]
+    return [_with_tuned(one, tuned(pipeline)) for one in found]
 
 
 def _as_guidance(given: object) -> Guidance:
@@ -113,12 +113,13 @@ def _as_guidance(given: object) -> Guidance:
     )
 
 
-def _with_tuned(guidance: Guidance, values: dict[str, Any]) -> Guidance:
+def _with_tuned(guidance: Guidance, own: dict[str, Any]) -> Guidance:
     """A copy with tuned values in the fields that were not given; itself if there are none."""
-    if not (open_ := {k: v for k, v in values.items() if k not in guidance.given}):
+    given = {name: getattr(guidance, name) for name in guidance.given}
+    if not (values := tuned_options(own, guidance.name, given)):
         return guidance
     copied = copy.copy(guidance)
-    for name, value in open_.items():
+    for name, value in values.items():
         setattr(copied, name, value)
     return copied
 

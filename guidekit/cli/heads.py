@@ -272,14 +272,14 @@ def _maker(model: str, plugin: str, changes: tuple[str, ...], head: Path) -> Cal
     """Makes the guidance towards a class, with the options that are tuned for the model."""
     from guidekit.options import parse_setting
     from guidekit.registry import Registry
-    from guidekit.zoo.shipped import model_defaults
+    from guidekit.zoo.shipped import model_defaults, tuned_options
 
-    own, given = model_defaults(model).get("plugin", {}).get(plugin, {}), {}
+    given: dict[str, Any] = {}
     for name, option, value in map(parse_setting, changes):
         if name != plugin:
             raise GuidekitError(f"--set {name}.{option}: the plugin of this run is {plugin}")
         given[option] = value
-    registry = Registry()
+    own, registry = tuned_options(model_defaults(model), plugin, given), Registry()
 
     def make(label: str) -> Any:
         last = {"head": str(head), "label": label}

@@ -30,7 +30,7 @@ from guidekit.registry import Registry
 from guidekit.run import MEMORY, POLICIES
 from guidekit.sampler import STEPS
 from guidekit.seeds import Seeds
-from guidekit.zoo.shipped import model_defaults
+from guidekit.zoo.shipped import model_defaults, tuned_options
 
 DTYPES = ("float32", "float16", "bfloat16")
 PROMPT = "a red circle and a blue square on a white background"
@@ -188,8 +188,8 @@ def _check_device(name: str) -> None:
 
 def _guidance(registry: Registry, settings: Settings, own: dict[str, Any], name: str) -> Guidance:
     """A guidance with the user's options over those that are tuned for the model."""
-    options = own.get("plugin", {}).get(name, {}) | settings.plugin[name]
     changes = settings.changes.get(name, {})
+    options = tuned_options(own, name, settings.plugin[name] | changes) | settings.plugin[name]
     _refuse_code(registry.guidance_class(name), name, settings.plugin[name], changes)
     with blame(name, "options"):
         return registry.make_guidance(name, options, settings.folder, changes)

@@ -5,6 +5,7 @@
 
 import hashlib
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,15 @@ def model_defaults(name: str) -> dict[str, Any]:
     """A built-in's tuned settings: `steps`, `cfg`, and `plugin` tables; empty for other models."""
     path = ZOO / name / "defaults.json"
     return json.loads(path.read_text()) if path.exists() else {}
+
+
+def tuned_options(own: Mapping[str, Any], plugin: str, given: Mapping[str, Any]) -> dict[str, Any]:
+    """A plugin's options out of a model's tuned settings, for those that are not given.
+
+    None beside a preset, which is a setting of its own.
+    """
+    found = own.get("plugin", {}).get(plugin, {})
+    return {} if given.get("preset") else {k: v for k, v in found.items() if k not in given}
 
 
 def tuned_for(plugin: str) -> dict[str, dict[str, Any]]:

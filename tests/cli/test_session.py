@@ -301,5 +301,8 @@ def test_the_list_of_plugins_describes_them_without_an_import(install, tmp_path)
 
 def test_tuned_defaults_are_told():
     text = run("plugins", "show", "zest").stdout
-    assert "tuned for --model scenes: scale 1.5, stop 0.75 where you give no other" in text
+    assert (
+        "tuned for --model scenes: scale 0.75, stop 0.75, loss power4 where you give no other"
+        in text
+    )
     assert "tuned for" not in run("plugins", "show", "pag").stdout

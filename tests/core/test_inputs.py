@@ -12,6 +12,8 @@ from PIL import Image
 import guidekit
 from guidekit import Condition, GuidekitError, Segment, attach, box_mask, make
 from guidekit.cli.main import main
+from guidekit.cli.plan import make_plan
+from guidekit.cli.settings import make_settings
 from guidekit.testing import sd_pipeline
 from guidekit.toolbox import to_image
 from guidekit_pag import PerturbedAttention
@@ -116,17 +118,24 @@ def test_python_and_the_command_line_draw_the_same_bytes(tmp_path):
         assert shown.tobytes() == to_image(image).tobytes()
 
 
-def test_tuned_values_fill_what_was_not_given():
-    pipe = guidekit.load("scenes")
-    given = Zest(scale=1.0)  # the default, but given
-    first, second = (
-        guidekit.sample(
-            pipe,
-            Condition("a red circle", segments=[Segment("red circle", box_mask(BOX))]),
-            [zest],
-        ).guidances[0]
-        for zest in (given, make("zest"))
-    )
-    assert (first.scale, first.stop) == (1.0, 0.75)
-    assert (second.scale, second.stop) == (1.5, 0.75)
-    assert given.stop == 0.5  # the user's object stays as it was
+@pytest.mark.parametrize(
+    ("zest", "expected"),
+    [
+        (Zest(scale=1.0), (1.0, 0.75, "power4")),  # the default, but given
+        (make("zest"), (0.75, 0.75, "power4")),
+        (make("zest", preset="paper"), (1.0, 0.5, "bce")),
+        (make("zest", preset="like-sd14", stop=0.25), (0.3, 0.25, "bce")),
+    ],
+)
+def test_tuned_values_fill_what_was_not_given(zest, expected):
+    before = (zest.scale, zest.stop, zest.loss)
+    condition = Condition("a red circle", segments=[Segment("red circle", box_mask(BOX))])
+    (own,) = guidekit.sample(guidekit.load("scenes"), condition, [zest]).guidances
+    assert (own.scale, own.stop, own.loss) == expected
+    assert (zest.scale, zest.stop, zest.loss) == before  # the user's object stays as it was
+
+
+def test_a_preset_on_the_command_line_is_not_mixed_with_tuned_values():
+    settings = make_settings({}, {"plugin": ("zest",), "set": ("zest.preset=paper",)})
+    (zest,) = make_plan(settings).guidances
+    assert (zest.scale, zest.stop, zest.loss) == (1.0, 0.5, "bce")
