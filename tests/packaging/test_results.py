@@ -82,7 +82,7 @@ def test_every_command_has_a_script_with_its_flags(tables):
 def test_what_was_not_measured_says_so_with_its_command(tables, made):
     assert tables.filled("<!-- table: layout -->\n<!-- end of table -->") == (
         "<!-- table: layout -->\n\n*Not measured with this version:* "
-        "`python benchmarks/layout.py --n 200 --json benchmarks/results/layout.json`.\n\n"
+        "`python benchmarks/layout.py --n 100 --json benchmarks/results/layout.json`.\n\n"
         "<!-- end of table -->"
     )
 
