@@ -1,7 +1,8 @@
 """Screenshots of `guidekit serve` for its page of the documentation.
 
 Run with a server at hand: guidekit serve --out /tmp/shots, then this with its address. It needs
-playwright and a Chromium.
+playwright and a Chromium. With `--control NET --control ADAPTER --file SET.json` and the images
+edges.png and map.png in the working folder it takes controls.png too.
 """
 
 import re
@@ -31,8 +32,27 @@ def to_result(page: Page) -> None:
     page.wait_for_timeout(400)
 
 
+def controls(page: Page) -> None:
+    """A run with every control of the server, the first with an image, and a label map."""
+    add = page.get_by_label("Add a control")
+    names = [one.get_attribute("value") for one in add.locator("option").all()][1:]
+    for name in names:
+        add.select_option(name)
+        card = page.locator("#controls .plugin").last
+        card.get_by_label("scale").fill("0.3")
+        card.get_by_label("scale").blur()
+    page.get_by_label("Image: a new file").first.set_input_files("edges.png")
+    page.get_by_label("Map: a new file").set_input_files("map.png")
+    page.get_by_label("Label set").select_option(index=-1)
+    page.get_by_label("Steps", exact=True).fill("8")
+    draw(page, ENDED)
+    page.locator("#control-part").evaluate("one => window.scrollTo(0, one.offsetTop - 40)")
+    page.wait_for_timeout(400)
+    page.screenshot(path=HERE / "controls.png")
+
+
 def main(address: str) -> None:
-    """Takes the four screenshots."""
+    """Takes the four screenshots, and that of the controls where the server has some."""
     with sync_playwright() as driver:
         browser = driver.chromium.launch(
             executable_path=shutil.which("chromium"), args=["--no-sandbox"]
@@ -58,6 +78,8 @@ def main(address: str) -> None:
         page.wait_for_timeout(600)
         page.screenshot(path=HERE / "comparison.png")
         page.keyboard.press("Escape")
+        if page.locator("#control-part").is_visible():
+            controls(page)
         page.set_viewport_size(PHONE)
         page.evaluate("window.scrollTo(0, 0)")
         page.wait_for_timeout(400)

@@ -1,5 +1,6 @@
 """Controls and label maps as people name them on the command line and in files."""
 
+import base64
 import os
 import re
 from pathlib import Path
@@ -11,6 +12,7 @@ from guidekit.cli.settings import LABELS, MAP, Settings
 from guidekit.errors import GuidekitError
 from guidekit.images import as_rgb, save_picture
 from guidekit.labels import LabelMap, LabelSet, load_label_set, read_label_map
+from guidekit.outputs import CARRIED
 from guidekit.untrusted import inside
 from guidekit.zoo.shipped import ZOO
 
@@ -127,6 +129,19 @@ def save_controls(controls: tuple[Control, ...], label_map: LabelMap | None, fol
     if label_map is not None:
         label_map.labels.save(folder / LABELS)
         save_picture(label_map.indexed(), folder / MAP)
+
+
+def control_files(
+    controls: tuple[Control, ...], label_map: LabelMap | None, folder: Path
+) -> dict[str, str]:
+    """What `save_controls` wrote, in base64: what an image carries of it.
+
+    None where they have more than CARRIED bytes together.
+    """
+    names = [table["image"] for table in control_tables(controls) if table["image"] is not None]
+    names += [] if label_map is None else [MAP, LABELS]
+    found = {name: base64.b64encode((folder / name).read_bytes()).decode() for name in names}
+    return found if sum(map(len, found.values())) <= CARRIED else {}
 
 
 def read_map(settings: Settings) -> LabelMap | None:

@@ -8,6 +8,7 @@ from typing import Any
 from guidekit import outputs
 from guidekit.account import Account
 from guidekit.backbones.tokens import segment_columns
+from guidekit.cli.controls import control_files
 from guidekit.cli.models import model_facts
 from guidekit.cli.plan import Plan, Target
 from guidekit.cli.settings import FORMAT, dump
@@ -68,8 +69,10 @@ class Record:
 
     @functools.cached_property
     def _files(self) -> dict[str, str]:
-        """The masks that the settings name."""
-        return outputs.mask_files(self.plan.condition.segments)
+        """The masks, the images of controls and the label map that the settings name."""
+        plan = self.plan
+        own = control_files(plan.controls, plan.condition.map, plan.folder)
+        return outputs.mask_files(plan.condition.segments) | own
 
     def add(self, sampling: Sampling) -> None:
         """Adds what the guidances did to a batch."""

@@ -22,7 +22,13 @@ NEEDED = ("starlette", "uvicorn")
     "--file",
     multiple=True,
     type=click.Path(exists=True, path_type=Path),
-    help="File or folder that options of plugins may name, such as a head; repeat.",
+    help="File or folder that a run may name, such as a head or an affinity; repeat.",
+)
+@click.option(
+    "--control",
+    multiple=True,
+    type=click.Path(exists=True, file_okay=False, path_type=Path),
+    help="Folder of a ControlNet or T2I-Adapter to offer; repeat.",
 )
 @click.option("--out", type=click.Path(path_type=Path), help="Folder of the runs [out/serve].")
 @click.option("--host", default="127.0.0.1", help="Address to listen at [127.0.0.1].")
@@ -71,7 +77,8 @@ def _options(host: str, token: str | None, given: dict[str, Any]) -> Any:
     return ServeOptions(
         models=given["model"] or _built_in(),
         plugins=_plugins(given["plugin"], given["no_plugin"]),
-        files={path.name: path for path in given["file"]},
+        files=_named(given["file"], "--file"),
+        controls=_named(given["control"], "--control"),
         out=given["out"] or Path("out") / "serve",
         device=given["device"],
         dtype=given["dtype"],
@@ -81,6 +88,14 @@ def _options(host: str, token: str | None, given: dict[str, Any]) -> Any:
         preview=max(0, given["preview"]),
         limits=Limits(**limits),
     )
+
+
+def _named(paths: tuple[Path, ...], flag: str) -> dict[str, Path]:
+    """Files and folders by their last names, by which requests name them."""
+    found = {path.name or path.resolve().name: path for path in paths}
+    if len(found) < len(paths):
+        raise GuidekitError(f"two {flag} have the same last name; rename one")
+    return found
 
 
 def _built_in() -> tuple[str, ...]:

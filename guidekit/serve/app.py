@@ -23,6 +23,7 @@ from starlette.staticfiles import StaticFiles
 from guidekit import __version__
 from guidekit.errors import GuidekitError
 from guidekit.images import COLOURS
+from guidekit.labels import label_sets
 from guidekit.registry import Registry
 from guidekit.serve.asked import read_asked
 from guidekit.serve.jobs import ENDED, Job, Jobs, NoRunError, QueueFullError, records
@@ -93,6 +94,8 @@ class Server:
                 "models": self.options.models,
                 "plugins": self.knobs,
                 "files": sorted(self.options.files),
+                "controls": sorted(self.options.controls),
+                "labels": label_sets(),
                 "limits": {k: v for k, v in limits.items() if isinstance(v, int)},
                 "colours": COLOURS,
             }

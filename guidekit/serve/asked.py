@@ -16,10 +16,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from guidekit.cli.controls import read_controls
 from guidekit.cli.grid import Axis, Cell, cells_of, parse_axes
 from guidekit.cli.plan import checked
-from guidekit.cli.settings import FORMAT, Settings, make_settings, read_config, sample_keys
+from guidekit.cli.settings import FORMAT, TABLES, Settings, make_settings, read_config, sample_keys
 from guidekit.errors import GuidekitError
+from guidekit.labels import label_sets
 from guidekit.options import code_named, option_kinds
 from guidekit.references import BUILT_IN
 from guidekit.registry import Registry
@@ -40,6 +42,9 @@ ALLOWED = (
     "negative",
     "label",
     "layout",
+    "map",
+    "labels",
+    "affinity",
     "image",
     "seeds",
     "steps",
@@ -58,7 +63,8 @@ ALLOWED = (
     "particles",
     "compare",
 )
-OWN_FILES = ("layout", "image")
+OWN_FILES = ("layout", "image", "map")
+NO_AXES = (*OWN_FILES, "labels", "affinity")
 REQUEST = "request.json"
 
 
@@ -85,8 +91,9 @@ def read_asked(body: Any, options: ServeOptions, registry: Registry, folder: Pat
     _check_sample(body["sample"], files, options)
     _check_plugins(body["plugin"], files, options, registry)
     _check_segments(body["segment"], files, options.limits)
+    _check_controls(body["control"], files, options)
     config = folder / REQUEST
-    tables = {key: body[key] for key in ("sample", "plugin", "segment")} | {"format": FORMAT}
+    tables = {key: body[key] for key in TABLES} | {"format": FORMAT}
     config.write_text(json.dumps(tables))
     calls = body["record"].get("calls")
     record = {"calls": calls} if isinstance(calls, dict) else {}
@@ -100,7 +107,10 @@ def read_asked(body: Any, options: ServeOptions, registry: Registry, folder: Pat
     for cell in cells if axes else ():
         _check_numbers(cell.settings, options.limits)
         _check_plugins(cell.settings.changes, files, options, registry)
+    read_controls(settings)
     _, condition = checked(settings, registry)
+    if condition.map is not None and len(condition.map.labels) > options.limits.classes:
+        raise GuidekitError(f"a label map has {options.limits.classes} classes at most here")
     if len(condition.segments) > options.limits.segments:
         raise GuidekitError(f"a layout has {options.limits.segments} segments at most here")
     return Asked(settings, axes, cells, kept)
@@ -119,8 +129,6 @@ def _tables(body: Any) -> dict[str, Any]:
     for key, kind in kinds.items():
         if not isinstance(tables[key], kind):
             raise GuidekitError(f"`{key}` must be {'a list' if kind is list else 'an object'}")
-    if tables["control"]:
-        raise GuidekitError("this server draws without controls; leave `control` out")
     if not all(isinstance(text, str) for text in tables["grid"]):
         raise GuidekitError("`grid` must be a list of texts such as 'zest.scale=0.5,1,2'")
     return {"format": FORMAT} | tables
@@ -183,6 +191,11 @@ def _check_sample(sample: dict[str, Any], files: set[str], options: ServeOptions
     for key in OWN_FILES:
         if sample.get(key) is not None and not _is_among(sample[key], files):
             _refuse_path(f"sample.{key}", sample[key], files)
+    for key, own_files in (("labels", files | {*label_sets()}), ("affinity", set())):
+        if sample.get(key) is not None and not _is_among(sample[key], own_files):
+            if not _is_among(sample[key], options.files):
+                _refuse_path(f"sample.{key}", sample[key], [*own_files, *options.files])
+            sample[key] = str(options.files[sample[key]].resolve())
 
 
 def _is_among(value: Any, files: Collection[str]) -> bool:
@@ -203,6 +216,23 @@ def _check_segments(segments: list[Any], files: set[str], limits: Limits) -> Non
             raise GuidekitError(f"segment {index} must be an object with `phrase` and a place")
         if "mask" in entry and not _is_among(entry["mask"], files):
             _refuse_path(f"segment {index}: mask", entry["mask"], files)
+
+
+def _check_controls(controls: list[Any], files: set[str], options: ServeOptions) -> None:
+    """Raises GuidekitError for a network that the server has not, and for an image elsewhere."""
+    if len(controls) > options.limits.controls:
+        raise GuidekitError(f"a run has {options.limits.controls} controls at most here")
+    for index, entry in enumerate(controls):
+        if not isinstance(entry, dict):
+            raise GuidekitError(f"control {index} must be an object with `model`")
+        if not _is_among(entry.get("model"), options.controls):
+            there = ", ".join(options.controls) or "none; guidekit serve --control FOLDER has some"
+            raise GuidekitError(
+                f"this server has no control {entry.get('model')!r}; it has {there}"
+            )
+        if entry.get("image") is not None and not _is_among(entry["image"], files):
+            _refuse_path(f"control {index}: image", entry["image"], files)
+        entry["model"] = str(options.controls[entry["model"]].resolve())
 
 
 def _check_plugins(
@@ -272,7 +302,7 @@ def _check_numbers(settings: Settings, limits: Limits) -> None:
 def _check_axes(axes: tuple[Axis, ...]) -> None:
     """Raises GuidekitError for a grid over what a request may not set, or over files."""
     for axis in axes:
-        if "." not in axis.name and (axis.name in OWN_FILES or axis.name not in ALLOWED):
+        if "." not in axis.name and (axis.name in NO_AXES or axis.name not in ALLOWED):
             raise GuidekitError(f"grid: {axis.name!r} is no option to draw a grid over here")
 
 

@@ -60,6 +60,8 @@ class Models:
             "tuned": own.get("plugin", {}),
             "reads_text": denoiser.reads_text,
             "reads_image": denoiser.reads_image,
+            "reads_map": denoiser.reads_map,
+            "takes_controls": denoiser.takes_controls,
             "scheduler": type(pipeline.scheduler).__name__,
             "schedulers": schedulers_for(pipeline.scheduler),
             "device": str(denoiser.device),

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from guidekit.errors import GuidekitError
+from guidekit.labels import label_sets
 from guidekit.layouts import parse_layout
 from guidekit.masks import load_mask, resize_mask
 from guidekit.serve.asked import ALLOWED, PICTURES, write_file
@@ -108,7 +109,8 @@ def _run(
     options: ServeOptions,
 ) -> dict[str, Any]:
     """The tables of a run, as far as this server has what they name; what it has not is noted."""
-    for key, kind in (("sample", dict), ("plugin", dict), ("segment", list)):
+    kinds = {"sample": dict, "plugin": dict, "segment": list, "control": list}
+    for key, kind in kinds.items():
         if not isinstance(tables.get(key) or kind(), kind):
             raise GuidekitError(f"`{key}` must be {'a list' if kind is list else 'an object'}")
     notes: list[str] = []
@@ -131,11 +133,49 @@ def _run(
             plugin[name] = {option: _own_name(value, options) for option, value in own.items()}
         else:
             notes.append(f"this server has no plugin {name!r}")
-    image = sample.get("image")
-    if image is not None and not (isinstance(image, str) and image in files):
-        notes.append(f"the image {Path(str(image)).name} to follow is not here; add it again")
-        sample.pop("image")
-    return _layers("run", sample, plugin, layout, files, folder, size, notes)
+    for key, what in (("image", "image to follow"), ("map", "label map")):
+        value = sample.get(key)
+        if value is not None and not (isinstance(value, str) and value in files):
+            notes.append(f"the {what} {Path(str(value)).name} is not here; add it again")
+            sample.pop(key)
+    _keep_labels(sample, files, options, notes)
+    control = _controls(tables.get("control") or [], files, options, notes)
+    return _layers("run", sample, plugin, layout, files, folder, size, notes, control)
+
+
+def _keep_labels(
+    sample: dict[str, Any], files: dict[str, str], options: ServeOptions, notes: list[str]
+) -> None:
+    """Keeps the label set and the affinity by the names that requests know them by."""
+    for key in ("labels", "affinity"):
+        if key not in sample:
+            continue
+        value = sample[key] = str(_own_name(sample[key], options))
+        there = {*options.files, *((*files, *label_sets()) if key == "labels" else ())}
+        if "map" not in sample or value not in there:
+            sample.pop(key)
+            notes.append(f"{key} {Path(value).name} is not here")
+
+
+def _controls(
+    tables: list[Any], files: dict[str, str], options: ServeOptions, notes: list[str]
+) -> list[dict[str, Any]]:
+    """The controls that this server has, each with its image; what it has not is noted."""
+    names = {str(path.resolve()): name for name, path in options.controls.items()}
+    found = []
+    for table in tables:
+        entry = dict(table) if isinstance(table, dict) else {}
+        model, image = str(entry.get("model")), entry.get("image")
+        entry["model"] = names.get(model, model)
+        if entry["model"] not in options.controls:
+            notes.append(f"this server has no control {Path(model).name!r}")
+        elif image is not None and (own := _file_of(str(image), files)) is None:
+            notes.append(
+                f"the image {image} of a control is not here; drop it together with the file"
+            )
+        else:
+            found.append(entry if image is None else entry | {"image": own})
+    return found
 
 
 def _layers(
@@ -147,6 +187,7 @@ def _layers(
     folder: Path,
     size: tuple[int, int],
     notes: list[str],
+    control: list[dict[str, Any]] | None = None,
 ) -> dict[str, Any]:
     """A layout as layers: each segment's words, its place, and all of them in one map."""
     entries = []
@@ -163,11 +204,14 @@ def _layers(
             own = (image.height, image.width)
         size = own if max(own) <= 1024 else size
     shown = [{key: entry[key] for key in KEPT if key in entry} for entry in entries]
-    used = {entry["mask"] for entry in shown if "mask" in entry} | {sample.get("image")}
+    used = {entry["mask"] for entry in shown if "mask" in entry}
+    used |= {sample.get(key) for key in ("image", "map", "labels")}
+    used |= {entry.get("image") for entry in control or []}
     return {
         "kind": kind,
         "sample": sample,
         "plugin": plugin,
+        "control": control or [],
         "segments": shown,
         "size": list(size),
         "map": _bytes([segment.mask for segment in segments], size),
@@ -181,8 +225,15 @@ def _with_file(entry: dict[str, Any], files: dict[str, str]) -> dict[str, Any] |
     mask = entry.get("mask")
     if mask is None or mask in files:
         return entry
-    found = next((f for f in files if PurePosixPath(f).name == PurePosixPath(str(mask)).name), None)
+    found = _file_of(mask, files)
     return None if found is None else entry | {"mask": found}
+
+
+def _file_of(name: Any, files: dict[str, str]) -> str | None:
+    """The file of that name, else one of the same last name."""
+    if name in files:
+        return str(name)
+    return next((f for f in files if PurePosixPath(f).name == PurePosixPath(str(name)).name), None)
 
 
 def _bytes(masks: list[Tensor], size: tuple[int, int]) -> str:

@@ -21,6 +21,10 @@ class Limits:
     cells: int = 25
     #: Segments of a layout.
     segments: int = 32
+    #: Controls of a run.
+    controls: int = 4
+    #: Classes of a label map.
+    classes: int = 1024
     #: Runs that wait.
     queue: int = 64
     #: Runs whose events are kept; the files of older ones stay in their folders.
@@ -47,6 +51,8 @@ class ServeOptions:
     out: Path
     #: Files and folders that options of plugins may name, such as a head.
     files: Mapping[str, Path] = field(default_factory=dict)
+    #: Folders of ControlNets and T2I-Adapters that a request may attach.
+    controls: Mapping[str, Path] = field(default_factory=dict)
     device: str | None = None
     dtype: str | None = None
     #: The address to listen at.

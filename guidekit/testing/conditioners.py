@@ -14,21 +14,24 @@ from guidekit.testing.weights import frozen_model, randomised
 
 
 def control_net(pipe: DiffusionPipeline, seed: int = 0, channels: int = 3) -> ControlNetModel:
-    """A ControlNet for a tiny Stable Diffusion or SDXL pipeline, its zero convolutions random."""
+    """A ControlNet for a small Stable Diffusion or SDXL pipeline, its zero convolutions random."""
+    halvings = pipe.vae_scale_factor.bit_length() - 1
     net = ControlNetModel.from_unet(
-        pipe.unet, conditioning_channels=channels, conditioning_embedding_out_channels=(16, 32)
+        pipe.unet,
+        conditioning_channels=channels,
+        conditioning_embedding_out_channels=(*(16,) * halvings, 32),
     )
     return frozen_model(randomised(net, seed))
 
 
 def t2i_adapter(pipe: DiffusionPipeline, seed: int = 0, channels: int = 3) -> T2IAdapter:
-    """A T2I-Adapter for a tiny Stable Diffusion or SDXL pipeline."""
+    """A T2I-Adapter for a small Stable Diffusion or SDXL pipeline."""
     xl = isinstance(pipe, StableDiffusionXLPipeline)
     adapter = T2IAdapter(
         in_channels=channels,
         channels=list(pipe.unet.config.block_out_channels),
         num_res_blocks=1,
-        downscale_factor=4 if xl else 2,
+        downscale_factor=pipe.vae_scale_factor * (2 if xl else 1),
         adapter_type="full_adapter_xl" if xl else "full_adapter",
     )
     return frozen_model(randomised(adapter, seed))

@@ -6,7 +6,7 @@ import { state, keepDraft } from "./state.js";
 let ids = 0;
 
 // A control for one option. Its value is undefined where the default stands.
-function control(knob, value, changed) {
+export function control(knob, value, changed) {
   const id = `knob-${++ids}`;
   const shown = value === undefined ? knob.default : value;
   if (knob.control === "switch") {
@@ -57,7 +57,7 @@ function slider(knob, id, value, changed) {
   return field(knob, id, el("div", { className: "window" }, box, out), "");
 }
 
-function field(knob, id, box, kind) {
+export function field(knob, id, box, kind) {
   const words = knob.comment ? el("span", { className: "help", id: `${id}-help` }, knob.comment) : null;
   if (words) (box.id ? box : box.querySelector("input, select")).setAttribute("aria-describedby", words.id);
   const name = el("label", { htmlFor: id, title: knob.words ?? "" }, knob.label ?? knob.option);

@@ -4,11 +4,12 @@ import { api } from "./api.js";
 import { toBase64 } from "./bytes.js";
 import { Easel } from "./canvas.js";
 import { $, el, saveFile, say } from "./dom.js";
+import { showControls } from "./controls.js";
 import { compare, showRuns } from "./gallery.js";
 import { showPlugins, showSampling } from "./knobs.js";
 import { askTokens, bindLayers, phrasesFit, showAsk, showCoverage, showLayers } from "./layers.js";
 import { RunView } from "./run.js";
-import { adopt, keepDraft, layer, layoutFiles, newLayer, request, restoreDraft, state } from "./state.js";
+import { addFile, adopt, keepDraft, keepFile, layer, layoutFiles, newLayer, request, restoreDraft, state } from "./state.js";
 
 const EVERY = 2000; // milliseconds between two looks at the list of runs
 
@@ -45,8 +46,13 @@ async function chooseModel(name) {
 function showAll() {
   easel.reset();
   showAsk(easel);
+  showSettings();
+}
+
+function showSettings() {
   showPlugins();
   showSampling();
+  showControls(showSettings);
 }
 
 function under(source) {
@@ -121,26 +127,23 @@ function openMask(name, data, found) {
       if (inside[i]) map.values[i] = one.value;
       else if (map.values[i] === one.value) map.values[i] = 0;
   });
-  let own = name;
-  while (own in state.files && state.files[own] !== data) own = `again-${own}`;
-  state.files[own] = data;
+  const own = keepFile(name, data);
   one.place = { mask: own };
   showLayers(easel);
   askTokens();
-  showSampling();
+  showSettings();
   keepDraft();
   say(`The mask is on the layer ${one.phrase}`);
 }
 
-// An image that the model, or an option of a plugin, is to follow.
+// An image that the model, an option of a plugin or a control is to follow, or a label map.
 async function addImage(file) {
   if (!file) return;
-  state.files[file.name] = toBase64(new Uint8Array(await file.arrayBuffer()));
-  if (state.facts.reads_image) state.sample.image = file.name;
-  showSampling();
-  showPlugins();
+  const name = await addFile(file);
+  if (state.facts.reads_image) state.sample.image = name;
+  showSettings();
   keepDraft();
-  say(`${file.name} can be followed`);
+  say(`${name} is added`);
 }
 
 async function take(found) {

@@ -13,6 +13,7 @@ export const state = {
   negative: "",
   sample: {}, // keys of [sample] that the user set
   plugins: [], // {name, options}
+  control: [], // tables of run.json, by the names of the server's networks
   layers: [], // {value, phrase, strength, negative, visible, place, more}
   selected: 1,
   files: {}, // base64 by name: masks and images that layers and settings name
@@ -34,14 +35,26 @@ export function newLayer(phrase = "", more = {}) {
 }
 
 export function keepDraft() {
-  const { model, prompt, negative, sample, plugins, layers, selected, files, grid, run, map } = state;
+  const { model, prompt, negative, sample, plugins, control, layers, selected, files, grid, run, map } = state;
   const painted = { width: map.width, height: map.height, runs: packed(map.values) };
-  const draft = { model, prompt, negative, sample, plugins, layers, selected, files, grid, run, painted };
+  const draft = { model, prompt, negative, sample, plugins, control, layers, selected, files, grid, run, painted };
   try {
     sessionStorage.setItem(DRAFT, JSON.stringify(draft));
   } catch {
     sessionStorage.removeItem(DRAFT); // too large for the browser: better none than an old one
   }
+}
+
+// Keeps a file of the user's, and says by which name.
+export async function addFile(file) {
+  return keepFile(file.name, toBase64(new Uint8Array(await file.arrayBuffer())));
+}
+
+export function keepFile(name, data) {
+  let own = name;
+  while (own in state.files && state.files[own] !== data) own = `again-${own}`;
+  state.files[own] = data;
+  return own;
 }
 
 export function restoreDraft() {
@@ -87,8 +100,9 @@ export async function layoutFiles() {
   const files = {};
   if (painted) {
     const { width, height, values } = state.map;
-    files["map.png"] = toBase64(await greyPng(width, height, values));
     layout.map = "map.png";
+    while (layout.map in state.files) layout.map = `painted-${layout.map}`;
+    files[layout.map] = toBase64(await greyPng(width, height, values));
   }
   layout.segments = layers.map(segment);
   for (const one of layers) if (one.place?.mask) files[one.place.mask] = state.files[one.place.mask];
@@ -103,12 +117,13 @@ export async function request() {
     files["layout.json"] = toBase64(new TextEncoder().encode(JSON.stringify(layout)));
     sample.layout = "layout.json";
   }
-  if (sample.image) files[sample.image] = state.files[sample.image];
+  const named = [sample.image, sample.map, sample.labels, ...state.control.map((one) => one.image)];
+  for (const name of named) if (name in state.files) files[name] = state.files[name];
   const plugin = Object.fromEntries(state.plugins.map((one) => [one.name, one.options]));
   for (const options of Object.values(plugin))
     for (const value of Object.values(options).flat()) if (value in state.files) files[value] = state.files[value];
   const grid = state.grid.filter(([name, values]) => name && values.trim()).map(([name, values]) => `${name}=${values}`);
-  return { format: 1, sample, plugin, files, grid };
+  return { format: 1, sample, plugin, control: state.control, files, grid };
 }
 
 // Takes over what POST /api/open found in files.
@@ -124,6 +139,7 @@ export function adopt(found) {
     if (Array.isArray(sample.seeds)) sample.seeds = seedsText(sample.seeds);
     state.sample = sample;
     state.plugins = Object.entries(found.plugin).map(([name, options]) => ({ name, options }));
+    state.control = found.control;
   }
   state.files = { ...found.files };
   state.layers = [];
