@@ -66,6 +66,7 @@ def digit_bench(setting: Setting) -> Digits:
         setting.draws,
         setting.steps,
         seed=setting.seed,
+        **({"code_steps": 20} if setting.quick else {}),
     )
 
 
@@ -97,6 +98,7 @@ def scene_bench(setting: Setting, model: str, **options) -> Scenes:
         setting.draws,
         steps=setting.steps,
         seed=setting.seed,
+        **({"code_steps": 4} if setting.quick else {}),
         **options,
     )
 
