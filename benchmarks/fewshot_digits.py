@@ -59,7 +59,7 @@ class Digits:
     steps: int = 50
     batch: int = 100
     seed: int = 0
-    code_steps: int = 3000  # of the training of the row "latent code"
+    code_steps: int = 1500  # of the training of the row "latent code"
 
     @cached_property
     def code(self) -> Code:
