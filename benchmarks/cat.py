@@ -1,6 +1,7 @@
 """Class affinity between two small worlds, and models transferred by it: prints its tables.
 
     python benchmarks/cat.py --part affinity       estimates of what stands for what; minutes
+    python benchmarks/cat.py --part host           the source model in its own world
     python benchmarks/cat.py --part training-free  the source model under each affinity
     python benchmarks/cat.py --part fine-tuned     the same trained on the shots; hours
     python benchmarks/cat.py --quick               all, tiny: its numbers mean nothing
@@ -34,13 +35,18 @@ from guidekit.labels import VOID
 from guidekit.train.judge import Judge
 from guidekit.train.recipe import train
 from guidekit.worlds import prints, scenes
+from guidekit.zoo.shipped import ZOO
 from measured import Results
 
-PARTS = ("affinity", "training-free", "fine-tuned")
+PARTS = ("affinity", "host", "training-free", "fine-tuned")
 SIZE = 32
 SHOTS, DRAWS = (25, 50, 100), 5
 SOURCE_SHOTS = 400
-HOST, JUDGE = Path("runs/scenes-maps/maps/model"), Path("runs/prints-judge/judge/model")
+# Built-in models, or what their recipes left.
+HOST, JUDGE = (
+    ZOO / name if (ZOO / name).is_dir() else Path("runs") / name / task / "model"
+    for name, task in (("scenes-maps", "maps"), ("prints-judge", "judge"))
+)
 OUT = Path("runs/cat")  # of the cells, and of the models that are trained for them
 SITE, TIMESTEP = "up_blocks.1", 100  # chosen on scenes against scenes of another split
 TEMPLATE = "the color and shape of a {}"
@@ -211,12 +217,27 @@ def affinity_rows(setting: Setting, estimated: Estimator) -> list[dict]:
     ]
 
 
+def laboratory(setting: Setting):
+    """The models that rows share."""
+    import cat_models
+
+    given = (setting.host, setting.judge, setting.out, setting.seed, setting.quick)
+    return cat_models.make_lab(*given)
+
+
+def host_rows(setting: Setting) -> list[dict]:
+    """The source model's rows."""
+    import cat_models
+
+    return cat_models.host_rows(laboratory(setting))
+
+
 def model_rows(part: str, setting: Setting, estimated: Estimator, results: Results) -> None:
     """Rows of models that draw, and what they say."""
     import cat_models
     import cat_words
 
-    lab = cat_models.make_lab(setting.host, setting.judge, setting.out, setting.seed, setting.quick)
+    lab = laboratory(setting)
     shots = {count: shots_at(setting, count) for count in setting.counts}
     found = {count: estimated(own) for count, own in shots.items()}
     rows = {name: ROWS[name] for name in DRAWN}
@@ -296,12 +317,14 @@ def main(parts, path, text, **options):
     options["source_shots"] = options["source_shots"] or (20 if quick else SOURCE_SHOTS)
     options["out"] = options["out"] / "quick" if quick else options["out"]
     setting = Setting(text=text, **options)
-    estimated, results = Estimator(setting), Results(path, seed=setting.seed, model=setting.model)
+    results, estimated = Results(path, seed=setting.seed, model=setting.model), None
     for part in parts or PARTS:
-        if part != "affinity":
+        if part != "host" and estimated is None:
+            estimated = Estimator(setting)
+        if part not in ("affinity", "host"):
             model_rows(part, setting, estimated, results)
             continue
-        rows = affinity_rows(setting, estimated)
+        rows = host_rows(setting) if part == "host" else affinity_rows(setting, estimated)
         results.extend({"part": part} | row for row in rows)
         print(f"\n{part}\n\n{table(rows)}")
     print(f"\none thread on {os.cpu_count()} {platform.machine()} cores, torch {torch.__version__}")

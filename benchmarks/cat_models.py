@@ -17,7 +17,7 @@ from fewshot_store import Store, over_draws
 from guidekit import LabelMap, load
 from guidekit.affinity import Affinity, Shot
 from guidekit.evaluate.frechet import frechet
-from guidekit.evaluate.judge import see
+from guidekit.evaluate.judge import load_judge, see
 from guidekit.evaluate.overlap import asked_pixels, mean_iou, overlaps
 from guidekit.labels import VOID
 from guidekit.synthesis.data import PRINTS_LABELS as TARGET
@@ -43,6 +43,7 @@ class Sizes:
     """How much is drawn and trained."""
 
     maps: int = 250
+    source_maps: int = 100  # of the source's own world
     steps: int = 20  # of the sampler
     real: int = REAL
     tuning: int = 400
@@ -52,7 +53,9 @@ class Sizes:
     seeds: int = SEEDS
 
 
-QUICK = Sizes(maps=6, steps=2, real=70, tuning=2, long=3, reference=3, batch=4, seeds=1)
+QUICK = Sizes(
+    maps=6, source_maps=4, steps=2, real=70, tuning=2, long=3, reference=3, batch=4, seeds=1
+)
 
 
 @dataclass(frozen=True, eq=False)
@@ -146,9 +149,9 @@ def oracle() -> Tensor:
     return torch.tensor(picks)
 
 
-def drawn(lab: Lab, pipeline: MapsPipeline) -> Tensor:
-    """An image (n, 3, H, W) in [0, 1] for every layout, from its own seed."""
-    maps, images = lab.asked[1], []
+def drawn(lab: Lab, pipeline: MapsPipeline, maps: list[LabelMap] | None = None) -> Tensor:
+    """An image (n, 3, H, W) in [0, 1], in 8 bits, for every layout, from its own seed."""
+    maps, images = lab.asked[1] if maps is None else maps, []
     pipeline.set_progress_bar_config(disable=True)
     for part in _parts(range(len(maps))):
         generators = [torch.Generator().manual_seed(lab.seed + i) for i in part]
@@ -161,7 +164,7 @@ def drawn(lab: Lab, pipeline: MapsPipeline) -> Tensor:
                 output_type="pt",
             ).images
         )
-    return torch.cat(images)
+    return (torch.cat(images) * 255).round() / 255
 
 
 def verdict(lab: Lab, images: Tensor, shots: Tensor | None) -> dict[str, np.ndarray]:
@@ -185,6 +188,37 @@ def verdict(lab: Lab, images: Tensor, shots: Tensor | None) -> dict[str, np.ndar
         "features": seen.features,
         "near": near,
     }
+
+
+def host_rows(lab: Lab) -> list[dict]:
+    """The source model on held-out maps of its own world, beside real scenes, by their judge."""
+    real, maps = WorldExamples("dense", SIZE).shown(lab.sizes.source_maps)
+    wanted = torch.stack([own.ids for own in maps]).numpy() + 1
+    wanted = np.where(wanted <= len(scenes.CLASSES), wanted, 0)  # the judge sees grounds as free
+    judge, lines = load_judge(), []
+    for name, make in {
+        "real scenes": lambda: real / 2 + 0.5,
+        "source model": lambda: drawn(lab, lab.host, maps),
+    }.items():
+        key = {"method": name, "part": "host", "maps": len(maps), "steps": lab.sizes.steps}
+        found = lab.store.cell(
+            key | lab.models | {"seed": lab.seed}, partial(_overlaps, judge, make, wanted)
+        )
+        line = {"method": name, "n": len(maps)}
+        line["mIoU"], line["mIoU 95%"] = over_draws(
+            [found], lambda c: mean_iou(c["inter"], c["union"], c["asked"])
+        )
+        lines.append(line)
+    for line in lines:
+        line["of the ceiling"] = line["mIoU"] / lines[0]["mIoU"]
+    return lines
+
+
+def _overlaps(judge: Judge, make: Callable[[], Tensor], wanted: np.ndarray) -> dict:
+    """Overlaps of what the judge sees in images with maps (n, H, W)."""
+    classes = len(scenes.CLASSES)
+    inter, union = overlaps(see(judge, make()).classes, wanted, classes=classes)
+    return {"inter": inter, "union": union, "asked": asked_pixels(wanted, classes)}
 
 
 def cell(lab: Lab, key: dict, make: Callable[[], Tensor], shots: Tensor | None = None) -> dict:
@@ -273,8 +307,16 @@ def _stacked(shots: list[Shot]) -> Tensor:
 
 
 def _folded(lab: Lab, picks: Tensor) -> Tensor:
-    unet = transferred(lab.host, TARGET, matrix_of(picks)).eval()
-    return drawn(lab, MapsPipeline(unet, lab.host.scheduler, TARGET))
+    """Images under an affinity; the same affinity from other shots draws the same ones."""
+    facts = lab.models | {"seed": lab.seed, "maps": lab.sizes.maps, "steps": lab.sizes.steps}
+
+    def make() -> dict[str, np.ndarray]:
+        unet = transferred(lab.host, TARGET, matrix_of(picks)).eval()
+        images = drawn(lab, MapsPipeline(unet, lab.host.scheduler, TARGET))
+        return {"images": (images * 255).round().byte().numpy()}
+
+    found = lab.store.cell({"method": "images", "picks": named(picks)} | facts, make)
+    return torch.from_numpy(found["images"]).float() / 255
 
 
 class Limited(WorldExamples):

@@ -38,7 +38,8 @@ from guidekit.zoo.shipped import ZOO, model_defaults
 from guidekit_fewshot import Fewshot
 from measured import Results
 
-PARTS = ("digits", "scenes", "latents", "attribute", "augment", "cost")
+PARTS = ("digits", "scenes", "latents", "attribute", "code", "augment", "cost")
+CODE = ("unguided", "ours, detached", "rejection only", "latent code")
 
 
 @dataclass(frozen=True)
@@ -66,6 +67,7 @@ def digit_bench(setting: Setting) -> Digits:
         setting.draws,
         setting.steps,
         seed=setting.seed,
+        **({"code_steps": 20} if setting.quick else {}),
     )
 
 
@@ -97,6 +99,7 @@ def scene_bench(setting: Setting, model: str, **options) -> Scenes:
         setting.draws,
         steps=setting.steps,
         seed=setting.seed,
+        **({"code_steps": 4} if setting.quick else {}),
         **options,
     )
 
@@ -117,6 +120,13 @@ def red_rows(setting: Setting) -> list[list[dict]]:
     """Has a red object."""
     bench = scene_bench(setting, setting.scenes_model)
     return [bench.attribute_rows(10 if setting.quick else 50)]
+
+
+def code_rows(setting: Setting) -> list[list[dict]]:
+    """A linear classifier of a diffusion autoencoder's code, and what the code says of masks."""
+    scene = scene_bench(setting, setting.scenes_model)
+    count = 20 if setting.quick else 200
+    return [digit_bench(setting).rows((20,), CODE), scene.segmentation_rows(count)]
 
 
 def cost_rows(setting: Setting) -> list[list[dict]]:
@@ -179,6 +189,7 @@ TABLES = {
     "scenes": scene_rows,
     "latents": latent_rows,
     "attribute": red_rows,
+    "code": code_rows,
     "augment": augment_rows,
     "cost": cost_rows,
 }

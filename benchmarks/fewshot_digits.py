@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -10,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fewshot_baselines import by_logits, clean_pixels, noised_pixels, other_features, random_twin
+from fewshot_code import Code, trained_code
 from fewshot_store import Store, over_draws
 from guidekit import Condition, Denoiser, Guidance, Sampling, load
 from guidekit.evaluate import judge as evaluate
@@ -36,6 +38,7 @@ METHODS = (
     "noised pixels",
     "random denoiser",
     "rejection only",
+    "latent code",
     "oracle, all labels",
 )
 # The same at other scales, to compare methods at equal diversity; of 20 labels.
@@ -56,6 +59,12 @@ class Digits:
     steps: int = 50
     batch: int = 100
     seed: int = 0
+    code_steps: int = 1500  # of the training of the row "latent code"
+
+    @cached_property
+    def code(self) -> Code:
+        """The diffusion autoencoder of the digits."""
+        return trained_code("digits", self.store.folder / "code-digits", self.code_steps, 64)
 
     def __post_init__(self):
         tuned = model_defaults(self.model).get("plugin", {}).get("fewshot", {})
@@ -120,6 +129,10 @@ class Digits:
         each, tag = self.per_draw // 10, f"{labels} {draw}"
         if method == "rejection only":
             pictures = self._rejected(labels, draw, each)
+        elif method == "latent code":
+            found = self.code.classifier(*digits.shots(labels // 10, draw), 10)
+            seed = derived_seed(self.seed, tag) % 2**32
+            pictures = self.code.accepted(found, each, max(4 * self.per_draw, 200), seed)
         elif method.endswith("accept"):
             pictures = [self._accepted(labels, draw, digit, each) for digit in range(10)]
         else:

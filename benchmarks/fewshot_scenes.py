@@ -1,12 +1,14 @@
 """Scenes: masks from 20 pairs, masks in latents from 30, and an attribute from 50 and 50."""
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from fewshot_baselines import train_segmenter
+from fewshot_code import Code, trained_code
 from fewshot_store import Store, over_draws
 from guidekit import Condition, Denoiser, Guidance, Sampling, load
 from guidekit.evaluate import judge as evaluate
@@ -62,6 +64,12 @@ class Scenes:
     seed: int = 0
     cfg: float | None = None
     scale: float | None = None  # None is the model's tuned one
+    code_steps: int = 3000  # of the training of the row "latent code"
+
+    @cached_property
+    def code(self) -> Code:
+        """The diffusion autoencoder of the scenes."""
+        return trained_code("scenes", self.store.folder / "code-scenes", self.code_steps, 16)
 
     def __post_init__(self):
         if self.scale is None:
@@ -171,15 +179,21 @@ class Scenes:
         def segmenter_maps(model) -> np.ndarray:
             return torch.cat([model(p).argmax(1) for p in real.split(self.batch)]).numpy()
 
-        def trained(draw: int) -> np.ndarray:
+        def shots_of(draw: int) -> tuple[Tensor, Tensor]:
             numbers = range(10_000 * draw, 10_000 * draw + self.shots)
-            shots = pairs(numbers, "shots", self.size)
-            return segmenter_maps(train_segmenter(*shots, len(SHAPES)))
+            return pairs(numbers, "shots", self.size)
+
+        def trained(draw: int) -> np.ndarray:
+            return segmenter_maps(train_segmenter(*shots_of(draw), len(SHAPES)))
+
+        def by_code(draw: int) -> np.ndarray:
+            return self.code.mask_maps(shots_of(draw), real, len(SHAPES))
 
         ways = {
             "head, paper": lambda d: head_maps("ours, paper", d),
             "head, linear": lambda d: head_maps("ours, linear head", d),
             "segmenter from scratch": trained,
+            "latent code": by_code,
         }
         rows = []
         for method, maps in ways.items():

@@ -16,7 +16,7 @@ TRAINED = {"fresh filters", "scratch", "scratch, longer", "scratch on 10000"}
 
 def test_all_rows_run_and_are_kept(tmp_path):
     words = [sys.executable, SCRIPT, "--quick", "--out", tmp_path, "--json", tmp_path / "r.json"]
-    words += ["--part", "training-free", "--part", "fine-tuned"]
+    words += ["--part", "host", "--part", "training-free", "--part", "fine-tuned"]
     first = subprocess.run(words, capture_output=True, text=True, check=True)
     found = json.loads((tmp_path / "r.json").read_text())
     names = {(row["part"], row["method"]) for row in found["rows"]}
