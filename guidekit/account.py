@@ -15,6 +15,8 @@ class Account:
 
     #: Guidance to the number of steps at which it changed something without a gradient.
     edits: dict[str, int] = field(default_factory=dict)
+    #: Guidance to the SHA-256 of weights that its reward read; they judge none of the images.
+    guides: dict[str, list[str]] = field(default_factory=dict)
     #: Remarks.
     notes: list[str] = field(default_factory=list)
     #: Site that was read to the implementation of attention that ran there.
@@ -60,6 +62,11 @@ class Account:
         self._rows.append(
             {"plugin": plugin, "step": step, "repeat": repeat, "reward": reward.detach()} | values
         )
+
+    def guided(self, plugin: str, hashes: frozenset[str]) -> None:
+        """Notes weights that a guidance chose by."""
+        if hashes:
+            self.guides[plugin] = sorted(hashes.union(self.guides.get(plugin, [])))
 
     def changed(self, plugin: str, step: int, repeat: int) -> None:
         """Counts a step at which a guidance changed something, once; the engine sees it itself."""

@@ -4,7 +4,7 @@ import functools
 import inspect
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -30,6 +30,10 @@ class BlockCall:
     def state(self) -> tuple:
         """What an edit can change beside the output, to be compared by identity."""
         return (*self.args, *self.kwargs.values())
+
+    def copied(self) -> "BlockCall":
+        """The call as it is now, to be run by itself."""
+        return replace(self)
 
     def run(self) -> Any:
         """The block's output for the (possibly changed) `args` and `kwargs`, kept in `output`.

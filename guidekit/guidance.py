@@ -218,6 +218,15 @@ class Guidance:
         """
         raise NotImplementedError(f"{self.name} leaves the loop to the scheduler")
 
+    def acts_on(self, step: Step) -> Tensor | None:
+        """Which images (B,) bool it acts on at this step; None for all.
+
+        Asked once a step. The engine leaves the other images as they were without the guidance:
+        what hooks return is taken row by row. Branches that it adds are of its images, and are of
+        a group of their own. Not with `begin`, `solve`, `repeats` and `jumps`, which are of all.
+        """
+        return None
+
     def refine(self, step: Step, z: Tensor) -> Tensor:
         """Another z (B, C, h, w) at the step's own level, before its branches are evaluated.
 

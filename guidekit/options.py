@@ -179,9 +179,11 @@ def stated(made: Any) -> dict[str, Any]:
 
 
 def _stated(value: Any) -> Any:
-    """Paths as absolute texts, also inside lists; a function as MODULE:NAME."""
+    """Paths as absolute texts, a function as MODULE:NAME, what states itself by that."""
     if inspect.isfunction(value):
         return f"{value.__module__}:{value.__qualname__}"
+    if hasattr(value, "stated"):
+        return value.stated
     if isinstance(value, list | tuple):
         return [_stated(item) for item in value]
     return str(value.resolve()) if isinstance(value, Path) else value

@@ -154,6 +154,7 @@ def _record(run: Run, start: Start) -> dict[str, Any]:
         "energy": {g.name: account.first_and_last(g.name) for g in run.guidances},
         "edits": account.edits,
         "calls": account.calls,
+        "guides": account.guides,
         "notes": notes,
         "account": account.rows,
     }

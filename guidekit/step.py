@@ -35,6 +35,7 @@ class Step:
         self.next_level: Level = run.levels.next(index)  # of the next z
         self.branches: list[Branch] = []
         self.evals: dict[str, Eval] = {}
+        self.acting: dict[str, Tensor | None] = {}  # images (B,) that guidances act on, None: all
         self.groups: dict[str, Tensor] = {}  # combined outputs of groups other than "main"
         self.out: Tensor | None = None  # combined output of the branches
         self.change: Tensor | None = None  # of the combined output, asked for by the energies

@@ -32,6 +32,9 @@ _HOME = {
     "LossGuidance": "inverse",
     "REWARDS": "rewards",
     "Reward": "rewards",
+    "RewardFunction": "rewards",
+    "as_reward": "rewards",
+    "guiding": "rewards",
     "rewarded": "rewards",
     "TokenMaps": "token_reads",
     "TokenMoves": "token_moves",
@@ -83,7 +86,7 @@ if TYPE_CHECKING:
     from guidekit.options import ImportPath
     from guidekit.perturbed import pixel_rows
     from guidekit.references import read_references, square
-    from guidekit.rewards import REWARDS, Reward, rewarded
+    from guidekit.rewards import REWARDS, Reward, RewardFunction, as_reward, guiding, rewarded
     from guidekit.seeds import derived_seed
     from guidekit.taps import find_sites
     from guidekit.token_moves import TokenMoves

@@ -14,7 +14,15 @@ import torch
 from torch import Tensor
 
 from guidekit import Guidance, GuidekitError, Run, Step, hookimpl
-from guidekit.toolbox import REWARDS, ImportPath, Reward, derived_seed, named, rewarded, systematic
+from guidekit.toolbox import (
+    ImportPath,
+    Reward,
+    RewardFunction,
+    derived_seed,
+    guiding,
+    rewarded,
+    systematic,
+)
 
 
 @dataclass(kw_only=True)
@@ -27,8 +35,9 @@ class FeynmanKac(Guidance):
     plugin = "fk"
 
     scale: float = 2.0  # lambda, the factor on rewards in the exponent; 0 switches it off
-    # brightness, contrast, or MODULE:FUNCTION of images in [-1, 1]; in Python the function
-    reward: ImportPath | Reward = "contrast"
+    # brightness, contrast, or MODULE:NAME of a Reward or a function of images in [-1, 1]; in Python
+    # one of these
+    reward: ImportPath | Reward | RewardFunction = "contrast"
     potential: Literal["max", "diff", "sum"] = "max"  # of a particle's rewards so far
     at: tuple[float, ...] = (0.2, 0.4, 0.6, 0.8)  # fractions of the steps; the end comes with them
     ess: float = 1.0  # resamples where the effective share of particles is at most this
@@ -44,7 +53,7 @@ class FeynmanKac(Guidance):
 
     def prepare(self, run: Run) -> None:
         """Finds the reward, and notes where copies of a particle would stay copies."""
-        self._reward = named(self.reward, f"the reward of {self.name}", REWARDS)
+        self._reward = guiding(self.reward, self.name, run.account.guided)
         count, device = len(run.seeds), run.device
         zero = torch.zeros(count, dtype=torch.float64, device=device)
         #: Log-weights since the last resampling, of all potentials so far; rewards seen by them.

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from guidekit import Guidance, GuidekitError, Run, hookimpl
-from guidekit.toolbox import REWARDS, ImportPath, Reward, named, rewarded
+from guidekit.toolbox import ImportPath, Reward, RewardFunction, guiding, rewarded
 
 
 @dataclass(kw_only=True)
@@ -24,8 +24,9 @@ class Reno(Guidance):
     plugin = "reno"
 
     scale: float = 1.0  # factor on the reward; 0 switches it off
-    # brightness, contrast, or MODULE:FUNCTION of images in [-1, 1]; in Python the function
-    reward: ImportPath | Reward = "contrast"
+    # brightness, contrast, or MODULE:NAME of a Reward or a function of images in [-1, 1]; in Python
+    # one of these
+    reward: ImportPath | Reward | RewardFunction = "contrast"
     iterations: int = 50  # gradient steps
     rate: float = 5.0  # size of a gradient step
     bound: float = 0.1  # largest norm of an image's gradient
@@ -43,7 +44,7 @@ class Reno(Guidance):
         """The first z of the best noise, by the reward alone."""
         if not self.iterations:
             return None
-        reward = named(self.reward, f"the reward of {self.name}", REWARDS)
+        reward = guiding(self.reward, self.name, run.account.guided)
         unit = run.first_std
         noise = run.first.detach().float() / unit
         speed = torch.zeros_like(noise)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from guidekit import Guidance, GuidekitError, Run, hookimpl
-from guidekit.toolbox import REWARDS, ImportPath, Reward, named, rewarded
+from guidekit.toolbox import ImportPath, Reward, RewardFunction, guiding, rewarded
 
 
 @dataclass(kw_only=True)
@@ -23,8 +23,9 @@ class Search(Guidance):
     plugin = "search"
 
     scale: float = 1.0  # 1 on, 0 off
-    # brightness, contrast, or MODULE:FUNCTION of images in [-1, 1]; in Python the function
-    reward: ImportPath | Reward = "contrast"
+    # brightness, contrast, or MODULE:NAME of a Reward or a function of images in [-1, 1]; in Python
+    # one of these
+    reward: ImportPath | Reward | RewardFunction = "contrast"
     method: Literal["random", "zero-order"] = "random"  # candidates apart, or round the best
     candidates: int = 4  # of a round, each a whole run
     rounds: int = 1  # of zero-order search
@@ -61,7 +62,7 @@ class Search(Guidance):
 
     def _rewarded(self, run: Run, z: Tensor, number: int) -> Tensor:
         """Rewards (B,) of the images that a first z leads to."""
-        reward = named(self.reward, f"{self.name}.reward", REWARDS)
+        reward = guiding(self.reward, self.name, run.account.guided)
         with torch.no_grad():
             found = rewarded(reward, run.denoiser.pixels(run.rollout(z)), self.name)
         run.account.reward(self.name, 0, number, found)

@@ -8,7 +8,7 @@ Letters: B batch, H heads, N queries, T keys, S map columns, d head size.
 
 import importlib
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 import torch.nn.functional as F
@@ -83,6 +83,10 @@ class AttentionCall:
             shut[..., rows, rows] = float("-inf")
             shut.diagonal(dim1=-2, dim2=-1).zero_()
             self.bias(shut)
+
+    def copied(self) -> "AttentionCall":
+        """The call as it is now, to be changed or run by itself."""
+        return replace(self, _extensions=[*self._extensions])
 
     def split(self, sizes: Sequence[int]) -> list["AttentionCall"]:
         """The call's rows as calls of their own, `sizes` after one another along the batch.

@@ -147,3 +147,12 @@ def retrieval(out: Path | None, as_json: bool, **options: Any) -> None:
 def inverse(out: Path | None, as_json: bool, **options: Any) -> None:
     """How near are restored images to the true ones? PSNR, SSIM, LPIPS."""
     _tell(_commands().inverse(**options), out, as_json)
+
+
+@evaluate.command()
+@_measure
+@click.option("--of", required=True, help="brightness, contrast, or MODULE:NAME.")
+@_paired
+def reward(out: Path | None, as_json: bool, **options: Any) -> None:
+    """How much of a reward do images get? One that guided them is refused."""
+    _tell(_commands().reward(**options), out, as_json)

@@ -99,6 +99,8 @@ class Record:
         for plugin, count in account.edits.items():
             self.account.edits[plugin] = self.account.edits.get(plugin, 0) + count
         self.account.calls |= account.calls
+        for plugin, hashes in account.guides.items():
+            self.account.guided(plugin, frozenset(hashes))
         for note in account.notes:
             self.account.note(note)
 
@@ -127,6 +129,7 @@ class Record:
             "energy": {g.name: self.account.first_and_last(g.name) for g in self.plan.guidances},
             "edits": self.account.edits,
             "calls": self.account.calls,
+            "guides": self.account.guides,
             "notes": self.account.notes,
             "account": self.account.rows,
         }

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from guidekit.branches import Branch
+from guidekit.engine.acting import acting
 from guidekit.engine.capture import Call, Edit
 from guidekit.engine.hooks import Hooks
 from guidekit.engine.sparse import check_images
@@ -89,7 +90,13 @@ def _edits(hooks: Hooks, branch: Branch) -> list[Edit]:
     """The hooks that change attention and blocks of a branch, in the user's order."""
     step, ledger = hooks.step, hooks.step.run.reads
     return [
-        Edit(guidance.name, _blamed(step, branch, guidance, f"edit_{kind}"), kind, sites)
+        Edit(
+            guidance.name,
+            _blamed(step, branch, guidance, f"edit_{kind}"),
+            kind,
+            sites,
+            acting(step, guidance),
+        )
         for guidance in hooks.active
         for kind in ("attention", "block")
         if (sites := ledger.edited(guidance, kind)) and guidance.touches(branch)

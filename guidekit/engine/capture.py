@@ -14,6 +14,7 @@ from guidekit.backbones.padding import aligned, reorder, taken
 from guidekit.backbones.records import Family, in_pixels, site_features, site_grid
 from guidekit.blocks import BlockCall, BlockRows
 from guidekit.branches import Branch
+from guidekit.engine.rows import rows
 from guidekit.errors import GuidekitError
 from guidekit.reads import AttentionRead, FeatureRead
 from guidekit.taps import Showing
@@ -24,23 +25,41 @@ class StopForward(Exception):
 
 
 class Edit:
-    """A hook that changes calls at some sites; it keeps at which of them it did."""
+    """A hook that changes calls at some sites; it keeps at which of them it did.
 
-    def __init__(self, name: str, hook: Callable, kind: str, sites: frozenset[str]):
+    images: (B,) bool, whose rows it changes, None for all. `plain` is then the last call as it was
+    without it, or None if it changed nothing.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        hook: Callable,
+        kind: str,
+        sites: frozenset[str],
+        images: Tensor | None = None,
+    ):
         self.name, self.hook, self.kind, self.sites = name, hook, kind, sites
+        self.images = images
         self.changed: set[str] = set()
+        self.plain: AttentionCall | BlockCall | None = None
 
     def again(self) -> "Edit":
         """The same hook with nothing kept."""
-        return Edit(self.name, self.hook, self.kind, self.sites)
+        return Edit(self.name, self.hook, self.kind, self.sites, self.images)
 
     def __call__(self, call: AttentionCall | BlockCall) -> object | None:
         """The hook's answer: an output, or None if it changed the call itself, or nothing."""
         before = call.state()
+        self.plain = None if self.images is None else call.copied()
         answer = self.hook(call)
         if (answer is not None and answer is not call.made) or differ(before, call.state()):
             self.changed.add(call.site)
-        return answer
+        elif self.kind == "attention":  # a block may have been skipped
+            self.plain = None
+        if self.plain is None:
+            return answer
+        return rows(self.images, call.run() if answer is None else answer, self.plain.run())
 
 
 def differ(before: Sequence, after: Sequence) -> bool:
@@ -122,7 +141,7 @@ class Part:
 
     def _shown(self, call: AttentionCall, edits: list[Edit], reads: list) -> Tensor | None:
         """Edits and reads of a call in which every image's text has the same columns."""
-        out = None
+        out, partly = None, None
         for edit in edits:
             if out is not None:
                 raise GuidekitError(
@@ -130,12 +149,22 @@ class Part:
                     f"already, at {call.site}; name {edit.name} before that plugin"
                 )
             out = edit(call)
+            partly = edit if edit.plain is not None else partly
         if not reads or call.index > 0:  # further calls are an IP-Adapter's image tokens
             return out
         own = self._read(call, reads)
+        if partly is not None:
+            self._read_partly(call.site, partly, reads)
         self.implementations[call.site] = call.implementation
         self.pending.discard(call.site)
         return own if out is None else out
+
+    def _read_partly(self, site: str, edit: Edit, reads: list) -> None:
+        """Takes the maps of images that an edit left alone from the call as it was without it."""
+        edited = {n: self.found.pop((n, site)) for n, _ in reads}
+        self._read(edit.plain, reads)
+        for n, maps in edited.items():
+            self.found[n, site] = rows(edit.images, maps, self.found[n, site])
 
     def _order(self, site: str, count: int) -> Tensor | None:
         """Order (B, count) that gives all images the same columns; None if they have them."""

@@ -14,6 +14,7 @@ from torch import Tensor
 from guidekit.backbones.denoiser import Denoiser
 from guidekit.backbones.storage import check_storage
 from guidekit.branches import Branch, combination
+from guidekit.engine.acting import acting, check_hooks
 from guidekit.engine.calls import branch_calls, check_branches, own_branches, second_call
 from guidekit.engine.devices import check_devices
 from guidekit.engine.evaluator import Evaluator
@@ -55,6 +56,7 @@ class Engine:
         run.rollout = Rollout(run, self.evaluator)
         for guidance in self.guidances:
             guidance.check_contract()
+            check_hooks(guidance)
             if lacking := lack(guidance, run.denoiser):
                 raise GuidekitError(
                     f"{guidance.name} needs {lacking}, and {type(run.denoiser.pipeline).__name__} "
@@ -129,6 +131,8 @@ class Engine:
                 rows = hooks.ask(guidance, "resample", step, z)
             if rows is None or rows.tolist() == list(range(len(z))):
                 continue
+            if (mask := acting(step, guidance)) is not None:
+                rows = torch.where(mask.to(rows.device), rows, torch.arange(len(z)).to(rows))
             rows = checked_rows(rows, self.run.groups, guidance.name).to(z.device)
             z = z[rows]
             for scheduler in (self.run.scheduler, *kept):

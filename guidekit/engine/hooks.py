@@ -6,7 +6,9 @@ from typing import Any
 
 from torch import Tensor
 
+from guidekit.engine.acting import acting, own_branches_of
 from guidekit.engine.capture import differ
+from guidekit.engine.rows import rows
 from guidekit.errors import blame
 from guidekit.guidance import Guidance
 from guidekit.step import Step
@@ -50,11 +52,23 @@ class Hooks:
         for guidance in self.active:
             if guidance.overrides(hook):
                 objects, numbers = self._state(value)
+                mask, before = acting(self.step, guidance), value
+                if mask is not None:  # a hook may change what it is given
+                    value = value.clone() if isinstance(value, Tensor) else list(value)
+                    objects = [value, *objects[1:]]
                 value = self.ask(guidance, hook, self.step, *given, value)
                 now, counted = self._state(value)
                 if differ(objects, now) or numbers != counted:
                     self.changed(guidance.name)
+                if mask is not None:
+                    value = self._left(mask, guidance.name, before, value)
         return value
+
+    def _left(self, mask: Tensor, name: str, before: Any, after: Any) -> Any:
+        """What a hook made of a value, but for the images that its guidance does not act on."""
+        if isinstance(after, list):
+            return own_branches_of(mask, name, before, after)
+        return rows(mask, after, before)
 
     def changed(self, name: str) -> None:
         """The account counts a step at which a guidance changed something."""

@@ -6,7 +6,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from guidekit.engine.acting import acting, any_of
 from guidekit.engine.hooks import Hooks
+from guidekit.engine.rows import rows
 from guidekit.errors import GuidekitError, NonFiniteError, NoPushError
 from guidekit.guidance import Guidance
 from guidekit.run import Run
@@ -69,12 +71,15 @@ class Injector:
         with torch.enable_grad():
             values = [self._energy(hooks, g) for g in members]
             factors = [g.scale * g.schedule(step.frac) if shared else 1.0 for g in members]
-            total = sum(f * v for f, v in zip(factors, values, strict=True))
+            masks = [acting(step, g) for g in members]
+            own = [rows(m, v, torch.zeros_like(v)) for m, v in zip(masks, values, strict=True)]
+            total = sum(f * v for f, v in zip(factors, own, strict=True))
             self.backwards += 1
             (grad,) = torch.autograd.grad(total.sum(), step.z, retain_graph=keep)
         with torch.no_grad():
-            grad = self._finite(grad, members, step)
-            change = self._change(hooks, members[0], grad)
+            pushed, nothing = any_of(masks), torch.zeros_like(grad)
+            grad = self._finite(rows(pushed, grad, nothing), members, step)
+            change = rows(pushed, self._change(hooks, members[0], grad), nothing)
             norms = [x.float().flatten(1).norm(dim=1) for x in (change, step.out)]
             found = {"grad_norm": grad.flatten(1).norm(dim=1), "update_ratio": norms[0] / norms[1]}
         found["seconds"] = time.perf_counter() - started

@@ -6,8 +6,10 @@ from contextlib import AbstractContextManager
 import torch
 from torch import Tensor
 
+from guidekit.engine.acting import acting
 from guidekit.engine.calls import own_branches
 from guidekit.engine.hooks import Hooks
+from guidekit.engine.rows import rows
 from guidekit.errors import GuidekitError
 from guidekit.finite import finite_rows
 from guidekit.guidance import Guidance
@@ -55,7 +57,7 @@ def _one(hooks: Hooks, guidance: Guidance, z: Tensor) -> Tensor:
         "lower its scale, or set nonfinite to 'zero' to leave them as they were",
         "they were left as they were at that step",
     )
-    found = torch.where(finite[:, None, None, None], found, z)
+    found = rows(acting(step, guidance), torch.where(finite[:, None, None, None], found, z), z)
     if not torch.equal(found, z):
         hooks.changed(guidance.name)
     return found

@@ -16,6 +16,7 @@ from guidekit.evaluate.judges import (
     Segmenter,
     check_never_guided,
     load_extractor,
+    load_reward,
     load_segmenter,
 )
 from guidekit.evaluate.label_maps import LabelMaps, Protocol, chosen, held_out, read_label_maps
@@ -39,7 +40,7 @@ from guidekit.evaluate.rows import (
 )
 from guidekit.images import to_uint8
 
-__all__ = ["diversity", "inverse", "layout", "prompts", "quality", "retrieval"]
+__all__ = ["diversity", "inverse", "layout", "prompts", "quality", "retrieval", "reward"]
 
 TOP = (1, 5, 10)  # places of retrieval
 NO_REAL = "There is no row of real images, the judge's own ceiling; give --real."
@@ -258,6 +259,21 @@ def diversity(
 
 def _spread(images: ImageSet, extractor: Extractor, keys: list[str]) -> float:
     return spread(np.concatenate([extractor.read(p) for p in images.batches(BATCH, keys)]))
+
+
+def reward(folders: Sequence[Path], of: str, paired: bool = False) -> Results:
+    """A reward of every image, a known one or MODULE:NAME, with intervals over images."""
+    judge = load_reward(of)
+    check_never_guided(judge, folders)
+    result = Results("reward", judge=named(judge))
+    found: dict[str, dict[str, float]] = {}
+    for images in rows_of(folders):
+        found[images.name] = own = {k: judge.read([images.image(k)])[0] for k in images.keys}
+        row = {"images": images.name, "n": len(own)}
+        result.rows.append(row | mean_column("reward", np.array([*own.values()])))
+    if paired:
+        result.rows += differences({"reward": found}, "n")
+    return result
 
 
 # Inverse problems

@@ -3,7 +3,6 @@
 Nothing is downloaded, and weights are safetensors. A judge that guided is refused by its hashes.
 """
 
-import hashlib
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +18,9 @@ from guidekit.evaluate.judge import load_judge
 from guidekit.images import fitted, to_uint8
 from guidekit.noisy_clip.files import load_clip
 from guidekit.noisy_clip.model import CleanClip
+from guidekit.rewards import Reward, as_reward, rewarded
 from guidekit.untrusted import check_configs, read_json, read_object
+from guidekit.weights import weight_hashes
 from guidekit.worlds import scenes
 from guidekit.zoo.shipped import ZOO
 
@@ -56,34 +57,34 @@ class Extractor(Judge):
     texts: Callable[[list[str]], np.ndarray] | None = None
 
 
-def weight_hashes(folder: Path) -> frozenset[str]:
-    """SHA-256 of every file of weights in a folder, or of the one file."""
-    files = [folder] if folder.is_file() else sorted(folder.rglob("*.safetensors"))
-    found = set()
-    for file in files:
-        with open(file, "rb") as handle:
-            found.add(hashlib.file_digest(handle, "sha256").hexdigest())
-    return frozenset(found)
-
-
 def check_never_guided(judge: Judge, folders: Iterable[Path]) -> None:
     """Raises GuidekitError if weights of the judge guided a run or a plan in one of the folders."""
     for folder in folders:
-        for record in sorted(folder.rglob("run.json")):  # of one run, or of those of a grid
-            if (name := guided_by(judge, read_json(record).get("plugin", {}))) is not None:
+        for path in sorted(folder.rglob("run.json")):  # of one run, or of those of a grid
+            found = read_json(path)
+            name = guided_by(judge, found.get("plugin", {})) or _noted(judge, found)
+            if name is not None:
                 raise GuidekitError(
-                    f"{judge.name} guided the images of {record.parent} ({name}), so it cannot "
+                    f"{judge.name} guided the images of {path.parent} ({name}), so it cannot "
                     "judge them; take another judge"
                 )
 
 
 def guided_by(judge: Judge, tables: dict[str, Any]) -> str | None:
-    """The option of plugins that names weights of the judge; None if none does."""
+    """The option of plugins that names the judge, or weights of it; None if none does."""
     for name in _named(tables):
+        if name == judge.name:
+            return name
         for path in (ZOO / name, Path(name)):
             if path.exists() and weight_hashes(path) & judge.hashes:
                 return name
     return None
+
+
+def _noted(judge: Judge, record: dict[str, Any]) -> str | None:
+    """The guidance of a run whose reward read weights of the judge; None if none did."""
+    noted = (record.get("record") or {}).get("guides") or {}
+    return next((name for name, hashes in noted.items() if judge.hashes & set(hashes)), None)
 
 
 def _named(value: Any) -> list[str]:
@@ -93,6 +94,26 @@ def _named(value: Any) -> list[str]:
     if isinstance(value, list):
         return [name for one in value for name in _named(one)]
     return [value] if isinstance(value, str) and value and "\0" not in value else []
+
+
+@dataclass(frozen=True)
+class RewardJudge(Judge):
+    """Reads a number of every image."""
+
+    reward: Reward
+
+    def read(self, images: Sequence[Image]) -> list[float]:
+        """Its numbers, of each image by itself."""
+        with torch.no_grad():
+            return [
+                float(rewarded(self.reward, _pixels([image]), self.name)[0]) for image in images
+            ]
+
+
+def load_reward(text: str) -> RewardJudge:
+    """A reward as a judge: of a known name, or MODULE:NAME. Raises GuidekitError for another."""
+    reward = as_reward(text, "the reward")
+    return RewardJudge(text, reward.hashes, reward)
 
 
 def load_segmenter(name: str) -> Segmenter:

@@ -1,7 +1,8 @@
 """One number for a folder of images, higher is better, by the measures of `guidekit eval`.
 
 prompts clip=scenes-clip        layout maps=500 form=scenes        quality real=DIR
-inverse real=DIR                diversity                          prompts.COLUMN ...
+inverse real=DIR                diversity                          reward of=MODULE:NAME
+prompts.COLUMN ...
 """
 
 import inspect
@@ -13,7 +14,7 @@ from typing import Any
 
 from guidekit.errors import GuidekitError
 from guidekit.evaluate import commands
-from guidekit.evaluate.judges import Judge, load_extractor, load_segmenter
+from guidekit.evaluate.judges import Judge, load_extractor, load_reward, load_segmenter
 from guidekit.evaluate.lpips import load_lpips
 from guidekit.evaluate.results import Results
 
@@ -24,6 +25,7 @@ COLUMNS = {
     "quality": "Frechet",
     "diversity": "distance",
     "inverse": "PSNR",
+    "reward": "reward",
 }
 LESS = (("quality", "Frechet"), ("quality", "kernel"), ("inverse", "LPIPS"))
 #: Options that measures have no default for here.
@@ -33,6 +35,7 @@ LOADERS: dict[str, Callable[[Any], Judge]] = {
     "features": load_extractor,
     "judge": load_segmenter,
     "lpips": load_lpips,
+    "of": load_reward,
 }
 
 

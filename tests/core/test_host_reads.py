@@ -22,7 +22,7 @@ PACKAGE = str(Path(guidekit.__file__).parent)
 # Where levels and moves are found and used.
 OURS = ("levels", "noise", "probe", "step", "sampler", "attached", "replay")
 # On a CPU the injector reads at once whether a gradient is finite; on a GPU a step later.
-OURS += ("engine", "evaluator", "calls", "hooks", "capture", "account")
+OURS += ("acting", "rows", "engine", "evaluator", "calls", "hooks", "capture", "account")
 
 
 class HostReads(TorchFunctionMode):
@@ -48,9 +48,12 @@ class HostReads(TorchFunctionMode):
 
 @dataclass(kw_only=True)
 class Every(Guidance):
-    """Uses all that a step says of its level and its move."""
+    """Uses all that a step says of its level and its move, for images of its choice."""
 
     graph: ClassVar[str] = "input"
+
+    def acts_on(self, step):
+        return torch.ones(1, dtype=torch.bool, device=step.z.device)
 
     def energy(self, step):
         return step.z.square().flatten(1).sum(1)
