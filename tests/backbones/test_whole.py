@@ -36,15 +36,16 @@ def damaged(model, tmp_path):
 
 
 @pytest.fixture
-def silenced():
+def verbosity():
+    """Sets how much transformers says, which the command line leaves at errors."""
     before = transformers.logging.get_verbosity()
-    transformers.logging.set_verbosity_error()
-    yield
+    yield transformers.logging.set_verbosity
     transformers.logging.set_verbosity(before)
 
 
 @pytest.mark.parametrize("part", PARTS)
-def test_a_lost_tensor_is_refused(damaged, part, silenced):
+def test_a_lost_tensor_is_refused(damaged, part, verbosity):
+    verbosity(logging.ERROR)
     with pytest.raises(GuidekitError, match=f"cannot be loaded: .*{PARTS[part][1]}"):
         guidekit.load(str(damaged(part)))
 
@@ -54,7 +55,9 @@ def test_names_of_another_version_are_refused(damaged):
         guidekit.load(str(damaged("text_encoder", "other.")))
 
 
-def test_the_users_loggers_stay_as_they_are(model):
+@pytest.mark.parametrize("own, expected", [("warning", ["a warning"]), ("error", [])])
+def test_the_users_loggers_stay_as_they_are(verbosity, own, expected):
+    verbosity(getattr(logging, own.upper()))
     shown: list[str] = []
     logger = logging.getLogger("transformers")
     handlers, level = list(logger.handlers), logger.level
@@ -69,4 +72,4 @@ def test_the_users_loggers_stay_as_they_are(model):
     finally:
         logger.removeHandler(watch)
     assert logger.level == level
-    assert shown == ["a warning"]
+    assert shown == expected

@@ -24,6 +24,7 @@ from guidekit.worlds import digits
 from guidekit.zoo import shipped as integrity
 
 NAMES = [entry.name for entry in entries() if entry.first_party]
+QUICK = ("cfg", "clip", "fewshot", "pag", "pww", "zest")  # examples run in the tier `fast`
 
 
 def run(*args):
@@ -86,7 +87,9 @@ def test_damaged_models_are_named_with_the_repair(tmp_path, monkeypatch):
     assert "scenes: unet/diffusion_pytorch_model.safetensors is damaged; reinstall" in result.stdout
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize(
+    "name", [n if n in QUICK else pytest.param(n, marks=pytest.mark.full) for n in NAMES]
+)
 def test_the_example_of_every_plugin_runs(name, model, tmp_path, monkeypatch):
     """As it is printed; on a tiny model where the words name none."""
     monkeypatch.chdir(tmp_path)

@@ -193,6 +193,7 @@ def test_every_word_of_the_world_is_known():
     assert unknown_words(tokenizer, "a cat on a sofa, a cat, 3 circle") == ["cat", "sofa"]
 
 
+@pytest.mark.full
 def test_a_line_comes_before_torch_is_imported(tmp_path):
     code = (
         "import sys\n"

@@ -3,6 +3,7 @@
 import contextlib
 import itertools
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import ClassVar
 
 import pytest
@@ -71,6 +72,9 @@ class Watch(Guidance):
         return out
 
 
+in_full = partial(pytest.param, marks=pytest.mark.full)
+
+
 @dataclass(kw_only=True)
 class Fresh(Watch):
     """Adds noise from the images' seeds after every step."""
@@ -84,12 +88,12 @@ class Fresh(Watch):
     [
         ([Zest()], None, {}),
         ([PaintWithWords(), Zest(stop=1.0)], DPMSolverMultistepScheduler, {}),
-        ([Zest(start=0.3, stop=0.9), Bright()], EulerDiscreteScheduler, {}),
+        in_full([Zest(start=0.3, stop=0.9), Bright()], EulerDiscreteScheduler, {}),
         ([ClassifierFree(rescale=0.7), Bright()], HeunDiscreteScheduler, {}),
-        ([ClassifierFree(cfg_scale=3.0, stop=0.5)], None, {}),
+        in_full([ClassifierFree(cfg_scale=3.0, stop=0.5)], None, {}),
         ([Fresh(), Zest()], None, {"eta": 0.7}),
-        ([Clip.example(), Zest()], None, {"eta": 1.0}),
-        ([replace(Clip.example(), on="x0", units="noise", scale=0.2)], None, {}),
+        in_full([Clip.example(), Zest()], None, {"eta": 1.0}),
+        in_full([replace(Clip.example(), on="x0", units="noise", scale=0.2)], None, {}),
     ],
 )
 def test_pictures_are_those_of_the_own_loop(pipe, guidances, scheduler, options):

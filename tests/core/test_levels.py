@@ -1,5 +1,6 @@
 """The table of a run: where calls lead, and that a shift is what lasts in the finished sample."""
 
+import functools
 import math
 
 import pytest
@@ -35,6 +36,7 @@ DETERMINISTIC = [
     "flow-euler",
     "flow-heun",
 ]
+QUICK = ("euler", "dpm++2m", "heun", "flow-euler")  # of them, in the tier `fast`
 
 
 class NoDraws(UnitDraws):
@@ -78,7 +80,18 @@ def left(name, prediction, steps, denoiser):
     return levels, {k: float(z[k]) / levels.next(n - 1).a for k in pushed}
 
 
-@pytest.mark.parametrize("steps", [10, 50])
+@functools.cache
+def mean_left(name):
+    """The mean of what is left of a shift of 1, over three quarters of 100 steps."""
+    levels, found = left(name, ALL[name][3][0], 100, gaussian)
+    share = []
+    for k in [k for k in found if k < 0.75 * len(levels)]:
+        at = levels.next(k)
+        share.append(found[k] * math.hypot(at.a * C, at.s) / C)
+    return sum(share) / len(share)
+
+
+@pytest.mark.parametrize("steps", [10, pytest.param(50, marks=pytest.mark.full)])
 @pytest.mark.parametrize("name", ALL)
 def test_a_shift_is_left_in_the_finished_sample(name, steps):
     """A denoiser that holds eps carries a displacement delta to delta / a, and no solver more."""
@@ -101,20 +114,15 @@ def test_whatever_the_output_means(name, prediction):
         assert moved * levels.next(k).a == pytest.approx(1.0, rel=1e-3)
 
 
-@pytest.mark.parametrize("name", DETERMINISTIC)
+@pytest.mark.parametrize(
+    "name",
+    [n if n in QUICK else pytest.param(n, marks=pytest.mark.full) for n in DETERMINISTIC],
+)
 def test_a_shift_is_that_of_ddim_with_the_exact_denoiser(name):
     """Pushes over three quarters of the run, against the exact flow of Gaussian data, and DDIM's.
 
     With 100 steps; the solvers' own errors, DDIM's 2.4%, fall with their number.
     """
-
-    def mean_left(name):
-        levels, found = left(name, ALL[name][3][0], 100, gaussian)
-        share = []
-        for k in [k for k in found if k < 0.75 * len(levels)]:
-            at = levels.next(k)
-            share.append(found[k] * math.hypot(at.a * C, at.s) / C)
-        return sum(share) / len(share)
 
     mine, ddim = mean_left(name), mean_left("ddim")
     assert mine == pytest.approx(1.0, abs=0.06)

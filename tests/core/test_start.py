@@ -103,10 +103,10 @@ def test_latents_are_the_pipelines(pipe):
     "cls",
     [
         DDIMScheduler,
-        PNDMScheduler,
+        pytest.param(PNDMScheduler, marks=pytest.mark.full),
         EulerDiscreteScheduler,
-        DPMSolverMultistepScheduler,
-        HeunDiscreteScheduler,
+        pytest.param(DPMSolverMultistepScheduler, marks=pytest.mark.full),
+        pytest.param(HeunDiscreteScheduler, marks=pytest.mark.full),
     ],
 )
 @pytest.mark.parametrize("strength", [0.5, 0.8, 1.0])

@@ -6,6 +6,8 @@ import shutil
 import subprocess
 import sys
 
+import pytest
+
 from guidekit.zoo.shipped import ZOO
 
 LOADS = """
@@ -28,6 +30,7 @@ def _cached(home, name, **unet):
     config.write_text(json.dumps(json.loads(config.read_text()) | unet))
 
 
+@pytest.mark.full
 def test_downloaded_files_that_ask_for_code(tmp_path):
     _cached(tmp_path, "fine")
     _cached(tmp_path, "evil", auto_map={"AutoModel": "evil.X"})

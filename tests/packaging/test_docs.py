@@ -141,7 +141,11 @@ def python_blocks(path):
 
 @pytest.mark.parametrize(
     "path",
-    [ROOT / "README.md", ROOT / "docs/howto/attach.md", ROOT / "docs/tutorial/first-layout.md"],
+    [
+        ROOT / "README.md",
+        pytest.param(ROOT / "docs/howto/attach.md", marks=pytest.mark.full),
+        pytest.param(ROOT / "docs/tutorial/first-layout.md", marks=pytest.mark.full),
+    ],
     ids=lambda path: path.stem,
 )
 def test_python_runs_as_it_stands_and_saves_an_image(path, tmp_path, monkeypatch):

@@ -62,7 +62,19 @@ REFUSED_BY = {
 ALIKE = {"cfg-zero", "ddnm", "energy", "flowchef", "freedom", "lgd", "pigdm", "psld"}
 ALIKE |= {"rectified-cfg-pp", "search", "tcfg", "tfg", "ugd"}
 ALIKE |= {"boxdiff", "layout-guidance", "readout", "regions", "sag", "self-guidance"}
-ALIKE |= {"stylealigned", "tpg", "adaptive", "autoguidance", "fk", "red-diff", "reno", "seg", "slg"}
+ALIKE |= {
+    "clip",
+    "fewshot",
+    "stylealigned",
+    "tpg",
+    "adaptive",
+    "autoguidance",
+    "fk",
+    "red-diff",
+    "reno",
+    "seg",
+    "slg",
+}
 QUICK = ("constructs", "documented", "config", "scale_0", "acts")
 
 

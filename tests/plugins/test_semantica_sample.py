@@ -207,6 +207,7 @@ def test_trained_adapter_is_used_by_the_plugin(trained):
         load_adapter(trained / "strong", wrong)
 
 
+@pytest.mark.full
 def test_the_backbone_goes_to_the_processes_own_device(trained, monkeypatch):
     """ "meta" stands for the second GPU; load would take the first."""
     monkeypatch.setattr(
