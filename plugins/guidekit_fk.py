@@ -117,7 +117,7 @@ class FeynmanKac(Guidance):
     @classmethod
     def example(cls) -> "FeynmanKac":
         """A strong reward at every step of a short run."""
-        return cls(scale=200.0, at=(0.0, 0.34, 0.67))
+        return cls(scale=2000.0, at=(0.0, 0.34, 0.67))
 
 
 @hookimpl
