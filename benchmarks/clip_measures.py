@@ -13,8 +13,7 @@ from guidekit.worlds import scenes
 NEGATIVES = 99  # real scenes that an image is retrieved among
 SAMPLES = 4  # images of one condition, one after the other
 COLOURS = {
-    c: [i + 1 for i, k in enumerate(scenes.CLASSES) if k.startswith(f"{c} ")]
-    for c in scenes.COLOURS
+    c: [i for i, k in enumerate(scenes.CLASSES) if k.startswith(f"{c} ")] for c in scenes.COLOURS
 }
 
 
@@ -58,15 +57,11 @@ def frechet(features: np.ndarray, real: np.ndarray) -> dict[str, object]:
     return {"Frechet": statistic(np.arange(len(features))), "Frechet 95%": bounds}
 
 
-def shares(found: np.ndarray, labels: list[int]) -> bool:
-    """Whether one of the classes is found in a class map (H, W)."""
-    return any((found == label).mean() >= evaluate.FOUND for label in labels)
-
-
 def asked_found(found: np.ndarray, kinds: list[str]) -> dict[str, np.ndarray]:
     """Of each image: is the asked colour there, and colour and shape in one object?"""
-    colour = [shares(f, COLOURS[k.split()[0]]) for f, k in zip(found, kinds, strict=True)]
-    both = [shares(f, [1 + scenes.CLASSES.index(k)]) for f, k in zip(found, kinds, strict=True)]
+    pairs = [*zip(evaluate.shown(found), kinds, strict=True)]
+    colour = [shown[COLOURS[kind.split()[0]]].any() for shown, kind in pairs]
+    both = [shown[scenes.CLASSES.index(kind)] for shown, kind in pairs]
     return {"colour": np.array(colour), "colour_and_shape": np.array(both)}
 
 
@@ -83,8 +78,9 @@ def ranks(images: Tensor, queries: Tensor, real: Tensor, seed: int) -> np.ndarra
 
 def silhouettes(found: np.ndarray, other: np.ndarray) -> np.ndarray:
     """Intersection over union of any object in class maps (n, H, W)."""
-    a, b = found > 0, other > 0
-    return (a & b).sum((1, 2)) / np.maximum((a | b).sum((1, 2)), 1)
+    objects = [(maps > 0).astype(int) for maps in (found, other)]
+    inter, union = evaluate.overlaps(*objects, classes=1)
+    return (inter / np.maximum(union, 1))[:, 0]
 
 
 def statistics(images: Tensor) -> Tensor:

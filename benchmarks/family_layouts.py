@@ -20,7 +20,7 @@ from layout import Bench, Setting
 from memory import PeakMemory
 
 MODEL, CFG = "scenes", 4.0
-DIVERSE = 40  # layouts that are drawn twice
+DIVERSE = 20  # layouts that are drawn twice
 
 METHODS = (
     "unguided",

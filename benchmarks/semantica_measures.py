@@ -36,8 +36,8 @@ def held_out(n: int, seed: int, unseen: bool) -> PagesSeen:
 
 def objects(verdict: evaluate.Verdict) -> list[set[str]]:
     """Names of the objects that the judge finds in each image."""
-    areas = evaluate.asked_pixels(verdict.classes) >= evaluate.FOUND * SIZE * SIZE
-    return [{scenes.CLASSES[i] for i in np.flatnonzero(row)} for row in areas]
+    shown = evaluate.shown(verdict.classes)
+    return [{scenes.CLASSES[i] for i in np.flatnonzero(row)} for row in shown]
 
 
 def backgrounds(images: Tensor, verdict: evaluate.Verdict) -> list[str]:

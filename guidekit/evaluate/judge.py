@@ -9,7 +9,7 @@ from torch import Tensor
 from guidekit.evaluate.frechet import frechet
 from guidekit.evaluate.intervals import interval
 from guidekit.evaluate.kernel_distance import kernel_distance
-from guidekit.evaluate.overlap import FOUND, asked_pixels, mean_iou, overlaps, presence
+from guidekit.evaluate.overlap import FOUND, asked_pixels, mean_iou, overlaps, presence, shown
 from guidekit.train.judge import Judge
 from guidekit.zoo.shipped import ZOO
 
@@ -26,6 +26,7 @@ __all__ = [
     "overlaps",
     "presence",
     "see",
+    "shown",
 ]
 
 

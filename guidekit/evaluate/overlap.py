@@ -47,7 +47,10 @@ def presence(
 
     share: of the image that an object must cover to count as found.
     """
-    pixels = found.shape[1] * found.shape[2]
     asked = asked_pixels(wanted, classes) > 0
-    seen = asked_pixels(found, classes) >= share * pixels
-    return (seen & asked).sum(1), asked.sum(1)
+    return (shown(found, classes, share) & asked).sum(1), asked.sum(1)
+
+
+def shown(found: np.ndarray, classes: int = CLASSES, share: float = FOUND) -> np.ndarray:
+    """Which classes (n, classes) cover at least that share of each image (n, H, W)."""
+    return asked_pixels(found, classes) >= share * found.shape[1] * found.shape[2]

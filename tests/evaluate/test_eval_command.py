@@ -2,6 +2,7 @@
 
 import json
 import tarfile
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -15,7 +16,7 @@ from guidekit.evaluate.judges import load_extractor, load_segmenter
 from guidekit.evaluate.label_maps import chosen, held_out, read_label_maps
 from guidekit.evaluate.layout import LayoutCounts
 from guidekit.evaluate.rows import real_scenes
-from guidekit.images import to_uint8
+from guidekit.images import to_image, to_uint8
 from guidekit.worlds import scenes
 from guidekit.zoo.shipped import ZOO
 from panoptic import NAMES, write_mask2former, write_panoptic
@@ -67,6 +68,29 @@ def test_layout_on_the_built_in_world_is_the_benchmarks_row(drawn, tmp_path):
     assert rows[f"{drawn.name} - other"]["mIoU"] == pytest.approx(gain) and gain > 0.3
     assert table["judge"]["sha256"] and table["versions"]["torch"]
     assert "| real scenes | 12 |" in (tmp_path / "r/results.md").read_text()
+
+
+@pytest.mark.full
+def test_layout_is_the_table_of_the_benchmark(tmp_path, monkeypatch):
+    """`eval layout` and benchmarks/layout.py measure the same drawn images alike."""
+    monkeypatch.syspath_prepend(Path(__file__).parents[2] / "benchmarks")
+    import layout
+    import layout_worlds
+
+    monkeypatch.setattr(layout_worlds, "REFERENCE", 8)  # real scenes, for its other columns
+    bench = layout.Bench(layout.Setting("scenes", n=6, steps=4, cfg=4.0, batch=6, seed=0))
+    drawn = bench.images(list, bench.layouts.conditions, range(6))
+    for key, image in enumerate(drawn):
+        to_image(image).save(tmp_path / f"{key}.png")
+    images = read_images(tmp_path)
+    drawn = torch.stack([to_uint8(images.image(k)) for k in images.keys]).float() / 255
+    table = bench.judged("unguided", drawn)
+    done = run("eval", "layout", tmp_path, "--maps", 6, "--form", "scenes", "--json")
+    row = json.loads(done.stdout)["rows"][0]
+    shared = [name for name in row if name in table and name != "n"]
+    assert len(shared) == 10  # mIoU, labelled, presence three times, with their intervals
+    for name in shared:
+        assert row[name] == pytest.approx(table[name]), name
 
 
 @pytest.mark.full
