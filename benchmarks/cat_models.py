@@ -27,6 +27,7 @@ from guidekit.synthesis.pipeline import MapsPipeline
 from guidekit.synthesis.train import MapsOptions, MapsTask, transferred
 from guidekit.train import Loop, Options
 from guidekit.train.judge import Judge
+from guidekit.train.precision import emulates_bf16
 from guidekit.train.recipe import train
 from guidekit.worlds import prints, scenes
 
@@ -40,7 +41,7 @@ Picks = Callable[[Affinity], Tensor]
 
 @dataclass(frozen=True)
 class Sizes:
-    """How much is drawn and trained."""
+    """How much is drawn and trained; `tuning` is the steps of a transfer, `long` of a long one."""
 
     maps: int = 250
     source_maps: int = 100  # of the source's own world
@@ -93,9 +94,11 @@ def _prints(numbers: range, split: str) -> Tensor:
     return scenes.pixels(torch.from_numpy(np.stack([prints.draw(p, SIZE)[0] for p in plans])))
 
 
-def make_lab(host: Path, judge: Path, folder: Path, seed: int, quick: bool) -> Lab:
+def make_lab(
+    host: Path, judge: Path, folder: Path, seed: int, quick: bool, tuning: int = 400
+) -> Lab:
     """The lab; its models are trained first where they are not there, in --quick for two steps."""
-    sizes = QUICK if quick else Sizes()
+    sizes = QUICK if quick else Sizes(tuning=tuning, long=5 * tuning, reference=15 * tuning)
     if quick:
         host = train("scenes-maps", folder, quiet=True, fast_dev_run=True)
         judge = train("prints-judge", folder, quiet=True, fast_dev_run=True)
@@ -150,20 +153,19 @@ def oracle() -> Tensor:
 
 
 def drawn(lab: Lab, pipeline: MapsPipeline, maps: list[LabelMap] | None = None) -> Tensor:
-    """An image (n, 3, H, W) in [0, 1], in 8 bits, for every layout, from its own seed."""
+    """An image (n, 3, H, W) in [0, 1], in 8 bits, for every layout, from its own seed.
+
+    Convolutions are in bf16 where the processor computes in it, as in the trainings.
+    """
     maps, images = lab.asked[1] if maps is None else maps, []
     pipeline.set_progress_bar_config(disable=True)
+    half = torch.autocast("cpu", torch.bfloat16, enabled=not emulates_bf16(torch.device("cpu")))
     for part in _parts(range(len(maps))):
         generators = [torch.Generator().manual_seed(lab.seed + i) for i in part]
-        own = [maps[i] for i in part]
-        images.append(
-            pipeline(
-                own,
-                num_inference_steps=lab.sizes.steps,
-                generator=generators,
-                output_type="pt",
-            ).images
-        )
+        own, steps = [maps[i] for i in part], lab.sizes.steps
+        options = {"num_inference_steps": steps, "generator": generators, "output_type": "pt"}
+        with half:
+            images.append(pipeline(own, **options).images.float())
     return (torch.cat(images) * 255).round() / 255
 
 
@@ -402,6 +404,7 @@ def _trained(lab: Lab, training: Training, examples: Examples, folder: Path) -> 
         seed=training.seed,
         save_every=50,
         preview_every=1000,
+        precision="no" if emulates_bf16(torch.device("cpu")) else "bf16",
     )
     running = Loop(task, loop, folder, quiet=True)
     running.run()

@@ -123,6 +123,7 @@ def _source(options: dict[str, Any], segments: bool) -> tuple[Any, Any]:
     """
     from guidekit.affinity.segmenters import LABELS, load_segmenter
     from guidekit.labels import label_sets, load_label_set
+    from guidekit.zoo.shipped import ZOO
 
     name, device = options["source"], options["device"] or "cpu"
     segmenter = options["segmenter"]
@@ -136,8 +137,8 @@ def _source(options: dict[str, Any], segments: bool) -> tuple[Any, Any]:
         return network.labels, network
     if name in label_sets() or Path(name).is_file():
         labels = load_label_set(name)
-    elif (Path(name) / LABELS).is_file():
-        labels = load_label_set(Path(name) / LABELS)
+    elif places := [p / LABELS for p in (ZOO / name, Path(name)) if (p / LABELS).is_file()]:
+        labels = load_label_set(places[0])
     elif (Path(name) / "config.json").is_file() and _is_control(Path(name)):
         raise GuidekitError(
             f"{name} does not say which classes its maps hold; name their label set "
@@ -154,6 +155,7 @@ def _is_control(folder: Path) -> bool:
     return read_object(folder / "config.json").get("_class_name") in (
         "ControlNetModel",
         "T2IAdapter",
+        "MapEncoder",
     )
 
 
