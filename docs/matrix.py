@@ -8,8 +8,8 @@ HEAD = """# Models, schedulers, plugins
 
 `python benchmarks/conformance.py` lets every plugin guide a tiny random model of every family under
 every scheduler that the family can have, with `--quick` under two of them, in four steps with the
-options of the plugin's own example. A plugin *acts* where the account says so and the finite images differ from the unguided
-ones; else it refuses in one line that says why.
+options of the plugin's own example. A plugin *acts* where the account says so and the finite images
+differ from the unguided ones; else it refuses in one line that says why.
 """
 
 
