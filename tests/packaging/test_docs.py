@@ -172,7 +172,7 @@ def test_every_python_block_runs(page, tmp_path, monkeypatch):
 
 def runnable(page):
     """Commands that draw or tell with a built-in model: no file of the reader's."""
-    names = r"[A-Z]{4}|\.png|\.toml|layout\.json|shots|head|per_class"
+    names = r"[A-Z]{4}|\.png|\.toml|layout\.json|shots|head|per_class|runs/|plugin warm|show warm"
     of_the_reader = re.compile(rf"{names}|--count|--plan\b")
     found = [words for words in commands(page) if words[0] in ("sample", "plugins")]
     return [words for words in found if not of_the_reader.search(" ".join(words))]
