@@ -8,7 +8,10 @@ import torch
 import guidekit
 from guidekit import Condition, Denoiser, GuidekitError, LabelMap
 from guidekit.backbones.maps import MAP
+from guidekit.evaluate.judge import load_judge, see
+from guidekit.synthesis.data import WorldExamples
 from guidekit.synthesis.pipeline import MapsPipeline
+from guidekit.worlds import scenes
 from label_worlds import GARDEN, PARK, label_map, maps_pipeline
 
 
@@ -77,3 +80,15 @@ def test_what_it_cannot_draw_is_said_in_one_line(pipe, condition, words):
 def test_a_label_set_of_another_length_is_refused(pipe):
     with pytest.raises(GuidekitError, match="reads maps of 3 classes; its label set has 2"):
         MapsPipeline(pipe.unet, pipe.scheduler, GARDEN)
+
+
+def test_the_built_in_model_draws_what_its_maps_say():
+    """By the judge of its world, which never guided; grounds are no classes of the judge's."""
+    _, maps = WorldExamples("dense", 32).shown(4)
+    conditions = [Condition(map=own) for own in maps]
+    run = guidekit.sample("scenes-maps", conditions, seeds=range(4), steps=8)
+    found = see(load_judge(), run.finish().images).classes
+    wanted = torch.stack([own.ids for own in maps]).numpy() + 1
+    things = wanted <= len(scenes.CLASSES)
+    assert (found[things] == wanted[things]).mean() > 0.9
+    assert (found[~things] == 0).mean() > 0.9
