@@ -19,7 +19,7 @@ from guidekit.images import fitted, to_uint8
 from guidekit.noisy_clip.files import load_clip
 from guidekit.noisy_clip.model import CleanClip
 from guidekit.rewards import Reward, as_reward, rewarded
-from guidekit.untrusted import check_configs, read_json, read_object
+from guidekit.untrusted import check_configs, read_object
 from guidekit.weights import weight_hashes
 from guidekit.worlds import scenes
 from guidekit.zoo.shipped import ZOO
@@ -61,7 +61,7 @@ def check_never_guided(judge: Judge, folders: Iterable[Path]) -> None:
     """Raises GuidekitError if weights of the judge guided a run or a plan in one of the folders."""
     for folder in folders:
         for path in sorted(folder.rglob("run.json")):  # of one run, or of those of a grid
-            found = read_json(path)
+            found = read_object(path)
             name = guided_by(judge, found.get("plugin", {})) or _noted(judge, found)
             if name is not None:
                 raise GuidekitError(
@@ -83,8 +83,10 @@ def guided_by(judge: Judge, tables: dict[str, Any]) -> str | None:
 
 def _noted(judge: Judge, record: dict[str, Any]) -> str | None:
     """The guidance of a run whose reward read weights of the judge; None if none did."""
-    noted = (record.get("record") or {}).get("guides") or {}
-    return next((name for name, hashes in noted.items() if judge.hashes & set(hashes)), None)
+    ran = record.get("record")
+    noted = ran.get("guides") if isinstance(ran, dict) else None
+    tables = noted.items() if isinstance(noted, dict) else ()
+    return next((name for name, own in tables if judge.hashes.intersection(_named(own))), None)
 
 
 def _named(value: Any) -> list[str]:
