@@ -22,7 +22,7 @@ def page() -> str:
     parts = [
         HEAD.rstrip(),
         tables.caption(found),
-        "## Plugins and models\n\nUnder how many of the family's schedulers a plugin acts.",
+        "## Plugins and models\n\nUnder how many of the schedulers that were tried a plugin acts.",
         by_family(rows),
         "## Schedulers\n\nHow many of the plugins act on the family under the scheduler.",
         by_scheduler(rows),

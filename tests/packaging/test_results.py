@@ -38,10 +38,10 @@ def made(tables, tmp_path, monkeypatch):
 
 
 def outside(tables, text):
-    """A page without its made tables, numbers with an address, and code."""
+    """A page without its made tables, numbers with an address, code, and names of papers."""
     for made in (tables.TABLE, tables.INDEX, tables.NUMBER):
         text = made.sub("", text)
-    return re.sub(r"```.*?```|`[^`]*`", "", text, flags=re.DOTALL)
+    return re.sub(r"```.*?```|`[^`]*`|arXiv:[\d.]+", "", text, flags=re.DOTALL)
 
 
 def test_every_table_of_numbers_is_made_of_results(tables):
