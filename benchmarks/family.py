@@ -21,14 +21,14 @@ import family_layouts
 from measured import Results, apart
 
 PARTS = {"inverse": family_inverse, "energies": family_energies, "layouts": family_layouts}
-STEPS = {"inverse": 50, "energies": 15, "layouts": 15}
+STEPS = {"inverse": 50, "energies": 15, "layouts": 20}
 
 
 @click.command()
 @click.option("--part", type=click.Choice(list(PARTS)), default="inverse", show_default=True)
 @click.option("--quick", is_flag=True, help="4 images, 5 steps.")
 @click.option("--n", default=200, show_default=True, help="Images a row.")
-@click.option("--steps", default=0, help="50 for inverse, else 15.")
+@click.option("--steps", default=0, help="50 for inverse, 20 for layouts, 15 for energies.")
 @click.option("--batch", default=20, show_default=True)
 @click.option("--seed", default=0, show_default=True, help="Of the first image.")
 @click.option("--model", "models", multiple=True, help="Rows of these models alone.")
