@@ -26,6 +26,7 @@ TINY = {
     "tags": dict(heads=2),
     "maps": dict(channels=(16, 32), head=8, groups=8),
     "control": dict(kind="controlnet", embedding=(16, 32)),
+    "spatial": dict(pairs=2),
 }
 
 EARLIER = """
@@ -76,7 +77,7 @@ def loop_of(task, own, folder, earlier, model, encoder):
         own = own | {"base": str(earlier / "small-clip/model")}
     if task in ("semantica", "adapter", "tags"):
         own = own | {"encoder": str(encoder)}
-    if task in ("adapter", "control"):
+    if task in ("adapter", "control", "spatial"):
         own = own | {"backbone": str(model)}
     if task == "clip":
         own = own | {"text_heads": 2}
