@@ -85,9 +85,11 @@ def test_a_tracker_gets_what_is_logged(encoder, tmp_path, monkeypatch):
         def log(self, values, step=None, **kwargs):
             logged.append((step, sorted(values)))
 
-    monkeypatch.setitem(tracking.LOGGER_TYPE_TO_CLASS, "kept", Kept)
+    known = tracking.LoggerType.TENSORBOARD  # accelerate 1.10 knows no names but its own
+    monkeypatch.setitem(tracking.LOGGER_TYPE_TO_CLASS, "tensorboard", Kept)
+    monkeypatch.setattr(tracking, "get_available_trackers", lambda: [known])
     task = make(SemanticaOptions(encoder=str(encoder), pages=8, per_page=2), tmp_path, 16)
-    options = Options(steps=2, batch=2, log_every=1, tracker="kept")
+    options = Options(steps=2, batch=2, log_every=1, tracker="tensorboard")
     Loop(task, options, tmp_path / "run", True).run()
     columns = ["epsilon", "eta_seconds", "images_per_second", "lr", "skipped"]
     assert logged == ["guidekit", 2, (1, columns), (2, columns)]
