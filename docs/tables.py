@@ -125,7 +125,7 @@ def columns_of(row: dict, shown: Shown, found: Result) -> tuple[str, ...]:
     if shown.columns:
         return tuple(name.strip() for name in shown.columns.split(","))
     hidden = {"part", *shown.where}
-    if len({row.get("n") for row in found.rows}) == 1:
+    if "n" in found.facts and len({row.get("n") for row in found.rows}) == 1:
         hidden.add("n")
     return tuple(k for k in row if k not in hidden and not k.endswith((" 95%", "_interval")))
 
@@ -161,7 +161,7 @@ def number(value: object, digits: int = 3) -> str:
 
 
 def inline(words: str) -> str:
-    """The number of a row, by the row's first column, and a column; `| digits` with fewer."""
+    """The number of FILE ROW COLUMN [DIGITS]: of the one row that says ROW in any column."""
     name, method, column, *digits = shlex.split(words)
     found = [row for row in result(name).rows if method in map(str, row.values())]
     if len(found) != 1:

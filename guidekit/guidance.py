@@ -223,7 +223,8 @@ class Guidance:
 
         Asked once a step. The engine leaves the other images as they were without the guidance:
         what hooks return is taken row by row. Branches that it adds are of its images, and are of
-        a group of their own. Not with `begin`, `solve`, `repeats` and `jumps`, which are of all.
+        a group of their own. At an attention site it edits last, and one such guidance at most. Not
+        with `begin`, `solve`, `repeats` and `jumps`, which are of all.
         """
         return None
 

@@ -335,16 +335,11 @@ def _by_colour(colours: np.ndarray, labels: LabelSet) -> tuple[np.ndarray, dict[
     for index in reversed(range(len(labels))):
         known[int(_codes(np.array(labels.palette[index])))] = index
     ids = np.array([known.get(int(code), VOID) for code in found])
+    commonest = np.argsort(-counts, kind="stable").tolist()
     unknown = {
-        f"#{code:06x}": count / codes.size
-        for code, count in sorted(zip(found.tolist(), counts.tolist(), strict=True), key=_commonest)
-        if code not in known
+        f"#{found[i]:06x}": counts[i] / codes.size for i in commonest if int(found[i]) not in known
     }
     return ids[place].reshape(codes.shape), unknown
-
-
-def _commonest(pair: tuple[int, int]) -> int:
-    return -pair[1]
 
 
 def _codes(colours: np.ndarray) -> np.ndarray:

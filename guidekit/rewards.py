@@ -6,6 +6,7 @@ What guided a run never judges it: a run notes the hashes of the weights that it
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Literal
 
@@ -48,7 +49,7 @@ class Reward:
         """What run.json has for it."""
         return self.name
 
-    @property
+    @cached_property
     def hashes(self) -> frozenset[str]:
         """SHA-256 of its weights."""
         return frozenset().union(*(weight_hashes(Path(path)) for path in self.weights))

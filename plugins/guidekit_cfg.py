@@ -59,6 +59,11 @@ class ClassifierFree(Guidance):
         window = (self.start, self.stop, self.sigma_start, self.sigma_stop)
         if self.control_scale and run.controls is None:
             raise GuidekitError("cfg.control_scale is of controls; give --control, or leave it out")
+        if self.control_scale and (self.cfg_scale or run.cfg) <= 1:
+            raise GuidekitError(
+                "cfg.control_scale is added to the null branch, which there is at a guidance scale "
+                "above 1; set cfg_scale"
+            )
         own = (self.cfg_scale, self.rescale, self.control_scale)
         if not any(own) and window == (0, 1, None, None):
             raise GuidekitError(

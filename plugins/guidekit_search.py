@@ -38,6 +38,10 @@ class Search(Guidance):
                 f"{self.name}: candidates and rounds are at least 1, radius above 0 up to 1"
             )
 
+    def prepare(self, run: Run) -> None:
+        """Finds the reward."""
+        self._reward = guiding(self.reward, self.name, run.account.guided)
+
     def begin(self, run: Run) -> Tensor:
         """The first z (B, C, h, w) of the best noise."""
         unit = run.first_std
@@ -62,9 +66,8 @@ class Search(Guidance):
 
     def _rewarded(self, run: Run, z: Tensor, number: int) -> Tensor:
         """Rewards (B,) of the images that a first z leads to."""
-        reward = guiding(self.reward, self.name, run.account.guided)
         with torch.no_grad():
-            found = rewarded(reward, run.denoiser.pixels(run.rollout(z)), self.name)
+            found = rewarded(self._reward, run.denoiser.pixels(run.rollout(z)), self.name)
         run.account.reward(self.name, 0, number, found)
         return found
 

@@ -111,10 +111,11 @@ class Controls:
             seen = windowed(seen, *(side * factor for side in branch.view))
         if not control.looks_once:
             return seen
-        key = (index, branch.view, branch.null, branch.controlled, acts)
+        says = branch.controlled and (control.is_adapter or not branch.null)
+        key = (index, branch.view, says, acts)
         if key not in self._features:
             with torch.no_grad():
-                self._features[key] = _features(control, seen, branch, acts)
+                self._features[key] = _features(control, seen, says, acts)
         return self._features[key]
 
     def added(
@@ -150,15 +151,15 @@ class Controls:
         return torch.cat(further, 1), given
 
 
-def _features(control: Control, seen: Tensor, branch: Branch, acts: bool) -> Any:
+def _features(control: Control, seen: Tensor, says: bool, acts: bool) -> Any:
     """What a control that looks once adds to a branch, for what it sees (B, C, H, W).
 
-    An adapter says the same in the null branch, as diffusers' pipelines have it.
+    says: whether the branch is told; an adapter tells the null branch too, as diffusers' pipelines
+    have it.
     """
     if control.is_adapter:
-        scale = control.scale if branch.controlled else 0.0
+        scale = control.scale if says else 0.0
         return {str(i): scale * x for i, x in enumerate(control.model(seen))}
-    says = branch.controlled and not branch.null
     if isinstance(control.model, SegmentMap):
         return (control.scale if says and acts else 0.0) * seen
     null = control.model(torch.zeros_like(seen))

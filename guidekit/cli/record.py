@@ -180,18 +180,15 @@ def _tokens(plan: Plan) -> list[dict[str, Any]]:
 def _controls(plan: Plan) -> list[dict[str, Any]]:
     """Every control's table, with the class of its network and a hash of its weights' sizes."""
     tables = plan.settings.control
-    loaded = [] if plan.denoiser.controls is None else plan.denoiser.controls.models
+    loaded = () if plan.denoiser.controls is None else plan.denoiser.controls.controls
+    shared = None if plan.settings.map is None else plan.settings.map.name
     return [
         table
-        | {"class": type(model).__name__, "image": table["image"] or _shared_map(plan)}
-        | {"parameters": sum(p.numel() for p in model.parameters())}
-        for table, model in zip(tables, loaded, strict=True)
+        | {"class": type(own.model).__name__}
+        | {"image": table["image"] or (shared if own.reads_map else None)}
+        | {"parameters": sum(p.numel() for p in own.model.parameters())}
+        for table, own in zip(tables, loaded, strict=True)
     ]
-
-
-def _shared_map(plan: Plan) -> str | None:
-    """The name of the run's label map; None without one, as controls of segments need none."""
-    return None if plan.settings.map is None else plan.settings.map.name
 
 
 def _data_set(plan: Plan) -> dict[str, dict[str, str]]:

@@ -55,17 +55,19 @@ def any_of(masks: Sequence[Tensor | None]) -> Tensor | None:
 
 
 def own_branches_of(
-    mask: Tensor, name: str, before: Sequence[Branch], after: list[Branch]
+    mask: Tensor, name: str, before: Sequence[Branch], after: list[Branch], same: bool
 ) -> list[Branch]:
     """The branches of a step, those that a guidance added being of its own images.
 
-    Raises GuidekitError where it did something else to them, which is done to all images.
+    same: those that were there are as they were. Raises GuidekitError where it did something else
+    to them, which is done to all images.
     """
     added = [branch for branch in after if not any(branch is one for one in before)]
-    if len(added) + len(before) != len(after) or any(b.group == "main" for b in added):
+    if not same or len(added) + len(before) != len(after) or any(b.group == "main" for b in added):
         raise GuidekitError(
-            f"{name} acts on some images (acts_on), and changes which branches are combined, which "
-            "is so for all; add branches of another group, and combine them in `combine`"
+            f"{name} acts on some images (acts_on), and changes branches that are there, or which "
+            "are combined, which is so for all; add branches of another group, and combine them in "
+            "`combine`"
         )
     for branch in added:
         branch.images = (

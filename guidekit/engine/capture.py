@@ -144,10 +144,7 @@ class Part:
         out, partly = None, None
         for edit in edits:
             if out is not None:
-                raise GuidekitError(
-                    f"{edit.name} edits an attention call whose output another plugin has made "
-                    f"already, at {call.site}; name {edit.name} before that plugin"
-                )
+                raise GuidekitError(_made_before(edit, call.site, partly))
             out = edit(call)
             partly = edit if edit.plain is not None else partly
         if not reads or call.index > 0:  # further calls are an IP-Adapter's image tokens
@@ -316,6 +313,17 @@ class Capture:
             raise StopForward
         if self.cut:
             torch.set_grad_enabled(False)
+
+
+def _made_before(edit: Edit, site: str, partly: Edit | None) -> str:
+    """Why an edit comes too late, and what to do."""
+    text = f"{edit.name} edits an attention call whose output another plugin has made already, at "
+    if partly is None:
+        return f"{text}{site}; name {edit.name} before that plugin"
+    return (
+        f"{text}{site}: {partly.name}, which acts on some of the images (acts_on); one such plugin "
+        "may edit a site, named after all others"
+    )
 
 
 def _sizes(pieces: list[list[Part]]) -> list[int]:

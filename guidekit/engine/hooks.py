@@ -2,6 +2,7 @@
 
 import copy
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 from torch import Tensor
@@ -51,24 +52,33 @@ class Hooks:
         """A value after the hooks of all guidances, each given what the one before returned."""
         for guidance in self.active:
             if guidance.overrides(hook):
-                objects, numbers = self._state(value)
-                mask, before = acting(self.step, guidance), value
-                if mask is not None:  # a hook may change what it is given
-                    value = value.clone() if isinstance(value, Tensor) else list(value)
-                    objects = [value, *objects[1:]]
-                value = self.ask(guidance, hook, self.step, *given, value)
-                now, counted = self._state(value)
-                if differ(objects, now) or numbers != counted:
-                    self.changed(guidance.name)
-                if mask is not None:
-                    value = self._left(mask, guidance.name, before, value)
+                mask = acting(self.step, guidance)
+                asked = self._whole if mask is None else partial(self._partly, mask)
+                value = asked(guidance, hook, given, value)
         return value
 
-    def _left(self, mask: Tensor, name: str, before: Any, after: Any) -> Any:
-        """What a hook made of a value, but for the images that its guidance does not act on."""
-        if isinstance(after, list):
-            return own_branches_of(mask, name, before, after)
-        return rows(mask, after, before)
+    def _whole(self, guidance: Guidance, hook: str, given: tuple, value: Any) -> Any:
+        """What a hook makes of a value; whether it changed something goes to the account."""
+        objects, numbers = self._state(value)
+        value = self.ask(guidance, hook, self.step, *given, value)
+        now, counted = self._state(value)
+        if differ(objects, now) or numbers != counted:
+            self.changed(guidance.name)
+        return value
+
+    def _partly(self, mask: Tensor, guidance: Guidance, hook: str, given: tuple, value: Any) -> Any:
+        """The same, but for the images that the guidance does not act on."""
+        if isinstance(value, list):
+            objects, numbers = self._state(value)
+            after = self._whole(guidance, hook, given, [*value])
+            now, counted = self._state(value)
+            same = not differ(objects, now) and numbers == counted
+            return own_branches_of(mask, guidance.name, value, after, same)
+        groups = {name: out.clone() for name, out in self.step.groups.items()}
+        after = self._whole(guidance, hook, given, value.clone())  # a hook may write into it
+        for name, out in groups.items():
+            self.step.groups[name] = rows(mask, self.step.groups[name], out)
+        return rows(mask, after, value)
 
     def changed(self, name: str) -> None:
         """The account counts a step at which a guidance changed something."""
@@ -80,8 +90,11 @@ class Hooks:
         The value, the combinations of other groups, the branches' inputs and weights.
         """
         if isinstance(value, list):  # branches
-            fields = [(b.name, b.weight, b.null, b.view, b.group, tuple(b.prompts)) for b in value]
-            return [*value, *(b.x for b in value), *(b.images for b in value)], fields
+            fields = [
+                (b.name, b.weight, b.null, b.view, b.group, b.controlled, tuple(b.prompts))
+                for b in value
+            ]
+            return [*value, *(x for b in value for x in (b.x, b.images, b.text))], fields
         groups = list(self.step.groups.values())
         tensors = [x for x in (value, *groups) if isinstance(x, Tensor) and not x.is_inference()]
         return [value, *groups], [x._version for x in tensors]

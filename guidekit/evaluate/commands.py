@@ -1,6 +1,6 @@
 """What the commands of `guidekit eval` do: images and judges in, rows out."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -28,6 +28,7 @@ from guidekit.evaluate.results import Results
 from guidekit.evaluate.retrieval import ranks
 from guidekit.evaluate.rows import (
     BATCH,
+    check_paired,
     common_keys,
     compared,
     differences,
@@ -65,17 +66,22 @@ def layout(
     """
     segmenter, wanted = load_segmenter(judge), read_label_maps(maps, form)
     check_never_guided(segmenter, folders)
+    reader = None if clip is None else _clip(clip)
+    if reader is not None:
+        check_never_guided(reader, folders)
     numbers = _numbering(segmenter, wanted)
     sets = rows_of(folders)
     if form == "scenes":
         sets.append(real_scenes(held_out(int(maps))))
     elif real is not None:
         sets.append(ImageSet("real", read_images(real).openers))
+    check_paired(sets, paired)
     result = Results("layout", judge=named(segmenter), maps=form, protocol=protocol)
     keys = common_keys(sets, wanted.keys, result)
     kept = {key: m for key in keys if (m := chosen(wanted.map(key), protocol)) is not None}
     if not kept:
         raise GuidekitError(f"no layout takes part in the protocol {protocol!r}")
+    texts = {} if reader is None else _prompts_of_all(folders[0], kept)
     found = {images.name: _counted(images, kept, segmenter, numbers, wanted) for images in sets}
     for name, counts in found.items():
         result.rows.append({"images": name, "n": counts.n} | counts.row())
@@ -83,30 +89,32 @@ def layout(
         for first, other, _ in compared(dict.fromkeys(found, kept), "n"):
             row = found[first].against(found[other])
             result.rows.append({"images": f"{first} - {other}", "n": len(kept)} | row)
-    if clip is not None:
-        _add_clip_scores(result, folders, sets, [*kept], clip, paired)
+    if reader is not None:
+        _add_clip_scores(result, sets, texts, reader, paired)
     if form != "scenes" and real is None:
         result.notes.append(NO_REAL)
     return result
 
 
+def _prompts_of_all(folder: Path, keys: Iterable[str]) -> dict[str, str]:
+    """The prompts of a folder's images; raises GuidekitError where one has none."""
+    texts = prompts_of(folder)
+    if lacking := [key for key in keys if key not in texts]:
+        raise GuidekitError(f"{folder} has no prompt of {lacking[0]!r}, which --clip needs")
+    return {key: texts[key] for key in keys}
+
+
 def _add_clip_scores(
     result: Results,
-    folders: Sequence[Path],
     sets: Sequence[ImageSet],
-    keys: Sequence[str],
-    clip: str,
+    texts: dict[str, str],
+    clip: Extractor,
     paired: bool,
 ) -> None:
-    """A column of CLIP scores, with intervals over layouts, by the first folder's prompts."""
-    extractor = _clip(clip)
-    check_never_guided(extractor, folders)
-    result.facts["clip"] = named(extractor)
-    texts = prompts_of(folders[0])
-    if lacking := [key for key in keys if key not in texts]:
-        raise GuidekitError(f"{folders[0]} has no prompt of {lacking[0]!r}, which --clip needs")
+    """A column of CLIP scores of images by their prompts, with intervals over layouts."""
+    result.facts["clip"], told = named(clip), clip.texts([*texts.values()])
     found = {
-        images.name: {key: float(_scores(images, extractor, texts[key], [key])[0]) for key in keys}
+        images.name: dict(zip(texts, _scores(_seen(images, clip, [*texts]), told), strict=True))
         for images in sets
     }
     columns = [mean_column("CLIP score", np.array([*own.values()])) for own in found.values()]
@@ -168,9 +176,13 @@ def prompts(folders: Sequence[Path], clip: str, paired: bool = False) -> Results
     check_never_guided(extractor, folders)
     result = Results("prompts", judge=named(extractor))
     found: dict[str, dict[str, float]] = {}
-    for images, texts in prompted(folders):
+    for images, texts in prompted(folders, paired):
         groups = by_prompt(images, texts)
-        scores = {p: float(_scores(images, extractor, p, k).mean()) for p, k in groups.items()}
+        told = dict(zip(groups, extractor.texts([*groups]), strict=True))
+        scores = {
+            prompt: float(_scores(_seen(images, extractor, keys), told[prompt]).mean())
+            for prompt, keys in groups.items()
+        }
         row = {"images": images.name, "n": sum(map(len, groups.values())), "prompts": len(groups)}
         result.rows.append(row | mean_column("CLIP score", np.array([*scores.values()])))
         found[images.name] = scores
@@ -179,10 +191,14 @@ def prompts(folders: Sequence[Path], clip: str, paired: bool = False) -> Results
     return result
 
 
-def _scores(images: ImageSet, clip: Extractor, prompt: str, keys: list[str]) -> np.ndarray:
-    """CLIP scores of one prompt's images."""
-    seen = np.concatenate([clip.read(part) for part in images.batches(BATCH, keys)])
-    return 100 * np.maximum(seen @ clip.texts([prompt])[0], 0)
+def _scores(seen: np.ndarray, told: np.ndarray) -> np.ndarray:
+    """CLIP scores (n,) of features (n, d) of images, and of their texts (n, d) or (d,)."""
+    return 100 * np.maximum((seen * told).sum(1), 0)
+
+
+def _seen(images: ImageSet, extractor: Extractor, keys: list[str]) -> np.ndarray:
+    """Features (n, d) of the images with these keys."""
+    return np.concatenate([extractor.read(part) for part in images.batches(BATCH, keys)])
 
 
 def _clip(name: str) -> Extractor:
@@ -208,9 +224,9 @@ def retrieval(
         raise GuidekitError(f"{real} has {len(others)} images; give {among}, or --among fewer")
     result = Results("retrieval", judge=named(extractor), among=among)
     columns: dict[str, dict[str, dict[str, float]]] = {f"top {k}": {} for k in TOP}
-    for images, texts in prompted(folders):
+    for images, texts in prompted(folders, paired):
         keys = [key for key in images.keys if key in texts]
-        seen = np.concatenate([extractor.read(part) for part in images.batches(BATCH, keys)])
+        seen = _seen(images, extractor, keys)
         places = ranks(seen, extractor.texts([texts[k] for k in keys]), others, among, seed)
         row: dict[str, object] = {"images": images.name, "n": len(keys)}
         for k, (name, found) in zip(TOP, columns.items(), strict=True):
@@ -238,7 +254,7 @@ def diversity(
     if perceptual is not None:
         check_never_guided(perceptual, folders)
         result.facts["lpips"], columns["LPIPS"] = named(perceptual), {}
-    for images, texts in prompted(folders):
+    for images, texts in prompted(folders, paired):
         groups = {p: keys for p, keys in by_prompt(images, texts).items() if len(keys) > 1}
         if not groups:
             raise GuidekitError(f"{images.name} has one image of each prompt; diversity needs two")
@@ -247,7 +263,7 @@ def diversity(
             found[images.name] = {
                 prompt: perceptual.spread(keys, images.image)
                 if name == "LPIPS"
-                else _spread(images, extractor, keys)
+                else spread(_seen(images, extractor, keys))
                 for prompt, keys in groups.items()
             }
             row |= mean_column(name, np.array([*found[images.name].values()]))
@@ -257,17 +273,15 @@ def diversity(
     return result
 
 
-def _spread(images: ImageSet, extractor: Extractor, keys: list[str]) -> float:
-    return spread(np.concatenate([extractor.read(p) for p in images.batches(BATCH, keys)]))
-
-
 def reward(folders: Sequence[Path], of: str, paired: bool = False) -> Results:
     """A reward of every image, a known one or MODULE:NAME, with intervals over images."""
     judge = load_reward(of)
     check_never_guided(judge, folders)
     result = Results("reward", judge=named(judge))
     found: dict[str, dict[str, float]] = {}
-    for images in rows_of(folders):
+    sets = rows_of(folders)
+    check_paired(sets, paired)
+    for images in sets:
         found[images.name] = own = {k: judge.read([images.image(k)])[0] for k in images.keys}
         row = {"images": images.name, "n": len(own)}
         result.rows.append(row | mean_column("reward", np.array([*own.values()])))
@@ -285,6 +299,7 @@ def inverse(
     """PSNR and SSIM to the true images of the same names, and LPIPS by its weights."""
     truth = read_images(real)
     sets = rows_of(folders)
+    check_paired(sets, paired)
     result = Results("inverse", real=str(real))
     keys = common_keys(sets, truth.keys, result)
     measures = {"PSNR": _of_values(psnr), "SSIM": _of_values(ssim)}

@@ -79,10 +79,9 @@ def _key(path: Path, source: str) -> str:
 def _files(path: Path) -> Iterator[tuple[str, Callable[[], Image]]]:
     if path.is_file():
         return
-    beside = {
-        run.parent / name for run in path.rglob("run.json") for name in (*BESIDE, "reference.png")
-    }
-    beside |= {run.parent.parent / "sheet.png" for run in path.glob("*/run.json")}  # of a grid
+    runs = [run.parent for run in path.rglob("run.json")]
+    beside = {run / name for run in runs for name in (*BESIDE, "reference.png")}
+    beside |= {run.parent / "sheet.png" for run in runs if run != path}  # of a grid
     for file in sorted(path.rglob("*")):
         if file.suffix.lower() in ENDINGS and not beside & {file, *file.parents}:
             yield file.relative_to(path).as_posix(), lambda file=file: load_image(file)

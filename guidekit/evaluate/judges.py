@@ -5,6 +5,7 @@ Nothing is downloaded, and weights are safetensors. A judge that guided is refus
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -59,10 +60,12 @@ class Extractor(Judge):
 
 def check_never_guided(judge: Judge, folders: Iterable[Path]) -> None:
     """Raises GuidekitError if weights of the judge guided a run or a plan in one of the folders."""
+    is_judge = cache(partial(names_judge, judge))  # runs of a grid name the same files
     for folder in folders:
         for path in sorted(folder.rglob("run.json")):  # of one run, or of those of a grid
             found = read_object(path)
-            name = guided_by(judge, found.get("plugin", {})) or _noted(judge, found)
+            guided = next(filter(is_judge, _named(found.get("plugin", {}))), None)
+            name = guided or _noted(judge, found)
             if name is not None:
                 raise GuidekitError(
                     f"{judge.name} guided the images of {path.parent} ({name}), so it cannot "
@@ -72,13 +75,13 @@ def check_never_guided(judge: Judge, folders: Iterable[Path]) -> None:
 
 def guided_by(judge: Judge, tables: dict[str, Any]) -> str | None:
     """The option of plugins that names the judge, or weights of it; None if none does."""
-    for name in _named(tables):
-        if name == judge.name:
-            return name
-        for path in (ZOO / name, Path(name)):
-            if path.exists() and weight_hashes(path) & judge.hashes:
-                return name
-    return None
+    return next((name for name in _named(tables) if names_judge(judge, name)), None)
+
+
+def names_judge(judge: Judge, name: str) -> bool:
+    """Whether a text names the judge, or weights of it."""
+    there = [path for path in (ZOO / name, Path(name)) if path.exists()]
+    return name == judge.name or any(weight_hashes(path) & judge.hashes for path in there)
 
 
 def _noted(judge: Judge, record: dict[str, Any]) -> str | None:

@@ -15,6 +15,7 @@ from guidekit.evaluate.kernel_distance import kernel_distance
 from guidekit.evaluate.precision_recall import covered
 from guidekit.evaluate.results import Results
 from guidekit.evaluate.rows import (
+    check_paired,
     compared,
     features_of,
     mean_column,
@@ -45,6 +46,7 @@ def quality(
     check_never_guided(extractor, folders)
     result = Results("quality", judge=named(extractor), draws=draws)
     sets = rows_of(folders)
+    check_paired(sets, paired)
     n = min(map(len, sets))
     if n < max(map(len, sets)):
         result.notes.append(f"Rows have the first {n} images, as many as the smallest.")

@@ -35,16 +35,27 @@ def real_scenes(plans: list[scenes.Scene], size: int = 64) -> ImageSet:
 
 def rows_of(folders: Sequence[Path]) -> list[ImageSet]:
     """The folders' images, and the unguided ones that runs keep beside them."""
+    return [images for images, _ in _with_folders(folders)]
+
+
+def _with_folders(folders: Sequence[Path]) -> list[tuple[ImageSet, Path]]:
+    """The rows, each with the folder that it was named by."""
     sets = []
     for folder in folders:
-        sets.append(read_images(folder))
+        sets.append((read_images(folder), folder))
         if (folder / "unguided").is_dir():
             unguided = read_images(folder / "unguided")
-            sets.append(ImageSet(f"{folder.name}{UNGUIDED}", unguided.openers))
-    names = [images.name for images in sets]
+            sets.append((ImageSet(f"{folder.name}{UNGUIDED}", unguided.openers), folder))
+    names = [images.name for images, _ in sets]
     if doubled := [name for name in names if names.count(name) > 1]:
         raise GuidekitError(f"two folders are called {doubled[0]!r}; rename one")
     return sets
+
+
+def check_paired(rows: Sequence[object], paired: bool) -> None:
+    """Raises GuidekitError for differences of a single row, before anything is measured."""
+    if paired and len(rows) < 2:
+        raise GuidekitError("--paired compares the first row to others; give another FOLDER")
 
 
 def common_keys(sets: Sequence[ImageSet], keys: Sequence[str], result: Results) -> list[str]:
@@ -62,10 +73,15 @@ def common_keys(sets: Sequence[ImageSet], keys: Sequence[str], result: Results) 
     return common
 
 
-def prompted(folders: Sequence[Path]) -> list[tuple[ImageSet, dict[str, str]]]:
-    """The rows with the prompts of their images, those of a run also for its unguided ones."""
-    texts = {folder.name: prompts_of(folder) for folder in folders}
-    return [(images, texts[images.name.removesuffix(UNGUIDED)]) for images in rows_of(folders)]
+def prompted(folders: Sequence[Path], paired: bool) -> list[tuple[ImageSet, dict[str, str]]]:
+    """The rows with the prompts of their images, those of a run also for its unguided ones.
+
+    Raises GuidekitError for a single row, where it is to be compared.
+    """
+    texts = {folder: prompts_of(folder) for folder in folders}
+    rows = [(images, texts[folder]) for images, folder in _with_folders(folders)]
+    check_paired(rows, paired)
+    return rows
 
 
 def features_of(images: ImageSet, extractor: Extractor, n: int | None = None) -> np.ndarray:
@@ -93,11 +109,9 @@ def mean_column(name: str, values: np.ndarray) -> dict[str, object]:
 def compared(keys: Mapping[str, Iterable[str]], unit: str) -> Iterator[tuple[str, str, list[str]]]:
     """The first row's name, each other's, and the keys that both have.
 
-    Raises GuidekitError where there is one row, or nothing in common.
+    Raises GuidekitError where they have nothing in common.
     """
     first, *others = keys
-    if not others:
-        raise GuidekitError("--paired compares the first row to others; give another FOLDER")
     for other in others:
         have = set(keys[other])
         if not (common := [key for key in keys[first] if key in have]):

@@ -25,9 +25,15 @@ from guidekit.images import sheet
 from guidekit.labels import VOID
 from guidekit.noisy_clip.files import load_clip
 from guidekit.sampler import Sampling
-from guidekit.synthesis.control_train import CONTROL, ControlTask, halved, load_backbone
+from guidekit.synthesis.control_train import (
+    CONTROL,
+    LEVELS,
+    ControlTask,
+    halved,
+    load_backbone,
+)
 from guidekit.synthesis.data import Examples, make_examples
-from guidekit.train.beside import Backbone
+from guidekit.train.beside import Backbone, BesideLoss, with_words
 
 SHOWN = 8
 MARGIN = 0.1  # of a segment's box that is seen around it
@@ -61,19 +67,18 @@ class SpatialOptions:
             raise GuidekitError(f"ridge must be above 0, not {self.ridge:g}")
 
 
-class SpatialLoss(nn.Module):
+class SpatialLoss(BesideLoss):
     """The widened UNet's loss."""
 
     def __init__(self, unet: nn.Module):
-        super().__init__()
-        self.unet = unet
+        super().__init__(unet)
+        self.joined = unet  # a part of the module, and so trained
 
     def forward(
         self, z: Tensor, timestep: Tensor, states: Tensor, maps: Tensor, target: Tensor
     ) -> dict[str, Tensor]:
         """Error at latents z (B, C, h, w) with maps (B, d, h, w) beside them."""
-        out = self.unet(torch.cat([z, maps], 1), timestep, states, return_dict=False)[0]
-        return {"mse": F.mse_loss(out.float(), target)}
+        return self.error(torch.cat([z, maps], 1), timestep, states, target)
 
 
 def segments_of(labels_map: Tensor, things: list[int]) -> list[tuple[int, Tensor]]:
@@ -161,24 +166,25 @@ class SpatialTask(ControlTask):
         """Noisy latents of the images, their captions, and maps of some of their segments."""
         x0, labels = self.examples.pairs(numbers, generator)
         captions = self.examples.captions(numbers)
-        words, kept = torch.rand(2, len(x0), generator=generator)
-        texts = [
-            text if word >= self.options.wordless else ""
-            for text, word in zip(captions, words.tolist(), strict=True)
-        ]
-        kept = (kept >= self.options.mapless)[:, None, None, None]
+        texts = with_words(captions, self.options.wordless, generator)
+        kept = torch.rand(len(x0), 1, 1, 1, generator=generator) >= self.options.mapless
         return self._noisy(x0, self._maps(x0, labels, generator) * kept, texts, generator)
 
-    def _maps(self, x0: Tensor, labels: Tensor, generator: torch.Generator) -> Tensor:
-        """Maps (B, d, h, w) of a random choice of the segments of images (B, 3, H, W)."""
+    def _maps(self, x0: Tensor, labels: Tensor, generator: torch.Generator | None) -> Tensor:
+        """Maps (B, d, h, w) of a random choice of the segments of images (B, 3, H, W).
+
+        Without a generator of all of them.
+        """
         chosen, counts = [], []
         for pixels, own in zip(x0, labels, strict=True):
             there = segments_of(own, self.things)
-            most = max(min(len(there), self.options.segments), 1)
-            count = 1 + int(torch.randint(most, (), generator=generator))
-            order = torch.randperm(len(there), generator=generator)[:count]
-            chosen += [(pixels, there[i][1]) for i in order.tolist()]
-            counts.append(len(order))
+            if generator is not None:
+                most = max(min(len(there), self.options.segments), 1)
+                count = 1 + int(torch.randint(most, (), generator=generator))
+                order = torch.randperm(len(there), generator=generator)[:count]
+                there = [there[i] for i in order.tolist()]
+            chosen += [(pixels, mask) for _, mask in there]
+            counts.append(len(there))
         channels, factor = self.prior.config.channels, self.pipeline.vae_scale_factor
         grid = (x0.shape[-2] // factor, x0.shape[-1] // factor)
         if not chosen:
@@ -193,10 +199,10 @@ class SpatialTask(ControlTask):
         pairs = self.examples.held_out()
         if pairs is None:
             return None
-        x0, labels = pairs
+        x0, labels = (x.repeat(LEVELS, 1, 1, 1) for x in pairs)
         generator = torch.Generator().manual_seed(0)
         with torch.no_grad():
-            batch = self._noisy(x0, self._maps(x0, labels, generator), [""] * len(x0), generator)
+            batch = self._noisy(x0, self._maps(x0, labels, None), [""] * len(x0), generator)
             device = self.net.unet.device
             return float(self.net(**{k: v.to(device) for k, v in batch.items()})["mse"])
 

@@ -152,3 +152,43 @@ def test_one_of_no_images_changes_nothing():
             return torch.zeros(3, dtype=torch.bool)
 
     assert torch.equal(drawn([Nobody()]), drawn([]))
+
+
+def test_a_branch_that_was_there_stays_as_it_was():
+    """A hook that writes into one would change it for all images."""
+
+    class Turned(partly(Guidance)):
+        def branches(self, step, branches):
+            branches[-1].weight = 1.5
+            return branches
+
+    with pytest.raises(GuidekitError, match="changes branches that are there"):
+        drawn([Turned()])
+
+
+def test_what_it_makes_of_another_group_is_of_its_images():
+    """Two that add to the output what a group is: as the first leaves it, and twice that."""
+
+    class Group(Guidance):
+        def branches(self, step, branches):
+            return [*branches, Branch("more", branches[-1].prompts, group="more")]
+
+        def edit_prediction(self, step, out):
+            return out + 0.1 * step.groups["more"]
+
+    class Doubled(Guidance):
+        def combine(self, step, outs, combined):
+            step.groups["more"] = 2 * step.groups["more"]
+            return combined
+
+    plain, whole = drawn([Group()]), drawn([Group(), Doubled()])
+    found = drawn([Group(), partly(Doubled)()])
+    assert (found - plain)[~MINE].abs().max() < 1e-10
+    assert (found - whole)[MINE].abs().max() < 1e-10
+    assert (whole - plain).abs().max() > 1e-6
+
+
+def test_two_of_some_images_at_one_site_are_refused_in_words():
+    both = [partly(PaintWithWords)(scale=1.0), partly(PaintWithWords)(scale=0.5)]
+    with pytest.raises(GuidekitError, match="one such plugin may edit a site, named after all"):
+        drawn(both)

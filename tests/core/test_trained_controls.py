@@ -174,6 +174,13 @@ def test_a_control_scale_without_controls_is_refused(pipe):
         ClassifierFree(control_scale=-1.0)
 
 
+def test_a_control_scale_without_a_null_branch_is_refused(pipe):
+    given, asked = Control(t2i_adapter(pipe), _checks()), _without_maps()
+    guidance = ClassifierFree(control_scale=2.0, cfg_scale=1.0)  # takes the run's null away
+    with pytest.raises(GuidekitError, match="added to the null branch"):
+        ours(pipe, given, guidance, conditions=asked, cfg=3.0)
+
+
 def test_an_image_does_not_depend_on_its_batch(spatial):
     model, prior = spatial
     encoder = map_encoder(model, len(LABELS)).double()

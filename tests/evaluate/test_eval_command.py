@@ -1,6 +1,7 @@
 """`guidekit eval` from end to end: inputs as people have them, rules that hold."""
 
 import json
+import shutil
 import tarfile
 from pathlib import Path
 
@@ -151,6 +152,26 @@ def test_a_judge_that_guided_is_refused(drawn, tmp_path):
     done = run("eval", "prompts", folder)
     assert done.exit_code == 2 and "scenes-clip guided the images" in done.stderr
     assert run("eval", "prompts", folder, "--clip", "scenes-clip-2").exit_code == 0
+
+
+def test_folders_are_known_by_their_path_and_not_by_their_name(drawn, tmp_path, monkeypatch):
+    folder = tmp_path / "run unguided"  # as the rows of unguided images are called
+    shutil.copytree(drawn, folder)
+    (wanted,) = json.loads(run("eval", "prompts", drawn, "--json").stdout)["rows"]
+    monkeypatch.chdir(folder)
+    for name in (folder, "."):
+        (row,) = json.loads(run("eval", "prompts", name, "--json").stdout)["rows"]
+        assert row["CLIP score"] == wanted["CLIP score"] and row["n"] == N
+
+
+def test_sheets_of_grids_are_no_images_at_any_depth(drawn, tmp_path):
+    grid = tmp_path / "grids" / "first"
+    run_folder = grid / "scale=1"
+    shutil.copytree(drawn, run_folder)
+    (run_folder / "run.json").write_text("{}")
+    shutil.copy(next(drawn.glob("*.png")), grid / "sheet.png")
+    for folder in (grid, grid.parent):
+        assert not any("sheet" in key for key in read_images(folder).keys)
 
 
 def test_captions_fit_their_own_images_best(drawn, tmp_path):

@@ -4,7 +4,6 @@ import base64
 import io
 import json
 import re
-import shutil
 import time
 
 import numpy as np
@@ -15,15 +14,9 @@ from serving import Client, png, serving
 
 playwright = pytest.importorskip("playwright.sync_api")
 expect = playwright.expect
-from browsing import WAIT, Proxy, drag, drawn, near, numbers, opened, quick  # noqa: E402
+from browsing import CHROMIUM, MARKS, WAIT, Proxy, drag, drawn, near, numbers, opened, quick  # noqa: E402
 
-CHROMIUM = next(
-    filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None
-)
-pytestmark = [
-    pytest.mark.browser,
-    pytest.mark.skipif(CHROMIUM is None, reason="no Chromium is installed"),
-]
+pytestmark = MARKS
 
 
 @pytest.fixture(scope="module")

@@ -2,7 +2,6 @@
 
 import base64
 import io
-import shutil
 
 import numpy as np
 import pytest
@@ -15,15 +14,9 @@ from serving import Client, serving
 
 playwright = pytest.importorskip("playwright.sync_api")
 expect = playwright.expect
-from browsing import WAIT, drawn, opened, quick  # noqa: E402
+from browsing import CHROMIUM, MARKS, WAIT, drawn, opened, quick  # noqa: E402
 
-CHROMIUM = next(
-    filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None
-)
-pytestmark = [
-    pytest.mark.browser,
-    pytest.mark.skipif(CHROMIUM is None, reason="no Chromium is installed"),
-]
+pytestmark = MARKS
 LABELS = LabelSet("rooms", ("sky", "grass", "sea", "rock"))
 
 

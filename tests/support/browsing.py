@@ -1,13 +1,22 @@
 """A page of `guidekit serve` in a browser: opened, painted on, drawn; a line that can be cut."""
 
 import re
+import shutil
 import socket
 import threading
 
 import numpy as np
+import pytest
 from playwright.sync_api import expect
 
 WAIT = 60_000  # milliseconds; machines of CI are slow
+CHROMIUM = next(
+    filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None
+)
+MARKS = [
+    pytest.mark.browser,
+    pytest.mark.skipif(CHROMIUM is None, reason="no Chromium is installed"),
+]
 ENDED = re.compile("finished|failed|stopped")
 
 
