@@ -125,7 +125,8 @@ def test_unseen_classes_abstain():
     found = estimate(
         shots, SET, segmenter=SEGMENTER, texts=texts, features=features, source_shots=SHOTS
     )
-    assert found.picks("segmentation")[3] == VOID and found.picks("features")[3] == VOID
+    assert found.picks("segmentation")[3] == VOID
+    assert found.picks("features")[3] == VOID
     vote = found.votes()[3]
     assert (vote.how, vote.to, set(vote.named)) == ("alone", 3, {"text"})
 
@@ -235,7 +236,8 @@ def saved(folder, labels):
 
 def test_shots_of_a_folder(tmp_path):
     found = read_shots(saved(tmp_path / "shots", SET))
-    assert len(found) == 4 and found[0].map.labels == SET
+    assert len(found) == 4
+    assert found[0].map.labels == SET
     assert torch.equal(found[2].map.ids, SHOTS[2].map.ids)
     assert torch.equal(estimate(found, SET, segmenter=SEGMENTER).hard(), torch.arange(4))
     Image.fromarray(np.zeros((8, 8), np.uint8)).save(tmp_path / "shots/masks/0.png")
@@ -277,7 +279,8 @@ def test_a_judge_and_a_model_of_transformers_segment(tmp_path):
     segmenter = load_segmenter(tmp_path / "segformer")
     assert segmenter.labels.classes == ("sky", "grass")
     found = segmenter(pixels)
-    assert found.shape == (32, 32) and set(found.unique().tolist()) <= {VOID, 0, 1}
+    assert found.shape == (32, 32)
+    assert set(found.unique().tolist()) <= {VOID, 0, 1}
 
 
 def test_a_pipelines_clip_and_a_denoiser_and_timm_are_asked():
@@ -286,9 +289,11 @@ def test_a_pipelines_clip_and_a_denoiser_and_timm_are_asked():
         found = by_text(pipeline_texts(own), SET, SET, "a {}")
         torch.testing.assert_close(found.scores.diagonal(), torch.ones(4).double())
     clip = load_texts("scenes-clip", None)(["a red circle", "a blue square", "a red circle"])
-    assert torch.equal(clip[0], clip[2]) and not torch.equal(clip[0], clip[1])
+    assert torch.equal(clip[0], clip[2])
+    assert not torch.equal(clip[0], clip[1])
     maps = denoiser_features(Denoiser(pipe))(torch.zeros(3, 32, 32))
-    assert maps.ndim == 3 and maps.shape[0] in (32, 64)
+    assert maps.ndim == 3
+    assert maps.shape[0] in (32, 64)
     import timm
 
     model = timm.create_model("resnet10t", pretrained=False, features_only=True, out_indices=(-2,))

@@ -59,7 +59,8 @@ def test_plugins_that_encode_act(small, tmp_path):
 def test_the_wide_copy_is_made_once_and_follows_the_weights():
     vae = tiny.sd_pipeline().vae.to(torch.bfloat16)
     first = wide(vae)
-    assert first.dtype == torch.float32 and wide(vae) is first
+    assert first.dtype == torch.float32
+    assert wide(vae) is first
     with torch.no_grad():
         next(vae.parameters()).add_(1)
     second = wide(vae)

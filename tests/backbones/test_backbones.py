@@ -191,7 +191,8 @@ def test_transformer_rows_and_grids(name):
     family, sites = family_of(model), layout_sites(model, *size)
     for site, n in queries(model, inputs, list(sites)).items():
         rows = range(n)[family.rows(n, tiny.TEXT)]
-        assert len(rows) == 64 and sites[site] == family.grid(64, *size) == (8, 8)
+        assert len(rows) == 64
+        assert sites[site] == family.grid(64, *size) == (8, 8)
 
 
 @pytest.mark.parametrize("name", ["pixart", "sana", "sd3", "flux", "qwen", "lumina2"])

@@ -114,7 +114,8 @@ def test_a_phrase_has_the_columns_whose_states_it_changes(family):
     given = denoiser.text([RED.prompt], (32, 64)).given
     mask = next((v for k, v in given.items() if k.endswith("mask") and v is not None), None)
     mask = torch.ones(given["encoder_hidden_states"].shape[:2]) if mask is None else mask
-    assert torch.equal(real[:, : mask.shape[1]], mask.bool()) and real.sum() == mask.sum()
+    assert torch.equal(real[:, : mask.shape[1]], mask.bool())
+    assert real.sum() == mask.sum()
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -163,8 +164,10 @@ def energies(family, **options):
 def test_zest_lowers_its_energy(family):
     sampling, guided = energies(family)
     _, idle = energies(family, scale=1e-9)
-    assert guided.shape == (4, 2) and sampling.account.acted("zest")
-    assert (guided[-1] < guided[0]).all() and (guided[-1] < idle[-1]).all()
+    assert guided.shape == (4, 2)
+    assert sampling.account.acted("zest")
+    assert (guided[-1] < guided[0]).all()
+    assert (guided[-1] < idle[-1]).all()
 
 
 GUIDED = [(family, g) for family in FAMILIES for g in (Zest(stop=1.0), PaintWithWords())]

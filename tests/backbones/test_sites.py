@@ -26,9 +26,11 @@ TRUTH = {
 def test_each_family_has_them(name):
     model, block = tiny.MODELS[name]()[0], TRUTH[name][0]
     blocks = named_sites(model, "blocks", "block")
-    assert block in blocks and not any("context" in b for b in blocks)
+    assert block in blocks
+    assert not any("context" in b for b in blocks)
     middle = named_sites(model, "middle", "block")
-    assert 0 < len(middle) < len(blocks) and set(middle) < set(blocks)
+    assert 0 < len(middle) < len(blocks)
+    assert set(middle) < set(blocks)
     for alias, inner in zip(ALIASES, TRUTH[name][1:], strict=False):
         if inner is None:
             with pytest.raises(GuidekitError, match=f"has no attention site '{alias}'; it has"):

@@ -187,7 +187,8 @@ def test_missing_occurrences_are_appended(words):
 )
 def test_words_are_whole_where_their_script_divides_words(prompt, phrase, count):
     found = places(prompt, phrase)
-    assert len(found) == count and all(prompt[a:b] == phrase for a, b in found)
+    assert len(found) == count
+    assert all(prompt[a:b] == phrase for a, b in found)
 
 
 @pytest.mark.parametrize(

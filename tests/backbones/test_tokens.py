@@ -43,7 +43,8 @@ def test_columns_of_every_occurrence(words, prompt, phrase, expected):
 def test_words_of_several_tokens_have_all_their_columns(words):
     columns = token_columns(words, "a dog on white", "dog")
     tokens = words.convert_ids_to_tokens(words("a dog on white")["input_ids"])
-    assert "".join(tokens[c] for c in columns) == "dog</w>" and len(columns) > 1
+    assert "".join(tokens[c] for c in columns) == "dog</w>"
+    assert len(columns) > 1
 
 
 def test_a_phrase_that_is_not_there_raises_with_the_tokens(words):
@@ -73,7 +74,8 @@ def test_weights_have_a_column_for_each_segment(words):
     weights = segment_weights([words], [two, one], 77)
     assert weights.shape == (2, 77, 2)
     assert [weights[0, :, 0].nonzero().flatten().tolist(), weights[0, :, 1].argmax()] == [[2, 5], 3]
-    assert weights[1, :, 0].nonzero().flatten().tolist() == [2] and weights[1, :, 1].sum() == 0
+    assert weights[1, :, 0].nonzero().flatten().tolist() == [2]
+    assert weights[1, :, 1].sum() == 0
     assert real_tokens([words], [two, one], 77).sum(1).tolist() == [7, 4]
 
 
@@ -81,7 +83,8 @@ def test_both_tokenizers_of_sdxl_must_agree(words, monkeypatch):
     pipe = tiny.sdxl_pipeline()
     condition = Condition("a red circle", segments=(Segment("red circle", MASK),))
     tokenizers = Sampling(pipe, condition, steps=1).denoiser.tokenizers
-    assert len(tokenizers) == 2 and segment_columns(tokenizers, condition) == [[2, 3]]
+    assert len(tokenizers) == 2
+    assert segment_columns(tokenizers, condition) == [[2, 3]]
 
     monkeypatch.setattr(text_encoders, "WORDS", ("red",))  # `circle` falls into letters
     other = tiny.tokenizer()

@@ -135,7 +135,8 @@ def test_a_half_downloaded_model(model, tmp_path, damage):
             load(str(folder), "cpu")
             fine.add(path.name)
         except ValueError as error:
-            assert "download" in str(error) and "\n" not in str(error), (path, error)
+            assert "download" in str(error), (path, error)
+            assert "\n" not in str(error), (path, error)
         path.write_bytes(data)
     assert fine <= OPTIONAL
     load(str(folder), "cpu")
@@ -292,7 +293,9 @@ def test_ctrl_c_in_the_middle(model, tmp_path):
     assert record["status"] == "stopped"
     kept = "1 finished image is" if len(finished) == 1 else f"{len(finished)} finished images are"
     assert stderr.splitlines() == [f"stopped: {kept} in o"]
-    assert finished == list(range(len(finished))) and len(finished) >= 1
+    assert finished == list(range(len(finished)))
+    assert len(finished) >= 1
     for seed in finished:
         Image.open(tmp_path / f"o/{seed}.png").load()
-    assert (tmp_path / "o/index.html").is_file() and not list(tmp_path.rglob("*.part"))
+    assert (tmp_path / "o/index.html").is_file()
+    assert not list(tmp_path.rglob("*.part"))

@@ -95,7 +95,8 @@ def test_a_control_is_drawn_noted_and_replayed(model, kit):
         "stop": 0.5,
         "guess": False,
     }
-    assert second["scale"] == 0.7 and record["record"]["controls"][1]["class"] == "T2IAdapter"
+    assert second["scale"] == 0.7
+    assert record["record"]["controls"][1]["class"] == "T2IAdapter"
     again = run("sample", "--config", "o/run.json", "--out", "again", "--json")
     assert again.exit_code == 0, again.stderr
     assert np.array_equal(np.asarray(Image.open("again/0.png")), image)
@@ -110,7 +111,8 @@ def test_a_control_of_segments_is_drawn_noted_and_replayed(tmp_path):
     other = drawn(tmp_path / "wide", *words[:3], "red circle=0.5,0,1,1", out="other")
     assert not np.array_equal(image, other)
     noted = json.loads(Path("o/run.json").read_text())["record"]["controls"]
-    assert [row["class"] for row in noted] == ["SegmentMap"] and noted[0]["image"] is None
+    assert [row["class"] for row in noted] == ["SegmentMap"]
+    assert noted[0]["image"] is None
     again = run("sample", "--config", "o/run.json", "--out", "again", "--json")
     assert again.exit_code == 0, again.stderr
     assert np.array_equal(np.asarray(Image.open("again/0.png")), image)
@@ -190,7 +192,8 @@ def test_controls_as_text(text, expected):
         Image.new("RGB", (4, 4)).save(name)
     found = parse_control(text)
     own = (found.model, found.image, found.scale, found.start, found.stop, found.guess)
-    assert own[0] == expected[0] and own[2:] == expected[2:]
+    assert own[0] == expected[0]
+    assert own[2:] == expected[2:]
     assert (own[1] is None) == (expected[1] is None)
 
 

@@ -36,8 +36,10 @@ def test_doctor_tries_what_it_says():
     facts = json.loads(result.stdout)
     assert facts["versions"]["torch"].partition("+")[0] == torch.__version__.partition("+")[0]
     assert facts["attention"]["eager"] == facts["attention"]["sdpa"] == "works"
-    assert facts["devices"][0] == "cpu" and facts["models"]["scenes"] == "intact, loads"
-    assert facts["healthy"] and result.exit_code == 0
+    assert facts["devices"][0] == "cpu"
+    assert facts["models"]["scenes"] == "intact, loads"
+    assert facts["healthy"]
+    assert result.exit_code == 0
     assert "model         scenes: intact, loads" in doctor.doctor_text(facts)
 
 
@@ -130,10 +132,14 @@ def test_every_plugin_is_explained(name):
     facts = describe_plugin(name)
     text = plugin_text(facts)
     for guidance in facts["guidances"]:
-        assert guidance["about"] and guidance["paper"] in text and guidance["example"] in text
+        assert guidance["about"]
+        assert guidance["paper"] in text
+        assert guidance["example"] in text
         for option in guidance["options"]:
             comment = option["comment"]
-            assert comment and "\n" not in comment and comment in text, option
+            assert comment, option
+            assert "\n" not in comment, option
+            assert comment in text, option
             assert option["default"] is not None or "none" in comment, option
 
 
@@ -159,7 +165,8 @@ def test_options_of_plugins_are_one_word_in_flag_toml_and_run_json(model, tmp_pa
         json.loads(run("sample", *words, *more).stdout)["plugin"]
         for more in (flags, ("--config", "run.toml"))
     ]
-    assert runs[0] == runs[1] and set(runs[0]["seg"]) == {
+    assert runs[0] == runs[1]
+    assert set(runs[0]["seg"]) == {
         option["option"] for option in describe_plugin("seg")["guidances"][0]["options"]
     }
     made = Registry().make_guidance("seg", runs[0]["seg"])

@@ -105,7 +105,8 @@ def test_conditions_come_from_lines_of_a_file(tmp_path):
 def test_a_lock_is_anothers_until_it_is_given_back(tmp_path):
     path = tmp_path / "lock"
     with held(path) as first, held(path) as second:
-        assert first and not second
+        assert first
+        assert not second
         assert holder(path).endswith(f":{os.getpid()}")
     assert not path.exists()
     with held(path) as again:
@@ -119,7 +120,8 @@ def test_the_lock_of_a_dead_process_is_taken_over(tmp_path):
         "with held(Path(sys.argv[1])): os.kill(os.getpid(), 9)"
     )
     subprocess.run([sys.executable, "-c", code, path], check=False)
-    assert path.exists() and holder(path) is None
+    assert path.exists()
+    assert holder(path) is None
     with held(path) as own:
         assert own
 
@@ -138,7 +140,9 @@ def test_a_broken_block_is_listed_and_tried_again_by_the_next_call(tmp_path):
     drawer.broken = {1}
     worker = Worker(store, drawer)
     worker.run()
-    assert drawer.calls == [0, 1, 2] and list(worker.failed) == [1] and worker.left == 1
+    assert drawer.calls == [0, 1, 2]
+    assert list(worker.failed) == [1]
+    assert worker.left == 1
     Worker(store, drawer).run()
     assert drawer.calls == [0, 1, 2, 1]
     (failure,) = store.manifest()["failures"]
@@ -146,7 +150,8 @@ def test_a_broken_block_is_listed_and_tried_again_by_the_next_call(tmp_path):
     assert failure == told
     drawer.broken = set()
     Worker(store, drawer).run()
-    assert store.manifest()["complete"] and not store.manifest()["failures"]
+    assert store.manifest()["complete"]
+    assert not store.manifest()["failures"]
 
 
 def test_what_a_peer_failed_at_meanwhile_is_not_tried_again(tmp_path):
@@ -231,7 +236,8 @@ def test_count_draws_what_one_batch_of_these_seeds_is(model, tmp_path, monkeypat
     with tarfile.open(tar) as opened:
         members = {member.name: opened.extractfile(member).read() for member in opened}
     both = [name for name in members if not name.endswith(".json")]
-    assert len(members) == 6 and both
+    assert len(members) == 6
+    assert both
     assert all(members[name] == (folder / name).read_bytes() for name in both)  # plans differ
     assert (folder / "00000007.txt").read_text() == PROMPT
     energies = json.loads((folder / "00000007.json").read_text())["energy"]["zest"]
@@ -258,7 +264,8 @@ def test_a_poisoned_condition_is_listed_and_the_rest_goes_on(model, tmp_path):
     words = ("sample", "--plan", plan, "--out", tmp_path / "o")
     done = run(*words)
     assert done.exit_code == 2
-    assert "2 of 4 blocks failed" in done.stderr and "green dog" in done.stderr
+    assert "2 of 4 blocks failed" in done.stderr
+    assert "green dog" in done.stderr
     status = run("status", tmp_path / "o")
     assert status.exit_code == 3
     assert "failed   block 2, seeds 4-5, tries 1: GuidekitError: condition 5" in status.stdout
@@ -268,7 +275,8 @@ def test_a_poisoned_condition_is_listed_and_the_rest_goes_on(model, tmp_path):
     assert run(*words).exit_code == 2
     told = json.loads(run("status", tmp_path / "o", "--json").stdout)
     assert [(row["block"], row["tries"]) for row in told["failures"]] == [(1, 2)]
-    assert told["images"] == 5 and not told["complete"]
+    assert told["images"] == 5
+    assert not told["complete"]
 
 
 @pytest.mark.parametrize(
@@ -290,7 +298,8 @@ def test_what_does_not_go_together_is_refused(model, tmp_path, monkeypatch, word
     monkeypatch.chdir(tmp_path)
     model = () if "--plan" in words else ("--model", model)
     done = run("sample", *model, *words)
-    assert done.exit_code == 2 and message in done.stderr, done.stderr
+    assert done.exit_code == 2, done.stderr
+    assert message in done.stderr, done.stderr
 
 
 def test_particles_of_a_group_lie_in_one_block(model, tmp_path):
@@ -306,7 +315,8 @@ def test_a_plan_begun_with_other_values_is_refused(model, tmp_path):
     record["sample"]["cfg"] = 3.5
     (tmp_path / "o/run.json").write_text(json.dumps(record))
     done = run("sample", "--plan", tmp_path / "o")
-    assert done.exit_code == 2 and "other values of [sample]" in done.stderr
+    assert done.exit_code == 2
+    assert "other values of [sample]" in done.stderr
 
 
 @pytest.mark.full

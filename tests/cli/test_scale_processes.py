@@ -65,7 +65,8 @@ def test_two_processes_draw_the_bytes_of_one(model, tmp_path, plan, form):
     assert len(one) == (10 if form == "tars" else 60)
     assert contents(tmp_path / "two") == contents(tmp_path / "three") == one
     manifests = [json.loads((tmp_path / n / "manifest.json").read_text()) for n in ("one", "two")]
-    assert manifests[0] == manifests[1] and manifests[0]["complete"]
+    assert manifests[0] == manifests[1]
+    assert manifests[0]["complete"]
 
 
 def test_twenty_kills_lose_and_double_nothing(tmp_path, plan):
@@ -111,9 +112,8 @@ def test_a_full_disk_ends_in_one_line_and_leaves_no_half(tmp_path, plan, capfd):
     assert code == 2
     assert "free some space" in capfd.readouterr().err
     assert contents(out) == kept
-    assert not list((out / "state/parts").iterdir()) and not list(
-        (out / "state/failures").iterdir()
-    )
+    assert not list((out / "state/parts").iterdir())
+    assert not list((out / "state/failures").iterdir())
     assert codes(start(plan, out)) == [0]
     assert len(contents(out)) == 60
 

@@ -74,7 +74,8 @@ def test_wrong_seeds(text):
 )
 def test_conversion(value, kind, expected):
     found = convert(value, kind, "x", Path("base"))
-    assert found == expected and type(found) is type(expected)
+    assert found == expected
+    assert type(found) is type(expected)
 
 
 @pytest.mark.parametrize(
@@ -98,8 +99,11 @@ def test_a_toml_file(tmp_path):
         '[plugin.zest]\nscale = 2\n[[segment]]\nphrase = "fox"\nmask = "fox.png"\n',
     )
     settings = make_settings(read_config(path), {"cfg": 5, "set": ["zest.stop=1"]})
-    assert settings.prompt == "a fox" and settings.seeds == (0, 1) and settings.cfg == 5.0
-    assert settings.layout == tmp_path / "l.json" and settings.folder == tmp_path
+    assert settings.prompt == "a fox"
+    assert settings.seeds == (0, 1)
+    assert settings.cfg == 5.0
+    assert settings.layout == tmp_path / "l.json"
+    assert settings.folder == tmp_path
     assert settings.plugin == {"zest": {"scale": 2}}
     assert settings.changes == {"zest": {"stop": 1}}
     assert settings.segment == [{"phrase": "fox", "mask": "fox.png"}]
@@ -108,7 +112,8 @@ def test_a_toml_file(tmp_path):
 def test_a_place_by_flag_replaces_that_of_the_file(tmp_path):
     path = write(tmp_path, '[sample]\nlayout = "l.json"\n[[segment]]\nphrase = "fox"\n')
     settings = make_settings(read_config(path), {"segment": ["fox=0,0,1,1"]})
-    assert settings.segment == ["fox=0,0,1,1"] and settings.layout is None
+    assert settings.segment == ["fox=0,0,1,1"]
+    assert settings.layout is None
 
 
 def test_a_layout_by_flag_brings_its_own_texts(tmp_path):

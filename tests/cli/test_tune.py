@@ -48,14 +48,16 @@ def test_it_goes_on_and_draws_nothing_twice(searched):
     assert json.loads(again.output)["trials"] == 2
     assert times == {path: path.stat().st_mtime_ns for path in out.rglob("*.png")}
     other = invoke(*words, "--beam", "3")
-    assert other.exit_code == 2 and "holds another search" in other.output
+    assert other.exit_code == 2
+    assert "holds another search" in other.output
 
 
 def test_a_judge_that_guides_is_refused_before_it_draws(tmp_path):
     words = ["tune", "clip.scale", "--set", "clip.encoder=scenes-clip", *DRAWN]
     words += ["--set", "clip.on=x0"]
     result = invoke(*words, "--judge", "prompts clip=scenes-clip", "--out", tmp_path / "out")
-    assert result.exit_code == 2 and "scenes-clip would guide the images" in result.output
+    assert result.exit_code == 2
+    assert "scenes-clip would guide the images" in result.output
     assert not list(tmp_path.rglob("*.png"))
 
 
@@ -65,4 +67,5 @@ def test_a_judge_that_guides_is_refused_before_it_draws(tmp_path):
 )
 def test_what_cannot_be_tuned_is_refused(knob, says, tmp_path):
     result = invoke("tune", knob, *DRAWN, "--judge", "prompts", "--out", tmp_path / "out")
-    assert result.exit_code == 2 and says in result.output
+    assert result.exit_code == 2
+    assert says in result.output

@@ -157,8 +157,10 @@ def test_transformers_are_guided(family, guidance):
     with attach(pipe, [guidance], segments=SEGMENTS, cfg=cfg) as attached:
         guided = draw_family(family)
     rows = attached.account.rows
-    assert len(rows) == 3 and all(norm > 0 for row in rows for norm in row["grad_norm"])
-    assert torch.isfinite(guided).all() and not torch.equal(guided, bare)
+    assert len(rows) == 3
+    assert all(norm > 0 for row in rows for norm in row["grad_norm"])
+    assert torch.isfinite(guided).all()
+    assert not torch.equal(guided, bare)
     assert torch.equal(draw_family(family), bare)
 
 
@@ -191,7 +193,8 @@ def test_phrases_have_the_columns_of_every_text_encoder(family):
     t5 = [1, 2]
     assert columns.tolist() == ([2, 3, 78, 79] if family == "sd3" else t5)
     for maps in attached.step.cond.attention(read).values():
-        assert maps.min() > 0 and maps.max() < 1
+        assert maps.min() > 0
+        assert maps.max() < 1
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -237,7 +240,8 @@ def test_no_trace_is_left(pipe, guidance):
                 draw(pipe)
         for thing, attributes in zip(things, before, strict=True):
             assert vars(thing).keys() == attributes.keys()
-            assert "forward" not in vars(thing) and "step" not in vars(thing)
+            assert "forward" not in vars(thing)
+            assert "step" not in vars(thing)
         assert all(p.requires_grad and p.grad is None for p in pipe.unet.parameters())
         assert pipe.unet.training
     finally:
@@ -270,7 +274,8 @@ def test_wrappers_of_others_may_come_off_later(pipe):
     for other in others:
         other.remove()
     assert torch.equal(draw(pipe), bare)
-    assert "forward" not in vars(pipe.unet) and "encode_prompt" not in vars(pipe)
+    assert "forward" not in vars(pipe.unet)
+    assert "encode_prompt" not in vars(pipe)
 
 
 def test_inference_mode_outside(pipe):
@@ -323,7 +328,8 @@ def test_a_lora_like_layer_is_in_what_is_guided():
     expected = own_loop(pipe, [Zest()])
     with attach(pipe, [Zest()], segments=SEGMENTS, seeds=[5, 6]):
         got = draw(pipe)
-    assert torch.equal(got, expected) and not torch.equal(got, plain)
+    assert torch.equal(got, expected)
+    assert not torch.equal(got, plain)
 
 
 def test_ip_adapter_images_are_replayed():
@@ -403,7 +409,8 @@ def test_what_cannot_work_is_refused(pipe, guidances, attached, called, message)
     with pytest.raises(ValueError, match=message):
         with attach(pipe, guidances, **attached):
             draw(pipe, **called)
-    assert "encode_prompt" not in vars(pipe) and "forward" not in vars(pipe.unet)
+    assert "encode_prompt" not in vars(pipe)
+    assert "forward" not in vars(pipe.unet)
 
 
 def test_phrases_with_prompt_embeds_are_refused(pipe):

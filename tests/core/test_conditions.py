@@ -21,7 +21,8 @@ from guidekit.masks import box_mask, load_mask, resize_mask
 def test_box_covers_its_share_of_the_picture():
     mask = box_mask((0.25, 0.1, 0.75, 0.35), 100)
     assert mask.mean().item() == pytest.approx(0.125, abs=1e-6)
-    assert mask[20, 50] == 1 and mask[50, 50] == 0
+    assert mask[20, 50] == 1
+    assert mask[50, 50] == 0
     fine = box_mask((0.105, 0, 0.5, 1), 100)
     assert fine[0, 10].item() == pytest.approx(0.5, abs=1e-5)  # a pixel cut in half
 
@@ -47,7 +48,8 @@ def test_wrong_box_names_the_form(box):
 def test_wrong_mask_says_why(mask, says):
     with pytest.raises(ValueError) as error:
         Segment("red circle", mask)
-    assert says in str(error.value) and "red circle" in str(error.value)
+    assert says in str(error.value)
+    assert "red circle" in str(error.value)
 
 
 def test_resizing_keeps_the_mean_of_a_soft_mask():
@@ -63,7 +65,8 @@ def test_batches_are_padded_with_empty_masks_and_zero_strengths():
     two = Condition("a b", segments=(*one.segments, Segment("b", torch.ones(5, 5))))
     masks, strengths = segment_masks([one, two], 4, 4), segment_strengths([one, two])
     assert masks.shape == (2, 2, 4, 4)
-    assert masks[0, 1].sum() == 0 and masks[1, 1].min() == 1
+    assert masks[0, 1].sum() == 0
+    assert masks[1, 1].min() == 1
     assert strengths.tolist() == [[2.0, 0.0], [2.0, 1.0]]
 
 
@@ -93,7 +96,8 @@ def test_parse_segment_reads_boxes_files_and_strengths(tmp_path):
     Image.fromarray(np.array([[255, 0]], np.uint8)).save(path)
     assert parse_segment(f"red circle={path}").mask.tolist() == [[1.0, 0.0]]
     segment = parse_segment("blue square=0.5,0.5,0.9,0.9@0.7")
-    assert segment.phrase == "blue square" and segment.strength == 0.7
+    assert segment.phrase == "blue square"
+    assert segment.strength == 0.7
     assert segment.box == (0.5, 0.5, 0.9, 0.9)
 
 
@@ -122,7 +126,8 @@ def test_segments_are_cut_where_a_file_or_a_box_is(
     if name is None:
         assert segment.box == (0, 0, 0.5, 1)
     else:
-        assert torch.equal(segment.mask, load_mask(name)) and segment.size == (4, 1)
+        assert torch.equal(segment.mask, load_mask(name))
+        assert segment.size == (4, 1)
 
 
 def test_a_segment_that_names_two_files_is_refused(tmp_path, monkeypatch):
@@ -178,7 +183,8 @@ def test_layout_reads_boxes_masks_indices_and_colours(tmp_path):
     condition = load_layout(_layout(tmp_path, layout))
     assert condition.prompt == "a red circle and a star"
     assert condition.segments[0].mask.tolist() == [[0, 0], [1, 1]]
-    assert condition.segments[0].strength == 0.5 and condition.segments[1].box == (0, 0, 0.5, 1)
+    assert condition.segments[0].strength == 0.5
+    assert condition.segments[1].box == (0, 0, 0.5, 1)
     indexed.convert("RGB").save(tmp_path / "map.png")
     layout["segments"] = [{"phrase": "star", "value": "#ff0000"}]
     assert load_layout(_layout(tmp_path, layout)).segments[0].mask.tolist() == [[0, 1], [0, 0]]
@@ -203,7 +209,8 @@ def test_maps_of_16_bits_hold_indices(tmp_path, kind, high):
     values = np.array([0, 5, high], np.uint16)[INDEX]
     name = f"map.{kind[:3].lower()}"
     found = _masks_of(tmp_path, Image.fromarray(values), [high, 5], name=name)
-    assert np.array_equal(found[0], INDEX == 2) and np.array_equal(found[1], INDEX == 1)
+    assert np.array_equal(found[0], INDEX == 2)
+    assert np.array_equal(found[1], INDEX == 1)
     with pytest.raises(ValueError, match=f"no pixel of the map is 3; it holds 0, 5, {high}"):
         _masks_of(tmp_path, Image.fromarray(values), [3])
     with pytest.raises(ValueError, match="16 bits or more, so `value` must be a whole number"):

@@ -264,7 +264,8 @@ def test_folders_are_loaded_and_replays_equal(sd, tmp_path):
         folder = tmp_path / type(model).__name__
         model.save_pretrained(folder)
         again = load_control(folder)
-        assert type(again) is type(model) and not again.training
+        assert type(again) is type(model)
+        assert not again.training
         assert torch.equal(ours(sd, Control(folder, ONE)), ours(sd, Control(model, ONE)))
 
 

@@ -166,7 +166,8 @@ def test_any_branch_can_be_read(pipe):
     cond = drawn(pipe, [Reads(branch="cond")], [swapped], [5], steps=1).guidances[0]
     for kind in ("attention", "features"):
         one, other = getattr(null, kind), getattr(cond, kind)
-        assert one.keys() == other.keys() and one
+        assert one.keys() == other.keys()
+        assert one
         for site, maps in one.items():
             torch.testing.assert_close(maps, other[site], rtol=1e-4, atol=1e-5)
     perturbed = drawn(pipe, [PerturbedAttention(), Reads(branch="pag")], [RED], [5], steps=1)

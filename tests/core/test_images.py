@@ -59,7 +59,8 @@ def test_images_of_pillows_other_modes(mode):
         "PA": Image.fromarray(alpha).convert("P").convert("PA"),
     }.get(mode) or Image.fromarray(RGB).convert(mode)
     shown = as_rgb(made)
-    assert shown.mode == "RGB" and shown.size == made.size
+    assert shown.mode == "RGB"
+    assert shown.size == made.size
     if mode == "RGBa":
         expected = RGB * (128 / 255) + 255 * (127 / 255)
         assert np.abs(np.asarray(shown) - expected).max() <= 2
@@ -106,7 +107,8 @@ def test_fractions_are_shares(values):
 @given(st.tuples(*[st.integers(1, 300)] * 2), st.tuples(*[st.integers(1, 300)] * 2))
 def test_the_middle_has_the_wanted_shape_and_lies_inside(given, wanted):
     left, top, right, bottom = middle(given, wanted)
-    assert 0 <= left < right <= given[0] and 0 <= top < bottom <= given[1]
+    assert 0 <= left < right <= given[0]
+    assert 0 <= top < bottom <= given[1]
     assert (right - left) * wanted[0] == pytest.approx((bottom - top) * wanted[1], rel=1e-6)
     assert right - left == pytest.approx(given[0]) or bottom - top == pytest.approx(given[1])
     assert abs(left - (given[0] - right)) <= 1 + 1e-6  # an odd pixel
@@ -135,7 +137,8 @@ def test_a_reference_that_is_no_square_is_cut_padded_or_cut_thrice(size):
     (padded,) = reference.views(24, "pad")
     assert torch.equal(Reference(image, fit="pad").pixels(24), padded)
     along = padded if size[0] > size[1] else padded.transpose(1, 2)
-    assert (along[:, :8] == 1).all() and (along[:, 16:] == 1).all()  # white on both sides
+    assert (along[:, :8] == 1).all()
+    assert (along[:, 16:] == 1).all()
     for i, colour in enumerate((red, green, blue)):
         assert torch.equal(along[:, 8:16, 8 * i : 8 * i + 8], colour.expand(3, 8, 8))
 
@@ -144,7 +147,8 @@ def test_a_square_is_the_same_however_it_is_fitted():
     image = Image.fromarray(RGB)
     for fit, count in (("crop", 1), ("pad", 1), ("crops", 3)):
         found = fitted(image, SIZE, fit)
-        assert len(found) == count and all(f.tobytes() == image.tobytes() for f in found)
+        assert len(found) == count
+        assert all(f.tobytes() == image.tobytes() for f in found)
 
 
 def test_a_reference_of_a_path_is_the_loaded_one(tmp_path):
@@ -169,7 +173,8 @@ def test_parts_of_a_drawings_shape(tmp_path):
     assert found.shape == (3, 3, 8, 16)
     expected = ImageOps.fit(three(24, 8), (16, 8))
     assert torch.equal(found[1], torch.from_numpy(np.array(expected)).permute(2, 0, 1) / 127.5 - 1)
-    assert (found[0, 0, :, 0] == 1).all() and (found[2, 0] == -1).all()  # red is at the start
+    assert (found[0, 0, :, 0] == 1).all()
+    assert (found[2, 0] == -1).all()
     assert len(read_references(["scene-3"], (8, 16), "crops")) == 3
 
 

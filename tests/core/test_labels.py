@@ -20,7 +20,8 @@ def test_the_shipped_sets():
     assert (len(ade), len(coco)) == (150, 182)
     assert (len(ade.things), len(coco.things)) == (100, 91)
     assert ade.classes[:3] == ("wall", "building", "sky")
-    assert ade.palette[0] == (120, 120, 120) and ade.palette[2] == (6, 230, 230)
+    assert ade.palette[0] == (120, 120, 120)
+    assert ade.palette[2] == (6, 230, 230)
     # Numbers in ADE20K's files count from 1, 0 is void; COCO-Stuff's from 0, 255 is void.
     assert (ade.first, ade.void, coco.first, coco.void) == (1, (0,), 0, (255,))
 
@@ -50,7 +51,8 @@ def test_cocos_categories_are_a_set(tmp_path):
     ]
     (tmp_path / "coco.json").write_text(json.dumps({"categories": rows}))
     found = load_label_set(tmp_path / "coco.json")
-    assert found.classes == ("person", "banner") and found.things == ("person",)
+    assert found.classes == ("person", "banner")
+    assert found.things == ("person",)
     assert found.palette[1] == (255, 255, 128)
 
 

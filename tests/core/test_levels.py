@@ -207,7 +207,8 @@ def test_started_in_the_middle():
         scheduler, _ = make(name, FLOW if "flow" in name else EPS, 6)
         scheduler.set_begin_index(4)
         levels = Levels(scheduler)
-        assert levels.start == 4 and len(levels) == len(whole) - 4
+        assert levels.start == 4
+        assert len(levels) == len(whole) - 4
         assert [levels.at(k) for k in range(len(levels))] == whole[4:]
         assert level(scheduler, scheduler.timesteps[4]) == whole[4]
         assert scheduler.step_index is None

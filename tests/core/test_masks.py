@@ -104,7 +104,8 @@ def test_a_file_means_what_people_mean(name, tmp_path):
     data, expected = MEANS[name]
     (tmp_path / "m.png").write_bytes(data)
     found = load_mask(tmp_path / "m.png")
-    assert found.dtype == torch.float32 and found.shape == HARD.shape
+    assert found.dtype == torch.float32
+    assert found.shape == HARD.shape
     np.testing.assert_allclose(found, expected, atol=1e-6)
     with Image.open(io.BytesIO(data)) as image:
         assert torch.equal(as_mask(image)[0], found)
@@ -229,7 +230,8 @@ def test_a_mask_of_another_shape_than_the_drawing_is_said(tmp_path):
         note
         == "segment 'a': its mask is 64x48 and the drawing 64x64; it is stretched to that shape"
     )
-    assert not stretched([condition], (480, 640)) and not stretched([condition], (49, 64))
+    assert not stretched([condition], (480, 640))
+    assert not stretched([condition], (49, 64))
 
 
 def test_the_run_keeps_the_remark(tmp_path):

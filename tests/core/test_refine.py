@@ -74,7 +74,8 @@ def test_the_step_starts_from_the_refined_z(pipe, cls):
     scheduler = pipe.scheduler if cls is None else cls.from_config(pipe.scheduler.config)
     given, refined = pair(pipe, scheduler)
     first = next(iter(refined))
-    assert torch.equal(first.z, first.carried + 0.5) and first.begins_step
+    assert torch.equal(first.z, first.carried + 0.5)
+    assert first.begins_step
     begun = Sampling(pipe, RED, [Begun(z=first.carried)], **given).finish()
     assert torch.equal(Sampling(pipe, RED, [Shift()], **given).finish().latents, begun.latents)
 
@@ -130,11 +131,14 @@ def test_a_loop_of_no_steps_is_none(pipe):
 def test_each_image_stops_by_itself_and_the_account_says_when(pipe):
     free = drawn(pipe, [Calm(stop=0.3)])
     (row,) = [r for r in free.account.rows if r["step"] == 0]
-    assert row["moves"] == [3, 3] and row["refined"] < row["energy"]
+    assert row["moves"] == [3, 3]
+    assert row["refined"] < row["energy"]
     between = (row["energy"][0] + row["refined"][0]) / 2
     both = drawn(pipe, [Calm(stop=0.3, until=(between, 1e9))])
     (row,) = [r for r in both.account.rows if r["step"] == 0]
-    assert 0 < row["moves"][0] < 3 and row["moves"][1] == 0 and row["grad_norm"][1] == 0
+    assert 0 < row["moves"][0] < 3
+    assert row["moves"][1] == 0
+    assert row["grad_norm"][1] == 0
     assert both.account.edits == {"calm": 1}
     alone = drawn(pipe, [Calm(stop=0.3, until=(between,))], [RED], [5])
     torch.testing.assert_close(both.latents[:1], alone.latents, rtol=1e-4, atol=1e-4)
@@ -195,7 +199,8 @@ def test_a_z_of_another_shape_is_refused(pipe):
 
 def test_noise_alone_is_not_informative(pipe):
     flow = next(iter(Sampling(sd3_pipeline(), RED, steps=2)))
-    assert flow.level.a == 0 and not flow.informative
+    assert flow.level.a == 0
+    assert not flow.informative
     assert next(iter(Sampling(pipe, RED, steps=2))).informative
 
 

@@ -67,7 +67,8 @@ def install(tmp_path, monkeypatch):
 def test_listing_imports_nothing(install):
     install("acme", "raise RuntimeError('imported')")
     found = {entry.name: entry for entry in entries()}
-    assert found["zest"].first_party and found["zest"].module == "guidekit_zest"
+    assert found["zest"].first_party
+    assert found["zest"].module == "guidekit_zest"
     assert not found["acme"].first_party
     assert (found["acme"].distribution, found["acme"].version) == ("guidekit-acme", "1.2")
     assert "guidekit_acme_module" not in sys.modules
@@ -163,7 +164,8 @@ def every(monkeypatch):
 def test_options_take_the_types_of_their_fields(every):
     made = every(scale="2", count="3", name_=7, on="true", limit="0.5")
     assert (made.scale, made.count, made.name_, made.on, made.limit) == (2.0, 3, "7", True, 0.5)
-    assert made.name == "every" and type(made.scale) is float
+    assert made.name == "every"
+    assert type(made.scale) is float
 
 
 def test_paths_are_relative_to_the_file_that_names_them(monkeypatch):

@@ -180,7 +180,8 @@ def test_recurrence_starts_each_repeat_from_the_same_scheduler_state(pipe):
     ]
     for i in range(0, 9, 3):
         (a, z, index, outs), (b, _, index_b, outs_b), _ = guidance.seen[i : i + 3]
-        assert index == index_b and a.level == b.level
+        assert index == index_b
+        assert a.level == b.level
         assert (outs[0] is None) == (outs_b[0] is None)
         assert outs[0] is None or torch.equal(outs[0], outs_b[0])  # the history before this step
         noise = sampling.run.noise((4, 16, 16), a.index, 1, "recurrence")
@@ -236,7 +237,8 @@ def test_tries_are_bounded_and_the_last_draw_stays(pipe):
 
     guidance = Never()
     images = draw(pipe, RED, [guidance], seeds=[5], tries=3, steps=2)
-    assert len(guidance.tries) == 3 and len({s for (s,) in guidance.tries}) == 3
+    assert len(guidance.tries) == 3
+    assert len({s for (s,) in guidance.tries}) == 3
     last = draw(pipe, RED, seeds=guidance.tries[-1], steps=2)
     assert torch.equal(images, last)
 

@@ -58,7 +58,8 @@ def test_a_saved_run_is_drawn_again_from_its_run_json(drawn, tmp_path):
         pair = [np.asarray(Image.open(f / f"{seed}.png")) for f in (folder, tmp_path / "again")]
         assert np.array_equal(*pair)
     record = json.loads((folder / "run.json").read_text())["record"]
-    assert record["energy"]["zest"] and record["finished"] == [4, 2]
+    assert record["energy"]["zest"]
+    assert record["finished"] == [4, 2]
     carried = json.loads(Image.open(folder / "4.png").text["guidekit"])["files"]
     mask = base64.b64decode(carried["masks/0-red-circle.png"])
     assert np.array_equal(Image.open(io.BytesIO(mask)), 255 * disc().astype("uint8"))

@@ -68,7 +68,8 @@ def test_first_order_steps_are_the_schedulers(pipe, cls, others):
     own = drawn(pipe, Ode(), *others, scheduler=scheduler)
     theirs = drawn(pipe, *others, scheduler=scheduler)
     torch.testing.assert_close(own.latents, theirs.latents, rtol=1e-3, atol=1e-4)
-    assert own.account.edits["ode"] == 4 and own.images.shape == theirs.images.shape
+    assert own.account.edits["ode"] == 4
+    assert own.images.shape == theirs.images.shape
 
 
 def test_other_schedulers_lend_their_levels(pipe):

@@ -78,7 +78,8 @@ def test_zest_pushes_once_a_step_of_the_solver(pipe, cls):
     sampling = Sampling(pipe, RED, [Zest(stop=1.0, scale=0.1)], **given).finish()
     rows = Counter(row["step"] for row in sampling.account.rows)
     ends = [calls[-1] for calls in sampling.run.levels.steps]
-    assert [*rows] == ends and set(rows.values()) == {1}
+    assert [*rows] == ends
+    assert set(rows.values()) == {1}
     assert sampling.engine.injector.backwards == len(ends)
 
 
@@ -103,6 +104,7 @@ def test_attached_to_image_to_image_it_is_the_own_loop(pipe, cls):
             output_type="latent",
             **given,
         ).images
-    assert attached.account.rows and attached.run.levels.start == ours.run.levels.start > 0
+    assert attached.account.rows
+    assert attached.run.levels.start == ours.run.levels.start > 0
     assert attached.step.level == ours.run.levels.at(attached.step.index)
     assert torch.equal(latents, ours.latents)

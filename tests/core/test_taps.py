@@ -75,7 +75,8 @@ def test_reading_leaves_the_output_bit_equal(name):
         after = run(model, inputs)
     assert len(seen) == len(names) == len(find_sites(model, SITES[name]))
     assert all(map(torch.all, seen))
-    assert torch.equal(before, during) and torch.equal(before, after)
+    assert torch.equal(before, during)
+    assert torch.equal(before, after)
     assert not traces(model)
 
 
@@ -94,7 +95,8 @@ def test_blocks_leave_the_output_bit_equal(name):
         before = run(model, inputs)
         with tap_blocks(model, edit, "*"):
             during = run(model, inputs)
-    assert torch.equal(before, during) and not traces(model)
+    assert torch.equal(before, during)
+    assert not traces(model)
     assert all(f.ndim == 4 and f.shape[0] == tiny.BATCH for f in features.values())
 
 
@@ -386,7 +388,8 @@ def test_an_invisible_backend_is_native_during_tapped_calls_only(monkeypatch):
         processor._attention_backend = "flex"
         with tap_attention(model, lambda call: seen.append(call.site), tapped):
             run(model, inputs)
-    assert seen == [tapped] * 2 and used == ["flex"] * 3
+    assert seen == [tapped] * 2
+    assert used == ["flex"] * 3
     assert processor._attention_backend == "flex"
     assert _AttentionBackendRegistry._active_backend == AttentionBackendName.NATIVE
 
@@ -399,7 +402,8 @@ def test_an_edit_may_replace_the_output():
             zero = run(model, inputs)
         with tap_attention(model, lambda call: call.identity(), "*.attn1"):
             perturbed = run(model, inputs)
-    assert not torch.allclose(before, zero) and not torch.allclose(before, perturbed)
+    assert not torch.allclose(before, zero)
+    assert not torch.allclose(before, perturbed)
 
 
 def test_processors_are_the_same_objects():

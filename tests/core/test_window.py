@@ -80,8 +80,10 @@ def test_in_a_pipeline(pipe):
 def test_it_is_typed_the_same_from_everywhere():
     for value in (5.42, "5.42", 5):
         made = Registry().make_guidance("zest", {"sigma_start": value, "sigma_stop": "0.28"})
-        assert made.sigma_start == float(value) and made.sigma_stop == 0.28
-    assert made.window == "0 to 0.5, sigma 5 to 0.28" and Dim().window == "0 to 1"
+        assert made.sigma_start == float(value)
+        assert made.sigma_stop == 0.28
+    assert made.window == "0 to 0.5, sigma 5 to 0.28"
+    assert Dim().window == "0 to 1"
     for wrong in ({"sigma_start": 0.2, "sigma_stop": 5}, {"sigma_stop": -1}, {"sigma_start": 0}):
         with pytest.raises(ValueError, match="dim: sigma_start and sigma_stop are noise levels"):
             Dim(**wrong)

@@ -19,7 +19,8 @@ def test_it_climbs_to_the_highest_and_asks_once_for_each():
 
     best = beam_search([A, B], score, width=2, rounds=6)
     assert best == pytest.approx((2.0, 0.01))
-    assert len(asked) == len(set(asked)) and all(a <= 8 and b <= 1 for a, b in asked)
+    assert len(asked) == len(set(asked))
+    assert all(a <= 8 and b <= 1 for a, b in asked)
 
 
 def test_no_rise_ends_it_and_no_number_is_the_lowest():
@@ -29,7 +30,8 @@ def test_no_rise_ends_it_and_no_number_is_the_lowest():
         asked.append(values)
         return -values[0]
 
-    assert beam_search([A], falling, width=1) == (0.25,) and len(asked) == 2
+    assert beam_search([A], falling, width=1) == (0.25,)
+    assert len(asked) == 2
     assert beam_search([A], lambda v: math.nan if v[0] > 0.3 else 0.0, width=1) == (0.25,)
 
 

@@ -66,8 +66,10 @@ def test_layout_on_the_built_in_world_is_the_benchmarks_row(drawn, tmp_path):
     assert rows[drawn.name] == json.loads(json.dumps({"n": N} | counts.row()))
     assert rows["real scenes"] == rows[drawn.name]
     gain = rows[drawn.name]["mIoU"] - rows["other"]["mIoU"]
-    assert rows[f"{drawn.name} - other"]["mIoU"] == pytest.approx(gain) and gain > 0.3
-    assert table["judge"]["sha256"] and table["versions"]["torch"]
+    assert rows[f"{drawn.name} - other"]["mIoU"] == pytest.approx(gain)
+    assert gain > 0.3
+    assert table["judge"]["sha256"]
+    assert table["versions"]["torch"]
     assert "| real scenes | 12 |" in (tmp_path / "r/results.md").read_text()
 
 
@@ -104,7 +106,8 @@ def test_a_panoptic_sample_with_a_mask2former(tmp_path):
     assert done.exit_code == 0, done.stderr
     table = json.loads(done.stdout)
     (row,) = table["rows"]
-    assert row["n"] == 10 and 0 <= row["mIoU"] <= row["mIoU labelled"] <= 1
+    assert row["n"] == 10
+    assert 0 <= row["mIoU"] <= row["mIoU labelled"] <= 1
     assert "give --real" in table["notes"][0]
     found = read_label_maps(str(maps), "panoptic")
     assert found.names == NAMES
@@ -132,7 +135,8 @@ def test_maps_of_every_data_set_have_one_numbering(tmp_path):
     place = [{"phrase": "cat", "box": [0, 0, 0.5, 1]}, {"phrase": "ant", "box": [0.5, 0, 1, 1]}]
     (tmp_path / "7.json").write_text(json.dumps({"prompt": "a cat, an ant", "segments": place}))
     maps = read_label_maps(str(tmp_path), "layout")
-    assert maps.names == ("ant", "cat") and maps.map("7")[0, [0, -1]].tolist() == [2, 1]
+    assert maps.names == ("ant", "cat")
+    assert maps.map("7")[0, [0, -1]].tolist() == [2, 1]
 
 
 def test_zestguides_protocols():
@@ -150,7 +154,8 @@ def test_a_judge_that_guided_is_refused(drawn, tmp_path):
     plugin = {"clip": {"model": "scenes-clip", "scale": 1.0}}
     (folder / "run.json").write_text(json.dumps({"sample": {"prompt": "x"}, "plugin": plugin}))
     done = run("eval", "prompts", folder)
-    assert done.exit_code == 2 and "scenes-clip guided the images" in done.stderr
+    assert done.exit_code == 2
+    assert "scenes-clip guided the images" in done.stderr
     assert run("eval", "prompts", folder, "--clip", "scenes-clip-2").exit_code == 0
 
 
@@ -161,7 +166,8 @@ def test_folders_are_known_by_their_path_and_not_by_their_name(drawn, tmp_path, 
     monkeypatch.chdir(folder)
     for name in (folder, "."):
         (row,) = json.loads(run("eval", "prompts", name, "--json").stdout)["rows"]
-        assert row["CLIP score"] == wanted["CLIP score"] and row["n"] == N
+        assert row["CLIP score"] == wanted["CLIP score"]
+        assert row["n"] == N
 
 
 def test_sheets_of_grids_are_no_images_at_any_depth(drawn, tmp_path):
@@ -181,7 +187,8 @@ def test_captions_fit_their_own_images_best(drawn, tmp_path):
     rows = json.loads(run("eval", "prompts", drawn, other, "--paired", "--json").stdout)["rows"]
     gap = rows[0]["CLIP score"] - rows[1]["CLIP score"]
     assert gap > 1
-    assert rows[2]["CLIP score"] == pytest.approx(gap) and rows[2]["CLIP score 95%"][0] > 0
+    assert rows[2]["CLIP score"] == pytest.approx(gap)
+    assert rows[2]["CLIP score 95%"][0] > 0
     words = ("--real", other, "--among", N, "--json")
     (row,) = json.loads(run("eval", "retrieval", drawn, *words).stdout)["rows"]
     assert row["top 10"] >= row["top 1"] > 0.2
@@ -200,7 +207,8 @@ def test_quality_is_torch_fidelitys_by_our_extractor(drawn, tmp_path):
     done = run("eval", "quality", drawn, "--real", real, "--draws", 5, "--json")
     assert done.exit_code == 0, done.stderr
     row, ceiling = json.loads(done.stdout)["rows"]
-    assert row["n"] == row["n real"] == N and ceiling["images"] == "real against real"
+    assert row["n"] == row["n real"] == N
+    assert ceiling["images"] == "real against real"
     theirs = torch_fidelity.calculate_metrics(
         input1=str(drawn), input2=str(real), feature_extractor=register("scenes-judge"), cuda=False,
         kid=True, prc=True, kid_subsets=1, kid_subset_size=N, cache=False, verbose=False,
@@ -223,8 +231,10 @@ def test_layout_has_the_clip_score_of_its_prompts(drawn, tmp_path):
     table = json.loads(run("eval", "layout", drawn, other, *words).stdout)
     own, wrong, real, gap, none = (row["CLIP score"] for row in table["rows"])
     (alone,) = json.loads(run("eval", "prompts", drawn, "--json").stdout)["rows"]
-    assert real == own == pytest.approx(alone["CLIP score"]) and none == 0
-    assert gap == pytest.approx(own - wrong) and gap > 1
+    assert real == own == pytest.approx(alone["CLIP score"])
+    assert none == 0
+    assert gap == pytest.approx(own - wrong)
+    assert gap > 1
     assert table["clip"]["name"] == "scenes-clip"
 
 
@@ -256,13 +266,15 @@ def test_pairs_of_quality_retrieval_and_diversity_are_the_rows_differences(drawn
             wanted = rows[drawn.name][name] - rows["other"][name]
             assert gap[name] == pytest.approx(wanted, abs=1e-9), (command, name)
         done = run("eval", command, drawn, *words, "--paired")
-        assert done.exit_code == 2 and "give another FOLDER" in done.stderr
+        assert done.exit_code == 2
+        assert "give another FOLDER" in done.stderr
     (drawn / "prompts.jsonl").unlink()
 
 
 def test_inverse_and_diversity(drawn, tmp_path):
     (row,) = json.loads(run("eval", "inverse", drawn, "--real", drawn, "--json").stdout)["rows"]
-    assert row["SSIM"] == pytest.approx(1) and row["PSNR"] == 100
+    assert row["SSIM"] == pytest.approx(1)
+    assert row["PSNR"] == 100
     other = shuffled(tmp_path / "other", drawn)
     words = ("--real", drawn, "--paired", "--json")
     rows = json.loads(run("eval", "inverse", drawn, other, *words).stdout)["rows"]
@@ -274,9 +286,11 @@ def test_inverse_and_diversity(drawn, tmp_path):
         (pairs / f"{i}.png").write_bytes(file.read_bytes())
         (pairs / f"{i}.txt").write_text(f"prompt {i // 2}")
     (row,) = json.loads(run("eval", "diversity", pairs, "--json").stdout)["rows"]
-    assert (row["n"], row["prompts"]) == (4, 2) and row["distance"] > 0
+    assert (row["n"], row["prompts"]) == (4, 2)
+    assert row["distance"] > 0
     done = run("eval", "diversity", drawn)
-    assert done.exit_code == 2 and "diversity needs two" in done.stderr
+    assert done.exit_code == 2
+    assert "diversity needs two" in done.stderr
 
 
 def test_tars_and_folders_are_the_same_images(drawn, tmp_path):
@@ -303,11 +317,13 @@ def test_other_scorers_find_their_folders(drawn, tmp_path):
     words = ("--write", "t2i-compbench", "--out", tmp_path / "t")
     assert run("eval", "prompts", drawn, *words).exit_code == 0
     names = sorted(path.name for path in (tmp_path / "t/samples").iterdir())
-    assert len(names) == N and any(name.startswith(f"{prompts['3']}_") for name in names)
+    assert len(names) == N
+    assert any(name.startswith(f"{prompts['3']}_") for name in names)
     (tmp_path / "none.jsonl").write_text('{"prompt": "a zebra"}\n')
     words = ("--write", "geneval", "--metadata", tmp_path / "none.jsonl", "--out", tmp_path / "x")
     done = run("eval", "prompts", drawn, *words)
-    assert done.exit_code == 2 and "'a zebra'" in done.stderr
+    assert done.exit_code == 2
+    assert "'a zebra'" in done.stderr
 
 
 @pytest.mark.parametrize(
@@ -323,7 +339,8 @@ def test_other_scorers_find_their_folders(drawn, tmp_path):
 )
 def test_what_cannot_work_is_refused(drawn, words, message):
     done = run("eval", *(drawn if word == "D" else word for word in words))
-    assert done.exit_code == 2 and message in done.stderr, done.stderr
+    assert done.exit_code == 2, done.stderr
+    assert message in done.stderr, done.stderr
 
 
 @pytest.mark.parametrize(
@@ -340,7 +357,8 @@ def test_damaged_prompts_are_refused_in_one_line(tmp_path, name, text, message):
     Image.new("RGB", (8, 8)).save(tmp_path / "a.png")
     (tmp_path / name).write_bytes(text if isinstance(text, bytes) else text.encode())
     done = run("eval", "prompts", tmp_path)
-    assert done.exit_code == 2 and message in done.stderr, done.stderr
+    assert done.exit_code == 2, done.stderr
+    assert message in done.stderr, done.stderr
 
 
 @pytest.mark.parametrize(

@@ -19,7 +19,8 @@ def test_miou_of_shifted_box_and_of_spilling_object():
     everywhere = np.full_like(wanted, 5)
     full = evaluate.mean_iou(*evaluate.overlaps(everywhere, wanted), asked)
     labelled = evaluate.mean_iou(*evaluate.overlaps(everywhere, wanted, True), asked)
-    assert full == pytest.approx(0.5) and labelled == 1.0  # spilling is free only where labelled
+    assert full == pytest.approx(0.5)
+    assert labelled == 1.0
 
 
 def test_miou_is_over_the_set_not_the_mean_of_pictures():
@@ -38,7 +39,8 @@ def test_presence_counts_objects_found_anywhere():
     found[0, 9, :] = 3
     found[0, 0, 0] = 4  # one pixel of a hundred is less than FOUND
     seen, asked = evaluate.presence(found, wanted)
-    assert seen.tolist() == [1] and asked.tolist() == [2]
+    assert seen.tolist() == [1]
+    assert asked.tolist() == [2]
 
 
 def test_frechet_of_gaussians_is_the_closed_form():
@@ -81,4 +83,5 @@ def test_judge_reads_real_scenes():
         wanted = np.stack([scenes.labels(plan, size) for plan in plans])
         inter, union = evaluate.overlaps(verdict.classes, wanted)
         assert evaluate.mean_iou(inter, union, evaluate.asked_pixels(wanted)) > 0.85
-        assert verdict.features.shape == (60, 64) and torch.isfinite(images).all()
+        assert verdict.features.shape == (60, 64)
+        assert torch.isfinite(images).all()

@@ -55,8 +55,10 @@ def test_lpips_is_torch_fidelitys(weights, monkeypatch):
     a, b = images(2)
     wanted = float(network(to_uint8(a)[None], to_uint8(b)[None]))
     ours = load_lpips(path)
-    assert ours.distance(a, b) == pytest.approx(wanted, rel=1e-4) and wanted > 1e-3
-    assert ours.distance(a, a) == 0 and len(ours.hashes) == 1
+    assert ours.distance(a, b) == pytest.approx(wanted, rel=1e-4)
+    assert wanted > 1e-3
+    assert ours.distance(a, a) == 0
+    assert len(ours.hashes) == 1
 
 
 def test_spread_is_the_mean_of_all_pairs(weights):
@@ -79,13 +81,15 @@ def test_eval_has_its_columns_and_refuses_one_that_guided(weights, tmp_path):
     assert done.exit_code == 0, done.stderr
     table = json.loads(done.stdout)
     far, same, gap = (row["LPIPS"] for row in table["rows"])
-    assert same == 0 < far == gap and len(table["lpips"]["sha256"]) == 1
+    assert same == 0 < far == gap
+    assert len(table["lpips"]["sha256"]) == 1
     (row,) = json.loads(run("eval", "diversity", a, *words).stdout)["rows"]
     assert row["LPIPS"] == pytest.approx(far)
     record = {"sample": {"prompt": "noise"}, "plugin": {"energy": {"network": str(path)}}}
     (a / "run.json").write_text(json.dumps(record))
     done = run("eval", "inverse", a, "--real", b, *words)
-    assert done.exit_code == 2 and "guided the images" in done.stderr
+    assert done.exit_code == 2
+    assert "guided the images" in done.stderr
 
 
 def test_other_weights_are_refused(tmp_path):

@@ -75,7 +75,8 @@ def test_counts_by_parts_are_those_of_the_whole():
     whole.add(found, wanted)
     for i in range(0, 9, 2):
         parts.add(found[i : i + 2], wanted[i : i + 2])
-    assert parts.row() == whole.row() and parts.n == 9
+    assert parts.row() == whole.row()
+    assert parts.n == 9
 
 
 def test_a_paired_difference_is_surer_than_two_intervals():
@@ -87,7 +88,9 @@ def test_a_paired_difference_is_surer_than_two_intervals():
         return lambda i: float(values[i].mean())
 
     value, (low, high) = difference(mean(a), mean(b), 200)
-    assert value == pytest.approx(0.2, abs=0.01) and low < value < high and high - low < 0.01
+    assert value == pytest.approx(0.2, abs=0.01)
+    assert low < value < high
+    assert high - low < 0.01
     own = interval(mean(a), 200)
     assert own[1] - own[0] > 0.2
 

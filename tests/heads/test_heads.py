@@ -72,7 +72,8 @@ def test_class_folders_and_an_attribute(tmp_path):
         for i in range(count):
             picture(tmp_path / name / f"{i}.png")
     found = read_examples(tmp_path, SIZE)
-    assert found.kind == "classes" and found.classes == ("negative", "positive")
+    assert found.kind == "classes"
+    assert found.classes == ("negative", "positive")
     assert found.per_class == {"negative": 2, "positive": 3}
     assert found.load([0, 4]).shape == (2, 3, 16, 16)
 
@@ -95,11 +96,15 @@ def test_masks_by_stem_with_names_and_free_pixels(tmp_path):
         mask.save(tmp_path / "masks" / f"{stem}.png")
     (tmp_path / "classes.txt").write_text("sky\nsea\nland\nsun\n")
     found = read_examples(tmp_path, SIZE)
-    assert found.classes == ("sky", "sun") and found.values == (0, 3)
+    assert found.classes == ("sky", "sun")
+    assert found.values == (0, 3)
     mask = found.masks(1)
-    assert (mask[0] == -1).all() and mask[1, 0] == 0 and mask[1, 15] == 1
+    assert (mask[0] == -1).all()
+    assert mask[1, 0] == 0
+    assert mask[1, 15] == 1
     soft = soft_masks(mask[None], 2, (4, 4))
-    assert float(soft[0, 0, 0, 0]) == 0.75 and float(soft[0, 1, 0, 0]) == 0
+    assert float(soft[0, 0, 0, 0]) == 0.75
+    assert float(soft[0, 1, 0, 0]) == 0
 
 
 @pytest.mark.parametrize("name", ["labels.csv", "metadata.jsonl"])
@@ -113,7 +118,8 @@ def test_tables_with_several_labels(tmp_path, name):
         lines = [json.dumps({"file_name": f"{i}.png", "label": s}) for i, s in enumerate(sets)]
     (tmp_path / name).write_text("\n".join(lines))
     found = read_examples(tmp_path, SIZE)
-    assert found.kind == "labels" and found.classes == ("hat", "smile")
+    assert found.kind == "labels"
+    assert found.classes == ("hat", "smile")
     assert found.targets.tolist() == [[1, 1], [1, 0], [0, 1]]
 
 
@@ -122,7 +128,8 @@ def test_a_table_with_a_column_per_label(tmp_path):
         picture(tmp_path / f"{i}.png")
     (tmp_path / "a.csv").write_text("file,hat,smile\n0.png,1,-1\n1.png,0,1\n")
     found = read_examples(tmp_path / "a.csv", SIZE)
-    assert found.kind == "labels" and found.targets.tolist() == [[1, 0], [0, 1]]
+    assert found.kind == "labels"
+    assert found.targets.tolist() == [[1, 0], [0, 1]]
 
 
 CATS = {
@@ -314,7 +321,8 @@ def test_the_cache_streams_and_is_used_again(denoiser, tmp_path):
     first = collect(denoiser, load, 5, reading, tmp_path, "key", batch=2)
     assert asked == [[0, 1], [2, 3], [4]]
     again = collect(denoiser, load, 5, reading, tmp_path, "key", batch=2)
-    assert len(asked) == 3 and np.array_equal(first["500.mid_block"], again["500.mid_block"])
+    assert len(asked) == 3
+    assert np.array_equal(first["500.mid_block"], again["500.mid_block"])
     (maps,) = observe(denoiser, pictures, reading)
     expected = pooled(maps, ["mid_block"], 2).detach().numpy()
     np.testing.assert_allclose(first["500.mid_block"], expected, rtol=1e-4, atol=1e-5)
@@ -353,7 +361,8 @@ def test_strength_and_temperature_are_cross_validated():
     logits = found.logits(test)
     assert (logits.argmax(1) == labels).mean() > 0.75
     calibrated = log_loss(logits, labels)
-    assert calibrated < log_loss(4 * logits, labels) and calibrated < log_loss(logits / 4, labels)
+    assert calibrated < log_loss(4 * logits, labels)
+    assert calibrated < log_loss(logits / 4, labels)
     assert found.scores["folds"] == 5
 
 
@@ -367,14 +376,18 @@ def test_rows_of_a_fold_that_is_left_out_are_not_scored():
     x[:, 0] += 6 * (y == 1)
     x[:, 1] += 6 * (y == 2)
     found = fit_linear(x, y, 3, groups=groups)
-    assert found.scores["folds"] == 4 and found.scores["rows"] == 400
-    assert found.scores["accuracy"] > 0.99 and found.scores["log_loss"] < 0.05
+    assert found.scores["folds"] == 4
+    assert found.scores["rows"] == 400
+    assert found.scores["accuracy"] > 0.99
+    assert found.scores["log_loss"] < 0.05
 
 
 def test_one_example_of_a_class_has_the_defaults():
     x = np.random.default_rng(0).normal(size=(3, 8))
     found = fit_linear(x, np.arange(3), 3)
-    assert found.scores == {} and found.temperature == 1 and found.strength == 0.01
+    assert found.scores == {}
+    assert found.temperature == 1
+    assert found.strength == 0.01
     assert (found.logits(x).argmax(1) == np.arange(3)).all()
 
 
@@ -394,7 +407,8 @@ def test_rare_classes_weigh_as_much_as_frequent_ones():
 def test_classes_are_learned_and_saved(denoiser, tmp_path):
     pictures, targets = bright_and_dark()
     head, report = fit(denoiser, Examples.of(pictures, targets, ["right", "left"]))
-    assert report.scores["accuracy"] > 0.9 and report.notes == []
+    assert report.scores["accuracy"] > 0.9
+    assert report.notes == []
     assert (head.predict(denoiser, pictures).argmax(1) == targets).all()
     again = load_head(head.save(tmp_path / "head"), denoiser)
     assert again.config == head.config
@@ -442,7 +456,8 @@ def test_masks_are_learned(denoiser, estimator):
 def test_variants_keep_picture_and_mask_together():
     pictures, masks = halves(1)
     same, mask = varied(pictures[0], masks[0], 0)
-    assert torch.equal(same, pictures[0]) and torch.equal(mask, masks[0])
+    assert torch.equal(same, pictures[0])
+    assert torch.equal(mask, masks[0])
     flipped, mask = varied(pictures[0], masks[0], 1)
     assert torch.equal(mask, masks[0].flip(-1))
     assert float(flipped[:, mask == 1].mean()) > float(flipped[:, mask == 0].mean())
@@ -462,7 +477,8 @@ def test_one_example_per_class_says_so(denoiser):
     pictures, targets = bright_and_dark(2)
     examples = Examples.of(pictures, targets, ["right", "left"])
     _, report = fit(denoiser, examples)
-    assert "one example only" in report.notes[0] and report.scores == {}
+    assert "one example only" in report.notes[0]
+    assert report.scores == {}
     with pytest.raises(ValueError, match="--auto needs two"):
         fit(denoiser, examples, FitOptions(auto=True))
 
@@ -491,7 +507,8 @@ def test_a_fingerprint_sees_all_weights_and_no_rounding(dtype):
     own, model = fingerprint(Denoiser(pipe)), pipe.unet
     whole = {k: v.clone() for k, v in model.state_dict().items()}
     halved = fingerprint(Denoiser(ddpm_pipeline().to(dtype)))
-    assert same_backbone(own, halved) and own["dtype"] != halved["dtype"]
+    assert same_backbone(own, halved)
+    assert own["dtype"] != halved["dtype"]
     torch.manual_seed(0)
     for weight in model.parameters():
         weight.data += torch.randn_like(weight) * 1e-3
@@ -503,7 +520,8 @@ def test_a_fingerprint_sees_all_weights_and_no_rounding(dtype):
     model.load_state_dict(whole)
     pipe.scheduler = DDPMScheduler(beta_schedule="squaredcos_cap_v2")
     other = fingerprint(Denoiser(pipe))
-    assert same_backbone(own, other) and not same_backbone(own, other, levels=True)
+    assert same_backbone(own, other)
+    assert not same_backbone(own, other, levels=True)
     for numbers in (None, [], "x", [[0.0]], own["sums"][1:], ["a"] * len(own["sums"])):
         assert not same_backbone(own, own | {"sums": numbers})
 

@@ -104,7 +104,8 @@ def test_pairs_of_files(tmp_path):
     (tmp_path / "pairs" / "targets" / "0.png").unlink()
     pairs = read_pairs(tmp_path / "pairs", (8, 8))
     images, targets = pairs.batch([0, 3], (4, 4))
-    assert images.shape == (2, 3, 8, 8) and targets.shape == (2, 1, 4, 4)
+    assert images.shape == (2, 3, 8, 8)
+    assert targets.shape == (2, 1, 4, 4)
     assert targets[0].unique().tolist() == [7.0]
     assert targets[1].mean().item() == pytest.approx(0.6)
     deep = tmp_path / "deep.png"
@@ -129,7 +130,9 @@ def test_fit_says_what_to_type_next(tmp_path):
     words += ["--model", "digits-ddpm", "--iterations", "2", "--batch", "2"]
     result = CliRunner().invoke(main, ["fit", *words])
     assert result.exit_code == 0, result.output
-    assert "readout.head" in result.output and (tmp_path / "head" / "head.json").exists()
+    assert "readout.head" in result.output
+    assert (tmp_path / "head" / "head.json").exists()
     other = ["fit", *words[:1], "--iterations", "3", "--out", str(tmp_path / "b")]
     result = CliRunner().invoke(main, other)
-    assert result.exit_code == 2 and "--kind readout" in result.output
+    assert result.exit_code == 2
+    assert "--kind readout" in result.output

@@ -44,7 +44,8 @@ def refused(loader, *args):
         loader(*args)
     assert not isinstance(caught.value, UnicodeError), "a wrong encoding is no message"
     text = str(caught.value)
-    assert text.strip() and len(text) < 2500, text[:200]
+    assert text.strip(), text[:200]
+    assert len(text) < 2500, text[:200]
     return text
 
 
@@ -123,7 +124,8 @@ def test_models(inbox, name):
 @pytest.mark.parametrize("name", SHARDS)
 def test_shards(inbox, name):
     items = list(shard_items([SHARDS[name](inbox)]))
-    assert items and [_decode(item, (8, 8)) for item in items] == [None] * len(items)
+    assert items
+    assert [_decode(item, (8, 8)) for item in items] == [None] * len(items)
 
 
 @pytest.mark.parametrize("name", corpus.NAMES)
@@ -169,7 +171,8 @@ def test_what_is_echoed_is_printable(inbox, monkeypatch):
     ]
     for args in words:
         result = CliRunner().invoke(main, list(map(str, args)))
-        assert result.exit_code == 2 and len(result.stderr.splitlines()) == 1
+        assert result.exit_code == 2
+        assert len(result.stderr.splitlines()) == 1
         assert result.output.replace("\n", "").isprintable(), result.output
 
 
@@ -202,7 +205,8 @@ def test_the_page_links_to_what_is_there(inbox):
     assert 'src="a%23b%3Fc%2541%20%22q%22/0.png"' in page
     assert 'src="javascript%3Aalert%281%29/1.png"' in page
     assert 'src="%3Cimg%20src%3Dx%20onerror%3Dalert%281%29%3E/2.png"' in page
-    assert "<script>" not in page and "\x1b" not in page
+    assert "<script>" not in page
+    assert "\x1b" not in page
 
 
 def test_the_size_of_the_corpus():

@@ -39,4 +39,5 @@ def test_downloaded_files_that_ask_for_code(tmp_path):
         [sys.executable, "-c", LOADS], capture_output=True, text=True, env=own, check=True
     )
     first, second = found.stdout.splitlines()
-    assert first == "DDPMPipeline" and "asks for Python of its own folder" in second
+    assert first == "DDPMPipeline"
+    assert "asks for Python of its own folder" in second

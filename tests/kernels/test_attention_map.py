@@ -53,7 +53,8 @@ def compiled(arch: int, *cases: dict, other: str | None = None) -> list[dict]:
 def fits(rows: list[dict]) -> None:
     for row in rows:
         assert row["shared"] <= SHARED_MEMORY[row["arch"]], row
-        assert row["spilled"] == 0 and row["vector"] > 0, row
+        assert row["spilled"] == 0, row
+        assert row["vector"] > 0, row
 
 
 # SD 1.5's and SDXL's cross-attention; the bias of Paint-with-Words.
@@ -90,7 +91,8 @@ def other_triton(request, tmp_path_factory):
 def test_compiled_by_the_oldest_and_the_newest_triton(arch, other_triton):
     version, folder = other_triton
     rows = compiled(arch, *CASES, other=folder)
-    assert len(rows) == 2 * len(CASES) and {row["triton"] for row in rows} == {version}
+    assert len(rows) == 2 * len(CASES)
+    assert {row["triton"] for row in rows} == {version}
     fits(rows)
 
 

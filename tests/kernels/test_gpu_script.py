@@ -21,7 +21,9 @@ def run(folder: Path, *parts: str, **variables: str) -> subprocess.CompletedProc
 
 def rows(folder: Path, part: str) -> list[dict]:
     facts = json.loads((folder / f"{part}.json").read_text())
-    assert facts["finished"] and facts["torch"] and facts["date"]
+    assert facts["finished"]
+    assert facts["torch"]
+    assert facts["date"]
     return facts["rows"]
 
 
@@ -77,7 +79,8 @@ def test_a_part_without_time_or_of_no_name(tmp_path):
     done = run(tmp_path, "sd15", BUDGET="0")
     assert done.stdout == "sd15: no time left; start again for it\n"
     done = run(tmp_path, "sd16")
-    assert done.returncode == 2 and "no part 'sd16'" in done.stderr
+    assert done.returncode == 2
+    assert "no part 'sd16'" in done.stderr
 
 
 @pytest.mark.slow
@@ -94,4 +97,5 @@ def test_compiled_steps(part, tmp_path):
 def test_the_tests_that_need_a_gpu(tmp_path):
     run(tmp_path, "tests")
     (row,) = rows(tmp_path, "tests")
-    assert row["exit"] == 0 and "skipped" in row["last lines"][-1]
+    assert row["exit"] == 0
+    assert "skipped" in row["last lines"][-1]

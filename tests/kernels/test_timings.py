@@ -34,7 +34,8 @@ def test_the_nearest_shape_decides(rows):
     assert timings.nearest((9, 0), 1500, 80, 40, 8) is rows[0]
     assert timings.nearest((9, 0), 64, 80, 40, 8) is rows[1]
     assert timings.nearest((8, 0), 900, 80, 64, 8) is None
-    assert timings.measured((9, 0)) == "a GPU" and timings.measured((8, 0)) is None
+    assert timings.measured((9, 0)) == "a GPU"
+    assert timings.measured((8, 0)) is None
 
 
 def test_automatic_choice_call_by_call(rows, monkeypatch):
@@ -112,7 +113,9 @@ def test_an_assembler_that_makes_wrong_code_is_refused(version, capability, refu
     text = ptxas.fault(capability)
     assert bool(text) == refused
     if refused:
-        assert "ptxas 12.8" in text and "TRITON_PTXAS_PATH" in text and "triton 3.8" in text
+        assert "ptxas 12.8" in text
+        assert "TRITON_PTXAS_PATH" in text
+        assert "triton 3.8" in text
 
 
 def test_the_version_of_the_assembler_at_hand():
@@ -125,4 +128,5 @@ def test_the_check_fails_without_a_gpu():
     pytest.importorskip("triton")
     command = [sys.executable, "-m", "guidekit_kernels.check"]
     run = subprocess.run(command, capture_output=True, text=True)
-    assert run.returncode == 1 and run.stdout == "no CUDA device\n"
+    assert run.returncode == 1
+    assert run.stdout == "no CUDA device\n"

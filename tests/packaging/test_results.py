@@ -66,7 +66,8 @@ def test_all_pages_are_fresh(tables):
 def test_a_file_of_results_says_what_it_was_measured_on(path, tables):
     facts = json.loads(path.read_text())
     assert path.stem in tables.commands()
-    assert facts["rows"] and facts["command"].startswith("python benchmarks/")
+    assert facts["rows"]
+    assert facts["command"].startswith("python benchmarks/")
     assert {"threads", "cores", "machine", "device", "torch", "date", "finished"} <= set(facts)
     assert not re.search(r'"/(?:root|home|tmp)', json.dumps(facts))
 

@@ -149,7 +149,8 @@ def test_a_good_stranger_draws_its_own_model_and_a_broken_one_is_kept_out(strang
     assert not (tmp_path / "o").exists()
     done = python(*command, "--no-plugin", "broken", **where)
     assert done.returncode == 0, done.stderr
-    assert "energy   frame" in done.stdout and (tmp_path / "o" / "run.json").is_file()
+    assert "energy   frame" in done.stdout
+    assert (tmp_path / "o" / "run.json").is_file()
 
 
 def test_a_strangers_command(strangers):
@@ -175,7 +176,8 @@ def test_what_a_stranger_offers_is_shown_with_the_commands_to_type(strangers):
 def test_a_clash_names_both(strangers):
     path = [strangers["good"], strangers["clash"]]
     listed = python("-m", "guidekit", "plugins", path=path)
-    assert listed.returncode == 0 and listed.stdout.count("\nframe ") == 2
+    assert listed.returncode == 0
+    assert listed.stdout.count("\nframe ") == 2
     done = python("-m", "guidekit", "plugins", "show", "frame", path=path)
     fails(done, "guidekit-frame", "other-frame", "uninstall all but one")
 
@@ -196,7 +198,8 @@ def test_conformance_and_the_templates_own_tests(strangers, tmp_path):
     assert done.returncode == 0, done.stdout
     assert f"{count - 1} passed, 1 skipped" in done.stdout, done.stdout  # it acts in no groups
     done = python(*command, "--guidekit-plugin", "broken", path=[strangers["broken"]], cwd=tmp_path)
-    assert done.returncode == 4 and "guidekit-broken 0.1.0" in done.stderr, done.stdout
+    assert done.returncode == 4, done.stdout
+    assert "guidekit-broken 0.1.0" in done.stderr, done.stdout
 
 
 @pytest.mark.parametrize(("named", "first"), [(True, ["test_own.py"]), (False, [])])
@@ -243,7 +246,8 @@ def test_the_wheel_draws_with_the_built_in_model_from_anywhere(site, tmp_path):
     assert done.returncode == 0, done.stderr
     run = json.loads(done.stdout)
     assert run["record"]["model"]["path"] == str(site / "guidekit" / "zoo" / "scenes")
-    assert run["record"]["finished"] == [0] and run["record"]["energy"]["zest"]
+    assert run["record"]["finished"] == [0]
+    assert run["record"]["energy"]["zest"]
     assert (tmp_path / run["folder"] / "0.png").is_file()
     assert damages(site / "guidekit" / "zoo") == dict.fromkeys(shipped_hashes(), "")
 
@@ -257,4 +261,5 @@ def test_the_wheel_holds_every_plugin_and_the_template(site, tmp_path):
     folder = tmp_path / "guidekit-my_own"
     assert "MyOwn" in (folder / "guidekit_my_own.py").read_text()
     texts = [path.read_text() for path in folder.iterdir()]
-    assert len(texts) == 4 and not any("vignette" in text.lower() for text in texts)
+    assert len(texts) == 4
+    assert not any("vignette" in text.lower() for text in texts)

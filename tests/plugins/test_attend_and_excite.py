@@ -56,7 +56,8 @@ def test_a_move_is_the_papers():
     torch.testing.assert_close(step.z, step.carried - 5.0 * grad, rtol=1e-4, atol=1e-5)
     assert grad.abs().max() > 1e-5
     (row,) = sampling.account.rows
-    assert row["energy"] == pytest.approx([float(value)], rel=1e-4) and row["moves"] == [1]
+    assert row["energy"] == pytest.approx([float(value)], rel=1e-4)
+    assert row["moves"] == [1]
 
 
 def test_at_the_chosen_steps_it_moves_until_there_is_enough_attention():
@@ -78,7 +79,8 @@ def test_at_the_chosen_steps_it_moves_until_there_is_enough_attention():
         .finish()
         .account.rows
     )
-    assert row["moves"] == [3] and row["refined"] < row["energy"]
+    assert row["moves"] == [3]
+    assert row["refined"] < row["energy"]
 
 
 def test_words_stand_for_segments():

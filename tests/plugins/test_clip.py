@@ -92,7 +92,8 @@ def test_a_view_is_moved_by_whole_pixels_and_may_be_mirrored():
     x = torch.arange(256.0).reshape(1, 1, 16, 16).expand(3, 1, 16, 16)
     places = torch.tensor([[0.5, 0.5, 0.9], [0.5, 0.5, 0.1], [1.0, 0.0, 0.9]])
     same, mirrored, moved = shifted(x, places)
-    assert torch.equal(same, x[0]) and torch.equal(mirrored, x[0].flip(-1))
+    assert torch.equal(same, x[0])
+    assert torch.equal(mirrored, x[0].flip(-1))
     assert torch.equal(moved[:, :14, 2:], x[0][:, 2:, :14])
 
 
@@ -208,7 +209,9 @@ def test_a_picture_without_text_is_drawn_as_it_is(pipe):
     guidance = Clip(encoder="random", units="noise", scale=0.3).towards([["a red circle"], []])
     step = first_step(pipe, guidance)
     moved = (step.prediction - step.out).abs().amax((1, 2, 3))
-    assert step.prediction.isfinite().all() and moved[0] > 1e-3 and moved[1] == 0
+    assert step.prediction.isfinite().all()
+    assert moved[0] > 1e-3
+    assert moved[1] == 0
 
 
 def check_steered(pipe, name):
@@ -218,7 +221,8 @@ def check_steered(pipe, name):
     guided = Sampling(pipe, NOTHING, [guidance], **options).finish()
     plain = Sampling(pipe, NOTHING, **options).finish()
     assert guided.account.acted("clip")
-    assert guided.latents.isfinite().all() and not torch.equal(guided.latents, plain.latents)
+    assert guided.latents.isfinite().all()
+    assert not torch.equal(guided.latents, plain.latents)
 
 
 @pytest.mark.parametrize("name", schedulers_for(ddpm_pipeline().scheduler))
@@ -249,7 +253,8 @@ def test_it_goes_with_zest_and_classifier_free_guidance():
     condition = Condition("a red circle on white", "blue", segments=(segment,))
     guidances = [Zest(stop=1.0), Clip(encoder="random")]  # the text is the prompt
     drawn = Sampling(pipe, condition, guidances, steps=3, cfg=4.0).finish()
-    assert drawn.account.acted("zest") and drawn.account.acted("clip")
+    assert drawn.account.acted("zest")
+    assert drawn.account.acted("clip")
     assert {row["plugin"] for row in drawn.account.rows} == {"zest", "clip"}
 
 
@@ -307,7 +312,8 @@ def test_texts_carry_weights():
 
 
 def test_a_guidance_named_from_python_is_called_clip():
-    assert Clip().name == "clip" and isinstance(replace(Clip(), scale=2.0), Guidance)
+    assert Clip().name == "clip"
+    assert isinstance(replace(Clip(), scale=2.0), Guidance)
 
 
 @pytest.mark.full

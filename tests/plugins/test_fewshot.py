@@ -171,7 +171,8 @@ def test_targets_survive_retries_and_batches(pipe, tmp_path):
     guidance._name = "fewshot"
     own = [Condition(targets={"fewshot": target}) for target in (0, 1, 2, 1)]
     images = draw(pipe, own, [guidance], seeds=range(4), steps=2, tries=2, batch=2)
-    assert judged == [[0, 1], [2, 1], [1, 1]] and images.shape[0] == 4
+    assert judged == [[0, 1], [2, 1], [1, 1]]
+    assert images.shape[0] == 4
 
 
 def test_a_scale_of_zero_rejects_and_changes_nothing(pipe, tmp_path):
@@ -226,7 +227,8 @@ def test_first_reads_the_first_call_by_the_nearest_readout(wide, tmp_path):
 def test_labels_that_nobody_asked_for_do_not_count(pipe, tmp_path):
     guidance = Fewshot(head=saved(make_head(Denoiser(pipe), "labels"), tmp_path), label="a,-c")
     (guidance,) = first_step(pipe, guidance).run.guidances
-    assert guidance._target[0, :1].tolist() == [1] and guidance._target[0, 2] == 0
+    assert guidance._target[0, :1].tolist() == [1]
+    assert guidance._target[0, 2] == 0
     logits = torch.tensor([[2.0, 50.0, -1.0]])
     loss = guidance._head.loss(logits, guidance._target[:1])
     expected = (F.softplus(torch.tensor(-2.0)) + F.softplus(torch.tensor(-1.0))) / 2
@@ -258,7 +260,8 @@ def test_it_composes_with_classifier_free_guidance_and_zest(tmp_path):
     )
     fewshot, zest = Fewshot(head=head, label="a"), Zest(stop=1.0)
     drawn = Sampling(denoiser, condition, [fewshot, zest], seeds=[0], steps=3, cfg=4.0).finish()
-    assert drawn.account.acted("fewshot") and drawn.account.acted("zest")
+    assert drawn.account.acted("fewshot")
+    assert drawn.account.acted("zest")
     alone = Sampling(denoiser, condition, [fewshot], seeds=[0], steps=3, cfg=4.0).finish()
     assert not torch.equal(alone.latents, drawn.latents)
 
@@ -345,7 +348,8 @@ def test_twenty_labels_beat_the_pixels(real):
     pixels = fit_linear(shots.flatten(1).double().numpy(), targets.numpy(), 10)
     by_pixels = pixels.logits(pictures.flatten(1).double().numpy()).argmax(1) == labels.numpy()
     by_features = (head.predict(denoiser, pictures).argmax(1) == labels).float().mean()
-    assert by_features > 0.85 and by_features > by_pixels.mean() + 0.1
+    assert by_features > 0.85
+    assert by_features > by_pixels.mean() + 0.1
 
 
 def test_a_judge_sees_the_digit_that_was_asked_for(real, tmp_path):
@@ -394,7 +398,9 @@ def invoke(*words):
 def test_fit_then_sample_then_augment(model, tmp_path):
     head = tmp_path / "head"
     code, said = invoke("fit", model / "shots", "--model", model / "model", "--out", head)
-    assert code == 0 and "accuracy" in said and "fewshot.head" in said
+    assert code == 0
+    assert "accuracy" in said
+    assert "fewshot.head" in said
     code, said = invoke(
         "sample",
         "--model",
@@ -446,6 +452,8 @@ def test_fit_then_sample_then_augment(model, tmp_path):
 
 def test_fit_refuses_an_existing_folder_and_missing_shots(model, tmp_path):
     code, said = invoke("fit", tmp_path / "none", "--out", tmp_path / "head")
-    assert code == 2 and "does not exist" in said
+    assert code == 2
+    assert "does not exist" in said
     code, said = invoke("fit", model / "shots", "--out", model)
-    assert code == 2 and "exists" in said
+    assert code == 2
+    assert "exists" in said

@@ -73,7 +73,8 @@ def test_three_squares_are_three_times_the_tokens():
             seeds=(1, 2),
         )
         (follow,) = run.guidances
-        assert follow._tokens.shape == follow._null.shape and len(follow._tokens) == 2
+        assert follow._tokens.shape == follow._null.shape
+        assert len(follow._tokens) == 2
         counts[fit] = follow._tokens.shape[1]
     assert counts["crops"] == 3 * counts["crop"] == 3 * counts["pad"]
 
@@ -158,7 +159,8 @@ def test_clip_looks_at_a_third_of_each_crop(on, tmp_path):
     if on == "x0":  # in z each reference has noise of its own
         torch.testing.assert_close(crops, sum(each) / 3, rtol=1e-4, atol=1e-4)
     crop, pad = (energy(clip(image=(tmp_path / "three.png",), fit=f)) for f in ("crop", "pad"))
-    assert not torch.allclose(crop, pad) and not torch.allclose(crop, crops)
+    assert not torch.allclose(crop, pad)
+    assert not torch.allclose(crop, crops)
     torch.testing.assert_close(crop, each[1], rtol=1e-5, atol=1e-4)
 
 

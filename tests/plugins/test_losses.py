@@ -247,7 +247,8 @@ def test_any_loss_by_name_function_or_network():
     found = [run.finish().latents for run in runs]
     torch.testing.assert_close(found[0], found[1], rtol=0, atol=0)
     torch.testing.assert_close(found[0], found[2], rtol=1e-4, atol=1e-4)
-    assert network.weight.requires_grad and network.weight.grad is None
+    assert network.weight.requires_grad
+    assert network.weight.grad is None
     assert found[0].mean() > Sampling(pipe, Condition(), **given).finish().latents.mean()
     with pytest.raises(ValueError, match=r"energy.loss gives \(\)"):
         Sampling(pipe, Condition(), [Energy(loss=lambda x: x.mean())], **given).finish()
@@ -277,10 +278,12 @@ def test_a_file_names_no_code(tmp_path):
     config.write_text(json.dumps({"plugin": {"energy": {"loss": "antigravity:fly"}}}))
     args = ["sample", "--config", str(config), "--model", "digits-ddpm", "--out", str(tmp_path)]
     refused = CliRunner().invoke(main, args)
-    assert refused.exit_code == 2 and "antigravity" not in __import__("sys").modules
+    assert refused.exit_code == 2
+    assert "antigravity" not in __import__("sys").modules
     assert "say so by --set energy.loss=antigravity:fly" in refused.output
     count = [*args, "--set", "energy.loss=test_losses:brightness", "--count", "2"]
     planned = CliRunner().invoke(main, count)
-    assert planned.exit_code == 2 and "a plan names no code" in planned.output
+    assert planned.exit_code == 2
+    assert "a plan names no code" in planned.output
     own = [*args, "--set", "energy.loss=test_losses:brightness", "--steps", "2", "--seeds", "1"]
     assert CliRunner().invoke(main, own).exit_code == 0

@@ -123,9 +123,8 @@ def test_every_region_has_its_own_null_with_the_same_input(pipe):
     step = next(iter(Sampling(pipe, TWO, [MultiDiffusion()], steps=3)))
     names = {b.name: b for b in step.branches}
     assert list(names) == ["null", "cond", "region0.null", "region0", "region1.null", "region1"]
-    assert names["region1.null"].prompts == ["red"] and names["region1"].prompts == [
-        "a green circle"
-    ]
+    assert names["region1.null"].prompts == ["red"]
+    assert names["region1"].prompts == ["a green circle"]
     for region in ("region0", "region1"):
         assert names[region].x is names[f"{region}.null"].x
 
@@ -258,7 +257,8 @@ def test_works_beside_zest_in_whole_pictures(pipe):
 
     condition = Condition("a red circle", segments=(Segment("circle", LEFT),))
     sampling = Sampling(pipe, condition, [MultiDiffusion(), Zest()], steps=2).finish()
-    assert sampling.account.acted("zest") and sampling.account.edits == {"multidiffusion": 2}
+    assert sampling.account.acted("zest")
+    assert sampling.account.edits == {"multidiffusion": 2}
 
 
 @pytest.mark.parametrize(

@@ -45,14 +45,16 @@ def guided(family, *guidances, pipe=None, **options):
 def test_every_cell_acts(family, name):
     images, attached = guided(family, PERTURBED[name])
     bare = draw_family(family)
-    assert torch.isfinite(images).all() and (images - bare).abs().max() > 1e-5
+    assert torch.isfinite(images).all()
+    assert (images - bare).abs().max() > 1e-5
     assert attached.account.acted(PERTURBED[name].name)
 
 
 @pytest.mark.parametrize("family", ["sd3", "pixart"])
 def test_apg_acts(family):
     images, _ = guided(family, AdaptiveProjected(bound=1.0))
-    assert torch.isfinite(images).all() and (images - draw_family(family)).abs().max() > 1e-4
+    assert torch.isfinite(images).all()
+    assert (images - draw_family(family)).abs().max() > 1e-4
 
 
 def test_apg_says_that_flux_has_nothing_to_adapt():
@@ -161,7 +163,8 @@ def test_pag_shuts_other_pixels_and_nothing_else(family):
     site, pixels = JOINT[family]
     plain, perturbed = watched(family, PerturbedAttention(), site)
     p = perturbed[:, :, pixels, pixels].softmax(-1)
-    assert p.shape[-1] == 8 * 12 and torch.equal(p, torch.eye(96).expand_as(p))
+    assert p.shape[-1] == 8 * 12
+    assert torch.equal(p, torch.eye(96).expand_as(p))
     perturbed[:, :, pixels, pixels] = plain[:, :, pixels, pixels]
     assert torch.equal(perturbed, plain)
 
@@ -210,7 +213,8 @@ def test_each_self_attention_of_every_family_can_be_perturbed(name):
     model, inputs, _ = tiny.MODELS[name]()
     family, before = family_of(model), output(model, inputs)
     found = self_attention(model, family)
-    assert found and not any(site.endswith("attn2") for site in found if name != "sd3")
+    assert found
+    assert not any(site.endswith("attn2") for site in found if name != "sd3")
     for site in found:
         rows = slice(None) if family.order == "cross" else slice(1, None)
 

@@ -51,11 +51,13 @@ def test_rewards_are_measured_by_the_command_line(tmp_path):
         Image.new("RGB", (8, 8), (grey,) * 3).save(tmp_path / f"{key}.png")
     words = ("eval", "reward", tmp_path, "--of")
     (row,) = json.loads(run(*words, "brightness", "--json").stdout)["rows"]
-    assert row["reward"] == pytest.approx(0) and row["n"] == 2
+    assert row["reward"] == pytest.approx(0)
+    assert row["n"] == 2
     table = {"sample": {}, "plugin": {"fk": {"reward": "brightness"}}}
     (tmp_path / "run.json").write_text(json.dumps(table))
     done = run(*words, "brightness")
-    assert done.exit_code == 2 and "brightness guided the images" in done.stderr
+    assert done.exit_code == 2
+    assert "brightness guided the images" in done.stderr
     assert run(*words, "contrast").exit_code == 0
 
 

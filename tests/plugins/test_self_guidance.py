@@ -17,7 +17,8 @@ def test_properties_of_a_box():
     maps[..., 1:3, 4:] = 3.0  # the right half of the middle rows
     assert centroid(maps)[0, 0].tolist() == pytest.approx([0.75, 0.5])
     shape = soft_shape(maps)
-    assert torch.equal(shape, (maps > 0).double()) and shape.mean() == 0.25
+    assert torch.equal(shape, (maps > 0).double())
+    assert shape.mean() == 0.25
     torch.testing.assert_close(soft_shape(7 * maps + 2), shape)
 
 
@@ -41,7 +42,8 @@ def test_the_energy_is_the_distance_of_the_maps_from_the_mask():
     centre = [sum(m * at[i] for m, *at in places) / mass for i in (0, 1)]
     (row,) = sampling.account.rows
     wanted = (abs(centre[0] - 0.75) + abs(centre[1] - 0.5)) / 2  # from the middle of the box
-    assert row["energy"] == pytest.approx([wanted], rel=1e-4) and row["grad_norm"][0] > 0
+    assert row["energy"] == pytest.approx([wanted], rel=1e-4)
+    assert row["grad_norm"][0] > 0
 
 
 def test_the_first_of_a_group_is_drawn_as_it_is_without():

@@ -151,7 +151,8 @@ def test_offloaded_weights(pipe, monkeypatch):
     for name in ("encoder", "unet"):
         getattr(other, name).register_forward_hook(lambda *_, name=name: order.append(name))
     images = other(RED.image.picture, 0.5, 2, seed(), "pt").images
-    assert torch.equal(images, expected) and order == ["encoder", "unet", "unet", "free"]
+    assert torch.equal(images, expected)
+    assert order == ["encoder", "unet", "unet", "free"]
 
 
 @pytest.fixture(scope="module")
@@ -197,7 +198,8 @@ def test_trained_adapter_is_used_by_the_plugin(trained):
     plain = drawn(pipe, Condition("red circle")).images
     guided = drawn(pipe, red, [follow])
     assert torch.equal(drawn(pipe, red, [Semantica(scale=0)]).images, plain)
-    assert (guided.images - plain).abs().max() > 1e-3 and not guided.account.notes
+    assert (guided.images - plain).abs().max() > 1e-3
+    assert not guided.account.notes
     assert (drawn(pipe, blue, [follow]).images - guided.images).abs().max() > 1e-4
     alone = drawn(pipe, red, [follow], seeds=[6]).images
     assert (alone[0] - guided.images[1]).abs().max() < 1e-4
@@ -224,7 +226,8 @@ def test_the_backbone_goes_to_the_processes_own_device(trained, monkeypatch):
         high=2.0,
     )
     task = make(options, trained, 64)
-    assert loaded == ["cpu"] and task.pipeline.device.type == "meta"
+    assert loaded == ["cpu"]
+    assert task.pipeline.device.type == "meta"
     assert {p.device.type for p in task.net.parameters()} == {"cpu"}
 
 
@@ -252,7 +255,8 @@ def test_command_line(pipe, tmp_path, monkeypatch):
     args = ["sample", "--model", "model", "--plugin", "semantica", "--steps", "2"]
     one = CliRunner().invoke(main, [*args, "--image", "ref.png", "--seeds", "0-1", "--out", "o"])
     assert one.exit_code == 0, one.output
-    assert Path("o/reference.png").exists() and Path("o/unguided/1.png").exists()
+    assert Path("o/reference.png").exists()
+    assert Path("o/unguided/1.png").exists()
     assert "reference.png" in Path("o/index.html").read_text()
     again = CliRunner().invoke(main, ["sample", "--config", "o/run.json", "--out", "p"])
     assert again.exit_code == 0, again.output
@@ -283,7 +287,8 @@ def test_command_line(pipe, tmp_path, monkeypatch):
         ([], "follows an image"),
     ):
         refused = CliRunner().invoke(main, [*args, *wrong])
-        assert refused.exit_code == 2 and message in refused.output, refused.output
+        assert refused.exit_code == 2, refused.output
+        assert message in refused.output, refused.output
 
 
 def test_a_transparent_reference_is_saved_as_the_model_sees_it(pipe, tmp_path, monkeypatch):
@@ -294,7 +299,8 @@ def test_a_transparent_reference_is_saved_as_the_model_sees_it(pipe, tmp_path, m
     result = CliRunner().invoke(main, words.split())
     assert result.exit_code == 0, result.output
     saved = Image.open("o/reference.png")
-    assert saved.size == (16, 16) and saved.getextrema() == ((255, 255),) * 3
+    assert saved.size == (16, 16)
+    assert saved.getextrema() == ((255, 255),) * 3
 
 
 def test_folders_of_references(tmp_path):
@@ -307,7 +313,8 @@ def test_folders_of_references(tmp_path):
     picture("blue").resize((3000, 1500)).save(tmp_path / "b.png")
     found = load_references(tmp_path)
     assert found["b"].picture.size == (1024, 512)
-    assert list(found) == ["a", "b"] and found["b"].pixels(8).shape == (3, 8, 8)
+    assert list(found) == ["a", "b"]
+    assert found["b"].pixels(8).shape == (3, 8, 8)
     with pytest.raises(ValueError, match="no .jpg"):
         load_references(tmp_path / "nothing")
 
@@ -339,4 +346,5 @@ def test_the_built_in_model_draws_the_page_of_its_reference():
         same += bool((free - ground).abs().max() < 0.1)
         objects = {scenes.CLASSES[i - 1] for i in np.unique(classes[classes > 0])}
         kept += bool({o.split()[0] for o in objects} & {t.colour for t in page.things})
-    assert same >= 7 and kept >= 7, (same, kept)
+    assert same >= 7, (same, kept)
+    assert kept >= 7, (same, kept)

@@ -80,7 +80,8 @@ def test_the_first_image_is_that_without_stylealigned(build):
     options = {"conditions": conditions, "seeds": (3, 4, 5), "cfg": 3.0}
     bare = run(pipe, **options).finish().latents
     ours = run(pipe, StyleAligned(), **options).finish().latents
-    assert torch.equal(ours[0], bare[0]) and torch.equal(ours[2], bare[2])
+    assert torch.equal(ours[0], bare[0])
+    assert torch.equal(ours[2], bare[2])
     assert (ours[1] - bare[1]).abs().max() > 1e-3
     alone = run(pipe, StyleAligned(), conditions=conditions[:1], cfg=3.0).finish().latents
     assert torch.equal(alone, run(pipe, conditions=conditions[:1], cfg=3.0).finish().latents)

@@ -221,7 +221,8 @@ def test_power4_leaves_small_errors_alone():
     loss = guidance._loss(maps, masks)
     torch.testing.assert_close(loss, torch.tensor([[0.0, 0.4**4]]))
     loss.sum().backward()
-    assert (maps.grad[:, 0] == 0).all() and (maps.grad[:, 1] < 0).all()
+    assert (maps.grad[:, 0] == 0).all()
+    assert (maps.grad[:, 1] < 0).all()
 
 
 def test_bce_is_the_papers_two_terms():
@@ -243,7 +244,8 @@ def test_negatives_and_padding_take_part_in_the_softmax(pipe):
         return torch.stack([m.mean() for m in step.cond.attention(guidance._read).values()])
 
     plain, negatives, real = maps(), maps(negatives=("green", "white")), maps(tokens="real")
-    assert (negatives < plain).all() and (negatives > 0.8 * plain).all()
+    assert (negatives < plain).all()
+    assert (negatives > 0.8 * plain).all()
     assert (real > 2 * plain).all()  # 10 of 77 tokens are not padding
 
 

@@ -101,8 +101,10 @@ def test_shards_are_grouped_by_page_and_what_is_damaged_is_counted(shards, tiny,
     assert firsts(pages) == [0, 1, 0, 1]
     assert pages.captions([0, 2]) == ["an image", "é"]
     pictures, tokens, pooled = pages.rows([2, 0], "pictures", "tokens", "pooled")
-    assert pictures.shape == (2, 3, SIZE, SIZE) and pictures.dtype == torch.uint8
-    assert tokens.shape == (2, 5, 16) and pooled.shape == (2, 16)
+    assert pictures.shape == (2, 3, SIZE, SIZE)
+    assert pictures.dtype == torch.uint8
+    assert tokens.shape == (2, 5, 16)
+    assert pooled.shape == (2, 16)
     pink = torch.tensor([255.0, 192, 203]).view(3, 1, 1)
     assert (pictures[0] - pink).abs().max() < 6
     expected, _ = tiny(pictures.float() / 127.5 - 1)
@@ -113,7 +115,8 @@ def test_a_cut_shard_is_skipped_from_where_it_is_cut(shards, tiny, tmp_path):
     whole = shards[1].read_bytes()
     shards[1].write_bytes(whole[: len(whole) // 2])
     pages = encoded(shard_items(shards), tiny, tmp_path / "pages")
-    assert 1 <= len(pages) < 4 and pages.totals()["unreadable"] >= 3
+    assert 1 <= len(pages) < 4
+    assert pages.totals()["unreadable"] >= 3
 
 
 @pytest.mark.parametrize("damage", ["header", "boundary"])
@@ -156,7 +159,8 @@ def test_shards_sorted_by_extension_are_read(tmp_path):
         ]
         for items in (found, expected)
     ]
-    assert facts[0] == facts[1] and facts[0][3] is None
+    assert facts[0] == facts[1]
+    assert facts[0][3] is None
     assert facts[0][2][:3] == ("p1", "002", "text 2")
     (part,) = shard_parts([tmp_path / "0.tar"])
     places = [place for _, place in part.items(0)]
@@ -221,7 +225,8 @@ def test_files_are_not_kept_with_what_was_decoded(tiny, tmp_path):
             yield item
 
     encoded(items(), tiny, tmp_path / "pages", chunk=6)
-    assert len(count) == 6 and max(count) <= 1
+    assert len(count) == 6
+    assert max(count) <= 1
 
 
 def test_shards_by_label_and_without_the_column(shards, tiny, tmp_path):
@@ -272,7 +277,8 @@ def test_encoding_goes_on_where_it_was_killed(tiny, tmp_path):
             yield item
 
     again = encoded(watched(), tiny, tmp_path / "cut", chunk=5)
-    assert len(again) == len(whole) == 12 and again.chunks == {0: 3}
+    assert len(again) == len(whole) == 12
+    assert again.chunks == {0: 3}
     assert all(
         torch.equal(a, b)
         for a, b in zip(
@@ -322,7 +328,8 @@ def test_photographs_are_turned_and_deep_greys_kept(tmp_path):
     upright.rotate(180).save(tmp_path / "a.jpg", exif=exif, quality=95)
     with Image.open(tmp_path / "a.jpg") as image:
         seen = square(image, 20)
-    assert seen[1, :8].max() < 30 and seen[1, 12:].min() > 225  # red above white
+    assert seen[1, :8].max() < 30
+    assert seen[1, 12:].min() > 225
     picture = load_reference(tmp_path / "a.jpg").picture
     assert torch.equal(square(picture, 20), seen)
     deep = np.linspace(0, 65535, 16 * 16).astype(np.uint16).reshape(16, 16)
@@ -346,7 +353,8 @@ def test_nothing_is_begun_by_what_cannot_work(tiny, tmp_path):
 def test_an_encoder_of_other_weights_is_another(tiny, tmp_path):
     other = tiny.copied()
     next(other.parameters()).data += 1
-    assert other.source == tiny.source and tiny.copied().fingerprint() == tiny.fingerprint()
+    assert other.source == tiny.source
+    assert tiny.copied().fingerprint() == tiny.fingerprint()
     encoded(scene_items(2, 2, SIZE), tiny, tmp_path)
     with pytest.raises(ValueError, match="begun with weights '.*', not '.*'; give another folder"):
         encoded(scene_items(2, 2, SIZE), other, tmp_path)
@@ -368,13 +376,15 @@ def test_scenes_share_what_a_page_shares():
     by_page = {}
     for item in scene_items(4, 3, SIZE):
         by_page.setdefault(item.page, set()).add(item.caption)
-    assert len(by_page) == 4 and all(len(captions) == 1 for captions in by_page.values())
+    assert len(by_page) == 4
+    assert all(len(captions) == 1 for captions in by_page.values())
     polluted = list(scene_items(40, 3, SIZE, polluted=0.5))
     own = [i.caption for i in scene_items(40, 3, SIZE)]
     changed = np.mean([a.caption != b for a, b in zip(polluted, own, strict=True)])
     assert 0.35 < changed < 0.65
     labels = {item.page for item in labelled_scene_items(20, 2, SIZE)}
-    assert all(len(label.split()) == 2 for label in labels) and len(labels) > 5
+    assert all(len(label.split()) == 2 for label in labels)
+    assert len(labels) > 5
 
 
 def test_a_killed_tar_goes_on_at_its_byte_and_reads_nothing_twice(tiny, tmp_path, monkeypatch):
@@ -399,10 +409,12 @@ def test_a_killed_tar_goes_on_at_its_byte_and_reads_nothing_twice(tiny, tmp_path
         tarfile.TarFile, "extractfile", lambda tar, m: read.append(m.name) or extract(tar, m)
     )
     again = encoded([part], tiny, tmp_path / "p", chunk=8)
-    assert read[0] == "024.jpg" and len(read) == 16 * 3
+    assert read[0] == "024.jpg"
+    assert len(read) == 16 * 3
     assert again.totals() == {"rows": 40, "seen": 40, "unreadable": 0}
     whole = encoded([part], tiny, tmp_path / "whole", chunk=8)
-    assert pages_of(again) == pages_of(whole) and numbers_of(again) == numbers_of(whole)
+    assert pages_of(again) == pages_of(whole)
+    assert numbers_of(again) == numbers_of(whole)
     read.clear()
     encoded([part], tiny, tmp_path / "p", chunk=8)
     assert not read  # finished
@@ -425,9 +437,12 @@ def test_tokens_that_are_not_kept_are_made_of_what_the_encoder_sees(tiny, tmp_pa
             find_pairs(store, None, None)
         states, x0 = Episodes(kept).batch(range(4))
         seen, same = Episodes(made).batch(range(4), "seen")
-        assert torch.equal(x0, same) and x0.shape[-1] == size and seen.shape[-1] == SIZE
+        assert torch.equal(x0, same)
+        assert x0.shape[-1] == size
+        assert seen.shape[-1] == SIZE
         torch.testing.assert_close(tiny(seen)[0], states, atol=2e-3, rtol=2e-3)
-        assert not Episodes(made).has_tokens and Episodes(kept).has_tokens
+        assert not Episodes(made).has_tokens
+        assert Episodes(kept).has_tokens
 
 
 def noise() -> list[Image.Image]:
@@ -455,17 +470,20 @@ def test_open_clip_folders_and_saving(tmp_path):
     encoder = load_encoder(tmp_path)
     pixels = torch.rand(2, 3, 16, 16) * 2 - 1
     tokens, pooled = encoder(pixels)
-    assert encoder.shapes() == (4, 16, 12) and tokens.shape == (2, 4, 16)
+    assert encoder.shapes() == (4, 16, 12)
+    assert tokens.shape == (2, 4, 16)
     torch.testing.assert_close(pooled, clip.eval().encode_image(pixels))
     encoder.save_pretrained(tmp_path / "saved")
     again = load_encoder(tmp_path / "saved")
-    assert torch.equal(again(pixels)[0], tokens) and again.source == str(tmp_path)
+    assert torch.equal(again(pixels)[0], tokens)
+    assert again.source == str(tmp_path)
 
 
 def test_timm_convolutions_and_windows_have_tokens_too():
     encoder = from_timm("test_resnet", pretrained=False)
     tokens, channels, pooled = encoder.shapes()
-    assert tokens > 1 and channels == pooled
+    assert tokens > 1
+    assert channels == pooled
     windows = dict(img_size=32, embed_dim=8, depths=(1, 1), num_heads=(1, 2), window_size=4)
     swin = from_timm("swin_tiny_patch4_window7_224", pretrained=False, **windows)
     assert swin.shapes() == (4 * 4, 16, 16)

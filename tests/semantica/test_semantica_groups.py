@@ -32,7 +32,8 @@ def pages(tiny, tmp_path_factory):
 
 def test_filter_keeps_pairs_by_cosine(pages):
     everything = find_pairs(pages, None, None)
-    assert everything.total == everything.kept == 12 * 3 and everything.share == 1
+    assert everything.total == everything.kept == 12 * 3
+    assert everything.share == 1
     numbers, page = numbers_of(pages), pages_of(pages)
     unit = torch.nn.functional.normalize(pages.rows(numbers, "pooled")[0].float(), dim=1)
     cosine = unit @ unit.T
@@ -44,7 +45,8 @@ def test_filter_keeps_pairs_by_cosine(pages):
     assert all(page[a] == page[b] and a != b for a, b in places)
     assert all(cosine[a, b] >= middle - 1e-6 for a, b in places)
     said = json.loads((pages.folder / "filter/filter.json").read_text())
-    assert said["share"] == some.share and sum(said["histogram"]) == 36
+    assert said["share"] == some.share
+    assert sum(said["histogram"]) == 36
     assert Image.open(pages.folder / "filter/histogram.png").size == (800, 288)
     with pytest.raises(ValueError, match="give other bounds or quantiles"):
         find_pairs(pages, 1.5, 2.0)
@@ -79,11 +81,14 @@ def test_every_picture_of_a_large_page_is_paired(tiny, tmp_path):
 
 def test_filter_by_quantiles(pages):
     found = find_pairs(pages, quantiles=(0.25, 0.75))
-    assert 0.3 < found.share < 0.75 and found.low < found.high
+    assert 0.3 < found.share < 0.75
+    assert found.low < found.high
     counts = np.zeros(200, int)
     counts[[20, 100, 180]] = 10
     low, high = bounds_at(counts, (0.4, 0.6))
-    assert low <= 0.01 <= high and low > -0.7 and high < 0.7
+    assert low <= 0.01 <= high
+    assert low > -0.7
+    assert high < 0.7
     assert bounds_at(counts, (0.0, 1.0))[0] == -1
 
 
@@ -99,7 +104,9 @@ def test_quantiles_keep_no_copies(tiny, tmp_path):
     found = find_pairs(pages, quantiles=(0.0, 1.0))
     left = all_pairs(Episodes(pages))
     first, copy, other = numbers_of(pages)[:3]
-    assert found.kept == 10 and (first, copy) not in left and (first, other) in left
+    assert found.kept == 10
+    assert (first, copy) not in left
+    assert (first, other) in left
 
 
 @pytest.mark.parametrize("count", [1, 2, 3, 16, 17, 1000])
@@ -121,9 +128,11 @@ def test_every_page_comes_once_an_epoch_in_another_order(pages):
     for drawn in epochs:
         assert sorted(page[a] for a, _ in drawn) == sorted(set(page.values()))
         assert all(page[a] == page[b] and a != b for a, b in drawn)
-    assert epochs[0] != epochs[1] and epochs[0][3] == episodes.pair(3)
+    assert epochs[0] != epochs[1]
+    assert epochs[0][3] == episodes.pair(3)
     states, pixels = episodes.batch(range(4))
-    assert states.shape == (4, 5, 16) and pixels.shape == (4, 3, SIZE, SIZE)
+    assert states.shape == (4, 5, 16)
+    assert pixels.shape == (4, 3, SIZE, SIZE)
     assert episodes.batch(range(4), "pooled")[0].shape == (4, 1, 16)
     with pytest.raises(ValueError, match="find_pairs makes them"):
         Episodes(pages, pages.folder / "nothing")
@@ -137,7 +146,8 @@ def test_pages_are_drawn_uniformly_whatever_their_size(tiny, tmp_path):
     episodes, large = Episodes(pages), set(numbers_of(pages)[60:])
     drawn = [episodes.pair(n) for n in range(31 * 200)]
     of_large = [pair for pair in drawn if pair[0] in large]
-    assert len(of_large) == 200 and {second for _, second in of_large} <= large
+    assert len(of_large) == 200
+    assert {second for _, second in of_large} <= large
     # Within it every image is as likely as another: 200 draws of 100 images.
     assert len({first for first, _ in of_large}) > 70
 
@@ -147,7 +157,9 @@ def test_an_image_and_its_partner_are_drawn_uniformly(tiny, tmp_path):
     find_pairs(pages, None, None)
     drawn = [Episodes(pages).pair(n) for n in range(2400)]
     counts = np.unique(np.array(drawn), axis=0, return_counts=True)[1]
-    assert len(counts) == 12 and counts.min() > 140 and counts.max() < 260
+    assert len(counts) == 12
+    assert counts.min() > 140
+    assert counts.max() < 260
 
 
 def test_partners_are_those_within_the_bounds(tiny, tmp_path):
@@ -176,7 +188,8 @@ def test_partners_are_those_within_the_bounds(tiny, tmp_path):
     }
     assert {p for p in got if page[place[p[0]]] in small} == expected
     for a, b in got:
-        assert page[place[a]] == page[place[b]] and (b, a) in got
+        assert page[place[a]] == page[place[b]]
+        assert (b, a) in got
         assert low - 1e-5 <= cosine[place[a], place[b]] <= high + 1e-5
 
 
@@ -185,7 +198,8 @@ def test_partitions_change_no_pair(pages, monkeypatch, tmp_path):
     monkeypatch.setattr(groups, "ROWS", 4)
     monkeypatch.setattr(groups, "BUFFER", 200)
     many = find_pairs(pages, quantiles=(0.1, 0.8), out=tmp_path / "many")
-    assert len(list((tmp_path / "many").glob("*.safetensors"))) == 16 and one == many
+    assert len(list((tmp_path / "many").glob("*.safetensors"))) == 16
+    assert one == many
     first, second = (all_pairs(Episodes(pages, tmp_path / n)) for n in ("one", "many"))
     assert sorted(first) == sorted(second)
 

@@ -71,7 +71,8 @@ def test_pictures_are_turned_though_their_exif_is_damaged(tag, kind, tiny, tmp_p
     content = with_exif(table(entry(0x0112, 3, 3), entry(tag, kind, 0x41)))
     (tmp_path / "a.jpg").write_bytes(content)
     found = encoded(iter(page_of([content, content])), tiny, tmp_path / "p")
-    assert len(found) == 2 and found.totals()["unreadable"] == 0
+    assert len(found) == 2
+    assert found.totals()["unreadable"] == 0
     for seen in (
         found.rows([0], "pictures")[0][0],
         square(load_reference(tmp_path / "a.jpg").picture, 20),  # turned once
@@ -100,7 +101,8 @@ def test_pictures_are_turned_as_pillow_turns_them(orientation, tmp_path):
     Image.effect_noise((24, 16), 90).save(tmp_path / "a.png", exif=exif)
     with Image.open(tmp_path / "a.png") as image:
         expected, found = ImageOps.exif_transpose(image), upright(image)
-    assert found.size == expected.size and found.tobytes() == expected.tobytes()
+    assert found.size == expected.size
+    assert found.tobytes() == expected.tobytes()
     assert 0x0112 not in found.getexif()
 
 
@@ -117,7 +119,8 @@ def test_whatever_a_decoder_raises_the_picture_is_counted(error, tiny, tmp_path,
     Image.new("RGB", (9, 9)).save(out, "png")
     (tmp_path / "a.png").write_bytes(out.getvalue())
     found = encoded(iter(page_of([out.getvalue()]) + readable), tiny, tmp_path / "p")
-    assert len(found) == 1 and found.totals()["unreadable"] == 1
+    assert len(found) == 1
+    assert found.totals()["unreadable"] == 1
     with pytest.raises(ValueError, match="image .*a.png: not a readable image"):
         load_reference(tmp_path / "a.png")
     with pytest.raises(ValueError, match="mask .*a.png: not a readable image"):
@@ -131,7 +134,8 @@ def test_a_damaged_avif_is_counted(tiny, tmp_path):
     content = bytearray(out.getvalue())
     content[content.index(b"pitm") + 8] = 0xFF  # the number of the image's own item
     found = encoded(iter(page_of([bytes(content), with_exif(b"")])), tiny, tmp_path / "p")
-    assert len(found) == 1 and found.totals()["unreadable"] == 1
+    assert len(found) == 1
+    assert found.totals()["unreadable"] == 1
 
 
 def test_references_are_kept_no_larger_than_encoders_see(tmp_path):
@@ -169,7 +173,8 @@ def test_bounds_beside_quantiles_are_refused(pages):
     for given in (dict(low=0.1), dict(high=0.5), dict(low=0.1, high=0.5)):
         with pytest.raises(ValueError, match="so .* would be ignored; leave one out"):
             find_pairs(pages, quantiles=(0.1, 0.9), **given)
-    assert find_pairs(pages, quantiles=(0.0, 1.0)).kept and find_pairs(pages).share == 1
+    assert find_pairs(pages, quantiles=(0.0, 1.0)).kept
+    assert find_pairs(pages).share == 1
 
 
 def test_a_filter_is_whole_or_not_there(pages, monkeypatch):
@@ -194,7 +199,8 @@ def test_a_filter_is_whole_or_not_there(pages, monkeypatch):
     with monkeypatch.context() as patch, pytest.raises(OSError, match="no space left"):
         patch.setattr("pathlib.Path.write_text", full)
         find_pairs(pages)
-    assert not (out / "filter.json").exists() and not answered(out, asked)
+    assert not (out / "filter.json").exists()
+    assert not answered(out, asked)
 
 
 def test_a_histogram_is_not_cut_by_a_kill(pages, monkeypatch):
@@ -241,7 +247,8 @@ def test_a_folder_of_many_pictures_is_not_held_in_memory(tmp_path, monkeypatch):
         "guidekit.semantica.sources.os.scandir",
         lambda path, scandir=data.os.scandir: read.append(path) or scandir(path),
     )
-    assert next(folder_items(tmp_path)).key == "a/1.png" and len(read) == 2
+    assert next(folder_items(tmp_path)).key == "a/1.png"
+    assert len(read) == 2
 
 
 def test_long_texts_do_not_outgrow_a_shard(tiny, tmp_path):
@@ -253,7 +260,8 @@ def test_long_texts_do_not_outgrow_a_shard(tiny, tmp_path):
     assert (tmp_path / data.chunk_name(0, 0)).stat().st_size < 200_000
     assert [len(caption) for caption in found.captions([0, 3])] == [data.LONGEST] * 2
     page = pages_of(found)
-    assert page[0] == page[2] and len(set(page)) == 3
+    assert page[0] == page[2]
+    assert len(set(page)) == 3
 
 
 def test_a_cut_shard_says_what_to_do_and_is_made_anew(tiny, pages):

@@ -123,7 +123,8 @@ def test_variance_lies_between_its_bounds():
             expected = high**own * low ** (1 - own)
             assert float(scheduler._get_variance(t)) == pytest.approx(float(expected), rel=1e-5)
         ratios.append(float(literal._get_variance(t) / lineage._get_variance(t)) ** 0.5)
-    assert max(ratios[:200]) < 1.02 and ratios[-1] > 1.3
+    assert max(ratios[:200]) < 1.02
+    assert ratios[-1] > 1.3
     assert all(float(s._get_variance(int(s.timesteps[-1]))) == 0 for s in (lineage, literal))
 
 
@@ -160,7 +161,8 @@ def test_levels_and_moves_know_it():
     levels = Levels(scheduler)
     for k, t in enumerate(scheduler.timesteps[:-1]):
         now = level(scheduler, t)
-        assert now == levels.at(k) and now.logsnr == pytest.approx(
+        assert now == levels.at(k)
+        assert now.logsnr == pytest.approx(
             float(logsnr((t.double() + 1) / 1000, 32)), rel=1e-3, abs=2e-3
         )
         assert levels.move(k).noise_std == pytest.approx(
@@ -174,7 +176,8 @@ def test_a_reloaded_scheduler_is_the_same(tmp_path):
     scheduler.save_pretrained(tmp_path)
     again = SemanticaScheduler.from_pretrained(tmp_path)
     assert torch.equal(again.alphas_cumprod, scheduler.alphas_cumprod)
-    assert again.config.reading == "literal" and again.config.frac == 0.5
+    assert again.config.reading == "literal"
+    assert again.config.frac == 0.5
     with pytest.raises(ValueError, match="lineage or literal"):
         SemanticaScheduler(reading="other")
     with pytest.raises(ValueError, match="from 0 to 1"):

@@ -59,7 +59,8 @@ def test_a_recipe_trains_the_encoder_and_then_the_model_that_reads_it(
     path.write_text(RECIPE.format(encoder=encoder))
     folder = train(path, tmp_path / "out", quiet=True)
     rows = (tmp_path / "out/small/tags/metrics.jsonl").read_text().splitlines()
-    assert len(rows) == 6 and all("tags" in json.loads(row) for row in rows)
+    assert len(rows) == 6
+    assert all("tags" in json.loads(row) for row in rows)
     assert (tmp_path / "out/small/tags/preview-000006.png").exists()
     tagged = load_encoder(tmp_path / "out/small/tags/model")
     pixels = scenes.batch([scenes.scene(0)], 16)[0]

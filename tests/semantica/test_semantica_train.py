@@ -51,12 +51,14 @@ def test_killed_at_random_the_curve_continues_as_if_not(encoder, tmp_path):
     assert child.exitcode == -signal.SIGKILL
     train(recipe, tmp_path / "cut", quiet=True)
     curve = losses(tmp_path / "whole")
-    assert curve == losses(tmp_path / "cut") and [s for s, _ in curve] == [1, 2, 3, 4, 5, 6]
+    assert curve == losses(tmp_path / "cut")
+    assert [s for s, _ in curve] == [1, 2, 3, 4, 5, 6]
     pipe = load(str(model))
     images = pipe(torch.rand(2, 3, 16, 16), num_inference_steps=2, output_type="pt").images
     assert images.shape == (2, 3, 16, 16)
     row = json.loads((tmp_path / "cut/small/semantica/metrics.jsonl").read_text().splitlines()[2])
-    assert row["eta_seconds"] >= 0 and row["images_per_second"] > 0
+    assert row["eta_seconds"] >= 0
+    assert row["images_per_second"] > 0
     assert list((tmp_path / "cut/small/semantica").glob("preview-*.png"))
 
 
@@ -169,7 +171,8 @@ def test_training_is_compiled_and_its_previews_are_not(encoder, tmp_path):
     loop = Loop(task, Options(steps=4, batch=4, preview_every=2), tmp_path / "run", quiet=True)
     loop.run()
     loop.export(tmp_path / "model")
-    assert len(graphs) == 1 and len(list((tmp_path / "run").glob("preview-*.png"))) == 2
+    assert len(graphs) == 1
+    assert len(list((tmp_path / "run").glob("preview-*.png"))) == 2
 
 
 def test_without_a_compiler_training_is_not_compiled_and_says_so(encoder, tmp_path, monkeypatch):
@@ -258,8 +261,11 @@ def test_the_size_of_the_pages_is_said_before_and_tokens_are_kept_where_they_fit
     options = dict(encoder=str(encoder), pages=1000, per_page=4, limit=6, low=-2.0)
     task = make(SemanticaOptions(**options), tmp_path / "fit", 16, quiet=False)
     said = capsys.readouterr().out
-    assert "about 6 images" in said and "tokens 0.00 GB" in said and "GB are free" in said
-    assert task.net.frozen == [None] and len(task.episodes.store) == 6
+    assert "about 6 images" in said
+    assert "tokens 0.00 GB" in said
+    assert "GB are free" in said
+    assert task.net.frozen == [None]
+    assert len(task.episodes.store) == 6
     small = SemanticaOptions(**options, tokens_most=1e-9)
     task = make(small, tmp_path / "not", 16, quiet=False)
     assert "tokens are encoded at every step" in capsys.readouterr().out
@@ -326,8 +332,10 @@ def test_training_begins_before_everything_is_encoded(encoder, tmp_path, workers
 def test_the_papers_optimizer(tmp_path):
     recipe = read_recipe("scenes-semantica")
     *_, stage = recipe.stages
-    assert stage.task == "semantica" and task_kind("semantica")[0] is type(stage.options)
-    assert stage.loop.eps == 1e-12 and stage.loop.weight_decay == 0
+    assert stage.task == "semantica"
+    assert task_kind("semantica")[0] is type(stage.options)
+    assert stage.loop.eps == 1e-12
+    assert stage.loop.weight_decay == 0
     bare = tmp_path / "bare.toml"
     bare.write_text('model = "x"\nsize = 16\n[[stage]]\ntask = "semantica"\nsteps = 1')
     (stage,) = read_recipe(bare).stages

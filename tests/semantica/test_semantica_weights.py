@@ -140,7 +140,8 @@ def test_a_damaged_ip_adapter(tmp_path, kind, damage, message):
     save_file(damage(kind(unet)), file)
     with pytest.raises(ValueError, match=f"adapter {file}: .*{message}") as refused:
         load_adapter(file, unet)
-    assert "\n" not in str(refused.value) and len(str(refused.value)) < 500
+    assert "\n" not in str(refused.value)
+    assert len(str(refused.value)) < 500
 
 
 def test_other_files_that_are_no_ip_adapter(tmp_path):

@@ -40,7 +40,8 @@ def test_the_client_of_the_documentation_draws(port, body):
     names = {}
     exec(compile(code, str(docs), "exec"), names)
     image = Image.open(io.BytesIO(names["draw"](f"http://127.0.0.1:{port}", body["sample"])))
-    assert image.text["guidekit"] and image.format == "PNG"
+    assert image.text["guidekit"]
+    assert image.format == "PNG"
 
 
 def with_layout(body, **plugin):
@@ -61,7 +62,8 @@ def with_layout(body, **plugin):
 
 def test_what_a_server_offers_is_told(client, options):
     about = client.get("/api")
-    assert about["version"] == 1 and about["models"] == list(options.models)
+    assert about["version"] == 1
+    assert about["models"] == list(options.models)
     assert {p["name"] for p in about["plugins"]} >= {"zest", "pag"}
     assert about["limits"]["steps"] == 50
 
@@ -106,13 +108,15 @@ def test_events_tell_steps_previews_energies_and_attention(client, body):
     assert [row["step"] for row in rows] == [0, 1]
     assert all(row["energy"] > 0 and row["update_ratio"] > 0 for row in rows)
     maps = [data for _, kind, data in events if kind == "maps"]
-    assert maps and len(maps[-1]["maps"][0]) == 2
+    assert maps
+    assert len(maps[-1]["maps"][0]) == 2
 
 
 def test_a_preview_shows_the_last_image(body, client):
     id = client.draw(body | {"sample": body["sample"] | {"steps": 30}})
     previews = [data for _, kind, data in client.events(id) if kind == "preview"]
-    assert previews and previews[0]["images"][0].startswith("data:image/webp;base64,")
+    assert previews
+    assert previews[0]["images"][0].startswith("data:image/webp;base64,")
 
 
 def test_who_lost_the_connection_gets_the_rest(client, body):
@@ -146,7 +150,8 @@ def test_a_run_is_stopped_within_a_step(client, body):
             after = data["step"]
             client.ask("DELETE", f"/api/runs/{id}")
     run = client.get(f"/api/runs/{id}")
-    assert run["state"] == "stopped" and last < 49
+    assert run["state"] == "stopped"
+    assert last < 49
     assert run["records"][""]["record"]["status"] == "stopped"
 
 
@@ -154,7 +159,8 @@ def test_a_run_that_waits_is_stopped_at_once(client, body):
     long = body | {"sample": body["sample"] | {"steps": 50}}
     first, second = client.draw(long), client.draw(long)
     _, stopped = client.ask("DELETE", f"/api/runs/{second}")
-    assert stopped["state"] == "stopped" and stopped["folder"] is None
+    assert stopped["state"] == "stopped"
+    assert stopped["folder"] is None
     client.ask("DELETE", f"/api/runs/{first}")
     client.finished(first)
 
@@ -163,7 +169,8 @@ def test_what_cannot_work_is_told_and_the_next_run_is_drawn(client, body):
     wrong = with_layout(body)
     wrong["sample"]["prompt"] = "nothing of it"
     run = client.finished(client.draw(wrong))
-    assert run["state"] == "failed" and "does not occur in the prompt" in run["error"]
+    assert run["state"] == "failed"
+    assert "does not occur in the prompt" in run["error"]
     assert client.finished(client.draw(body))["state"] == "finished"
 
 
@@ -197,7 +204,8 @@ def test_an_image_restores_the_run_that_drew_it(client, body):
     found = opened(client, files=files, main="dropped.png")
     assert (found["kind"], found["notes"]) == ("run", [])
     assert np.array_equal(numbers_of(found), painted()[0])
-    assert found["sample"]["prompt"] == PROMPT and found["sample"]["seeds"] == [3]
+    assert found["sample"]["prompt"] == PROMPT
+    assert found["sample"]["seeds"] == [3]
     assert found["plugin"]["zest"]["stop"] == 0.7
     again = {"sample": found["sample"], "plugin": found["plugin"]}
     again |= {"segment": found["segments"], "files": found["files"]}
@@ -216,7 +224,8 @@ def test_the_request_of_a_run_restores_it(client, body):
 def test_masks_and_layouts_are_opened(client):
     _, disc, _ = painted()
     found = opened(client, files={"m.png": png(disc * np.uint8(255))}, main="m.png")
-    assert found["kind"] == "mask" and np.array_equal(numbers_of(found), disc)
+    assert found["kind"] == "mask"
+    assert np.array_equal(numbers_of(found), disc)
     layout = {"prompt": "a dog", "segments": [{"phrase": "dog", "box": [0, 0, 0.5, 1]}]}
     found = opened(client, files={"l.json": text(layout)}, main="l.json")
     assert found["segments"] == [{"phrase": "dog", "box": [0, 0, 0.5, 1]}]
@@ -226,10 +235,12 @@ def test_masks_and_layouts_are_opened(client):
 def test_a_run_json_without_its_masks_says_so(client):
     table = {"sample": {"prompt": "a dog"}, "segment": [{"phrase": "dog", "mask": "masks/0.png"}]}
     found = opened(client, files={"run.json": text(table)}, main="run.json")
-    assert found["segments"] == [] and "masks/0.png is not here" in found["notes"][0]
+    assert found["segments"] == []
+    assert "masks/0.png is not here" in found["notes"][0]
     files = {"run.json": text(table), "0.png": png(np.full((48, 48), 255, "uint8"))}
     found = opened(client, files=files, main="run.json")
-    assert found["notes"] == [] and numbers_of(found).min() == 1
+    assert found["notes"] == []
+    assert numbers_of(found).min() == 1
 
 
 def test_a_grid_is_a_sheet_of_runs(client, body):
@@ -267,7 +278,8 @@ def test_knobs_come_from_the_fields_of_any_plugin():
     assert found["about"] == "Thickens the fog."
     knobs = {knob["option"]: knob for knob in found["knobs"]}
     assert list(knobs)[:3] == ["scale", "start", "stop"]
-    assert knobs["kind"]["choices"] == ["thin", "thick"] and knobs["kind"]["comment"] == "of fog"
+    assert knobs["kind"]["choices"] == ["thin", "thick"]
+    assert knobs["kind"]["comment"] == "of fog"
     kinds = {name: (knob["control"], knob["list"], knob["default"]) for name, knob in knobs.items()}
     assert kinds["count"] == ("whole", False, 3)
     assert kinds["names"] == ("text", True, ["a"])
@@ -361,7 +373,8 @@ def test_a_strangers_plugin_has_knobs_and_draws(options, body, tmp_path, monkeyp
     with serving(dataclasses.replace(options, plugins=("fog",), out=tmp_path / "o")) as port:
         client = Client(port)
         (found,) = client.get("/api")["plugins"]
-        assert found["name"] == "fog" and found["summary"] == "Fog: a stranger's plugin."
+        assert found["name"] == "fog"
+        assert found["summary"] == "Fog: a stranger's plugin."
         knobs = {knob["option"]: knob for knob in found["knobs"]}
         assert knobs["depth"]["comment"] == "of the fog, in metres"
         run = client.finished(client.draw(body | {"plugin": {"fog": {"depth": 2.0}}}))
@@ -395,7 +408,8 @@ def test_the_command_serves_until_it_is_interrupted(tmp_path):
 @pytest.mark.parametrize("path", ["/api/runs/9999", "/api/runs/9999/events"])
 def test_a_run_that_is_not_there(client, path):
     status, found = client.ask("GET", path)
-    assert status == 404 and "no run '9999'" in found["error"]
+    assert status == 404
+    assert "no run '9999'" in found["error"]
 
 
 def test_a_refusal_of_other_words_is_none_of_a_missing_run(client):

@@ -74,7 +74,8 @@ def test_what_is_painted_is_what_arrives(page, port):
     quick(page, steps=1)
     run = Client(port).get(f"/api/runs/{drawn(page, 'finished')}")
     sent = Image.open(io.BytesIO(base64.b64decode(run["body"]["files"]["map.png"])))
-    assert sent.mode == "L" and np.array_equal(np.asarray(sent), wanted)
+    assert sent.mode == "L"
+    assert np.array_equal(np.asarray(sent), wanted)
     (segment,) = run["records"][""]["segment"]
     assert segment["phrase"] == "blue square"  # the other layer is empty
     mask = np.asarray(Client(port).image(run["id"], segment["mask"]))
@@ -136,7 +137,8 @@ def test_a_run_is_stopped(page, port):
     expect(page.locator("#run-state")).to_have_text("stopped", timeout=WAIT)
     expect(page.locator("#stop")).to_be_hidden()
     last = Client(port).get("/api/runs")["runs"][-1]
-    assert last["state"] == "stopped" and last["done"] < 100
+    assert last["state"] == "stopped"
+    assert last["done"] < 100
 
 
 def test_a_reload_loses_nothing(page):

@@ -83,10 +83,13 @@ def test_no_other_site_reads_an_answer(client):
 def test_the_page_runs_its_own_scripts_alone(client):
     _, headers, page = client.raw("GET", "/")
     policy = headers["content-security-policy"]
-    assert "default-src 'none'" in policy and "script-src 'self';" in policy
-    assert "frame-ancestors 'none'" in policy and "unsafe" not in policy
+    assert "default-src 'none'" in policy
+    assert "script-src 'self';" in policy
+    assert "frame-ancestors 'none'" in policy
+    assert "unsafe" not in policy
     assert headers["x-content-type-options"] == "nosniff"
-    assert b"http://" not in page and b"https://" not in page  # nothing comes from elsewhere
+    assert b"http://" not in page
+    assert b"https://" not in page
 
 
 # Token
@@ -116,7 +119,8 @@ def test_the_link_becomes_a_cookie(guarded):
     status, headers, _ = client.raw("GET", "/?token=s3cret")
     assert (status, headers["location"]) == (303, "/")
     cookie = headers["set-cookie"]
-    assert "HttpOnly" in cookie and "SameSite=Strict" in cookie
+    assert "HttpOnly" in cookie
+    assert "SameSite=Strict" in cookie
     sent = {"cookie": cookie.partition(";")[0]}
     assert client.raw("GET", "/", headers=sent)[0] == 200
     assert client.raw("GET", "/api", headers=sent | {"host": "10.0.0.7:80"})[0] == 200
@@ -134,7 +138,8 @@ def test_other_hosts_get_a_token_and_this_one_none(monkeypatch):
         serve.main(["--host", host, "--plugin", "pag"], standalone_mode=False)
     tokens = [options.token for options in seen]
     assert tokens[:3] == [None] * 3
-    assert all(len(token) >= 32 for token in tokens[3:]) and tokens[3] != tokens[4]
+    assert all(len(token) >= 32 for token in tokens[3:])
+    assert tokens[3] != tokens[4]
     (host,) = (option for option in serve.params if option.name == "host")
     assert host.default == "127.0.0.1"
     assert [is_loopback(host) for host in ("127.0.0.1", "::1", "example.org")] == [
@@ -381,7 +386,8 @@ def test_other_tables_are_refused(client, body, wrong):
 @pytest.mark.parametrize("body", [b"", b"[]", b"{", b"[" * 100_000, b"\xff"])
 def test_bodies_that_are_no_object(client, body):
     status, found = client.ask("POST", "/api/runs", body, {"content-type": "application/json"})
-    assert status == 400 and found["error"]
+    assert status == 400
+    assert found["error"]
 
 
 @pytest.mark.parametrize(
@@ -410,7 +416,8 @@ def test_the_report_of_a_run_has_no_script(client, body):
     status, headers, _ = client.raw("GET", f"/api/runs/{id}/files/index.html")
     assert status == 200
     policy = headers["content-security-policy"]
-    assert "default-src 'none'" in policy and "script" not in policy
+    assert "default-src 'none'" in policy
+    assert "script" not in policy
 
 
 def test_a_file_of_the_server_is_asked_for_by_its_name_again(model, tmp_path, body):

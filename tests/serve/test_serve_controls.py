@@ -123,7 +123,9 @@ def test_what_of_a_run_is_not_here_is_noted(server, client, body):
     tables["control"] = [{"model": "/x/other"}, {"model": "net", "image": "controls/0.png"}, 3]
     files = {"files": {"run.json": text(tables)}, "main": "run.json"}
     status, found = server.ask("POST", "/api/open", files | size)
-    assert status == 200 and found["control"] == [] and set(found["sample"]) == {"prompt"}
+    assert status == 200
+    assert found["control"] == []
+    assert set(found["sample"]) == {"prompt"}
     notes = " ".join(found["notes"])
     for words in ("label map map.png", "labels no.json", "no control 'other'", "controls/0.png"):
         assert words in notes
@@ -134,15 +136,18 @@ def test_what_of_a_run_is_not_here_is_noted(server, client, body):
 
 def test_what_a_server_has_is_told(server, body):
     about = server.get("/api")
-    assert about["controls"] == ["adapter", "net"] and "ade20k-150" in about["labels"]
+    assert about["controls"] == ["adapter", "net"]
+    assert "ade20k-150" in about["labels"]
     model = server.get(f"/api/models/{body['sample']['model']}")
-    assert model["takes_controls"] and not model["reads_map"]
+    assert model["takes_controls"]
+    assert not model["reads_map"]
 
 
 @pytest.mark.parametrize("name", ["/etc", "../net", "other", "lllyasviel/net", None, 3, ["net"]])
 def test_a_control_is_one_of_the_servers(server, body, name):
     status, found = server.ask("POST", "/api/runs", controlled(body, model=name))
-    assert status == 400 and "this server has no control" in found["error"], found
+    assert status == 400, found
+    assert "this server has no control" in found["error"], found
 
 
 @pytest.mark.parametrize(
@@ -168,7 +173,8 @@ def test_a_control_that_cannot_work_is_refused(server, body, change, words):
 @pytest.mark.parametrize("value", ["/etc/hostname", "../x.png", "A/../source.json", ["map.png"]])
 def test_a_map_and_its_labels_are_the_runs_or_the_servers(server, body, key, value):
     status, found = server.ask("POST", "/api/runs", mapped(body, **{key: value}))
-    assert status == 400 and f"sample.{key}" in found["error"], found
+    assert status == 400, found
+    assert f"sample.{key}" in found["error"], found
 
 
 def test_a_run_has_few_controls_and_classes(server, body):
@@ -190,4 +196,5 @@ def test_two_networks_of_one_name_are_refused(kit, tmp_path):
     (tmp_path / "net").mkdir()
     words = ["serve", "--control", str(kit.controls["net"]), "--control", str(tmp_path / "net")]
     done = CliRunner().invoke(main, words)
-    assert done.exit_code == 2 and "two --control have the same last name" in done.stderr
+    assert done.exit_code == 2
+    assert "two --control have the same last name" in done.stderr

@@ -24,5 +24,6 @@ def test_all_rows_run_and_are_kept(tmp_path):
     assert names >= {("fine-tuned", row) for row in ROWS | TRAINED}
     assert "25 shots: the vote against scratch" in first.stdout
     again = subprocess.run(words, capture_output=True, text=True, check=True)
-    assert "drawing" in first.stderr and "drawing" not in again.stderr
+    assert "drawing" in first.stderr
+    assert "drawing" not in again.stderr
     assert json.loads((tmp_path / "r.json").read_text()) == found

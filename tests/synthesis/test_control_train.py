@@ -76,7 +76,8 @@ def test_a_folded_control_answers_as_to_the_remapped_map(kind, source, pipe):
 
 def test_a_new_controlnet_has_the_backbones_own_loss(task, pipe):
     batch = task.batch(range(4), torch.Generator().manual_seed(0))
-    assert batch["maps"].shape == (4, 2, 32, 32) and batch["z"].shape == (4, 4, 16, 16)
+    assert batch["maps"].shape == (4, 2, 32, 32)
+    assert batch["z"].shape == (4, 4, 16, 16)
     with torch.no_grad():
         out = pipe.unet(batch["z"], batch["timestep"], batch["states"]).sample
         assert task.net(**batch)["mse"] == F.mse_loss(out, batch["target"])

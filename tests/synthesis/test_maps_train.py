@@ -72,17 +72,20 @@ def test_batches_hold_the_map_beside_the_pixels_and_drop_it_at_times(shots):
     assert batch["z"].shape == (64, 5, 16, 16)
     sums = batch["z"][:, 3:].sum(1)
     kept = (sums == 1).all((1, 2))
-    assert (kept | (sums == 0).all((1, 2))).all() and 20 < kept.sum() < 44
+    assert (kept | (sums == 0).all((1, 2))).all()
+    assert 20 < kept.sum() < 44
     known = examples.pixels[examples.trained]
     pixels, _ = examples.pairs(range(32), torch.Generator().manual_seed(0))
     either = [any(torch.equal(x, y) for y in [*known, *known.flip(-1)]) for x in pixels]
-    assert all(either) and len(examples.kept) == 1
+    assert all(either)
+    assert len(examples.kept) == 1
 
 
 def test_worlds_have_a_class_for_every_pixel():
     examples = WorldExamples("prints", 32)
     pixels, maps = examples.pairs(range(2), torch.Generator())
-    assert pixels.shape == (2, 3, 32, 32) and maps.shape == (2, 68, 32, 32)
+    assert pixels.shape == (2, 3, 32, 32)
+    assert maps.shape == (2, 68, 32, 32)
     assert (maps.sum(1) == 1).all()
 
 
@@ -96,7 +99,8 @@ def test_the_weights_with_the_lowest_loss_on_held_out_shots_are_exported(start, 
         if isinstance(part, torch.nn.Dropout):
             part.p = 0.5
     first = task.held_out()
-    assert task.held_out() == first and task.net.unet.mid_block.training
+    assert task.held_out() == first
+    assert task.net.unet.mid_block.training
     # A rate at which every step makes it worse: what it began with is the best.
     loop = Options(steps=2, batch=2, lr=1.0, warmup=0, ema=0.0, save_every=1, decay="constant")
     running = Loop(task, loop, tmp_path, quiet=True)

@@ -36,7 +36,8 @@ def test_a_saved_pipeline_is_the_same_with_its_label_set(pipe, tmp_path):
     pipe.save_pretrained(tmp_path)
     assert json.loads((tmp_path / "labels.json").read_text())["classes"] == list(PARK.classes)
     again = guidekit.load(str(tmp_path))
-    assert isinstance(again, MapsPipeline) and again.labels == PARK
+    assert isinstance(again, MapsPipeline)
+    assert again.labels == PARK
     images = [
         p(label_map(), 1.5, 2, torch.Generator().manual_seed(0), "pt").images for p in (pipe, again)
     ]

@@ -36,7 +36,8 @@ def task(tmp_path_factory):
 def test_a_widened_backbone_has_its_own_loss_before_it_moves(task):
     plain = tiny.sd_pipeline().unet
     batch = task.batch(range(4), torch.Generator().manual_seed(0))
-    assert batch["z"].shape == (4, 4, 16, 16) and batch["maps"].shape == (4, 6, 16, 16)
+    assert batch["z"].shape == (4, 4, 16, 16)
+    assert batch["maps"].shape == (4, 6, 16, 16)
     with torch.no_grad():
         out = plain(batch["z"], batch["timestep"], batch["states"]).sample
         torch.testing.assert_close(task.net(**batch)["mse"], F.mse_loss(out, batch["target"]))
@@ -59,7 +60,8 @@ def test_a_crop_shows_the_segment_alone():
     pixels[0], mask[4:14, 30:40] = torch.linspace(-1, 1, 40)[None], 1
     seen = crop(pixels, mask, 12)
     assert seen.shape == (3, 12, 12)
-    assert float(seen[1, 3:9, 3:9].min()) > 0.49 and float(seen[1, 0].max()) < 0.2
+    assert float(seen[1, 3:9, 3:9].min()) > 0.49
+    assert float(seen[1, 0].max()) < 0.2
     assert float(seen[0, 6, 8]) > float(seen[0, 6, 3]) > 0.5
 
 

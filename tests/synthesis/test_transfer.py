@@ -72,7 +72,8 @@ def test_it_writes_a_recipe_runs_it_and_goes_on(there, tmp_path, monkeypatch):
     assert command(there, out, *few).exit_code == 0
     assert (out / "maps" / "model" / "model_index.json").stat().st_mtime_ns == before
     other = command(there, out, *few[:-2])
-    assert other.exit_code == 2 and "holds another transfer; choose another --out" in other.output
+    assert other.exit_code == 2
+    assert "holds another transfer; choose another --out" in other.output
 
 
 @pytest.mark.full
@@ -116,6 +117,7 @@ def test_what_cannot_be_transferred_leaves_nothing_behind(more, words, there, tm
         affinity({"road": "rock", "house": "rock"}, PARK, town).save(there / "town")
     more = [there / word if str(word) in ("town", "shots", "A") else word for word in more]
     done = command(there, tmp_path / "mine", "--steps", 2, *more)
-    assert done.exit_code == 2 and words in done.output
+    assert done.exit_code == 2
+    assert words in done.output
     assert len(done.output.strip().splitlines()) == 1
     assert not (tmp_path / "mine").exists()

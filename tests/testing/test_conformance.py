@@ -32,7 +32,8 @@ def test_a_slice(script, tmp_path):
     args = ["--quick", "--family", "DiT", "--plugin", "pag", "--plugin", "zest", "--json", path]
     result = CliRunner().invoke(script.main, [str(arg) for arg in args])
     assert result.exit_code == 0, result.output
-    assert "| pag | ok | ok |" in result.output and "| zest | [1] | [1] |" in result.output
+    assert "| pag | ok | ok |" in result.output
+    assert "| zest | [1] | [1] |" in result.output
     assert "[1] refused: zest needs a prompt that pixels attend to" in result.output
     assert "2 ok, 2 refused, 0 failed" in result.output
     cells = json.loads(path.read_text())["rows"]
@@ -54,7 +55,8 @@ def test_a_run_that_was_cut_short_goes_on(script, tmp_path, monkeypatch):
     ]
     CliRunner().invoke(script.main, args)
     whole = json.loads(path.read_text())
-    assert [row["state"] for row in whole["rows"]] == ["ok", "refused"] * 2 and whole["finished"]
+    assert [row["state"] for row in whole["rows"]] == ["ok", "refused"] * 2
+    assert whole["finished"]
     short = whole | {"finished": False, "rows": whole["rows"][:2]}
     path.write_text(json.dumps(short))
     asked = []
@@ -80,4 +82,5 @@ class Broken(Guidance):
 def test_what_neither_acts_nor_refuses_fails(script, monkeypatch, cls, says):
     monkeypatch.setattr(script, "guidances", lambda: {"odd": cls})
     result = CliRunner().invoke(script.main, ["--quick", "--family", "DiT"])
-    assert result.exit_code == 1 and says in result.output
+    assert result.exit_code == 1
+    assert says in result.output

@@ -41,7 +41,8 @@ def test_every_built_in_recipe_runs_in_a_minute(name, cutouts, tmp_path):
     assert model == str(folder / plan.stages[-1].name / "model")
     for stage in plan.stages:
         home = folder / stage.name
-        assert (home / "model").is_dir() and (home / "preview-000002.png").is_file()
+        assert (home / "model").is_dir()
+        assert (home / "preview-000002.png").is_file()
         rows = (home / "metrics.jsonl").read_text().splitlines()
         assert [json.loads(row)["step"] for row in rows] == [1, 2]
         kept = json.loads((home / "stage.json").read_text())

@@ -95,7 +95,8 @@ def test_sigterm_saves_and_exits_with_nothing_wrong(tmp_path, capsys):
     loop = loop_of(SquareTask(at=lambda s: s in send and os.kill(os.getpid(), send[s])), tmp_path)
     with pytest.raises(SystemExit) as ended:
         loop.run()
-    assert ended.value.code == 0 and "by SIGTERM" in capsys.readouterr().err
+    assert ended.value.code == 0
+    assert "by SIGTERM" in capsys.readouterr().err
     assert loop_of(SquareTask(), tmp_path).step == 4
     assert signal.getsignal(signal.SIGTERM) == before
 

@@ -128,7 +128,8 @@ def test_batches_are_the_same_from_workers_which_leave_ctrl_c_alone():
     for one, other in zip(alone, helped, strict=True):
         assert all(torch.equal(one[k], other[k]) for k in ("numbers", "noise"))
     pids = {int(b["pid"]) for b in helped}
-    assert len(pids) == 2 and os.getpid() not in pids
+    assert len(pids) == 2
+    assert os.getpid() not in pids
 
 
 def test_workers_are_refused_where_batches_need_a_network():
@@ -227,7 +228,9 @@ def test_missing_recipe_names_those_that_exist():
 def test_learning_rate_rises_then_falls():
     options = Options(steps=100, warmup=10, lr=1.0)
     rates = [lr_at(i, options) for i in range(100)]
-    assert rates[0] == 0.1 and max(rates) == rates[10] and rates[-1] < 0.02
+    assert rates[0] == 0.1
+    assert max(rates) == rates[10]
+    assert rates[-1] < 0.02
 
 
 def test_every_word_of_the_world_is_one_token():
@@ -276,7 +279,8 @@ def test_jitter_keeps_the_border_and_moves_the_picture():
     pictures = -torch.ones(2, 1, 8, 8)
     pictures[:, :, 2:6, 3:5] = 1
     moved = jitter(pictures, 1.0, torch.Generator().manual_seed(0))
-    assert not torch.equal(moved[0], moved[1]) and float(moved[..., 0, 0].max()) == -1
+    assert not torch.equal(moved[0], moved[1])
+    assert float(moved[..., 0, 0].max()) == -1
     torch.testing.assert_close(moved.mean((1, 2, 3)), pictures.mean((1, 2, 3)), atol=0.1, rtol=0)
     assert jitter(pictures, 0.0, torch.Generator()) is pictures
 
@@ -285,7 +289,8 @@ def test_splits_of_the_digits_share_no_picture():
     parts = {name: {p.numpy().tobytes() for p in digits.split(name)[0]} for name in digits.SPLITS}
     counts = {name: len(digits.split(name)[0]) for name in digits.SPLITS}
     assert counts == {"train": 1000, "judge": 400, "test": 397}
-    assert not parts["train"] & parts["judge"] and not parts["train"] & parts["test"]
+    assert not parts["train"] & parts["judge"]
+    assert not parts["train"] & parts["test"]
     pictures, labels = digits.shots(2, draw=1)
     assert labels.tolist() == sorted(list(range(10)) * 2)
     assert {p.numpy().tobytes() for p in pictures} <= parts["train"]

@@ -63,7 +63,8 @@ def test_a_scene_is_a_function_of_its_number_and_split(world):
 def test_scenes_hold_one_to_three_kinds_on_every_ground(world):
     plans = [world.scene(i) for i in range(300)]
     assert {len(plan.things) for plan in plans} == {1, 2, 3}
-    assert {plan.ground for plan in plans} == set(GROUNDS) and len(GROUNDS) >= 8
+    assert {plan.ground for plan in plans} == set(GROUNDS)
+    assert len(GROUNDS) >= 8
     for plan in plans:
         kinds = [thing.kind for thing in plan.things]
         assert len(set(kinds)) == len(kinds)
@@ -75,7 +76,8 @@ def test_things_hardly_overlap_and_lie_inside(world):
     for plan in (world.scene(i, objects=(3,)) for i in range(100)):
         boxes = [(t.x, t.y, t.size) for t in plan.things]
         for i, (x, y, size) in enumerate(boxes):
-            assert size / 2 - 1e-9 <= min(x, y) and max(x, y) <= 1 - size / 2 + 1e-9
+            assert size / 2 - 1e-9 <= min(x, y)
+            assert max(x, y) <= 1 - size / 2 + 1e-9
             for x2, y2, size2 in boxes[:i]:
                 dx = max((size + size2) / 2 - abs(x - x2), 0)
                 dy = max((size + size2) / 2 - abs(y - y2), 0)
@@ -99,10 +101,12 @@ def test_what_stands_before_hides_what_stands_behind(world):
     plan = Scene("train", 0, "night", (behind, before))
     image, masks = world.draw(plan, SIDE)
     assert not (masks[0] & masks[1]).any()
-    assert image[48, 58, 0] > 200 and masks[1, 48, 58]
+    assert image[48, 58, 0] > 200
+    assert masks[1, 48, 58]
     labels = world.labels(plan, SIDE)
     assert labels[48, 58] == 1 + world.classes.index("red disc")
-    assert labels[30, 30] == 1 + world.classes.index("blue box") and labels[2, 2] == 0
+    assert labels[30, 30] == 1 + world.classes.index("blue box")
+    assert labels[2, 2] == 0
 
 
 def test_a_shadow_darkens_the_ground_below(world):
@@ -131,7 +135,8 @@ def test_wordings_vary_and_keep_every_thing(world):
     rng = np.random.default_rng(0)
     plan = world.scene(5, objects=(2,))
     texts = {varied_caption(plan, rng) for _ in range(200)}
-    assert len(texts) > 50 and plan.caption in texts
+    assert len(texts) > 50
+    assert plan.caption in texts
     assert all(thing.kind in text for text in texts for thing in plan.things)
     assert any(not any(words in text for words in GROUNDS[plan.ground]) for text in texts)
 
@@ -184,4 +189,5 @@ def test_empty_cutout_is_refused(tmp_path):
 
 def test_the_built_in_table_names_enough(tmp_path):
     things = read_things(tmp_path)
-    assert len(things) >= 48 and {"cake", "glass", "lemon"} <= set(things.values())
+    assert len(things) >= 48
+    assert {"cake", "glass", "lemon"} <= set(things.values())

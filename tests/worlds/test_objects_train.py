@@ -112,7 +112,8 @@ def test_killed_training_with_muon_continues_exactly(recipe, cutouts, tmp_path):
     whole, parts = (
         load_file(tmp_path / run / "tiny/vae/checkpoint.safetensors") for run in ("whole", "parts")
     )
-    assert whole.keys() == parts.keys() and any("momentum" in key for key in whole)
+    assert whole.keys() == parts.keys()
+    assert any("momentum" in key for key in whole)
     assert all(torch.equal(whole[key], parts[key]) for key in whole)
 
 
@@ -151,7 +152,8 @@ def test_cooldown_ends_a_constant_rate():
 def test_orthogonal_flattens_singular_values(shape):
     matrix = torch.randn(shape, generator=torch.Generator().manual_seed(0))
     values = torch.linalg.svdvals(orthogonal(matrix).float())
-    assert values.min() > 0.3 and values.max() < 1.3
+    assert values.min() > 0.3
+    assert values.max() < 1.3
 
 
 def test_muon_moves_matrices_by_adams_size_and_leaves_embeddings_to_adam():
@@ -166,4 +168,5 @@ def test_muon_moves_matrices_by_adams_size_and_leaves_embeddings_to_adam():
         for p, b in zip(net.parameters(), before, strict=True)
     ]
     assert 0.1 < moves[1] < 0.4  # the linear weight: 0.2 where all singular values are one
-    assert moves[0] == pytest.approx(1, abs=0.05) and moves[2] == pytest.approx(1, abs=0.05)
+    assert moves[0] == pytest.approx(1, abs=0.05)
+    assert moves[2] == pytest.approx(1, abs=0.05)

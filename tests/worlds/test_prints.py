@@ -21,13 +21,15 @@ def test_plans_are_the_same_on_every_machine():
 
 
 def test_every_pixel_has_a_class():
-    assert len(prints.CLASSES) == 64 and len(prints.DENSE) == 68
+    assert len(prints.CLASSES) == 64
+    assert len(prints.DENSE) == 68
     for number in range(20):
         plan = prints.scene(number)
         image, masks = prints.draw(plan, 32)
         labels = prints.dense_labels(plan, 32)
         ground = prints.DENSE.index(plan.background)
-        assert image.shape == (32, 32, 3) and image.dtype == np.uint8
+        assert image.shape == (32, 32, 3)
+        assert image.dtype == np.uint8
         assert np.array_equal(labels == ground, ~masks.any(0))
         for thing, mask in zip(plan.things, masks, strict=True):
             assert mask.any()
@@ -71,6 +73,7 @@ def test_trainers_see_both_worlds():
         drawn = source(JudgeOptions(source=name))
         plans = [drawn.scene(i, "judge") for i in range(2)]
         pixels, labels = drawn.images_and_labels(plans, 32)
-        assert pixels.shape == (2, 3, 32, 32) and pixels.abs().max() <= 1
+        assert pixels.shape == (2, 3, 32, 32)
+        assert pixels.abs().max() <= 1
         assert np.array_equal(labels[1].numpy() - 1, world.dense_labels(plans[1], 32))
         assert drawn.classes == world.DENSE

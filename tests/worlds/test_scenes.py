@@ -72,8 +72,11 @@ def test_labels_agree_with_masks():
 
 def test_batch_is_in_range():
     pixels, captions = scenes.batch([scenes.scene(i) for i in range(3)], 32)
-    assert pixels.shape == (3, 3, 32, 32) and pixels.dtype == torch.float32
-    assert pixels.min() >= -1 and pixels.max() <= 1 and len(captions) == 3
+    assert pixels.shape == (3, 3, 32, 32)
+    assert pixels.dtype == torch.float32
+    assert pixels.min() >= -1
+    assert pixels.max() <= 1
+    assert len(captions) == 3
 
 
 def test_a_thousand_scenes_a_second():
