@@ -13,10 +13,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fewshot_store import Store, over_draws
+from fewshot_store import Store
 from guidekit import LabelMap, load
 from guidekit.affinity import Affinity, Shot
 from guidekit.evaluate.frechet import frechet
+from guidekit.evaluate.intervals import over_trainings
 from guidekit.evaluate.judge import load_judge, see
 from guidekit.evaluate.overlap import asked_pixels, mean_iou, overlaps
 from guidekit.labels import VOID
@@ -207,8 +208,8 @@ def host_rows(lab: Lab) -> list[dict]:
             key | lab.models | {"seed": lab.seed}, partial(_overlaps, judge, make, wanted)
         )
         line = {"method": name, "n": len(maps)}
-        line["mIoU"], line["mIoU 95%"] = over_draws(
-            [found], lambda c: mean_iou(c["inter"], c["union"], c["asked"])
+        line["mIoU"], line["mIoU 95%"] = over_trainings(
+            lambda c: mean_iou(c["inter"], c["union"], c["asked"]), [found]
         )
         lines.append(line)
     for line in lines:
@@ -241,7 +242,7 @@ def row(lab: Lab, name: str, count: int, right: int | None, cells: list[dict]) -
     }
     line = {"method": name, "shots": count, "colours right": right, "seeds": len(cells)}
     for key, statistic in statistics.items():
-        value, bounds = over_draws(cells, statistic, 100 if key == "Frechet" else 300)
+        value, bounds = over_trainings(statistic, cells, 100 if key == "Frechet" else 300)
         line |= {key: value, f"{key} 95%": bounds}
     return line
 

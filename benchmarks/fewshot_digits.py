@@ -12,9 +12,11 @@ from torch import Tensor
 
 from fewshot_baselines import by_logits, clean_pixels, noised_pixels, other_features, random_twin
 from fewshot_code import Code, trained_code
-from fewshot_store import Store, over_draws
+from fewshot_store import Store
 from guidekit import Condition, Denoiser, Guidance, Sampling, load
 from guidekit.evaluate import judge as evaluate
+from guidekit.evaluate.intervals import over_trainings
+from guidekit.evaluate.rows import mean_column
 from guidekit.heads import Examples, FitOptions, Head, fit
 from guidekit.heads.augment import accepted_pictures
 from guidekit.seeds import derived_seed
@@ -220,7 +222,7 @@ class Digits:
             "diversity": lambda c: within_class(c["features"], c["wanted"]) / self.spread,
             "diversity right": lambda c: within_class(*right(c)) / self.spread,
         }.items():
-            row[name], row[f"{name} 95%"] = over_draws(cells, statistic)
+            row[name], row[f"{name} 95%"] = over_trainings(statistic, cells)
         features = np.concatenate([c["features"] for c in cells]).astype(np.float64)
         row["Frechet"] = evaluate.frechet(features, self.real_features.astype(np.float64))
         return row
@@ -320,17 +322,14 @@ def augmented_rows(bench: Digits, counts: tuple[int, ...], seeds: int, steps: in
                     right = model(bench.real[0])[0].argmax(1) == bench.real[1]
                 found.append(float(right.float().mean()))
         for (times, mixup), found in scores.items():
-            half = 1.96 * float(np.std(found, ddof=1)) / len(found) ** 0.5 if seeds > 1 else 0.0
-            mean = float(np.mean(found))
             rows.append(
                 {
                     "real a class": count,
                     "generated": f"+{times}x",
                     "mixup": mixup,
                     "n": seeds,
-                    "accuracy": mean,
-                    "accuracy 95%": (mean - half, mean + half),
-                    "gain": mean - float(np.mean(scores[0, mixup])),
+                    **mean_column("accuracy", np.array(found)),
+                    "gain": float(np.mean(found)) - float(np.mean(scores[0, mixup])),
                 }
             )
     return rows

@@ -9,9 +9,10 @@ from torch import Tensor
 
 from fewshot_baselines import train_segmenter
 from fewshot_code import Code, trained_code
-from fewshot_store import Store, over_draws
+from fewshot_store import Store
 from guidekit import Condition, Denoiser, Guidance, Sampling, load
 from guidekit.evaluate import judge as evaluate
+from guidekit.evaluate.intervals import over_trainings
 from guidekit.heads import Examples, FitOptions, Head, fit
 from guidekit.seeds import derived_seed
 from guidekit.worlds import scenes
@@ -154,8 +155,8 @@ class Scenes:
                 "method": method,
                 "n": sum(len(c["found"]) for c in cells),
             }
-            row["mIoU"], row["mIoU 95%"] = over_draws(
-                cells, lambda c: shape_iou(c["found"], c["wanted"])
+            row["mIoU"], row["mIoU 95%"] = over_trainings(
+                lambda c: shape_iou(c["found"], c["wanted"]), cells
             )
             rows.append(row)
         for row in rows:
@@ -209,8 +210,8 @@ class Scenes:
                     )
                 )
             row = {"pairs": self.shots, "method": method, "real scenes": count}
-            row["mIoU"], row["mIoU 95%"] = over_draws(
-                cells, lambda c: shape_iou(c["found"], c["wanted"])
+            row["mIoU"], row["mIoU 95%"] = over_trainings(
+                lambda c: shape_iou(c["found"], c["wanted"]), cells
             )
             rows.append(row)
         return rows
@@ -226,7 +227,7 @@ class Scenes:
                 "method": method,
                 "n": sum(len(c["red"]) for c in cells),
             }
-            row["rate"], row["rate 95%"] = over_draws(cells, lambda c: float(c["red"].mean()))
+            row["rate"], row["rate 95%"] = over_trainings(lambda c: float(c["red"].mean()), cells)
             rows.append(row)
         return rows
 

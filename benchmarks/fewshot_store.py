@@ -1,4 +1,4 @@
-"""Cells of a benchmark as files, so that a stopped run goes on, and measures over draws."""
+"""Cells of a benchmark as files, so that a stopped run goes on; tables."""
 
 import hashlib
 import json
@@ -29,28 +29,6 @@ class Store:
             part.replace(path)
         with np.load(path) as found:
             return {k: found[k] for k in found.files}
-
-
-def over_draws(
-    cells: list[dict[str, np.ndarray]],
-    statistic: Callable[[dict[str, np.ndarray]], float],
-    resamples: int = 300,
-    seed: int = 0,
-) -> tuple[float, tuple[float, float]]:
-    """A statistic's mean over draws and its 95% interval: draws and their images resampled."""
-    rng = np.random.default_rng(seed)
-    values = []
-    for _ in range(resamples):
-        chosen = rng.integers(len(cells), size=len(cells))
-        values.append(np.mean([statistic(_again(cells[c], rng)) for c in chosen]))
-    low, high = np.quantile(values, [0.025, 0.975])
-    return float(np.mean([statistic(cell) for cell in cells])), (float(low), float(high))
-
-
-def _again(cell: dict[str, np.ndarray], rng: np.random.Generator) -> dict[str, np.ndarray]:
-    count = len(next(iter(cell.values())))
-    index = rng.integers(count, size=count)
-    return {name: values[index] for name, values in cell.items()}
 
 
 def table(rows: list[dict]) -> str:

@@ -17,12 +17,14 @@ import statistics
 from pathlib import Path
 
 import click
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 import guidekit
 from guidekit import Condition, Segment, box_mask
+from guidekit.evaluate.rows import mean_column
 from guidekit_zest import Zest
 from measured import Results
 
@@ -123,18 +125,6 @@ def compare(pipeline, seed: int, steps: int, resize: str) -> list[dict]:
     return rows
 
 
-def interval(values: list[float]) -> tuple[float, float]:
-    """Mean and half the width of its 95 % interval."""
-    half = 1.96 * statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else 0.0
-    return statistics.mean(values), half
-
-
-def pairs(found: dict[str, tuple[float, float]]) -> dict:
-    """Means and the bounds of their intervals."""
-    means = {name: mean for name, (mean, _) in found.items()}
-    return means | {f"{name} 95%": [m - half, m + half] for name, (m, half) in found.items()}
-
-
 @click.command()
 @click.option("--model", default="scenes", help="Built-in, directory or hub id of the SD family.")
 @click.option("--seed", default=0, help="The first seed.")
@@ -153,13 +143,13 @@ def main(model: str, seed: int, count: int, quick: bool, path: Path | None) -> N
     print(f"{'resize':8} {'map: largest difference':>26} {'gradient: cosine':>22}")
     for resize in ("maps", "logits"):
         rows = [compare(pipeline, s, steps, resize) for s in range(seed, seed + count)]
-        found = {
-            key: interval([statistics.mean(row[key] for row in own) for own in rows])
-            for key in ("map", "cosine")
-        }
-        (m, dm), (c, dc) = found["map"], found["cosine"]
-        print(f"{resize:8} {m:16.2e} +- {dm:7.1e} {c:14.4f} +- {dc:.4f}")
-        results.extend([{"resize": resize} | pairs(found)])
+        found = {"resize": resize}
+        for key in ("map", "cosine"):
+            means = [statistics.mean(row[key] for row in own) for own in rows]
+            found |= mean_column(key, np.array(means))
+        (m, (a, b)), (c, (d, e)) = ((found[k], found[f"{k} 95%"]) for k in ("map", "cosine"))
+        print(f"{resize:8} {m:10.2e} [{a:.1e}, {b:.1e}] {c:10.4f} [{d:.4f}, {e:.4f}]")
+        results.extend([found])
     results.finish()
 
 

@@ -33,6 +33,7 @@ def _measure(command: Callable) -> Callable:
 _paired = click.option(
     "--paired", is_flag=True, help="Differences of the first row to the others too."
 )
+_real = click.option("--real", type=PATH, help="Real images, with prompts, for a row of theirs.")
 _lpips = click.option("--lpips", type=PATH, help="Weights of LPIPS, for its column.")
 
 
@@ -79,12 +80,14 @@ def layout(out: Path | None, as_json: bool, **options: Any) -> None:
     "--write", type=click.Choice(["geneval", "t2i-compbench"]), help="Only write folders."
 )
 @click.option("--metadata", type=PATH, help="GenEval's evaluation_metadata.jsonl, for --write.")
+@_real
 @_paired
 def prompts(
     folders: tuple[Path, ...],
     clip: str,
     write: str | None,
     metadata: Path | None,
+    real: Path | None,
     paired: bool,
     out: Path | None,
     as_json: bool,
@@ -94,7 +97,7 @@ def prompts(
     from guidekit.evaluate.images import prompts_of, read_images
 
     if write is None:
-        _tell(_commands().prompts(folders, clip, paired), out, as_json)
+        _tell(_commands().prompts(folders, clip, real, paired), out, as_json)
         return
     if out is None or len(folders) > 1 or (write == "geneval") != (metadata is not None):
         raise click.UsageError("--write needs one FOLDER, --out, and for geneval --metadata")
@@ -120,6 +123,7 @@ def quality(out: Path | None, as_json: bool, **options: Any) -> None:
 @evaluate.command()
 @_measure
 @click.option("--features", default="scenes-judge", show_default=True, help="An extractor.")
+@_real
 @_lpips
 @_paired
 def diversity(out: Path | None, as_json: bool, **options: Any) -> None:
@@ -152,6 +156,7 @@ def inverse(out: Path | None, as_json: bool, **options: Any) -> None:
 @evaluate.command()
 @_measure
 @click.option("--of", required=True, help="brightness, contrast, or MODULE:NAME.")
+@click.option("--real", type=PATH, help="Real images, for a row of theirs.")
 @_paired
 def reward(out: Path | None, as_json: bool, **options: Any) -> None:
     """How much of a reward do images get? One that guided them is refused."""

@@ -18,23 +18,20 @@ from guidekit.backbones.tokens import append_phrases
 from guidekit.cli.controls import control_tables, read_controls, read_map
 from guidekit.cli.models import load_model
 from guidekit.cli.settings import Settings
-from guidekit.conditions import Condition, Segment
+from guidekit.conditions import Condition
 from guidekit.errors import GuidekitError, blame
 from guidekit.groups import batches, with_particles
 from guidekit.guidance import Guidance
 from guidekit.layouts import load_layout, parse_layout, parse_segment
-from guidekit.masks import box_mask
 from guidekit.options import code_named, stated
 from guidekit.references import Reference, load_reference, load_references
 from guidekit.registry import Registry
 from guidekit.run import MEMORY, POLICIES
 from guidekit.sampler import STEPS
 from guidekit.seeds import Seeds
-from guidekit.zoo.shipped import model_defaults, tuned_options
+from guidekit.zoo.shipped import example_layout, model_defaults, tuned_options
 
 DTYPES = ("float32", "float16", "bfloat16")
-PROMPT = "a red circle and a blue square on a white background"
-BOXES = {"red circle": (0.06, 0.06, 0.48, 0.48), "blue square": (0.52, 0.52, 0.94, 0.94)}
 
 
 @dataclass(frozen=True)
@@ -243,16 +240,11 @@ def is_empty(settings: Settings, condition: Condition) -> bool:
     return settings.prompt is None and nothing and not follows
 
 
-def example(negative: str = "") -> Condition:
-    """What is drawn where the user asks for nothing."""
-    segments = tuple(Segment(p, box_mask(box), box=box) for p, box in BOXES.items())
-    return Condition(PROMPT, negative, segments)
-
-
 def completed(condition: Condition, settings: Settings, denoiser: Denoiser) -> Condition:
     """The condition as this model reads it."""
     if denoiser.reads_text and is_empty(settings, condition):
-        condition = example(condition.negative)
+        example = load_layout(example_layout(settings.model))
+        condition = replace(example, negative=condition.negative)
     return append_wanted(denoiser.prepared(condition), settings, denoiser)
 
 

@@ -99,10 +99,11 @@ def _named(paths: tuple[Path, ...], flag: str) -> dict[str, Path]:
 
 
 def _built_in() -> tuple[str, ...]:
-    """The built-in models, those that read texts first."""
+    """The built-in models, the default first."""
     from guidekit.backbones.loading import built_in
+    from guidekit.zoo.shipped import DEFAULT
 
-    return tuple(sorted(built_in(), key=lambda name: (name != "scenes", name)))
+    return tuple(sorted(built_in(), key=lambda name: (name != DEFAULT, name)))
 
 
 def _plugins(named: tuple[str, ...], blocked: tuple[str, ...]) -> tuple[str, ...]:

@@ -14,7 +14,7 @@ from guidekit.errors import GuidekitError
 from guidekit.options import convert, parse_setting
 from guidekit.seeds import Seeds
 from guidekit.untrusted import read_json, read_toml
-from guidekit.zoo.shipped import ZOO
+from guidekit.zoo.shipped import DEFAULT, ZOO
 
 TABLES = ("sample", "plugin", "segment", "control")
 MAP, LABELS = "map.png", "labels.json"  # a run's label map and its set, in its folder
@@ -26,7 +26,7 @@ NOT_SAMPLE = ("plugin", "segment", "control", "changes", "folder", "replays")
 class Settings:
     """What `guidekit sample` is told; None leaves the choice to the model."""
 
-    model: str = "scenes"
+    model: str = DEFAULT
     prompt: str | None = None
     negative: str | None = None
     label: int | None = None

@@ -10,7 +10,7 @@ from torch import Tensor
 from guidekit.errors import GuidekitError
 from guidekit.evaluate.diversity import spread
 from guidekit.evaluate.forms import by_prompt
-from guidekit.evaluate.images import ImageSet, prompts_of, read_images
+from guidekit.evaluate.images import ImageSet, found_prompts, prompts_of, read_images
 from guidekit.evaluate.judges import (
     Extractor,
     Segmenter,
@@ -28,14 +28,17 @@ from guidekit.evaluate.results import Results
 from guidekit.evaluate.retrieval import ranks
 from guidekit.evaluate.rows import (
     BATCH,
+    REAL,
     check_paired,
     common_keys,
     compared,
     differences,
     features_of,
+    lacking,
     mean_column,
     named,
     prompted,
+    real_images,
     real_scenes,
     rows_of,
 )
@@ -44,7 +47,6 @@ from guidekit.images import to_uint8
 __all__ = ["diversity", "inverse", "layout", "prompts", "quality", "retrieval", "reward"]
 
 TOP = (1, 5, 10)  # places of retrieval
-NO_REAL = "There is no row of real images, the judge's own ceiling; give --real."
 
 
 # Layout
@@ -74,7 +76,7 @@ def layout(
     if form == "scenes":
         sets.append(real_scenes(held_out(int(maps))))
     elif real is not None:
-        sets.append(ImageSet("real", read_images(real).openers))
+        sets.append(real_images(real))
     check_paired(sets, paired)
     result = Results("layout", judge=named(segmenter), maps=form, protocol=protocol)
     keys = common_keys(sets, wanted.keys, result)
@@ -91,8 +93,7 @@ def layout(
             result.rows.append({"images": f"{first} - {other}", "n": len(kept)} | row)
     if reader is not None:
         _add_clip_scores(result, sets, texts, reader, paired)
-    if form != "scenes" and real is None:
-        result.notes.append(NO_REAL)
+    result.notes += lacking(sets, form == "scenes" or real is not None)
     return result
 
 
@@ -170,13 +171,19 @@ def _resized(wanted: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
 # Prompts, retrieval, diversity
 
 
-def prompts(folders: Sequence[Path], clip: str, paired: bool = False) -> Results:
-    """CLIP score, 100 max(cos, 0), with intervals over prompts. Hessel et al. 2021."""
+def prompts(
+    folders: Sequence[Path], clip: str, real: Path | None = None, paired: bool = False
+) -> Results:
+    """CLIP score, 100 max(cos, 0), with intervals over prompts. Hessel et al. 2021.
+
+    real: real images with their prompts, for a row of their own.
+    """
     extractor = _clip(clip)
     check_never_guided(extractor, folders)
     result = Results("prompts", judge=named(extractor))
     found: dict[str, dict[str, float]] = {}
-    for images, texts in prompted(folders, paired):
+    rows = prompted(folders, paired, real)
+    for images, texts in rows:
         groups = by_prompt(images, texts)
         told = dict(zip(groups, extractor.texts([*groups]), strict=True))
         scores = {
@@ -188,6 +195,7 @@ def prompts(folders: Sequence[Path], clip: str, paired: bool = False) -> Results
         found[images.name] = scores
     if paired:
         result.rows += differences({"CLIP score": found}, "prompts")
+    result.notes += lacking([images for images, _ in rows], real is not None)
     return result
 
 
@@ -216,18 +224,28 @@ def retrieval(
     seed: int = 0,
     paired: bool = False,
 ) -> Results:
-    """How often an image is among the first 1, 5 and 10 of `among` real ones by its prompt."""
+    """How often an image is among the first 1, 5 and 10 of `among` real ones by its prompt.
+
+    Real images that have prompts are a row too, each among others.
+    """
     extractor = _clip(clip)
     check_never_guided(extractor, folders)
-    others = features_of(read_images(real), extractor)
+    truth = real_images(real)
+    others = features_of(truth, extractor)
     if len(others) < among:
         raise GuidekitError(f"{real} has {len(others)} images; give {among}, or --among fewer")
+    called = len(others) > among and bool(found_prompts(real))
     result = Results("retrieval", judge=named(extractor), among=among)
     columns: dict[str, dict[str, dict[str, float]]] = {f"top {k}": {} for k in TOP}
-    for images, texts in prompted(folders, paired):
+    rows = prompted(folders, paired, real if called else None)
+    for images, texts in rows:
         keys = [key for key in images.keys if key in texts]
-        seen = _seen(images, extractor, keys)
-        places = ranks(seen, extractor.texts([texts[k] for k in keys]), others, among, seed)
+        told = extractor.texts([texts[k] for k in keys])
+        if images.name == REAL:
+            own = np.flatnonzero([key in texts for key in images.keys])
+            places = ranks(others[own], told, others, among, seed, own)
+        else:
+            places = ranks(_seen(images, extractor, keys), told, others, among, seed)
         row: dict[str, object] = {"images": images.name, "n": len(keys)}
         for k, (name, found) in zip(TOP, columns.items(), strict=True):
             hits = (places < k).astype(float)
@@ -239,13 +257,21 @@ def retrieval(
         result.rows.append(row)
     if paired:
         result.rows += differences(columns, "n")
+    result.notes += lacking([images for images, _ in rows], called)
     return result
 
 
 def diversity(
-    folders: Sequence[Path], features: str, lpips: Path | None = None, paired: bool = False
+    folders: Sequence[Path],
+    features: str,
+    real: Path | None = None,
+    lpips: Path | None = None,
+    paired: bool = False,
 ) -> Results:
-    """Mean distance between the images of each prompt, of an extractor's features and by LPIPS."""
+    """Mean distance between the images of each prompt, of an extractor's features and by LPIPS.
+
+    real: real images, some of one prompt, for a row of their own.
+    """
     extractor = load_extractor(features)
     perceptual = None if lpips is None else load_lpips(lpips)
     check_never_guided(extractor, folders)
@@ -254,7 +280,8 @@ def diversity(
     if perceptual is not None:
         check_never_guided(perceptual, folders)
         result.facts["lpips"], columns["LPIPS"] = named(perceptual), {}
-    for images, texts in prompted(folders, paired):
+    rows = prompted(folders, paired, real)
+    for images, texts in rows:
         groups = {p: keys for p, keys in by_prompt(images, texts).items() if len(keys) > 1}
         if not groups:
             raise GuidekitError(f"{images.name} has one image of each prompt; diversity needs two")
@@ -270,10 +297,13 @@ def diversity(
         result.rows.append(row)
     if paired:
         result.rows += differences(columns, "prompts")
+    result.notes += lacking([images for images, _ in rows], real is not None)
     return result
 
 
-def reward(folders: Sequence[Path], of: str, paired: bool = False) -> Results:
+def reward(
+    folders: Sequence[Path], of: str, real: Path | None = None, paired: bool = False
+) -> Results:
     """A reward of every image, a known one or MODULE:NAME, with intervals over images."""
     judge = load_reward(of)
     check_never_guided(judge, folders)
@@ -281,12 +311,14 @@ def reward(folders: Sequence[Path], of: str, paired: bool = False) -> Results:
     found: dict[str, dict[str, float]] = {}
     sets = rows_of(folders)
     check_paired(sets, paired)
+    sets += [] if real is None else [real_images(real)]
     for images in sets:
         found[images.name] = own = {k: judge.read([images.image(k)])[0] for k in images.keys}
         row = {"images": images.name, "n": len(own)}
         result.rows.append(row | mean_column("reward", np.array([*own.values()])))
     if paired:
         result.rows += differences({"reward": found}, "n")
+    result.notes += lacking(sets, real is not None)
     return result
 
 
@@ -319,6 +351,7 @@ def inverse(
         result.rows.append(row)
     if paired:
         result.rows += differences(columns, "n")
+    result.notes += lacking(sets, real=True)  # the truth is what all are measured by
     return result
 
 

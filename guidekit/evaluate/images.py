@@ -118,10 +118,17 @@ def _member(file: Path, name: str, offset: int, size: int) -> Callable[[], Image
 
 
 def prompts_of(path: Path) -> dict[str, str]:
-    """Prompts by key: of a run, of .txt beside images or in tars, or of prompts.jsonl.
+    """Prompts by key, as `found_prompts`. Raises GuidekitError where there are none."""
+    if found := found_prompts(path):
+        return found
+    raise GuidekitError(
+        f"{path} has no prompts; put a .txt beside each image, or prompts.jsonl with lines "
+        '{"key": "0", "prompt": "a cat"}'
+    )
 
-    Raises GuidekitError where there are none.
-    """
+
+def found_prompts(path: Path) -> dict[str, str]:
+    """Prompts by key, if any: of a run, of .txt beside images or in tars, or of prompts.jsonl."""
     found: dict[str, str] = {}
     if (path / "run.json").exists() and not (path / "plan.json").exists():
         prompt = read_json(path / "run.json")["sample"].get("prompt")
@@ -132,11 +139,6 @@ def prompts_of(path: Path) -> dict[str, str]:
         found |= _texts(tar)
     if (lines := path / "prompts.jsonl").exists():
         found |= dict(_row(line, lines) for line in _text(lines).splitlines() if line.strip())
-    if not found:
-        raise GuidekitError(
-            f"{path} has no prompts; put a .txt beside each image, or prompts.jsonl with lines "
-            '{"key": "0", "prompt": "a cat"}'
-        )
     return found
 
 

@@ -1,18 +1,17 @@
 """How sure a number is: bootstrap over layouts or prompts, not over pixels; paired differences."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import numpy as np
 
 Statistic = Callable[[np.ndarray], float]  # of the indices of a resample
+Cell = dict[str, np.ndarray]  # numbers of the images of one training, all of one length
 
 
 def interval(statistic: Statistic, n: int, draws: int = 1000, seed: int = 0) -> tuple[float, float]:
     """95% bootstrap interval of a statistic of n images, given the indices of a resample."""
     rng = np.random.default_rng(seed)
-    values = [statistic(rng.integers(n, size=n)) for _ in range(draws)]
-    low, high = np.quantile(values, [0.025, 0.975])
-    return float(low), float(high)
+    return _middle([statistic(rng.integers(n, size=n)) for _ in range(draws)])
 
 
 def difference(
@@ -22,3 +21,28 @@ def difference(
     everything = np.arange(n)
     value = a(everything) - b(everything)
     return value, interval(lambda i: a(i) - b(i), n, draws, seed)
+
+
+def over_trainings(
+    statistic: Callable[[Cell], float], cells: Sequence[Cell], draws: int = 300, seed: int = 0
+) -> tuple[float, tuple[float, float]]:
+    """A statistic's mean over trainings, and its 95% interval: they and their images resampled."""
+    rng = np.random.default_rng(seed)
+
+    def again(cell: Cell) -> Cell:
+        count = len(next(iter(cell.values())))
+        index = rng.integers(count, size=count)
+        return {name: values[index] for name, values in cell.items()}
+
+    def drawn() -> float:
+        chosen = rng.integers(len(cells), size=len(cells))
+        return float(np.mean([statistic(again(cells[c])) for c in chosen]))
+
+    value = float(np.mean([statistic(cell) for cell in cells]))
+    return value, _middle([drawn() for _ in range(draws)])
+
+
+def _middle(values: Sequence[float]) -> tuple[float, float]:
+    """What 95% of the values lie between."""
+    low, high = np.quantile(values, [0.025, 0.975])
+    return float(low), float(high)

@@ -18,6 +18,7 @@ from guidekit.evaluate.rows import (
     check_paired,
     compared,
     features_of,
+    lacking,
     mean_column,
     named,
     real_scenes,
@@ -47,6 +48,7 @@ def quality(
     result = Results("quality", judge=named(extractor), draws=draws)
     sets = rows_of(folders)
     check_paired(sets, paired)
+    result.notes += lacking(sets, real=True)  # its row is one half against the other
     n = min(map(len, sets))
     if n < max(map(len, sets)):
         result.notes.append(f"Rows have the first {n} images, as many as the smallest.")

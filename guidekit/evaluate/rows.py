@@ -16,7 +16,9 @@ from guidekit.images import to_image
 from guidekit.worlds import scenes
 
 BATCH = 16  # images that are read at a time
-UNGUIDED = " unguided"
+UNGUIDED, REAL, REAL_SCENES = " unguided", "real", "real scenes"
+NO_UNGUIDED = "There is no row of unguided images; runs keep them, or give their folder too."
+NO_REAL = "There is no row of real images, the judge's own ceiling; give --real."
 
 #: Numbers of prompts or images by their keys, of every row, of every column.
 Columns = Mapping[str, Mapping[str, Mapping[str, float]]]
@@ -28,9 +30,7 @@ def real_scenes(plans: list[scenes.Scene], size: int = 64) -> ImageSet:
     def opened(plan: scenes.Scene) -> Image:
         return to_image((scenes.batch([plan], size)[0][0] + 1) / 2)
 
-    return ImageSet(
-        "real scenes", {str(i): lambda p=plan: opened(p) for i, plan in enumerate(plans)}
-    )
+    return ImageSet(REAL_SCENES, {str(i): lambda p=plan: opened(p) for i, plan in enumerate(plans)})
 
 
 def rows_of(folders: Sequence[Path]) -> list[ImageSet]:
@@ -50,6 +50,17 @@ def _with_folders(folders: Sequence[Path]) -> list[tuple[ImageSet, Path]]:
     if doubled := [name for name in names if names.count(name) > 1]:
         raise GuidekitError(f"two folders are called {doubled[0]!r}; rename one")
     return sets
+
+
+def lacking(sets: Sequence[ImageSet], real: bool) -> list[str]:
+    """What is said of a table with one row of drawn images, or without one of real images."""
+    drawn = [images for images in sets if images.name not in (REAL, REAL_SCENES)]
+    return [NO_UNGUIDED] * (len(drawn) < 2) + [NO_REAL] * (not real)
+
+
+def real_images(folder: Path) -> ImageSet:
+    """Images of a folder as the row of real ones."""
+    return ImageSet(REAL, read_images(folder).openers)
 
 
 def check_paired(rows: Sequence[object], paired: bool) -> None:
@@ -73,15 +84,18 @@ def common_keys(sets: Sequence[ImageSet], keys: Sequence[str], result: Results) 
     return common
 
 
-def prompted(folders: Sequence[Path], paired: bool) -> list[tuple[ImageSet, dict[str, str]]]:
+def prompted(
+    folders: Sequence[Path], paired: bool, real: Path | None = None
+) -> list[tuple[ImageSet, dict[str, str]]]:
     """The rows with the prompts of their images, those of a run also for its unguided ones.
 
-    Raises GuidekitError for a single row, where it is to be compared.
+    The last is that of real images, where their folder is given. Raises GuidekitError for a single
+    row, where it is to be compared.
     """
     texts = {folder: prompts_of(folder) for folder in folders}
     rows = [(images, texts[folder]) for images, folder in _with_folders(folders)]
     check_paired(rows, paired)
-    return rows
+    return rows if real is None else [*rows, (real_images(real), prompts_of(real))]
 
 
 def features_of(images: ImageSet, extractor: Extractor, n: int | None = None) -> np.ndarray:
@@ -120,8 +134,9 @@ def compared(keys: Mapping[str, Iterable[str]], unit: str) -> Iterator[tuple[str
 
 
 def differences(columns: Columns, unit: str) -> Iterator[dict[str, object]]:
-    """Rows of the first row's numbers minus each other's, of what both have."""
-    for first, other, common in compared(next(iter(columns.values())), unit):
+    """Rows of the first row's numbers minus each other's, of what both have; not of real images."""
+    keys = {name: own for name, own in next(iter(columns.values())).items() if name != REAL}
+    for first, other, common in compared(keys, unit):
         row: dict[str, object] = {"images": f"{first} - {other}", unit: len(common)}
         for name, found in columns.items():
             gaps = [found[first][key] - found[other][key] for key in common]

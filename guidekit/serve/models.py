@@ -1,5 +1,6 @@
 """The models of a server: each loaded once, those used last kept; what a page asks of them."""
 
+import base64
 import copy
 import threading
 from typing import Any
@@ -16,7 +17,7 @@ from guidekit.conditions import Condition, Segment
 from guidekit.errors import GuidekitError
 from guidekit.registry import Registry
 from guidekit.sampler import STEPS
-from guidekit.zoo.shipped import ZOO, model_defaults
+from guidekit.zoo.shipped import ZOO, example_layout, model_defaults
 
 KEPT = 2  # models in memory
 PAINTED = 256  # least long side of the map that a page paints
@@ -58,6 +59,7 @@ class Models:
             "steps": own.get("steps", STEPS),
             "cfg": own.get("cfg", denoiser.cfg),
             "tuned": own.get("plugin", {}),
+            "example": _example(name) if denoiser.reads_text else {},
             "reads_text": denoiser.reads_text,
             "reads_image": denoiser.reads_image,
             "reads_map": denoiser.reads_map,
@@ -92,6 +94,12 @@ def painted_size(height: int, width: int) -> tuple[int, int]:
     """Height and width of the map for an image: the image's own times a whole number."""
     factor = max(1, -(-PAINTED // max(height, width)))
     return height * factor, width * factor
+
+
+def _example(name: str) -> dict[str, str]:
+    """The files in base64 of what a model draws for who asks for nothing; one is layout.json."""
+    folder = example_layout(name).parent
+    return {p.name: base64.b64encode(p.read_bytes()).decode() for p in sorted(folder.iterdir())}
 
 
 def _shown(tokenizer: Any, prompt: str) -> list[dict[str, Any]]:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 ZOO = Path(__file__).parent
+DEFAULT = "scenes"  # the model of who names none
 REPAIR = (
     "reinstall guidekit (pip install --force-reinstall --no-deps guidekit), or in a checkout: "
     "git restore guidekit/zoo"
@@ -20,6 +21,12 @@ def model_defaults(name: str) -> dict[str, Any]:
     """A built-in's tuned settings: `steps`, `cfg`, and `plugin` tables; empty for other models."""
     path = ZOO / name / "defaults.json"
     return json.loads(path.read_text()) if path.exists() else {}
+
+
+def example_layout(name: str) -> Path:
+    """The layout that a model draws for who asks for nothing: its own, else the default model's."""
+    own = ZOO / name / "example" / "layout.json"
+    return own if own.exists() else ZOO / DEFAULT / "example" / "layout.json"
 
 
 def tuned_options(own: Mapping[str, Any], plugin: str, given: Mapping[str, Any]) -> dict[str, Any]:

@@ -16,7 +16,8 @@ from guidekit.evaluate.images import prompts_of, read_images
 from guidekit.evaluate.judges import load_extractor, load_segmenter
 from guidekit.evaluate.label_maps import chosen, held_out, read_label_maps
 from guidekit.evaluate.layout import LayoutCounts
-from guidekit.evaluate.rows import real_scenes
+from guidekit.evaluate.retrieval import ranks
+from guidekit.evaluate.rows import NO_REAL, NO_UNGUIDED, real_scenes
 from guidekit.images import to_image, to_uint8
 from guidekit.worlds import scenes
 from guidekit.zoo.shipped import ZOO
@@ -108,7 +109,7 @@ def test_a_panoptic_sample_with_a_mask2former(tmp_path):
     (row,) = table["rows"]
     assert row["n"] == 10
     assert 0 <= row["mIoU"] <= row["mIoU labelled"] <= 1
-    assert "give --real" in table["notes"][0]
+    assert table["notes"] == [NO_UNGUIDED, NO_REAL]
     found = read_label_maps(str(maps), "panoptic")
     assert found.names == NAMES
     one = found.map("3")
@@ -269,6 +270,42 @@ def test_pairs_of_quality_retrieval_and_diversity_are_the_rows_differences(drawn
         assert done.exit_code == 2
         assert "give another FOLDER" in done.stderr
     (drawn / "prompts.jsonl").unlink()
+
+
+@pytest.mark.full
+@pytest.mark.parametrize(
+    "command",
+    [("prompts",), ("diversity",), ("retrieval", "--among", 3), ("reward", "--of", "contrast")],
+)
+def test_real_images_have_a_row_of_their_own(command, drawn, tmp_path):
+    real = tmp_path / "photos"
+    real.mkdir()
+    for i, file in enumerate(sorted(drawn.glob("*.png"))[:4]):
+        Image.open(file).save(real / f"{i}.png")
+        (real / f"{i}.txt").write_text(file.with_suffix(".txt").read_text() if i else "a ring")
+    pairs = shutil.copytree(real, tmp_path / "pairs")
+    for folder in (real, pairs):
+        (folder / "3.txt").write_text((folder / "2.txt").read_text())
+    done = run("eval", *command, pairs, "--real", real, "--json")
+    assert done.exit_code == 0, done.stderr
+    table = json.loads(done.stdout)
+    own, of_real = table["rows"]
+    assert of_real["images"] == "real"
+    if command[0] != "retrieval":  # where a real image is compared with the other real ones
+        assert of_real == own | {"images": "real"}
+    assert table["notes"] == [NO_UNGUIDED]
+    if command[0] != "retrieval":
+        done = run("eval", *command, pairs, "--json")
+        assert json.loads(done.stdout)["notes"] == [NO_UNGUIDED, NO_REAL]
+
+
+def test_a_real_image_is_not_compared_with_itself():
+    real = np.eye(5)
+    assert ranks(real, real, real, among=4, own=np.arange(5)).tolist() == [0] * 5
+    alike = np.ones((5, 3))
+    queries = np.array([[1.0, 0, 0]] * 5)
+    alike[2] = (2, 0, 0)
+    assert ranks(alike, queries, alike, among=4, own=np.arange(5)).tolist() == [1, 1, 0, 1, 1]
 
 
 def test_inverse_and_diversity(drawn, tmp_path):

@@ -13,28 +13,18 @@ import { addFile, adopt, keepDraft, keepFile, layer, layoutFiles, newLayer, requ
 
 const EVERY = 2000; // milliseconds between two looks at the list of runs
 
-// What the page begins with: the example of `guidekit sample`.
-const EXAMPLE = {
-  prompt: "a red circle and a blue square on a white background",
-  places: { "red circle": ["ellipse", 0.06, 0.06, 0.48, 0.48], "blue square": ["box", 0.52, 0.52, 0.94, 0.94] },
-};
-
 let easel, view, runs = [], last = 0;
 
 function begin() {
   state.model = state.about.models[0];
-  state.prompt = EXAMPLE.prompt;
   const names = state.about.plugins.map((one) => one.name);
   state.plugins = ["zest", "pww"].filter((name) => names.includes(name)).map((name) => ({ name, options: {} }));
 }
 
-function paintExample() {
-  const { width, height } = state.map;
-  for (const [phrase, [shape, l, t, r, b]] of Object.entries(EXAMPLE.places)) {
-    const { value } = newLayer(phrase);
-    state.map[shape]({ x: l * width, y: t * height }, { x: r * width, y: b * height }, value);
-  }
-  state.selected = 1;
+// What the model draws for who asks for nothing.
+async function openExample() {
+  const files = state.facts.example;
+  if ("layout.json" in files) adopt(await api.open({ files, main: "layout.json", size: state.facts.paint }));
 }
 
 async function chooseModel(name) {
@@ -213,7 +203,7 @@ async function start() {
   await chooseModel(state.model);
   if (!old) {
     state.map.resize(...state.facts.paint.toReversed());
-    paintExample();
+    await openExample();
   }
   easel = new Easel(() => {
     showCoverage();
