@@ -14,7 +14,7 @@ from serving import Client, serving
 
 playwright = pytest.importorskip("playwright.sync_api")
 expect = playwright.expect
-from browsing import CHROMIUM, MARKS, WAIT, drawn, opened, quick  # noqa: E402
+from browsing import CHROMIUM, MARKS, WAIT, drag, drawn, opened, quick  # noqa: E402
 
 pytestmark = MARKS
 LABELS = LabelSet("rooms", ("sky", "grass", "sea", "rock"))
@@ -59,6 +59,7 @@ def test_a_control_and_a_map_are_drawn_kept_and_restored(page, port, tmp_path):
     Image.effect_noise((64, 64), 90).convert("RGB").save(tmp_path / "map.png")
     numbers = np.arange(64 * 64).reshape(64, 64) // 1024
     Image.fromarray(numbers.astype("uint8")).save(tmp_path / "rooms.png")
+    drag(page, (60, 50), (150, 90))
     page.get_by_label("Add a control").select_option("edges-net")
     card = page.locator("#controls .plugin", has_text="edges-net")
     card.get_by_label("Image: a new file").set_input_files(tmp_path / "map.png")
