@@ -15,6 +15,7 @@ import torch
 from diffusers import AutoencoderKL
 
 from guidekit.errors import GuidekitError
+from guidekit.locks import held, holder
 from guidekit.options import convert, option_kinds
 from guidekit.train.denoiser import DenoiserOptions, DenoiserTask
 from guidekit.train.digits import DigitsOptions, DigitsTask
@@ -254,8 +255,23 @@ def _shortened(stage: Stage) -> Stage:
 
 
 def _train_stage(stage: Stage, folder: Path, size: int, quiet: bool) -> None:
-    """Trains a stage and writes its model, or passes over one that is finished and the same."""
+    """Trains a stage while no other training does; GuidekitError where one is at it."""
     home = folder / stage.name
+    home.mkdir(parents=True, exist_ok=True)
+    if not processes().is_main_process:
+        return _train_alone(stage, home, size, quiet)
+    with held(lock := home / "training.lock", needed=False) as own:
+        if not own:
+            raise GuidekitError(
+                f"{home} is being trained by another process ({holder(lock)}); wait for it, stop "
+                "it, or train into another folder (--out)"
+            )
+        return _train_alone(stage, home, size, quiet)
+
+
+def _train_alone(stage: Stage, home: Path, size: int, quiet: bool) -> None:
+    """Trains a stage and writes its model, or passes over one that is finished and the same."""
+    folder = home.parent
     model, state = home / "model", processes()
     facts = data_facts(stage, folder) | {"processes": str(state.num_processes)}
     now = identity(stage.task, size, stage.loop, stage.options, facts)

@@ -16,6 +16,8 @@ from diffusers import StableDiffusionPipeline
 from safetensors.torch import load_file
 
 from guidekit import Condition, Sampling, load, progress
+from guidekit.errors import GuidekitError
+from guidekit.locks import held
 from guidekit.train.batches import batches
 from guidekit.train.digits import DigitJudge
 from guidekit.train.loop import Options, lr_at
@@ -168,6 +170,21 @@ def test_slow_bf16_is_told(recipe, tmp_path, monkeypatch):
     recipe.write_text(RECIPE[: RECIPE.index('[[stage]]\ntask = "text"')])
     with pytest.warns(UserWarning, match="train with --set precision=no"):
         train(recipe, tmp_path, quiet=True, overrides={"precision": "bf16"})
+
+
+@pytest.mark.full
+def test_a_folder_has_one_training_at_a_time(recipe, tmp_path):
+    home = tmp_path / "small" / "vae"
+    home.mkdir(parents=True)
+    lock = home / "training.lock"
+    lock.write_text("left by one that was killed")
+    with held(lock) as own:
+        assert own
+        with pytest.raises(GuidekitError, match=rf"vae is being trained by .*:{os.getpid()}\)"):
+            train(recipe, tmp_path, quiet=True)
+        assert not (home / "checkpoint.safetensors").exists()
+    assert train(recipe, tmp_path, quiet=True).exists()
+    assert not lock.exists()
 
 
 def test_built_in_recipes_are_valid():

@@ -19,8 +19,8 @@ from pathlib import Path
 from typing import Any
 
 from guidekit.cli.scale.block_plan import PLAN, BlockPlan
-from guidekit.cli.scale.locks import holder
 from guidekit.errors import GuidekitError
+from guidekit.locks import holder
 from guidekit.train.durable import put
 from guidekit.untrusted import read_json
 

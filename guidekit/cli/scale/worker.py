@@ -5,9 +5,9 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
-from guidekit.cli.scale.locks import held
 from guidekit.cli.scale.store import Store
 from guidekit.errors import GuidekitError
+from guidekit.locks import held
 
 WAIT = 1.0  # seconds until a block that another process draws is looked at again
 PATIENCE = 5  # blocks that fail one after the other, before the plan itself is taken to be wrong

@@ -1,4 +1,4 @@
-"""Locks of blocks: files that the system unlocks when the process that holds them ends."""
+"""Locks: files that the system unlocks when the process that holds them ends."""
 
 import contextlib
 import errno
