@@ -55,6 +55,7 @@ PARTS = ("encoder", "latents", "text", "image", "structure", "style", "both", "c
 REFERENCE = 2000  # real scenes for the Frechet distance
 TOPS = (1, 5, 10, 20)
 SIZE = 32  # side of images
+OTHER = "runs/scenes-clip-2/clip/model"  # what guidekit train scenes-clip-2 leaves
 
 
 @dataclass(frozen=True)
@@ -358,7 +359,7 @@ ROWS = {
 @click.option("--model", default="scenes-ddpm", show_default=True, help="An unconditional model.")
 @click.option("--encoder", default="scenes-clip-noisy", show_default=True, help="Guides on z.")
 @click.option("--clean", default="scenes-clip", show_default=True, help="Guides on x0.")
-@click.option("--retrieval", default="scenes-clip-2", show_default=True, help="Never guides.")
+@click.option("--retrieval", default=OTHER, show_default=True, help="Never guides.")
 @click.option("--latents", default="", help="An encoder of scenes' latents, for that part.")
 @click.option("--part", "parts", multiple=True, type=click.Choice(PARTS), help="Repeat for more.")
 @click.option("--n", default=0, help="Images a row [200].")
@@ -372,6 +373,8 @@ def main(model, encoder, clean, retrieval, latents, parts, n, steps, batch, seed
     n, steps = n or (20 if quick else 200), steps or (25 if quick else 100)
     if n % SAMPLES:
         raise click.UsageError(f"--n must be a multiple of {SAMPLES}, the samples of a condition")
+    if not Path(retrieval).is_dir():
+        raise click.UsageError(f"no {retrieval}; guidekit train scenes-clip-2, or give --retrieval")
     bench = Bench(Setting(model, encoder, clean, retrieval, latents, n, steps, batch, seed))
     over = {"intervals": "95% bootstrap intervals over conditions", "seeds": [seed, seed + n - 1]}
     results = Results(json_file, n=n, steps=steps, batch=batch, model=model, **over)

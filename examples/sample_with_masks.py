@@ -15,7 +15,7 @@ from torchvision.utils import save_image
 import guidekit
 from guidekit import Condition, Segment, box_mask
 
-model = sys.argv[1] if len(sys.argv) > 1 else "scenes"
+model = sys.argv[1] if len(sys.argv) > 1 else "objects"
 steps = int(sys.argv[2]) if len(sys.argv) > 2 else 30
 pipeline = guidekit.load(model)
 
@@ -23,10 +23,10 @@ pipeline = guidekit.load(model)
 rows, columns = torch.meshgrid(torch.linspace(0, 1, 128), torch.linspace(0, 1, 128), indexing="ij")
 disc = ((columns - 0.3) ** 2 + (rows - 0.35) ** 2 < 0.2**2).float()
 condition = Condition(
-    "a red circle and a blue square on a white background",
+    "a sunflower and a gift on a white background",
     segments=(
-        Segment("red circle", disc),
-        Segment("blue square", box_mask((0.5, 0.5, 0.9, 0.9))),
+        Segment("sunflower", disc),
+        Segment("gift", box_mask((0.5, 0.5, 0.9, 0.9))),
     ),
 )
 

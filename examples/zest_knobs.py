@@ -15,14 +15,14 @@ from torchvision.utils import save_image
 import guidekit
 from guidekit import Condition, Segment, box_mask
 
-model = sys.argv[1] if len(sys.argv) > 1 else "scenes"
+model = sys.argv[1] if len(sys.argv) > 1 else "objects"
 steps = int(sys.argv[2]) if len(sys.argv) > 2 else 20
 pipeline = guidekit.load(model)
 condition = Condition(
-    "a red circle and a blue square on a white background",
+    "a panda and a crown on grass",
     segments=(
-        Segment("red circle", box_mask((0.05, 0.1, 0.5, 0.55))),
-        Segment("blue square", box_mask((0.5, 0.4, 0.95, 0.85))),
+        Segment("panda", box_mask((0.05, 0.1, 0.5, 0.55))),
+        Segment("crown", box_mask((0.5, 0.4, 0.95, 0.85))),
     ),
 )
 

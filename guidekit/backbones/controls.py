@@ -135,10 +135,18 @@ def _downloaded(name: str) -> Path:
     return Path(snapshot_download(name, allow_patterns=list(FILES)))
 
 
-def check_net(net: ControlNetModel, model: nn.Module) -> None:
-    """Raises GuidekitError for a ControlNet of another family than the denoiser."""
+def check_net(net: ControlNetModel, denoiser: Any) -> None:
+    """Raises GuidekitError for a ControlNet of another family, or for other sizes of latents."""
+    embedding = net.config.get("conditioning_embedding_out_channels")
+    factor = 2 ** (len(embedding) - 1)
+    if factor != denoiser.factor:
+        raise GuidekitError(
+            f"the control is a ControlNet for another model: it makes an image {factor} times "
+            f"smaller, this model's latents are {denoiser.factor} times smaller; take one that was "
+            "trained for this model's family"
+        )
     for key in SHARED:
-        own, wanted = _plain(net.config.get(key)), _plain(model.config.get(key))
+        own, wanted = _plain(net.config.get(key)), _plain(denoiser.model.config.get(key))
         if own != wanted:
             raise GuidekitError(
                 f"the control is a ControlNet for another model: its {key} is {own}, the "

@@ -266,7 +266,7 @@ def _loaded(control: Control, denoiser: Denoiser) -> Control:
             f"{type(control.model).__name__}"
         )
     if isinstance(control.model, ControlNetModel):
-        check_net(control.model, denoiser.model)
+        check_net(control.model, denoiser)
     if isinstance(control.model, MapEncoder | SegmentMap):
         check_widths(control.model, denoiser)
     return control

@@ -74,6 +74,8 @@ def _example(name: str, cls: type) -> str:
     settings = own or {fields[0].name: values[fields[0].name]}
     words = [f"--set {shlex.quote(f'{name}.{k}={_text(v)}')}" for k, v in settings.items()]
     words += ["--image scene-3"] * cls.reads_image
+    if any("scene-3" in word for word in words):  # an image of that model's world
+        words.insert(0, "--model scenes")
     return " ".join([f"guidekit sample --plugin {name}", *words])
 
 

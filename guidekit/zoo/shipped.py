@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 ZOO = Path(__file__).parent
-DEFAULT = "scenes"  # the model of who names none
+DEFAULT = "objects"  # the model of who names none
 REPAIR = (
     "reinstall guidekit (pip install --force-reinstall --no-deps guidekit), or in a checkout: "
     "git restore guidekit/zoo"

@@ -187,7 +187,7 @@ def test_nothing_is_overwritten(model, tmp_path):
 def test_the_example_needs_no_options(model):
     result = run("sample", "--model", model, "--steps", 1, "--seeds", 0, "--plugin", "zest")
     assert result.exit_code == 0, result.stderr
-    assert "a red circle and a blue square on a white background" in result.stdout
+    assert "a cake, a glass and a lemon on a blue background" in result.stdout
     assert "wrote    out/20" in result.stdout
 
 

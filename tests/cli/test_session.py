@@ -180,10 +180,10 @@ def test_a_safety_checker_does_what_it_does_in_the_bare_pipeline(tmp_path, flags
 
 
 def test_words_that_a_built_in_model_never_read_are_noted():
-    words = ("--prompt", "a red circle on a Sofa", "--steps", 1, "--seeds", 0, "--out", "o")
+    words = ("--prompt", "a cat on a Sofa", "--steps", 1, "--seeds", 0, "--out", "o")
     result = run("sample", *words)
     assert result.exit_code == 0, result.stderr
-    assert "note     scenes has never read 'Sofa'" in result.stdout
+    assert "note     objects has never read 'Sofa'" in result.stdout
 
 
 def test_every_word_of_the_world_is_known():
@@ -282,7 +282,7 @@ def test_the_other_plugin_that_a_model_is_tuned_for_is_proposed():
     words = ("sample", "--steps", 1, "--seeds", 0, "--no-compare", "--out", "a run")
     last = run(*words, "--plugin", "zest").stdout.splitlines()[-1]
     assert last == (
-        "next     guidekit sample --config 'a run/run.json' --plugin pww  # tuned for scenes too"
+        "next     guidekit sample --config 'a run/run.json' --plugin pww  # tuned for objects too"
     )
 
 

@@ -5,6 +5,7 @@ import inspect
 import pytest
 import torch
 from diffusers import (
+    ControlNetModel,
     MultiAdapter,
     StableDiffusionAdapterPipeline,
     StableDiffusionControlNetPipeline,
@@ -285,6 +286,8 @@ def test_what_cannot_work_is_refused(sd, tmp_path):
     refused("takes no controls", miniatures.dit_pipeline(), Control(net, ONE))
     xl = tiny.sdxl_pipeline()
     refused("ControlNet for another model: its", sd, Control(control_net(xl), ONE))
+    other = ControlNetModel.from_unet(sd.unet, conditioning_embedding_out_channels=(16, 16, 16, 32))
+    refused("makes an image 8 times smaller, this model's", sd, Control(other, ONE))
     refused("T2I-Adapter for another model", sd, Control(t2i_adapter(xl), ONE))
     refused("no image and its condition no map", sd, Control(net))
     refused("64x32 and the drawing 32x32; crop", sd, Control(net, Image.new("RGB", (64, 32))))

@@ -10,6 +10,7 @@ import pytest
 import torch
 from PIL import Image
 
+from clips import other_clip
 from guidekit.errors import GuidekitError
 from guidekit.evaluate import judge as evaluate
 from guidekit.evaluate.images import prompts_of, read_images
@@ -157,7 +158,7 @@ def test_a_judge_that_guided_is_refused(drawn, tmp_path):
     done = run("eval", "prompts", folder)
     assert done.exit_code == 2
     assert "scenes-clip guided the images" in done.stderr
-    assert run("eval", "prompts", folder, "--clip", "scenes-clip-2").exit_code == 0
+    assert run("eval", "prompts", folder, "--clip", other_clip(tmp_path)).exit_code == 0
 
 
 def test_folders_are_known_by_their_path_and_not_by_their_name(drawn, tmp_path, monkeypatch):

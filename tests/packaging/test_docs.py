@@ -2,14 +2,17 @@
 
 import ast
 import inspect
+import json
 import re
 import shlex
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import click
 import pytest
+import yaml
 from click.testing import CliRunner
 
 import guidekit
@@ -34,14 +37,20 @@ SPECS = {
 }
 
 
+def blocks(page):
+    """Language and text of every block of code."""
+    return re.findall(r"^```(\S*)\n(.*?)^```", page.read_text(), re.DOTALL | re.MULTILINE)
+
+
 def commands(readme):
-    """Every `guidekit ...` of the code blocks, as words."""
-    blocks = re.findall(r"```\w*\n(.*?)```", readme.read_text(), re.DOTALL)
-    for line in "\n".join(blocks).replace("\\\n", " ").splitlines():
-        for part in line.split("&&"):
-            words = shlex.split(part, comments=True) if part.strip().startswith("guidekit ") else []
-            if words:
-                yield words[1:]
+    """Every `guidekit ...` of the code blocks, as words, also behind a launcher's `-m`."""
+    text = "\n".join(body for _, body in blocks(readme)).replace("\\\n", " ")
+    for part in re.split(r"&&|\n", text):
+        found = re.match(
+            r"\s*(?:run: )?(?:(?:torchrun|accelerate launch) .*-m )?(guidekit .*)", part
+        )
+        if found:
+            yield shlex.split(found[1], comments=True)[1:]
 
 
 @pytest.mark.parametrize("name", [*HOOKS, *SPECS])
@@ -156,6 +165,24 @@ def test_python_runs_as_it_stands_and_saves_an_image(path, tmp_path, monkeypatch
     exec(compile(first, str(path), "exec"), {"__name__": "docs"})
     (saved,) = tmp_path.glob("*.png")
     assert saved.stat().st_size > 1000
+
+
+PARSERS = {
+    **dict.fromkeys(
+        ["", "bash"], lambda text: subprocess.run(["bash", "-n"], input=text, text=True, check=True)
+    ),
+    **dict.fromkeys(["python", "py"], ast.parse),
+    "toml": tomllib.loads,
+    "json": json.loads,
+    "yaml": yaml.safe_load,
+}
+
+
+@pytest.mark.parametrize("path", [*READMES, *DOCS], ids=lambda p: f"{p.parent.name}-{p.stem}")
+def test_every_block_is_of_its_language(path):
+    for language, text in blocks(path):
+        if not language.startswith("{"):  # a directive of the site's
+            PARSERS[language](text)
 
 
 PAGES = [page for page in DOCS if page.parent.name in ("tutorial", "howto")]

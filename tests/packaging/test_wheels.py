@@ -13,7 +13,7 @@ import pytest
 from guidekit import pytest_plugin
 from guidekit.cli.scaffold import FILES, new_plugin
 from guidekit.testing import CHECKS
-from guidekit.zoo.shipped import damages, shipped_hashes
+from guidekit.zoo.shipped import DEFAULT, damages, shipped_hashes
 
 ROOT = Path(__file__).parents[2]
 
@@ -245,7 +245,7 @@ def test_the_wheel_draws_with_the_built_in_model_from_anywhere(site, tmp_path):
     done = python(*command, "--json", path=[site], cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     run = json.loads(done.stdout)
-    assert run["record"]["model"]["path"] == str(site / "guidekit" / "zoo" / "scenes")
+    assert run["record"]["model"]["path"] == str(site / "guidekit" / "zoo" / DEFAULT)
     assert run["record"]["finished"] == [0]
     assert run["record"]["energy"]["zest"]
     assert (tmp_path / run["folder"] / "0.png").is_file()

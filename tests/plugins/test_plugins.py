@@ -12,6 +12,8 @@ from guidekit import Branch, Condition, Guidance
 from guidekit.cli.scaffold import template
 from guidekit.registry import Registry, entries
 from guidekit.testing import CHECKS, check_guidance, run_check
+from guidekit.testing.built_ins import BuiltIn, rows
+from guidekit.zoo.shipped import DEFAULT
 
 
 def vignette() -> type[Guidance]:
@@ -360,3 +362,10 @@ def test_a_waiver_is_reported_and_must_name_a_check():
         check_guidance(type("Odd", (Good,), {"waived": {"enrgy": "?"}}), [])
     with pytest.raises(ValueError, match="no check 'speed'; there are constructs"):
         check_guidance(Good, ["speed"])
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("name", ["zest", "pww"])
+def test_rows_never_mix_on_the_default_model(name):
+    subject = BuiltIn(Registry().guidance_class(name), DEFAULT)
+    assert rows(subject) is None

@@ -8,6 +8,7 @@ import torch
 from PIL import Image
 
 import tiny
+from clips import other_clip
 from guidekit import Condition, GuidekitError, Sampling
 from guidekit.evaluate.commands import prompts
 from guidekit.rewards import Reward, as_reward, brightness, contrast
@@ -43,7 +44,8 @@ def test_what_guided_a_run_does_not_judge_it(tmp_path):
     (tmp_path / "run.json").write_text(json.dumps(table))
     with pytest.raises(GuidekitError, match=r"scenes-clip guided the images .*\(search\)"):
         prompts([tmp_path], "scenes-clip")
-    assert prompts([tmp_path], "scenes-clip-2").rows
+    other = other_clip(tmp_path.with_name("judge"))
+    assert prompts([tmp_path], str(other)).rows
 
 
 def test_rewards_are_measured_by_the_command_line(tmp_path):

@@ -8,6 +8,8 @@ import sys
 
 import pytest
 
+pytestmark = pytest.mark.full
+
 
 def _guidekit(*args: str, cwd) -> subprocess.CompletedProcess:
     command = [sys.executable, "-m", "guidekit", *args]
@@ -45,30 +47,29 @@ def test_first_command_leaves_all_its_files(drawn):
 
 
 def test_first_command_moves_the_objects(drawn):
-    """The judge finds each object more inside its box than in the unguided images."""
+    """The judge finds each thing more inside its silhouette than in the unguided images."""
     import numpy as np
     import torch
     from PIL import Image
 
-    from guidekit import box_mask
     from guidekit.evaluate import judge as evaluate
-    from guidekit.worlds import scenes
+    from guidekit.worlds import objects
 
     folder, _, _ = drawn
-    record = json.loads((folder / "run.json").read_text())
-    segments = record["segment"]
-    judge = evaluate.load_judge()
+    segments = json.loads((folder / "run.json").read_text())["segment"]
+    kinds = [*objects.read_things(folder).values()]
     share = {}
     for name, where in (("guided", folder), ("unguided", folder / "unguided")):
-        pictures = [np.array(Image.open(where / f"{s}.png").convert("RGB")) for s in range(4)]
-        images = torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2) / 255
-        classes = evaluate.see(judge, images).classes
-        inside = 0.0
+        drawn_images = [np.array(Image.open(where / f"{s}.png").convert("RGB")) for s in range(4)]
+        images = torch.from_numpy(np.stack(drawn_images)).permute(0, 3, 1, 2) / 255
+        classes = evaluate.see(evaluate.load_judge("objects-judge"), images).classes
+        inside = []
         for segment in segments:
-            box = box_mask(tuple(segment["box"]), 64).numpy() > 0.5
-            label = 1 + scenes.CLASSES.index(segment["phrase"])
-            inside += ((classes == label) & box).sum() / box.sum() / len(segments)
-        share[name] = inside / 4
+            mask = Image.open(folder / segment["mask"]).convert("L").resize(classes.shape[2:0:-1])
+            wanted = np.array(mask) > 127
+            label = 1 + kinds.index(segment["phrase"])
+            inside.append(((classes == label) & wanted).sum() / wanted.sum() / 4)
+        share[name] = float(np.mean(inside))
     assert share["guided"] > share["unguided"] + 0.1, share
 
 
