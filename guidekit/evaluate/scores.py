@@ -74,17 +74,17 @@ def parse_score(text: str) -> Score:
     measure, _, column = first.partition(".")
     if measure not in COLUMNS:
         raise GuidekitError(f"no measure {measure!r}; there are {', '.join(COLUMNS)}")
-    known = inspect.signature(getattr(commands, measure)).parameters
+    known = _options(measure)
     options: dict[str, Any] = {
         k: v for k, v in DEFAULTS.items() if k in known and known[k].default is not None
     }
     for word in words:
         name, equals, value = word.partition("=")
-        if not equals or name == "folders" or name not in known:
-            names = ", ".join(n for n in known if n != "folders")
+        if not equals or name not in known:
+            names = ", ".join(known)
             raise GuidekitError(f"--judge {text!r}: {word!r} is none of its options, {names}")
         options[name] = int(value) if value.isdecimal() and name != "maps" else value
-    if lacking := [n for n, p in known.items() if n not in options and _needed(n, p)]:
+    if lacking := [n for n, p in known.items() if n not in options and p.default is p.empty]:
         raise GuidekitError(f"--judge {text!r} needs {lacking[0]}=...")
     for name in ("real", "lpips"):
         if name in options and measure != "quality":
@@ -92,8 +92,11 @@ def parse_score(text: str) -> Score:
     return Score(measure, column or COLUMNS[measure], options, text)
 
 
-def _needed(name: str, parameter: inspect.Parameter) -> bool:
-    return name != "folders" and parameter.default is inspect.Parameter.empty
+def _options(measure: str) -> dict[str, inspect.Parameter]:
+    """Options that change a measure's first row, and not which other rows stand below it."""
+    found = inspect.signature(getattr(commands, measure)).parameters
+    more_rows = {"folders", "paired"} | ({"real"} if found["real"].default is None else set())
+    return {name: option for name, option in found.items() if name not in more_rows}
 
 
 def mean_score(scores: Sequence[Score], folder: Path) -> tuple[float, dict[str, float]]:

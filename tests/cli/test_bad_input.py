@@ -70,7 +70,7 @@ def fails(result, *texts, code=2):
         (["--config", "half.json"], ["config half.json: not a readable JSON file"]),
         (["--height", "0"], ["height must be at least 1"]),
         (["--device", "meta"], ["no device 'meta'; there are cpu"]),
-        (["--model", ""], ["no model ''", "not a built-in (digits-ddpm, scenes"]),
+        (["--model", ""], ["no model ''", "not a built-in (digits-ddpm, objects"]),
         (["--model", "nobody/nothing"], ["'nobody/nothing' cannot be loaded", "check its name"]),
         (["--model", "nope:x"], ["no plugin 'nope'"]),
         (["--model", "zest:x"], ["no backbone 'zest:x'; zest registers none"]),

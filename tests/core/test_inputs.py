@@ -16,6 +16,7 @@ from guidekit.cli.plan import make_plan
 from guidekit.cli.settings import make_settings
 from guidekit.testing import sd_pipeline
 from guidekit.toolbox import to_image
+from guidekit.zoo.shipped import DEFAULT
 from guidekit_pag import PerturbedAttention
 from guidekit_zest import Zest
 
@@ -104,15 +105,15 @@ def test_the_rest_is_refused_in_words(pipe, call, message):
 
 
 def test_python_and_the_command_line_draw_the_same_bytes(tmp_path):
-    words = ["--plugin", "pww", "--plugin", "zest", "--prompt", "a red circle on white"]
-    words += ["--segment", "red circle=0,0,0.5,1", "--seeds", "7", "--steps", "2", "--no-compare"]
+    words = ["--plugin", "pww", "--plugin", "zest", "--prompt", "a cat on grass"]
+    words += ["--segment", "cat=0,0,0.5,1", "--seeds", "7", "--steps", "2", "--no-compare"]
     run = CliRunner().invoke(main, ["sample", *words, "--out", str(tmp_path / "o"), "--json"])
     folder = json.loads(run.stdout)["folder"]
-    condition = Condition("a red circle on white", segments=[Segment("red circle", BOX)])
+    condition = Condition("a cat on grass", segments=[Segment("cat", BOX)])
     # The faster way is measured where it is not given, and two ways round differently.
     calls = json.loads(Path(folder, "run.json").read_text())["record"]["calls"]
     options = {"seeds": 7, "steps": 2, "calls": calls}
-    drawn = guidekit.sample("scenes", condition, ["pww", "zest"], **options).finish()
+    drawn = guidekit.sample(DEFAULT, condition, ["pww", "zest"], **options).finish()
     (image,) = drawn.images
     with Image.open(f"{folder}/7.png") as shown:
         assert shown.tobytes() == to_image(image).tobytes()
