@@ -1,6 +1,7 @@
 """Shared set-up: one torch thread, no downloads; which tests are of the tier `full`."""
 
 import os
+import signal
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # also for the processes that tests start
@@ -11,6 +12,8 @@ import pytest
 import torch
 
 torch.set_num_threads(1)
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # as background jobs of scripts have it
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # Folders and modules that leave the tier `fast` whole. Single tests carry `pytest.mark.full`.
 FULL = (
