@@ -8,8 +8,6 @@ import sys
 
 import pytest
 
-pytestmark = pytest.mark.full
-
 
 def _guidekit(*args: str, cwd) -> subprocess.CompletedProcess:
     command = [sys.executable, "-m", "guidekit", *args]
