@@ -6,6 +6,7 @@ ones exported; a run that is started again continues where it was.
 
 import dataclasses
 import importlib
+import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -293,10 +294,19 @@ def _train_alone(stage: Stage, home: Path, size: int, quiet: bool) -> None:
     part = home / "model.part"  # a kill while it is written leaves no model
     loop.export(part)
     if state.is_main_process:
+        _forget_paths(part)
         if model.exists():  # of other options, which the user wants to go on from
             shutil.rmtree(model)
         put(part, model)
     state.wait_for_everyone()
+
+
+def _forget_paths(model: Path) -> None:
+    """Takes out of a model's configs where on this machine its parts were loaded from."""
+    for path in model.rglob("config.json"):
+        config = json.loads(path.read_text())
+        if config.pop("_name_or_path", None) is not None:
+            path.write_text(json.dumps(config, indent=2) + "\n")
 
 
 def _stage_text(stage: Stage) -> str:

@@ -66,6 +66,7 @@ def test_the_list_of_hashes_is_that_of_the_models():
     """After a change of a built-in model: python -m guidekit.zoo.shipped."""
     assert integrity.shipped_hashes() == integrity.file_hashes()
     assert set(integrity.damages().values()) == {""}
+    assert not [p for p in integrity.ZOO.rglob("*.json") if '"_name_or_path": "/' in p.read_text()]
 
 
 def test_damaged_models_are_named_with_the_repair(tmp_path, monkeypatch):

@@ -69,6 +69,7 @@ def test_recipe_ends_in_a_pipeline_that_draws(recipe, tmp_path):
     assert image.shape == (1, 3, 32, 32)
     weights = load_file(model / "unet" / "diffusion_pytorch_model.safetensors")
     assert {w.dtype for w in weights.values()} == {torch.float16}
+    assert not any(str(tmp_path) in path.read_text() for path in model.rglob("*.json"))
 
 
 KILLED = """
