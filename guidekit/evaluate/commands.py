@@ -234,7 +234,7 @@ def retrieval(
     others = features_of(truth, extractor)
     if len(others) < among:
         raise GuidekitError(f"{real} has {len(others)} images; give {among}, or --among fewer")
-    called = len(others) > among and bool(found_prompts(real))
+    called = len(others) > among and not found_prompts(real).keys().isdisjoint(truth.keys)
     result = Results("retrieval", judge=named(extractor), among=among)
     columns: dict[str, dict[str, dict[str, float]]] = {f"top {k}": {} for k in TOP}
     rows = prompted(folders, paired, real if called else None)

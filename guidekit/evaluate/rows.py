@@ -16,7 +16,7 @@ from guidekit.images import to_image
 from guidekit.worlds import scenes
 
 BATCH = 16  # images that are read at a time
-UNGUIDED, REAL, REAL_SCENES = " unguided", "real", "real scenes"
+UNGUIDED, REAL, REAL_SCENES = " unguided", "real images", "real scenes"
 NO_UNGUIDED = "There is no row of unguided images; runs keep them, or give their folder too."
 NO_REAL = "There is no row of real images, the judge's own ceiling; give --real."
 
@@ -47,6 +47,8 @@ def _with_folders(folders: Sequence[Path]) -> list[tuple[ImageSet, Path]]:
             unguided = read_images(folder / "unguided")
             sets.append((ImageSet(f"{folder.name}{UNGUIDED}", unguided.openers), folder))
     names = [images.name for images, _ in sets]
+    if taken := {REAL, REAL_SCENES} & {*names}:
+        raise GuidekitError(f"{min(taken)!r} is the name of another row; rename that folder")
     if doubled := [name for name in names if names.count(name) > 1]:
         raise GuidekitError(f"two folders are called {doubled[0]!r}; rename one")
     return sets

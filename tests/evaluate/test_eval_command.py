@@ -18,7 +18,7 @@ from guidekit.evaluate.judges import load_extractor, load_segmenter
 from guidekit.evaluate.label_maps import chosen, held_out, read_label_maps
 from guidekit.evaluate.layout import LayoutCounts
 from guidekit.evaluate.retrieval import ranks
-from guidekit.evaluate.rows import NO_REAL, NO_UNGUIDED, real_scenes
+from guidekit.evaluate.rows import NO_REAL, NO_UNGUIDED, REAL, real_scenes
 from guidekit.images import to_image, to_uint8
 from guidekit.worlds import scenes
 from guidekit.zoo.shipped import ZOO
@@ -291,13 +291,23 @@ def test_real_images_have_a_row_of_their_own(command, drawn, tmp_path):
     assert done.exit_code == 0, done.stderr
     table = json.loads(done.stdout)
     own, of_real = table["rows"]
-    assert of_real["images"] == "real"
+    assert of_real["images"] == REAL
     if command[0] != "retrieval":  # where a real image is compared with the other real ones
-        assert of_real == own | {"images": "real"}
+        assert of_real == own | {"images": REAL}
     assert table["notes"] == [NO_UNGUIDED]
     if command[0] != "retrieval":
         done = run("eval", *command, pairs, "--json")
         assert json.loads(done.stdout)["notes"] == [NO_UNGUIDED, NO_REAL]
+
+
+def test_a_folder_is_not_taken_for_the_row_of_real_images(drawn, tmp_path):
+    folder = shutil.copytree(drawn, tmp_path / REAL)
+    done = run("eval", "retrieval", folder, "--real", drawn, "--among", 3)
+    assert done.exit_code == 2
+    assert "rename that folder" in done.stderr
+    again = folder.rename(tmp_path / "real")  # a name as any other
+    done = run("eval", "retrieval", again, "--real", drawn, "--among", 3, "--json")
+    assert [row["images"] for row in json.loads(done.stdout)["rows"]] == ["real", REAL]
 
 
 def test_a_real_image_is_not_compared_with_itself():
