@@ -111,13 +111,23 @@ def prompts(
 
 @evaluate.command()
 @_measure
-@click.option("--real", required=True, help="Folder of real images, .npz of mu and sigma, scenes.")
+@click.option("--real", required=True, help="Folder of real images, .npz of statistics, scenes.")
 @click.option("--features", default="scenes-judge", show_default=True, help="An extractor.")
 @click.option("--draws", type=click.IntRange(0), default=100, show_default=True)
 @_paired
 def quality(out: Path | None, as_json: bool, **options: Any) -> None:
     """How near do images lie to real ones? Frechet and kernel distance, precision, recall."""
     _tell(_commands().quality(**options), out, as_json)
+
+
+@evaluate.command()
+@traceback_option
+@click.argument("sources", nargs=-1, required=True, type=PATH)
+@click.option("--features", default="scenes-judge", show_default=True, help="An extractor.")
+@click.option("--out", type=PATH, required=True, help="The .npz to write.")
+def statistics(sources: tuple[Path, ...], features: str, out: Path) -> None:
+    """Mean and covariance of images, added up over shards and other statistics, for quality."""
+    say(_commands().gathered(sources, features, out).markdown())
 
 
 @evaluate.command()

@@ -42,9 +42,11 @@ from guidekit.evaluate.rows import (
     real_scenes,
     rows_of,
 )
+from guidekit.evaluate.statistics import gathered
 from guidekit.images import to_uint8
 
-__all__ = ["diversity", "inverse", "layout", "prompts", "quality", "retrieval", "reward"]
+__all__ = ["diversity", "gathered", "inverse", "layout", "prompts", "quality", "retrieval"]
+__all__ += ["reward"]
 
 TOP = (1, 5, 10)  # places of retrieval
 

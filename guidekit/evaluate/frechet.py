@@ -24,6 +24,12 @@ class Moments:
         self.total = self.total + features.sum(0)
         self.outer = self.outer + features.T @ features
 
+    def merge(self, other: "Moments") -> None:
+        """Adds the sums of other features."""
+        self.n += other.n
+        self.total = self.total + other.total
+        self.outer = self.outer + other.outer
+
     @property
     def mean(self) -> np.ndarray:
         """Their mean (d,)."""

@@ -7,14 +7,15 @@ import numpy as np
 import torch
 
 from guidekit.errors import GuidekitError
-from guidekit.evaluate.frechet import Moments, of_gaussians
-from guidekit.evaluate.images import ImageSet, read_images
+from guidekit.evaluate.frechet import of_gaussians
+from guidekit.evaluate.images import read_images
 from guidekit.evaluate.intervals import difference, interval
 from guidekit.evaluate.judges import Extractor, check_never_guided, load_extractor
 from guidekit.evaluate.kernel_distance import kernel_distance
 from guidekit.evaluate.precision_recall import covered
 from guidekit.evaluate.results import Results
 from guidekit.evaluate.rows import (
+    NO_UNGUIDED,
     check_paired,
     compared,
     features_of,
@@ -23,11 +24,18 @@ from guidekit.evaluate.rows import (
     named,
     real_scenes,
     rows_of,
-    shards,
+)
+from guidekit.evaluate.statistics import (
+    ENDING,
+    Statistics,
+    read_moments,
+    read_statistics,
+    statistics,
 )
 from guidekit.worlds import scenes
 
 SPLITS = 10  # of the kernel distance's interval
+SMALLEST = "Rows have the first {:,} images, as many as the smallest."
 REFERENCE = 2000  # real scenes for distances, from number 100,000 on
 
 
@@ -41,25 +49,28 @@ def quality(
 ) -> Results:
     """Frechet and kernel distance, precision and recall, of equal numbers of images.
 
-    real: a folder, `scenes`, or an .npz of `mu` and `sigma`, for which there is no other distance.
+    real: a folder, `scenes`, or an .npz of `mu` and `sigma`, for which there is no other distance;
+    then the folders may be such files too.
     """
     extractor = load_extractor(features)
     check_never_guided(extractor, folders)
     result = Results("quality", judge=named(extractor), draws=draws)
+    if real.endswith(ENDING):
+        if paired:
+            raise GuidekitError("--paired needs real images; give --real their folder")
+        _to_statistics(folders, read_statistics(Path(real)), extractor, result)
+        return result
+    if kept := [folder for folder in folders if folder.suffix == ENDING]:
+        raise GuidekitError(
+            f"{kept[0]} has statistics, which are compared to statistics; make those of "
+            "real images by guidekit eval statistics FOLDER --out real.npz"
+        )
     sets = rows_of(folders)
     check_paired(sets, paired)
     result.notes += lacking(sets, real=True)  # its row is one half against the other
     n = min(map(len, sets))
     if n < max(map(len, sets)):
-        result.notes.append(f"Rows have the first {n} images, as many as the smallest.")
-    if real.endswith(".npz"):
-        if paired:
-            raise GuidekitError("--paired needs real images; give --real their folder")
-        mean, covariance = _statistics(Path(real))
-        for images in sets:
-            value = _to_gaussian(images, n, extractor, mean, covariance)
-            result.rows.append({"images": images.name, "n": n, "Frechet": value})
-        return result
+        result.notes.append(SMALLEST.format(n))
     reference = Reference(_real_features(real, extractor), draws, neighbours)
     found = {images.name: features_of(images, extractor, n) for images in sets}
     result.rows += [{"images": name, **reference.row(made)} for name, made in found.items()]
@@ -153,25 +164,30 @@ def _split_column(kernel: Callable[[np.ndarray], float], indices: np.ndarray) ->
     return row
 
 
-def _statistics(path: Path) -> tuple[np.ndarray, np.ndarray]:
-    """Mean and covariance as pytorch-fid and others save them."""
-    try:
-        with np.load(path, allow_pickle=False) as file:
-            return file["mu"], file["sigma"]
-    except (OSError, ValueError, KeyError) as error:
-        raise GuidekitError(f"{path}: no statistics with mu and sigma ({error})") from None
+def _to_statistics(
+    folders: Sequence[Path], real: Statistics, extractor: Extractor, result: Results
+) -> None:
+    """Adds a row for each folder and each file of statistics: the Frechet distance to others.
 
-
-def _to_gaussian(
-    images: ImageSet, n: int, extractor: Extractor, mean: np.ndarray, covariance: np.ndarray
-) -> float:
-    """Frechet distance of n images to statistics; of the images only sums are kept."""
-    moments = Moments()
-    for features in shards(images, extractor, n):
-        if features.shape[1] != len(mean):
-            raise GuidekitError(
-                f"the statistics have {len(mean)} features, and {extractor.name} has "
-                f"{features.shape[1]}"
-            )
-        moments.add(features)
-    return of_gaussians(moments.mean, moments.covariance, mean, covariance)
+    Raises GuidekitError where files say other numbers of images than each other, or larger ones
+    than a folder has.
+    """
+    rows = [read_statistics(folder) for folder in folders if folder.suffix == ENDING]
+    sets = rows_of([folder for folder in folders if folder.suffix != ENDING])
+    for found in (real, *rows):
+        found.check(extractor)
+    for images in sets[:1]:  # before all of them are read
+        real.check_width(extractor.read([images.image(images.keys[0])]).shape[1], extractor.name)
+    sizes = {found.counted() for found in rows} or {min(map(len, sets))}
+    n = min(sizes)
+    if len(sizes) > 1 or any(len(images) < n for images in sets):
+        raise GuidekitError(
+            "rows have equal numbers of images, and statistics cannot be cut; here they have "
+            + ", ".join(f"{size:,}" for size in (*(row.counted() for row in rows), *map(len, sets)))
+        )
+    if len(rows) + len(sets) < 2:
+        result.notes.append(NO_UNGUIDED)
+    if any(len(images) > n for images in sets):
+        result.notes.append(SMALLEST.format(n))
+    rows += [statistics(i.name, read_moments(i, n, extractor), extractor) for i in sets]
+    result.rows += [{"images": row.name, "n": n, "Frechet": row.to(real)} for row in rows]
