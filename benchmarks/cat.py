@@ -237,17 +237,18 @@ def host_rows(setting: Setting) -> list[dict]:
 def model_rows(part: str, setting: Setting, estimated: Estimator, results: Results) -> None:
     """Rows of models that draw, and what they say."""
     import cat_models
+    import cat_trained
     import cat_words
 
     lab = laboratory(setting)
     shots = {count: shots_at(setting, count) for count in setting.counts}
     found = {count: estimated(own) for count, own in shots.items()}
     rows = {name: ROWS[name] for name in DRAWN}
-    make = {"training-free": cat_models.training_free, "fine-tuned": cat_models.fine_tuned}[part]
+    make = {"training-free": cat_models.training_free, "fine-tuned": cat_trained.fine_tuned}[part]
     lines = make(lab, shots, found, rows, right_colours)
     results.extend({"part": part} | line for line in lines)
     print(f"\n{part}\n\n{table(lines)}")
-    results.say(*cat_words.said(part, lines, cat_models.MANY))
+    results.say(*cat_words.said(part, lines, cat_trained.MANY))
 
 
 def right_colours(picks: Tensor) -> int:

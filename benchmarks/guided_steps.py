@@ -5,7 +5,7 @@
     python benchmarks/guided_steps.py --model tiny-sd15        the same code on a CPU
 
 One step of classifier-free guidance, of Paint-with-Words, PAG and Zest, and of Zest as public code
-has it (`overhead.Plain`: eager attention that stores every map, one batch with a graph through it).
+has it (plain_zest.py: eager attention that stores every map, one batch with a graph through it).
 """
 
 import statistics
@@ -15,12 +15,14 @@ from collections.abc import Callable
 import click
 import torch
 
+from full_size import random_pipeline
 from guidekit_pag import PerturbedAttention
 from guidekit_pww import PaintWithWords
 from guidekit_zest import Zest
 from measured import Results
 from memory import PeakMemory
-from overhead import Guided, Plain, prepared, random_pipeline
+from overhead import Guided, prepared
+from plain_zest import Plain
 
 TINY = dict(sample_size=16, layers_per_block=1)
 TINY_SD15 = TINY | dict(block_out_channels=(32, 32, 32, 32), attention_head_dim=4)

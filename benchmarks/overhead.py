@@ -5,10 +5,9 @@
     python benchmarks/overhead.py --full     Stable Diffusion 1.5's configuration, random weights
     python benchmarks/overhead.py --peak     one guided step of it and of SDXL's, peak memory
 
-"plain" is Zest as public code has it, written out below: eager attention processors that store
-every map, one batch of null and conditional rows with a graph through all of it. Launches are
-the operations that compute something, in a step without its scheduler's; host reads are numbers of
-tensors that Python waits for, on a CPU also of those that live there by design.
+"plain" is Zest as public code has it (plain_zest.py). Launches are the operations that compute
+something, in a step without its scheduler's; host reads are numbers of tensors that Python waits
+for, on a CPU also of those that live there by design.
 """
 
 import contextlib
@@ -19,100 +18,20 @@ from collections.abc import Callable
 
 import click
 import torch
-from diffusers import AutoencoderKL, StableDiffusionPipeline, StableDiffusionXLPipeline
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
 import guidekit
-from guidekit import Condition, Segment, average_maps, box_mask
+from full_size import random_pipeline
+from guidekit import Condition
 from guidekit_pag import PerturbedAttention
 from guidekit_pww import PaintWithWords
 from guidekit_seg import SmoothedEnergy
 from guidekit_zest import Zest
 from measured import Results
 from memory import PeakMemory
-
-CFG = 7.5
-PROMPT = "a red circle and a blue square on a white background"
-CONDITION = Condition(
-    PROMPT,
-    segments=(
-        Segment("red circle", box_mask((0.05, 0.1, 0.5, 0.6))),
-        Segment("blue square", box_mask((0.5, 0.4, 0.95, 0.9))),
-    ),
-)
-
-
-class StoringProcessor:
-    """Eager attention that keeps its probabilities, with their graph (for the plain rival)."""
-
-    def __init__(self, store: dict, site: str):
-        self.store, self.site = store, site
-
-    def __call__(self, attn, hidden_states, encoder_hidden_states=None, attention_mask=None, **_):
-        text = hidden_states if encoder_hidden_states is None else encoder_hidden_states
-        query = attn.head_to_batch_dim(attn.to_q(hidden_states))
-        key = attn.head_to_batch_dim(attn.to_k(text))
-        value = attn.head_to_batch_dim(attn.to_v(text))
-        probabilities = attn.get_attention_scores(query, key, attention_mask)
-        if encoder_hidden_states is not None:
-            self.store[self.site] = probabilities  # (B * heads, N, T)
-        out = attn.batch_to_head_dim(torch.bmm(probabilities, value))
-        return attn.to_out[1](attn.to_out[0](out))
-
-
-class Plain:
-    """One guided step of Zest in the style of public code, with the plugin's own loss."""
-
-    def __init__(self, pipeline, batch: int, seeds: list[int]):
-        self.pipeline, self.batch = pipeline, batch
-        # The plugin only lends its masks, tokens and loss, so that both do the same mathematics.
-        self.run = guidekit.sample(
-            pipeline, CONDITION, [Zest(stop=1.0)], seeds=seeds, steps=50, cfg=CFG
-        )
-        (self.guide,) = self.run.guidances
-        self.z = self.run._start()
-        self.timestep = self.run.run.scheduler.timesteps[0]
-        prompts = [PROMPT] * batch
-        null, cond = self.run.run.text([""] * batch, null=True), self.run.run.text(prompts)
-        self.text = guidekit.backbones.denoiser.Text.cat([null, cond])
-        self.store: dict[str, Tensor] = {}
-        # Hung in before the clock starts, as public code does once a run.
-        self.before = pipeline.unet.attn_processors
-        self.storing = {
-            name: StoringProcessor(self.store, name.removesuffix(".processor"))
-            for name in self.before
-        }
-
-    def __enter__(self) -> None:
-        self.pipeline.unet.set_attn_processor(dict(self.storing))
-
-    def __exit__(self, *_) -> None:
-        self.pipeline.unet.set_attn_processor(dict(self.before))
-
-    def __call__(self) -> Tensor:
-        """The next z."""
-        with torch.enable_grad():
-            z = self.z.detach().requires_grad_()
-            x = torch.cat([z, z])
-            out = self.pipeline.unet(x, self.timestep, return_dict=False, **self.text.kwargs())[0]
-            (grad,) = torch.autograd.grad(self._loss(), z)
-        null, cond = out.detach().chunk(2)
-        grad = grad / grad.abs().amax((1, 2, 3), keepdim=True)
-        return self.z + 0.01 * (null + CFG * (cond - null)) - grad
-
-    def _loss(self) -> Tensor:
-        """Zest's loss on the conditional half of the stored maps."""
-        read, maps = self.guide._read, {}
-        for site, (h, w) in read.sites.items():
-            p = self.store[site].unflatten(0, (2 * self.batch, -1))[self.batch :]
-            maps[site] = (
-                (p.float() @ read.weights[:, None]).mean(1).transpose(1, 2).unflatten(2, (h, w))
-            )
-        average = average_maps(maps, self.guide._common)
-        return self.guide._loss(average, self.guide._masks[self.guide._common]).sum()
+from plain_zest import CFG, CONDITION, PROMPT, Plain
 
 
 class Guided:
@@ -303,79 +222,6 @@ def pipeline_rows(pipeline, repeats: int, steps: int = 20) -> list[dict]:
         }
         for name in functions
     ]
-
-
-SD15 = {"block_out_channels": (320, 640, 1280, 1280), "cross_attention_dim": 768}
-SDXL = {
-    "block_out_channels": (320, 640, 1280),
-    "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
-    "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
-    "transformer_layers_per_block": (1, 2, 10),
-    "attention_head_dim": (5, 10, 20),
-    "cross_attention_dim": 2048,
-    "use_linear_projection": True,
-    "addition_embed_type": "text_time",
-    "addition_time_embed_dim": 256,
-    "projection_class_embeddings_input_dim": 2816,
-}
-
-
-def random_pipeline(xl: bool, dtype: torch.dtype, device: str = "cpu", **changes):
-    """UNet of SD 1.5 or SDXL with random weights and the smallest texts that fit it.
-
-    Full size but for `changes` of its configuration; made on a device, which a GPU does fast.
-    """
-    from diffusers import UNet2DConditionModel
-
-    scenes = guidekit.load("scenes")
-    tokenizer = scenes.tokenizer
-    tokenizer.model_max_length = 77
-    config = {"sample_size": 128 if xl else 64} | (SDXL if xl else SD15) | changes
-    with torch.device(device):
-        torch.set_default_dtype(dtype)
-        try:
-            unet = UNet2DConditionModel(**config)
-        finally:
-            torch.set_default_dtype(torch.float32)
-    texts = [_text(tokenizer, 768, False)] + ([_text(tokenizer, 1280, True)] if xl else [])
-    parts = {
-        "vae": AutoencoderKL(
-            block_out_channels=(8, 8, 8, 8),
-            norm_num_groups=4,
-            latent_channels=4,
-            down_block_types=("DownEncoderBlock2D",) * 4,
-            up_block_types=("UpDecoderBlock2D",) * 4,
-        ),
-        "unet": unet,
-        "scheduler": scenes.scheduler,
-        "tokenizer": tokenizer,
-        "text_encoder": texts[0],
-    }
-    if xl:
-        pipeline = StableDiffusionXLPipeline(
-            **parts, tokenizer_2=tokenizer, text_encoder_2=texts[1], add_watermarker=False
-        )
-    else:
-        pipeline = StableDiffusionPipeline(
-            **parts, safety_checker=None, feature_extractor=None, requires_safety_checker=False
-        )
-    pipeline.set_progress_bar_config(disable=True)
-    return pipeline.to(device, dtype)
-
-
-def _text(tokenizer, width: int, projection: bool):
-    config = CLIPTextConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=width,
-        intermediate_size=width,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        max_position_embeddings=77,
-        projection_dim=width,
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-    )
-    return (CLIPTextModelWithProjection if projection else CLIPTextModel)(config)
 
 
 def peak_row(xl: bool, dtype: torch.dtype) -> dict:
