@@ -44,6 +44,12 @@ def wide():
     return tiny.sd_pipeline().to(torch.float64)
 
 
+FULL = [
+    pytest.param(family, marks=pytest.mark.full)
+    for family in ("sdxl", "pixart", "sd3", "flux", "qwen", "lumina2")
+]
+
+
 def edits():
     return [
         PaintWithWords(),
@@ -59,7 +65,7 @@ def drawn(pipe, guidances, conditions=(RED, BLUE), seeds=(5, 6), **options):
     return Sampling(pipe, list(conditions), guidances, seeds=seeds, **given).finish()
 
 
-@pytest.mark.parametrize("family", ["sd", "sdxl", "pixart", "sd3", "flux", "qwen", "lumina2"])
+@pytest.mark.parametrize("family", ["sd", *FULL])
 def test_edits_of_all_branches_ride_in_one_call(family, monkeypatch):
     """And they are those of a call for each branch."""
     pipe = getattr(miniatures, f"{family}_pipeline")().to(torch.float64)
@@ -75,6 +81,7 @@ def test_edits_of_all_branches_ride_in_one_call(family, monkeypatch):
     torch.testing.assert_close(together.latents, apart.latents, rtol=1e-8, atol=1e-8)
 
 
+@pytest.mark.full
 def test_rows_do_not_mix(wide):
     """In float64 an image is the same alone and beside others, edits of all kinds on."""
     both = drawn(wide, edits())
@@ -102,7 +109,10 @@ def test_a_step_outside_of_all_windows_is_called_as_the_bare_pipeline(pipe):
     assert all(torch.equal(a, b) for a, b in zip(guided[:2], rows[:2], strict=True))
 
 
-@pytest.mark.parametrize("guidances", [[], [PaintWithWords()], [PerturbedAttention()]])
+@pytest.mark.parametrize(
+    "guidances",
+    [[], pytest.param([PaintWithWords()], marks=pytest.mark.full), [PerturbedAttention()]],
+)
 def test_batched_and_split_calls_give_one_gradient(wide, guidances):
     def run(mode):
         kind = "null+cond*+pag" if guidances and guidances[0].name == "pag" else "null+cond*"
@@ -260,6 +270,7 @@ def test_reads_and_branches_that_are_not_there_are_named(pipe):
         drawn(pipe, [Nowhere()])
 
 
+@pytest.mark.full
 def test_gradient_checkpointing_of_the_user_stays_and_changes_nothing():
     pipe = tiny.sd_pipeline()
     guidances = [PaintWithWords(), Zest(stop=1.0)]

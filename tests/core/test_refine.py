@@ -64,8 +64,9 @@ def pair(pipe, scheduler, conditions=RED, seeds=(5,), **options):
         DDIMScheduler,
         EulerDiscreteScheduler,
         DPMSolverMultistepScheduler,
-        HeunDiscreteScheduler,
-        PNDMScheduler,  # its second call does the first step again, from the z that it kept
+        pytest.param(HeunDiscreteScheduler, marks=pytest.mark.full),
+        # Its second call does the first step again, from the z that it kept.
+        pytest.param(PNDMScheduler, marks=pytest.mark.full),
         None,
     ],
 )

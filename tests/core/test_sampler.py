@@ -24,13 +24,13 @@ from guidekit_zest import Zest
 
 SCHEDULERS = [
     DDIMScheduler,
-    PNDMScheduler,
+    pytest.param(PNDMScheduler, marks=pytest.mark.full),
     EulerDiscreteScheduler,
-    EulerAncestralDiscreteScheduler,
-    DPMSolverMultistepScheduler,
-    UniPCMultistepScheduler,
-    HeunDiscreteScheduler,
-    DDPMScheduler,
+    pytest.param(EulerAncestralDiscreteScheduler, marks=pytest.mark.full),
+    pytest.param(DPMSolverMultistepScheduler, marks=pytest.mark.full),
+    pytest.param(UniPCMultistepScheduler, marks=pytest.mark.full),
+    pytest.param(HeunDiscreteScheduler, marks=pytest.mark.full),
+    pytest.param(DDPMScheduler, marks=pytest.mark.full),
 ]
 SEGMENTS = (Segment("red circle", box_mask((0, 0, 0.5, 1))),)
 RED = Condition("a red circle", "blue", SEGMENTS)
@@ -106,7 +106,10 @@ def test_eta_is_ddims(pipe):
     assert not torch.equal(ours.images, bare(pipe, [RED], [5]))
 
 
-@pytest.mark.parametrize("cls", [EulerDiscreteScheduler, DPMSolverMultistepScheduler])
+@pytest.mark.parametrize(
+    "cls",
+    [EulerDiscreteScheduler, pytest.param(DPMSolverMultistepScheduler, marks=pytest.mark.full)],
+)
 def test_sdxl_is_the_bare_pipeline(cls):
     pipe = tiny.sdxl_pipeline()
     pipe.scheduler = cls.from_config(pipe.scheduler.config)
@@ -123,7 +126,9 @@ def test_a_guidance_outside_of_its_window_leaves_the_pictures(pipe):
     assert torch.equal(guided.images, Sampling(pipe, RED, steps=3).finish().images)
 
 
-@pytest.mark.parametrize("guidances", [[], [Zest()], [PaintWithWords(), Zest()]])
+@pytest.mark.parametrize(
+    "guidances", [[], pytest.param([Zest()], marks=pytest.mark.full), [PaintWithWords(), Zest()]]
+)
 def test_a_picture_does_not_depend_on_its_batch(pipe, guidances):
     together = Sampling(pipe, [RED, BLUE], guidances, seeds=[5, 6], steps=3, eta=0.5).finish()
     for i, condition in enumerate([RED, BLUE]):

@@ -60,7 +60,14 @@ def drawn(pipe, *guidances, scheduler=None, **options):
     return Sampling(pipe, RED, guidances, **given).finish()
 
 
-@pytest.mark.parametrize("cls", [DDIMScheduler, EulerDiscreteScheduler, None])
+@pytest.mark.parametrize(
+    "cls",
+    [
+        DDIMScheduler,
+        pytest.param(EulerDiscreteScheduler, marks=pytest.mark.full),
+        pytest.param(None, marks=pytest.mark.full),
+    ],
+)
 @pytest.mark.parametrize("others", [(), (Bright(),)])
 def test_first_order_steps_are_the_schedulers(pipe, cls, others):
     pipe = pipe if cls else sd3_pipeline()

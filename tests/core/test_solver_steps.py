@@ -22,7 +22,11 @@ from guidekit_zest import Zest
 
 SEGMENTS = (Segment("red circle", box_mask((0, 0, 0.5, 1))),)
 RED = Condition("a red circle", segments=SEGMENTS)
-TWO_STAGE = [HeunDiscreteScheduler, KDPM2DiscreteScheduler, DPMSolverSinglestepScheduler]
+TWO_STAGE = [
+    HeunDiscreteScheduler,
+    pytest.param(KDPM2DiscreteScheduler, marks=pytest.mark.full),
+    DPMSolverSinglestepScheduler,
+]
 
 
 @pytest.fixture(scope="module")
@@ -84,7 +88,13 @@ def test_zest_pushes_once_a_step_of_the_solver(pipe, cls):
 
 
 @pytest.mark.parametrize(
-    "cls", [DDIMScheduler, PNDMScheduler, HeunDiscreteScheduler, DPMSolverMultistepScheduler]
+    "cls",
+    [
+        DDIMScheduler,
+        pytest.param(PNDMScheduler, marks=pytest.mark.full),
+        pytest.param(HeunDiscreteScheduler, marks=pytest.mark.full),
+        DPMSolverMultistepScheduler,
+    ],
 )
 def test_attached_to_image_to_image_it_is_the_own_loop(pipe, cls):
     pipe.scheduler = of(pipe, cls)

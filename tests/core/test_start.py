@@ -42,7 +42,14 @@ def bare(pipe, seeds=(5, 6), cfg=5.0, **options):
     return pipe(prompts, **given, **options).images
 
 
-@pytest.mark.parametrize("cls", [DDPMScheduler, EulerDiscreteScheduler, HeunDiscreteScheduler])
+@pytest.mark.parametrize(
+    "cls",
+    [
+        pytest.param(DDPMScheduler, marks=pytest.mark.full),
+        EulerDiscreteScheduler,
+        pytest.param(HeunDiscreteScheduler, marks=pytest.mark.full),
+    ],
+)
 def test_own_timesteps_are_the_pipelines(pipe, cls):
     pipe.scheduler = cls.from_config(pipe.scheduler.config)
     own = [900, 600, 300, 100]
@@ -109,7 +116,10 @@ def test_latents_are_the_pipelines(pipe):
         pytest.param(HeunDiscreteScheduler, marks=pytest.mark.full),
     ],
 )
-@pytest.mark.parametrize("strength", [0.5, 0.8, 1.0])
+@pytest.mark.parametrize(
+    "strength",
+    [0.5, pytest.param(0.8, marks=pytest.mark.full), pytest.param(1.0, marks=pytest.mark.full)],
+)
 def test_an_image_and_a_strength_are_image_to_image(pipe, cls, strength):
     pipe.scheduler = cls.from_config(tiny.sd_pipeline().scheduler.config)
     other = StableDiffusionImg2ImgPipeline(**pipe.components, requires_safety_checker=False)

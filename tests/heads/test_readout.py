@@ -39,6 +39,7 @@ def fitted(denoiser):
     return fit_readout(denoiser, pairs, ReadoutOptions(steps=60, batch=4, rate=5e-3))
 
 
+@pytest.mark.full
 def test_it_explains_held_out_targets(fitted):
     head, report = fitted
     assert report.scores["explained_at_100"] > 0.3
@@ -46,6 +47,7 @@ def test_it_explains_held_out_targets(fitted):
     assert head.config.scores == report.scores
 
 
+@pytest.mark.full
 def test_it_survives_its_file_and_refuses_another_backbone(fitted, denoiser, tmp_path):
     head, _ = fitted
     head.save(tmp_path / "head")
@@ -62,6 +64,7 @@ def test_it_survives_its_file_and_refuses_another_backbone(fitted, denoiser, tmp
             load_readout(tmp_path / "head", denoiser)
 
 
+@pytest.mark.full
 def test_guidance_brings_the_map_nearer(fitted, denoiser, tmp_path):
     fitted[0].save(tmp_path / "head")
     energies = {}

@@ -58,6 +58,7 @@ class OnX0(Clip):
         return cls(**SCENE, text="a red circle", on="x0", cutouts=2, structure=1.0)
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("check", ["energy", "batch"])
 @pytest.mark.parametrize("cls", [Styled, OnX0])
 def test_other_forms_hold_too(cls, check):

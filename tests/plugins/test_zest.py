@@ -197,7 +197,14 @@ def test_what_a_rule_keeps_is_of_one_run(pipe, options):
     assert (plain.latents - alone.latents).abs().max() > 0.05
 
 
-@pytest.mark.parametrize("cls", [DDIMScheduler, EulerDiscreteScheduler, UniPCMultistepScheduler])
+@pytest.mark.parametrize(
+    "cls",
+    [
+        DDIMScheduler,
+        pytest.param(EulerDiscreteScheduler, marks=pytest.mark.full),
+        pytest.param(UniPCMultistepScheduler, marks=pytest.mark.full),
+    ],
+)
 def test_energies_fall_against_the_unguided_run(pipe, cls):
     def energies(scale):
         guidance = Zest(scale=scale, decay="constant", stop=1.0)
