@@ -161,11 +161,15 @@ def number(value: object, digits: int = 3) -> str:
 
 
 def inline(words: str) -> str:
-    """The number of FILE ROW COLUMN [DIGITS]: of the one row that says ROW in any column."""
-    name, method, column, *digits = shlex.split(words)
-    found = [row for row in result(name).rows if method in map(str, row.values())]
+    """The number of FILE ROW COLUMN [DIGITS], of one row.
+
+    ROW is what it alone says in any column, or several such values with " & " between them.
+    """
+    name, said, column, *digits = shlex.split(words)
+    values = set(said.split(" & "))
+    found = [row for row in result(name).rows if values <= set(map(str, row.values()))]
     if len(found) != 1:
-        raise SystemExit(f"{words}: {len(found)} rows of {name} say {method!r}")
+        raise SystemExit(f"{words}: {len(found)} rows of {name} say {said!r}")
     return number(found[0][column], int(digits[0]) if digits else 3)
 
 
