@@ -22,7 +22,8 @@ from diffusers.utils import logging
 from tqdm import tqdm
 
 from guidekit import Condition, Denoiser, Guidance, Sampling
-from guidekit.backbones.loading import make_scheduler, schedulers_for
+from guidekit.backbones.loading import make_scheduler
+from guidekit.backbones.schedulers import schedulers_for
 from guidekit.registry import Registry, entries
 from guidekit.testing import miniatures
 from measured import Results

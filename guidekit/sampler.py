@@ -192,7 +192,7 @@ class Sampling(Drawn):
         self._drawn = True
         network, models = self.denoiser.network, self.denoiser.models
         with frozen(*models), compiled(network, self._backend), self.engine.opened():
-            solver, z = solver_of(self.guidances, run.levels), self._start()
+            solver, z = solver_of(self.guidances, run.levels, run.scheduler), self._start()
             if solver is None:
                 yield from self._walked(z, timesteps)
             else:

@@ -45,14 +45,16 @@ _HOME = {
     "find_sites": "taps",
     "layers": "backbones.sites",
     "load_judge": "evaluate.judge",
+    "lost_edit": "backbones.schedulers",
     "named": "named",
+    "other_scheduler": "backbones.schedulers",
     "pixel_rows": "perturbed",
     "probabilities": "attention.maps",
     "read_references": "references",
     "real_tokens": "backbones.tokens",
     "require_segments": "conditions",
     "resize_mask": "masks",
-    "schedulers_for": "backbones.loading",
+    "schedulers_for": "backbones.schedulers",
     "see": "evaluate.judge",
     "segment_masks": "conditions",
     "segment_strengths": "conditions",
@@ -70,7 +72,7 @@ __all__ = list(_HOME)
 
 if TYPE_CHECKING:
     from guidekit.attention.maps import probabilities
-    from guidekit.backbones.loading import schedulers_for
+    from guidekit.backbones.schedulers import lost_edit, other_scheduler, schedulers_for
     from guidekit.backbones.sites import layers, self_attention
     from guidekit.backbones.tokens import real_tokens, segment_weights, token_columns
     from guidekit.conditions import require_segments, segment_masks, segment_strengths

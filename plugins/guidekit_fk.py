@@ -20,9 +20,13 @@ from guidekit.toolbox import (
     RewardFunction,
     derived_seed,
     guiding,
+    other_scheduler,
     rewarded,
+    schedulers_for,
     systematic,
 )
+
+NOISY = ("ddpm", "euler-a", "sa")
 
 
 @dataclass(kw_only=True)
@@ -61,8 +65,9 @@ class FeynmanKac(Guidance):
         middle = run.levels.move(len(run.levels) // 2)
         if max(map(len, run.groups)) > 1 and middle.noise_std == 0:
             run.account.note(
-                f"{self.name}: the solver adds no noise, so copies of a particle stay copies; use "
-                "--scheduler ddpm or euler-a, or ddim with --eta 1"
+                f"{self.name}: the solver adds no noise, so copies of a particle stay copies; "
+                + other_scheduler(run.scheduler, NOISY)
+                + (", or ddim with --eta 1" if "ddim" in schedulers_for(run.scheduler) else "")
             )
 
     def resample(self, step: Step, z: Tensor) -> Tensor | None:

@@ -13,20 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from guidekit import Guidance, GuidekitError, Run, Step, hookimpl
-from guidekit.toolbox import read_references, schedulers_for
-
-# Schedulers by --scheduler's name whose every step starts from the sample that it is given.
-READERS = {
-    "ddim": "DDIM DDIMParallel CogVideoXDDIM",
-    "ddpm": "DDPM DDPMParallel",
-    "deis": "DEISMultistep",
-    "dpm++": "DPMSolverMultistep",
-    "euler": "EulerDiscrete",
-    "euler-a": "EulerAncestralDiscrete",
-    "flow-euler": "FlowMatchEulerDiscrete",
-    "lcm": "LCM",
-    "lms": "LMSDiscrete",
-}
+from guidekit.toolbox import lost_edit, read_references
 
 
 @dataclass(kw_only=True)
@@ -56,13 +43,9 @@ class Ilvr(Guidance):
 
     def prepare(self, run: Run) -> None:
         """Reads the reference; raises GuidekitError for a scheduler that does not read z."""
-        kind = type(run.scheduler).__name__.removesuffix("Scheduler")
-        if kind not in " ".join(READERS.values()).split():
-            work = [name for name in schedulers_for(run.scheduler) if name in READERS]
-            raise GuidekitError(
-                f"{self.name} edits samples, and {kind} does not start every step from the sample "
-                f"it is given; use --scheduler {', '.join(work)}"
-            )
+        levels = run.levels
+        if not all(levels.move(i).reads_sample for i in range(len(levels))):
+            raise lost_edit(run.scheduler, f"{self.name} edits z")
         if min(run.grid) < self.down:
             raise GuidekitError(f"{self.name}.down={self.down} is more than the {run.grid} of z")
         own = run.targets(self.name)

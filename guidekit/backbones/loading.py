@@ -11,7 +11,12 @@ from diffusers.utils import logging as diffusers_logging
 from transformers.utils import logging as transformers_logging
 
 from guidekit.backbones.hub import require_hub
-from guidekit.backbones.schedulers import SCHEDULERS, parse_scheduler, scheduler_config
+from guidekit.backbones.schedulers import (
+    SCHEDULERS,
+    parse_scheduler,
+    scheduler_config,
+    schedulers_for,
+)
 from guidekit.backbones.whole import whole
 from guidekit.errors import GuidekitError
 from guidekit.noise import is_flow
@@ -28,9 +33,6 @@ PIPELINES = {
     "SemanticaPipeline": "guidekit.semantica.pipeline",
     "MapsPipeline": "guidekit.synthesis.pipeline",
 }
-
-# Those that can follow a flow model's sigmas too (use_flow_sigmas).
-FLOW_TOO = ("deis", "dpm++", "dpm++2s", "sa", "unipc")
 
 
 def built_in() -> list[str]:
@@ -181,11 +183,3 @@ def make_scheduler(pipeline: DiffusionPipeline, name: str):
         shift = own.config.get("shift", own.config.get("flow_shift", 1.0))
         more = {"use_flow_sigmas": True, "prediction_type": "flow_prediction", "flow_shift": shift}
     return scheduler.from_config(own.config, **more, **scheduler_config(scheduler, options))
-
-
-def schedulers_for(own) -> list[str]:
-    """Names of the schedulers for models of the kind that the scheduler `own` is for."""
-    flow = [name for name in SCHEDULERS if name.startswith("flow-")]
-    if not is_flow(own):
-        return [name for name in SCHEDULERS if name not in flow]
-    return sorted([*flow, *FLOW_TOO])

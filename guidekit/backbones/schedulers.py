@@ -7,9 +7,11 @@ follow after colons (`dpm++:karras`) or as diffusers' own documents write them (
 import difflib
 import inspect
 import re
+from collections.abc import Collection
 from typing import Any
 
 from guidekit.errors import GuidekitError
+from guidekit.noise import is_flow
 
 SCHEDULERS = {
     "ddim": "DDIMScheduler",
@@ -30,6 +32,15 @@ SCHEDULERS = {
     "sa": "SASolverScheduler",
     "unipc": "UniPCMultistepScheduler",
 }
+# Those that can follow a flow model's sigmas too (use_flow_sigmas).
+FLOW_TOO = ("deis", "dpm++", "dpm++2s", "sa", "unipc")
+# What schedulers do, for messages that name others; tests measure it.
+#: Every step starts from the z that it is given.
+STARTS_FROM_Z = (
+    *("ddim", "ddpm", "deis", "dpm++", "euler", "euler-a", "flow-euler", "lcm", "lms"),
+)
+#: Every step is one call of the denoiser.
+ONE_CALL = (*STARTS_FROM_Z, "sa", "unipc")
 # Names that other programs have for them, in the form of `_plain`.
 ALIASES = {
     "dpmpp2m": "dpm++",
@@ -45,6 +56,31 @@ ALIASES = {
 }
 SIGMAS = ("karras", "exponential", "beta")  # how noise levels are spaced; one at most
 SPACINGS = ("leading", "linspace", "trailing")  # how timesteps are
+
+
+def schedulers_for(own: Any) -> list[str]:
+    """Names of the schedulers for models of the kind that the scheduler `own` is for."""
+    flow = [name for name in SCHEDULERS if name.startswith("flow-")]
+    if not is_flow(own):
+        return [name for name in SCHEDULERS if name not in flow]
+    return sorted([*flow, *FLOW_TOO])
+
+
+def other_scheduler(own: Any, names: Collection[str]) -> str:
+    """What a message about the scheduler `own` tells to do: take one of the names, if any fits."""
+    fit = [name for name in schedulers_for(own) if name in names]
+    return f"use --scheduler {', '.join(fit)}" if fit else "no scheduler of this model does"
+
+
+def lost_edit(own: Any, what: str) -> GuidekitError:
+    """The refusal of a change of z that the scheduler `own` would lose.
+
+    what: who changes it, as "ilvr edits z".
+    """
+    return GuidekitError(
+        f"{what}, and {type(own).__name__} does not start every step from the z it is given; "
+        + other_scheduler(own, STARTS_FROM_Z)
+    )
 
 
 def parse_scheduler(text: str) -> tuple[str, tuple[str, ...]]:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from guidekit.backbones.denoiser import Denoiser
+from guidekit.backbones.schedulers import lost_edit
 from guidekit.backbones.storage import check_storage
 from guidekit.branches import Branch, combination
 from guidekit.engine.acting import acting, check_hooks
@@ -224,7 +225,4 @@ class Engine:
         editing = [g for g in self.guidances if g.overrides("edit_sample")]
         editors = [g for g in editing if g.active(frac, level)]
         if editors and not step.move.reads_sample:
-            raise GuidekitError(
-                f"{editors[0].name} edits samples, and {type(step.run.scheduler).__name__} does not"
-                " start every step from the sample it is given; use --scheduler ddim"
-            )
+            raise lost_edit(step.run.scheduler, f"{editors[0].name} edits z")

@@ -6,6 +6,7 @@ from contextlib import AbstractContextManager
 import torch
 from torch import Tensor
 
+from guidekit.backbones.schedulers import lost_edit
 from guidekit.engine.acting import acting
 from guidekit.engine.calls import own_branches
 from guidekit.engine.hooks import Hooks
@@ -66,7 +67,4 @@ def _one(hooks: Hooks, guidance: Guidance, z: Tensor) -> Tensor:
 def _check_reads(step: Step, guidance: Guidance) -> None:
     """Raises GuidekitError for a scheduler whose step starts from another z."""
     if not step.run.levels.move(step.index).reads_sample:
-        raise GuidekitError(
-            f"{guidance.name} refines z, and {type(step.run.scheduler).__name__} does not start "
-            "every step from the z it is given; use --scheduler ddim"
-        )
+        raise lost_edit(step.run.scheduler, f"{guidance.name} refines z")

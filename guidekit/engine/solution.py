@@ -6,6 +6,7 @@ from typing import Any
 
 from torch import Tensor
 
+from guidekit.backbones.schedulers import ONE_CALL, other_scheduler
 from guidekit.engine.engine import Engine
 from guidekit.errors import GuidekitError, blame
 from guidekit.guidance import Guidance
@@ -16,7 +17,7 @@ from guidekit.step import Step
 STEPPING = ("edit_sample", "jumps", "push", "repeats", "resample")
 
 
-def solver_of(guidances: Sequence[Guidance], levels: Levels) -> Guidance | None:
+def solver_of(guidances: Sequence[Guidance], levels: Levels, scheduler: Any) -> Guidance | None:
     """The guidance that draws by a loop of its own, None if the scheduler does.
 
     Raises GuidekitError for two, beside others that act on the scheduler's step, and for a solver
@@ -38,7 +39,7 @@ def solver_of(guidances: Sequence[Guidance], levels: Levels) -> Guidance | None:
     if any(len(step) > 1 for step in levels.steps):
         raise GuidekitError(
             f"{solver.name} draws by a loop of its own, over the levels of a scheduler of one call "
-            "a step; use --scheduler ddim"
+            f"a step; {other_scheduler(scheduler, ONE_CALL)}"
         )
     return solver
 

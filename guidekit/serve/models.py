@@ -8,8 +8,8 @@ from typing import Any
 import torch
 
 from guidekit.backbones.denoiser import Denoiser
-from guidekit.backbones.loading import schedulers_for
 from guidekit.backbones.phrases import occurrences
+from guidekit.backbones.schedulers import schedulers_for
 from guidekit.backbones.tokens import token_columns
 from guidekit.cli.models import load_model
 from guidekit.cli.words import unknown_words

@@ -6,8 +6,14 @@ import torch
 
 from guidekit import Condition, Sampling
 from guidekit.backbones.loading import make_scheduler
-from guidekit.backbones.schedulers import SCHEDULERS, parse_scheduler, scheduler_name
-from guidekit.testing.miniatures import ddpm_pipeline, sd_pipeline
+from guidekit.backbones.schedulers import (
+    SCHEDULERS,
+    STARTS_FROM_Z,
+    other_scheduler,
+    parse_scheduler,
+    scheduler_name,
+)
+from guidekit.testing.miniatures import ddpm_pipeline, sd3_pipeline, sd_pipeline
 
 
 @pytest.mark.parametrize(
@@ -105,3 +111,10 @@ def test_a_first_timestep_that_the_model_does_not_have():
     with pytest.raises(ValueError, match="begins at timestep 1000, but the model has 0 to 999"):
         Sampling(pipe, Condition(), steps=1000, scheduler=scheduler)
     assert len(Sampling(pipe, Condition(), steps=999, scheduler=scheduler).run.scheduler.timesteps)
+
+
+def test_a_message_names_schedulers_of_the_models_kind():
+    flow, other = sd3_pipeline().scheduler, sd_pipeline().scheduler
+    assert other_scheduler(flow, STARTS_FROM_Z) == "use --scheduler deis, dpm++, flow-euler"
+    assert other_scheduler(other, STARTS_FROM_Z).startswith("use --scheduler ddim, ddpm")
+    assert other_scheduler(flow, ["ddim"]) == "no scheduler of this model does"

@@ -10,7 +10,8 @@ import torch
 import torch.nn.functional as F
 
 from guidekit import Condition, Guidance, Sampling, Segment, box_mask, load
-from guidekit.backbones.loading import make_scheduler, schedulers_for
+from guidekit.backbones.loading import make_scheduler
+from guidekit.backbones.schedulers import schedulers_for
 from guidekit.evaluate.judge import FOUND, load_judge, see
 from guidekit.noisy_clip.miniature import random_clip, random_encoder
 from guidekit.references import read_references

@@ -7,10 +7,11 @@ import pytest
 import torch
 
 from guidekit import Condition, Guidance, Sampling, draw
-from guidekit.backbones.loading import make_scheduler, schedulers_for
+from guidekit.backbones.loading import make_scheduler
+from guidekit.backbones.schedulers import ONE_CALL, STARTS_FROM_Z, schedulers_for
 from guidekit.references import read_references
 from guidekit.testing.miniatures import ddpm_pipeline, sd3_pipeline
-from guidekit_ilvr import READERS, Ilvr, low_pass
+from guidekit_ilvr import Ilvr, low_pass
 
 SCENE = Path("scene-3")
 
@@ -87,8 +88,9 @@ class Reads(Guidance):
 def test_the_list_of_schedulers_is_what_their_steps_do(pipe, name):
     reads = Reads()
     reads.found.clear()
-    run(pipe, reads, scheduler=name, steps=6).finish()
-    assert all(reads.found) == (name in READERS)
+    sampling = run(pipe, reads, scheduler=name, steps=6).finish()
+    assert all(reads.found) == (name in STARTS_FROM_Z)
+    assert all(len(step) == 1 for step in sampling.run.levels.steps) == (name in ONE_CALL)
 
 
 @pytest.fixture(scope="module")
@@ -100,8 +102,9 @@ def flow_pipe():
 def test_the_list_of_flow_schedulers_is_what_their_steps_do(flow_pipe, name):
     reads = Reads()
     reads.found.clear()
-    run(flow_pipe, reads, scheduler=name, steps=6).finish()
-    assert all(reads.found) == (name in READERS)
+    sampling = run(flow_pipe, reads, scheduler=name, steps=6).finish()
+    assert all(reads.found) == (name in STARTS_FROM_Z)
+    assert all(len(step) == 1 for step in sampling.run.levels.steps) == (name in ONE_CALL)
 
 
 def test_flow_models_follow_the_reference_too(flow_pipe):
