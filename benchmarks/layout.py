@@ -1,7 +1,7 @@
 """Layout on held-out scenes: do objects stand where the masks say? Prints the README's tables.
 
     python benchmarks/layout.py                  the main table, 500 layouts
-    python benchmarks/layout.py --ablations      the lecture's ablations, 100 layouts
+    python benchmarks/layout.py --ablations      the lecture's ablations, 100 layouts; --world too
     python benchmarks/layout.py --world objects  everyday things; the ceilings need --cutouts FOLDER
     python benchmarks/layout.py --quick          minutes on two cores
     python benchmarks/layout.py --scheduler dpm++ --scales 0.75,1.5,3     Zest's scale on a solver
@@ -62,20 +62,26 @@ FIELDS = {
     "guided share 0.25": {"stop": 0.25},
     "guided share 0.5": {"stop": 0.5},
     "guided share 1": {"stop": 1.0},
-    "scale 0.375": {"scale": 0.375},
-    "scale 0.75": {"scale": 0.75},
-    "scale 3": {"scale": 3.0},
-    "scale 6": {"scale": 6.0},
+    "a quarter of the scale": {"scale": 0.25},
+    "half the scale": {"scale": 0.5},
+    "twice the scale": {"scale": 2.0},
+    "four times the scale": {"scale": 4.0},
     "loss bce_plain": {"loss": "bce_plain"},
     "loss bce_normalised": {"loss": "bce_normalised"},
     "loss mse": {"loss": "mse"},
     "loss power4": {"loss": "power4"},
-    "gradient not normalised": {"normaliser": "none", "scale": 30.0},
+    "gradient not normalised": {"normaliser": "none", "scale": 20.0},
 }
-# The paper's loss, at the scale that is best for it on this model.
-BASE = {"loss": "bce", "scale": 1.5}
-ABLATIONS = {"unguided": [], "Zest (scale 1.5, share 0.75)": [("zest", BASE)]}
-ABLATIONS |= {name: [("zest", BASE | fields)] for name, fields in FIELDS.items()}
+PAPER = "the paper's loss"
+ABLATIONS = ("unguided", PAPER, *FIELDS)
+# The scale that is best for the paper's loss on a world's model, of which FIELDS has multiples.
+BEST = {"scenes": 1.5, "objects": 0.5}
+
+
+def ablation(method: str, world: str) -> list[tuple[str, dict]]:
+    """The guidances of a row of `--ablations`: the paper's loss with one field changed."""
+    fields = {"loss": "bce", "scale": 1.0} | FIELDS.get(method, {})
+    return [("zest", fields | {"scale": fields["scale"] * BEST[world]})]
 
 
 SCALED = "Zest at scale "
@@ -122,8 +128,12 @@ class Bench:
         """Fresh guidances of a row: the model's tuned defaults with the row's own fields."""
         if method in TRAINED:
             made = TRAINED[method].guidances
+        elif method in METHODS:
+            made = METHODS[method]
+        elif method in ABLATIONS:
+            made = ablation(method, self.setting.world)
         else:
-            made = scaled(method) if method.startswith(SCALED) else (METHODS | ABLATIONS)[method]
+            made = scaled(method)
         return [self.made(name, own) for name, own in made]
 
     def made(self, plugin: str, options: dict) -> guidekit.Guidance:
@@ -211,12 +221,19 @@ def run_row(setting: Setting, method: str) -> list[dict]:
     return Bench(setting).rows(method)
 
 
+def there_of(results: Results, method: str) -> list[dict]:
+    """The rows of a method that are there already."""
+    names = ("real scenes", "reconstructed") if method == CEILINGS else (method,)
+    return [row for row in results.rows if row["method"] in names]
+
+
 def all_rows(setting: Setting, methods: list[str], workers: int, results: Results) -> dict:
-    """Rows by method, some at a time; those that are done are told as they come."""
-    done = {}
+    """Rows by method, some at a time; those of a run that was cut short stay."""
+    done = {method: kept for method in methods if (kept := there_of(results, method))}
     spawn = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(workers, mp_context=spawn, max_tasks_per_child=1) as pool:
-        futures = {pool.submit(run_row, setting, method): method for method in methods}
+        left = [method for method in methods if method not in done]
+        futures = {pool.submit(run_row, setting, method): method for method in left}
         for future in as_completed(futures):
             done[futures[future]] = future.result()
             results.extend(future.result())
@@ -298,7 +315,7 @@ def main(
     if scales:
         methods = ["unguided", *(f"{SCALED}{float(scale):g}" for scale in scales.split(","))]
     # MultiDiffusion takes longest: first, so that no worker waits for it at the end.
-    results = Results(json_file, **told(setting))
+    results = Results(json_file, resume=True, **told(setting))
     ordered = sorted(methods, key=lambda m: m != "MultiDiffusion")
     done = all_rows(setting, ordered, workers, results)
     rows = [row for method in methods for row in done[method]]
