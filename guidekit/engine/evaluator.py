@@ -5,14 +5,14 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
-from functools import partial
+from functools import cached_property, partial
 
 import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from guidekit.backbones.denoiser import Denoiser
-from guidekit.backbones.storage import wide_weights
+from guidekit.backbones.storage import casts, wide_weights
 from guidekit.engine.capture import Call, Capture, Part, StopForward
 from guidekit.engine.precision import Rescaled
 from guidekit.errors import GuidekitError
@@ -52,6 +52,24 @@ class Evaluator:
         self.chosen = {} if chosen is None else chosen
         #: Denoiser calls so far, for tests and benchmarks.
         self.count = 0
+
+    # Of the whole model, so looked for once a run and not at each of its steps.
+
+    @cached_property
+    def _dtype(self) -> torch.dtype:
+        """What the denoiser computes in."""
+        return self.denoiser.dtype
+
+    @cached_property
+    def _casts(self) -> bool:
+        """Whether layers widen their weights for each forward."""
+        return casts(self.denoiser.model)
+
+    @cached_property
+    def _checkpointing(self) -> list[torch.nn.Module]:
+        """The blocks that a user can have computed again in backward."""
+        blocks = self.denoiser.model.modules()
+        return [block for block in blocks if hasattr(block, "gradient_checkpointing")]
 
     def evaluate(self, calls: Sequence[Call]) -> list[Eval]:
         """One evaluation per call, in their order.
@@ -158,7 +176,7 @@ class Evaluator:
         if not graph:
             return None
         device = x.device.type
-        half = self.denoiser.model.dtype == torch.float16
+        half = self._dtype == torch.float16
         if torch.is_autocast_enabled(device):
             half = torch.get_autocast_dtype(device) == torch.float16
         return Rescaled() if half else None
@@ -166,7 +184,7 @@ class Evaluator:
     def _ready(self, call: Call, scaling: Rescaled | None) -> Tensor:
         """The model's input of a branch, in the denoiser's type."""
         x = call.x if scaling is None else scaling.enter(call.x)
-        return call.ready(x.to(self.denoiser.dtype))
+        return call.ready(x.to(self._dtype))
 
     def _eval(self, part: Part, out: Tensor | None) -> Eval:
         """The evaluation of a branch from the model's output (B, C or 2C, h, w)."""
@@ -195,8 +213,9 @@ class Evaluator:
         model = self.denoiser.model
         with contextlib.ExitStack() as stack:
             stack.enter_context(Showing(capture))
-            checkpoints = graph and (self.memory == "low" or _checkpoints(model))
-            if graph:
+            own = graph and any(block.gradient_checkpointing for block in self._checkpointing)
+            checkpoints = graph and (self.memory == "low" or own)
+            if graph and self._casts:
                 stack.enter_context(wide_weights(model, checkpoints))
             if getattr(model, "is_cache_enabled", False):
                 name = "+".join(call.branch.name for call in calls)
@@ -221,11 +240,6 @@ def _trial(call: Call) -> Call:
         cut=call.cut,
         stop=call.stop,
     )
-
-
-def _checkpoints(model: torch.nn.Module) -> bool:
-    """Whether the user has gradient checkpointing on."""
-    return any(getattr(m, "gradient_checkpointing", False) for m in model.modules())
 
 
 @contextlib.contextmanager
