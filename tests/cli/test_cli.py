@@ -1,4 +1,4 @@
-"""The command line with a tiny real model: what it writes, replays and says when it fails."""
+"""The command line with a tiny real model: what it writes, and what it says when it fails."""
 
 import json
 import os
@@ -8,59 +8,17 @@ import sys
 import numpy as np
 import pytest
 import torch
-from click.testing import CliRunner
 from PIL import Image
 
 import tiny
-from guidekit.cli.main import main
+from commands import PROMPT, SEGMENTS, draw, fails, pictures
 from guidekit.cli.train import next_step
-
-PROMPT = "a red circle and a blue square on white"
-SEGMENTS = ("red circle=0,0,0.5,0.5", "blue square=0.5,0.5,1,1")
+from plans import run
 
 
 @pytest.fixture(autouse=True)
 def own_folder(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-
-
-def run(*args):
-    """The result of a command given as words."""
-    return CliRunner().invoke(main, [str(arg) for arg in args])
-
-
-def draw(model, *args, steps=2, seeds="0-1", segments=SEGMENTS):
-    """A short run of `sample` that must work."""
-    places = [word for segment in segments for word in ("--segment", segment)]
-    result = run(
-        "sample",
-        "--model",
-        model,
-        "--prompt",
-        PROMPT,
-        "--steps",
-        steps,
-        "--seeds",
-        seeds,
-        *places,
-        "--out",
-        "o",
-        *args,
-    )
-    assert result.exit_code == 0, (result.stderr, result.exception)
-    return result
-
-
-def fails(result, text, code=2):
-    """Checks the exit code and the one line on stderr."""
-    assert result.exit_code == code, (result.output, result.exception)
-    assert len(result.stderr.splitlines()) == 1, result.stderr
-    assert text in result.stderr
-    assert "Traceback" not in result.output
-
-
-def pictures(folder):
-    return {p.relative_to(folder).as_posix(): p.read_bytes() for p in folder.rglob("*.png")}
 
 
 def test_help_is_quick_and_needs_no_torch():
@@ -115,65 +73,6 @@ def test_no_plugin_draws_what_the_bare_pipeline_draws(model, tmp_path):
     image = pipe(PROMPT, num_inference_steps=2, guidance_scale=5.0, generator=generator).images[0]
     assert np.array_equal(np.array(image), np.array(Image.open(tmp_path / "o/3.png")))
     assert not (tmp_path / "o/unguided").exists()
-
-
-def test_run_json_replays_bit_for_bit(model, tmp_path):
-    mask = np.zeros((8, 8), np.uint8)
-    mask[:4] = 101  # soft, and no multiple of a power of two
-    Image.fromarray(mask).save(tmp_path / "m.png")
-    draw(
-        model,
-        "--plugin",
-        "zest",
-        "--set",
-        "zest.scale=0.3",
-        "--set",
-        "zest.stop=1",
-        "--batch",
-        2,
-        "--scheduler",
-        "ddim",
-        "--eta",
-        "0.5",
-        "--seeds",
-        "4,0,7",
-        segments=("red circle=m.png@0.7", SEGMENTS[1]),
-    )
-    (tmp_path / "m.png").unlink()
-    moved = (tmp_path / "o").rename(tmp_path / "moved")
-    result = run("sample", "--config", moved / "run.json", "--out", "again")
-    assert result.exit_code == 0, result.stderr
-    assert pictures(moved) == pictures(tmp_path / "again")
-    first, second = (json.loads((f / "run.json").read_text()) for f in (moved, tmp_path / "again"))
-    for key in ("sample", "plugin", "segment"):
-        assert first[key] == second[key]
-    assert first["record"]["energy"] == second["record"]["energy"]
-
-
-def test_a_replay_says_what_is_no_longer_the_same(model, tmp_path):
-    draw(model, "--seeds", 0)
-    path = tmp_path / "o/run.json"
-    tables = json.loads(path.read_text())
-    tables["record"]["versions"]["torch"] = "1.0"
-    path.write_text(json.dumps(tables))
-    text = run("sample", "--config", path).stdout
-    assert "note     versions: torch was 1.0" in text
-    assert text.count("note ") == 1
-
-
-def test_flags_win_over_the_config(model, tmp_path):
-    draw(model, "--seeds", 0)
-    args = ("--config", "o/run.json", "--seeds", 5, "--out", "again")
-    assert run("sample", *args).exit_code == 0
-    assert (tmp_path / "again/5.png").is_file()
-    assert not (tmp_path / "again/0.png").exists()
-
-
-def test_a_png_holds_its_settings(model, tmp_path):
-    draw(model, "--seeds", 0)
-    settings = json.loads(Image.open(tmp_path / "o/0.png").text["guidekit"])
-    assert settings["sample"]["prompt"] == PROMPT
-    assert settings["seed"] == 0
 
 
 def test_nothing_is_overwritten(model, tmp_path):

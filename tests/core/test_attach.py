@@ -1,7 +1,6 @@
 """The engine inside unmodified pipelines: the own loop's images, no trace, clear refusals."""
 
 import contextlib
-import itertools
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import ClassVar
@@ -18,8 +17,9 @@ from diffusers import (
 from diffusers.models.attention_processor import IPAdapterAttnProcessor2_0
 
 import tiny
-from drawing import draw, draw_family, transformer
-from guidekit import Condition, Guidance, Segment, attach, box_mask, sample
+from attaching import RED, SEGMENTS, Bright, Watch, own_loop
+from drawing import draw
+from guidekit import Condition, Guidance, Segment, attach, box_mask
 from guidekit.errors import where_of
 from guidekit.taps import Patch, find_sites
 from guidekit_cfg import ClassifierFree
@@ -28,48 +28,12 @@ from guidekit_multidiffusion import MultiDiffusion
 from guidekit_pww import PaintWithWords
 from guidekit_zest import Zest
 
-SEGMENTS = (Segment("red circle", box_mask((0, 0, 0.5, 1))),)
-RED = Condition("a red circle", "blue", SEGMENTS)
 BLUE = Condition("a blue square", "blue", (Segment("blue", box_mask((0, 0, 1, 0.5))),))
 
 
 @pytest.fixture(scope="module")
 def pipe():
     return tiny.sd_pipeline()
-
-
-def own_loop(pipe, guidances, conditions=RED, seeds=(5, 6), **options):
-    given = {"seeds": seeds, "steps": 3, "cfg": 5.0, "height": 32, "width": 48}
-    return sample(pipe, conditions, guidances, **given | options).finish().images
-
-
-@dataclass(kw_only=True)
-class Bright(Guidance):
-    """Pulls the first channel of the decoded x0 up, and draws noise."""
-
-    scale: float = 5.0
-
-    def energy(self, step):
-        step.noise("bright")
-        return -step.decode(step.x0)[:, 0].mean((1, 2))
-
-    @property
-    def rule(self):
-        return (id(self),)
-
-    def push(self, step, grad):
-        return step.move.shift(-self.scale * grad)
-
-
-@dataclass(kw_only=True)
-class Watch(Guidance):
-    """Changes nothing and keeps the steps: the replayed calls must be the pipeline's own."""
-
-    kept: ClassVar[list] = []
-
-    def edit_prediction(self, step, out):
-        self.kept.append(step)
-        return out
 
 
 in_full = partial(pytest.param, marks=pytest.mark.full)
@@ -143,70 +107,6 @@ def test_a_new_scheduler_inside_the_context_and_a_second_call(pipe):
     finally:
         pipe.scheduler = before
     assert torch.equal(first, own_loop(pipe, [Zest()]))
-
-
-FAMILIES = ["sd3", "flux", "pixart"]
-
-
-@pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("guidance", [Zest(stop=1.0), Bright()])
-def test_transformers_are_guided(family, guidance):
-    pipe = transformer(family)
-    bare = draw_family(family)
-    cfg = 5.0 if family == "pixart" else None
-    with attach(pipe, [guidance], segments=SEGMENTS, cfg=cfg) as attached:
-        guided = draw_family(family)
-    rows = attached.account.rows
-    assert len(rows) == 3
-    assert all(norm > 0 for row in rows for norm in row["grad_norm"])
-    assert torch.isfinite(guided).all()
-    assert not torch.equal(guided, bare)
-    assert torch.equal(draw_family(family), bare)
-
-
-def test_pixarts_scale_is_asked_for_where_an_energy_reads_x0():
-    with attach(transformer("pixart"), [Bright()]):
-        with pytest.raises(ValueError, match="guidance_scale of the call as cfg"):
-            draw_family("pixart")
-
-
-@pytest.mark.parametrize("family", FAMILIES)
-def test_replayed_calls_are_the_pipelines_own(family):
-    pipe, watch = transformer(family), Watch()
-    watch.kept.clear()
-    with attach(pipe, [watch]):
-        got = draw_family(family)
-    assert torch.equal(got, draw_family(family))
-    assert [(s.index, s.n) for s in watch.kept] == [(0, 3), (1, 3), (2, 3)]
-    assert watch.kept[0].z.shape == (2, 4, 16, 24)
-    levels = [s.level for s in watch.kept]
-    assert all(a.s > b.s for a, b in itertools.pairwise(levels))
-
-
-@pytest.mark.parametrize("family", FAMILIES)
-def test_phrases_have_the_columns_of_every_text_encoder(family):
-    with attach(transformer(family), [Zest(stop=1.0)], segments=SEGMENTS, cfg=5.0) as attached:
-        draw_family(family, seeds=(5,), num_inference_steps=1 if family != "pixart" else 2)
-    (read,) = [asked.read for asked in attached.run.reads.asked]
-    (columns,) = read.weights.nonzero()[:, 1].unique()[None]
-    # T5: a red circle </s>; CLIP begins with a token of its own, and SD3's T5 after 77 columns.
-    t5 = [1, 2]
-    assert columns.tolist() == ([2, 3, 78, 79] if family == "sd3" else t5)
-    for maps in attached.step.cond.attention(read).values():
-        assert maps.min() > 0
-        assert maps.max() < 1
-
-
-@pytest.mark.parametrize("family", FAMILIES)
-def test_paint_with_words_paints_in_the_mask(family):
-    read_only = Zest(stop=1.0, scale=1e-9)
-    guidances = [PaintWithWords(scale=500.0), read_only]  # logits of random weights are small
-    with attach(transformer(family), guidances, segments=SEGMENTS, cfg=5.0) as attached:
-        draw_family(family, seeds=(5,))
-    (read,) = [asked.read for asked in attached.run.reads.asked]
-    for maps in attached.step.cond.attention(read).values():
-        inside, outside = maps.chunk(2, dim=-1)  # the mask is the left half
-        assert inside.mean() > 2 * outside.mean()
 
 
 def test_without_guidances_nothing_is_wrapped(pipe):
@@ -427,20 +327,6 @@ def test_phrases_with_prompt_embeds_are_refused(pipe):
     bare = draw(pipe, **given)
     with attach(pipe, [Bright()]):  # it reads no phrases
         assert not torch.equal(draw(pipe, **given), bare)
-
-
-def test_two_prompts_and_two_calls_a_step_are_refused():
-    with attach(transformer("flux"), [Watch()]):
-        with pytest.raises(ValueError, match="true_cfg_scale"):
-            draw_family("flux", negative_prompt="blue", true_cfg_scale=2.0)
-    with attach(transformer("sd3"), [Watch()]):
-        with pytest.raises(ValueError, match="twice in one step"):
-            draw_family(
-                "sd3",
-                skip_guidance_layers=[0],
-                skip_layer_guidance_start=-1.0,
-                skip_layer_guidance_stop=1.0,
-            )
 
 
 def test_one_denoiser_is_attached_once(pipe):

@@ -1,8 +1,7 @@
-"""`guidekit eval` from end to end: inputs as people have them, rules that hold."""
+"""`guidekit eval` from end to end: rows, pairs and notes of every measure, rules that hold."""
 
 import json
 import shutil
-import tarfile
 from pathlib import Path
 
 import numpy as np
@@ -11,11 +10,10 @@ import torch
 from PIL import Image
 
 from clips import other_clip
-from guidekit.errors import GuidekitError
 from guidekit.evaluate import judge as evaluate
 from guidekit.evaluate.images import prompts_of, read_images
 from guidekit.evaluate.judges import load_extractor, load_segmenter
-from guidekit.evaluate.label_maps import chosen, held_out, read_label_maps
+from guidekit.evaluate.label_maps import held_out, read_label_maps
 from guidekit.evaluate.layout import LayoutCounts
 from guidekit.evaluate.retrieval import ranks
 from guidekit.evaluate.rows import NO_REAL, NO_UNGUIDED, REAL, real_scenes
@@ -24,20 +22,7 @@ from guidekit.worlds import scenes
 from guidekit.zoo.shipped import ZOO
 from panoptic import NAMES, write_mask2former, write_panoptic
 from plans import run
-
-N = 12
-
-
-@pytest.fixture(scope="module")
-def drawn(tmp_path_factory):
-    """Real scenes of the test split, the first N, as a folder of PNG with their captions."""
-    folder = tmp_path_factory.mktemp("drawn")
-    plans = held_out(N)
-    images = real_scenes(plans)
-    for key, plan in zip(images.keys, plans, strict=True):
-        images.image(key).save(folder / f"{int(key):08d}.png")
-        (folder / f"{int(key):08d}.txt").write_text(plan.caption)
-    return folder
+from scene_files import N
 
 
 def shuffled(folder, drawn):
@@ -117,40 +102,6 @@ def test_a_panoptic_sample_with_a_mask2former(tmp_path):
     assert (one[0, 0], one[-1, 0], one[10, 6]) == (3, 2, 1)
 
 
-def test_maps_of_every_data_set_have_one_numbering(tmp_path):
-    def written(name, values, form):
-        folder = tmp_path / form
-        folder.mkdir()
-        Image.fromarray(np.array(values, np.uint8)).save(folder / f"{name}.png")
-        maps = read_label_maps(str(folder), form)
-        return maps.keys, maps.map(maps.keys[0]).tolist(), maps.classes
-
-    assert written("000000000139", [[0, 181], [255, 3]], "coco-stuff") == (
-        ["139"], [[1, 182], [0, 4]], 182,
-    )  # fmt: skip
-    assert written("ADE_val_1", [[0, 1], [150, 2]], "ade20k") == (
-        ["ADE_val_1"], [[0, 1], [150, 2]], 150,
-    )  # fmt: skip
-    assert written("aachen_0_gtFine_labelIds", [[7, 33], [0, 9]], "cityscapes") == (
-        ["aachen_0"], [[1, 19], [0, 0]], 19,
-    )  # fmt: skip
-    place = [{"phrase": "cat", "box": [0, 0, 0.5, 1]}, {"phrase": "ant", "box": [0.5, 0, 1, 1]}]
-    (tmp_path / "7.json").write_text(json.dumps({"prompt": "a cat, an ant", "segments": place}))
-    maps = read_label_maps(str(tmp_path), "layout")
-    assert maps.names == ("ant", "cat")
-    assert maps.map("7")[0, [0, -1]].tolist() == [2, 1]
-
-
-def test_zestguides_protocols():
-    wanted = np.zeros((10, 10), int)
-    wanted[0, :4], wanted[1:3], wanted[3:5], wanted[5:7] = 1, 2, 3, 4
-    assert set(np.unique(chosen(wanted, "all"))) == {0, 1, 2, 3, 4}
-    assert set(np.unique(chosen(wanted, "filtered"))) == {0, 2, 3, 4}
-    assert chosen(wanted, "few") is not None
-    wanted[7:9] = 5
-    assert chosen(wanted, "few") is None
-
-
 def test_a_judge_that_guided_is_refused(drawn, tmp_path):
     folder = shuffled(tmp_path / "o", drawn)
     plugin = {"clip": {"model": "scenes-clip", "scale": 1.0}}
@@ -159,27 +110,6 @@ def test_a_judge_that_guided_is_refused(drawn, tmp_path):
     assert done.exit_code == 2
     assert "scenes-clip guided the images" in done.stderr
     assert run("eval", "prompts", folder, "--clip", other_clip(tmp_path)).exit_code == 0
-
-
-def test_folders_are_known_by_their_path_and_not_by_their_name(drawn, tmp_path, monkeypatch):
-    folder = tmp_path / "run unguided"  # as the rows of unguided images are called
-    shutil.copytree(drawn, folder)
-    (wanted,) = json.loads(run("eval", "prompts", drawn, "--json").stdout)["rows"]
-    monkeypatch.chdir(folder)
-    for name in (folder, "."):
-        (row,) = json.loads(run("eval", "prompts", name, "--json").stdout)["rows"]
-        assert row["CLIP score"] == wanted["CLIP score"]
-        assert row["n"] == N
-
-
-def test_sheets_of_grids_are_no_images_at_any_depth(drawn, tmp_path):
-    grid = tmp_path / "grids" / "first"
-    run_folder = grid / "scale=1"
-    shutil.copytree(drawn, run_folder)
-    (run_folder / "run.json").write_text("{}")
-    shutil.copy(next(drawn.glob("*.png")), grid / "sheet.png")
-    for folder in (grid, grid.parent):
-        assert not any("sheet" in key for key in read_images(folder).keys)
 
 
 def test_captions_fit_their_own_images_best(drawn, tmp_path):
@@ -341,17 +271,6 @@ def test_inverse_and_diversity(drawn, tmp_path):
     assert "diversity needs two" in done.stderr
 
 
-def test_tars_and_folders_are_the_same_images(drawn, tmp_path):
-    with tarfile.open(tmp_path / "00000.tar", "w") as tar:
-        for file in sorted(drawn.iterdir()):
-            tar.add(file, file.name)
-    for source in (tmp_path, tmp_path / "00000.tar"):
-        images, same = read_images(source), read_images(drawn)
-        assert images.keys == same.keys == [str(i) for i in range(N)]
-        assert all(images.image(k).tobytes() == same.image(k).tobytes() for k in images.keys)
-        assert prompts_of(source) == prompts_of(drawn)
-
-
 def test_other_scorers_find_their_folders(drawn, tmp_path):
     prompts = prompts_of(drawn)
     metadata = tmp_path / "evaluation_metadata.jsonl"
@@ -389,35 +308,6 @@ def test_what_cannot_work_is_refused(drawn, words, message):
     done = run("eval", *(drawn if word == "D" else word for word in words))
     assert done.exit_code == 2, done.stderr
     assert message in done.stderr, done.stderr
-
-
-@pytest.mark.parametrize(
-    ("name", "text", "message"),
-    [
-        ("prompts.jsonl", '{"key": 1}\n', "a line is"),
-        ("prompts.jsonl", "[1]\n", "a line is"),
-        ("prompts.jsonl", "{\n", "a line is"),
-        ("a.txt", b"\xff\xfe", "no text in UTF-8"),
-        ("x.tar", "torn", "not a readable tar"),
-    ],
-)
-def test_damaged_prompts_are_refused_in_one_line(tmp_path, name, text, message):
-    Image.new("RGB", (8, 8)).save(tmp_path / "a.png")
-    (tmp_path / name).write_bytes(text if isinstance(text, bytes) else text.encode())
-    done = run("eval", "prompts", tmp_path)
-    assert done.exit_code == 2, done.stderr
-    assert message in done.stderr, done.stderr
-
-
-@pytest.mark.parametrize(
-    "table",
-    [[], {}, {"categories": [], "annotations": [{"file_name": "a.png", "segments_info": [{}]}]},
-     {"categories": [], "annotations": [{"file_name": "../a.png", "segments_info": []}]}],
-)  # fmt: skip
-def test_damaged_panoptic_json_is_refused(tmp_path, table):
-    (tmp_path / "val.json").write_text(json.dumps(table))
-    with pytest.raises(GuidekitError, match="not COCO's panoptic JSON"):
-        read_label_maps(str(tmp_path / "val.json"), "panoptic")
 
 
 def test_judges_say_which_weights_they_are():

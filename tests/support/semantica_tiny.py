@@ -110,6 +110,12 @@ def pages_of(store):
     ]
 
 
+def firsts(pages) -> list[int]:
+    """For every row the first row of its page."""
+    found = pages_of(pages)
+    return [found.index(page) for page in found]
+
+
 def all_pairs(episodes, which=0):
     """Every pair that the episodes may give, by the numbers of their rows."""
     index = episodes._index(which)

@@ -8,12 +8,15 @@ import json
 import threading
 import time
 
+import numpy as np
 import uvicorn
 from PIL import Image
 
 from guidekit.serve.app import make_app
 from guidekit.serve.options import ServeOptions
 from guidekit.serve.running import bound
+
+PROMPT = "a red circle and a blue square on white"
 
 
 @contextlib.contextmanager
@@ -110,3 +113,35 @@ def png(array):
 def text(table):
     """A table as JSON in base64."""
     return base64.b64encode(json.dumps(table).encode()).decode()
+
+
+def refused(client, body, *words, status=400, path="/api/runs", headers=None):
+    """Checks that a request is refused in one line with these words."""
+    found, answer = client.ask("POST", path, body, headers)
+    assert found == status, answer
+    assert "\n" not in answer["error"]
+    for word in words:
+        assert word in answer["error"]
+
+
+def painted(size=48):
+    """A map of two layers: a disc of 1 and a corner of 2, and their masks by definition."""
+    y, x = np.mgrid[:size, :size]
+    disc, corner = (x - 12) ** 2 + (y - 14) ** 2 <= 81, (x >= 30) & (y >= 31)
+    return disc.astype("uint8") + 2 * corner.astype("uint8"), disc, corner
+
+
+def with_layout(body, **plugin):
+    """The run with the painted layout."""
+    numbers, *_ = painted()
+    layout = {
+        "prompt": PROMPT,
+        "map": "map.png",
+        "segments": [
+            {"phrase": "red circle", "value": 1},
+            {"phrase": "blue square", "value": 2, "strength": 0.5},
+        ],
+    }
+    files = {"layout.json": text(layout), "map.png": png(numbers)}
+    sample = body["sample"] | {"prompt": PROMPT, "layout": "layout.json"}
+    return body | {"sample": sample, "files": files, "plugin": plugin}
