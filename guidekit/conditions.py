@@ -219,5 +219,6 @@ def require_segments(conditions: list[Condition], who: str) -> None:
     if not all(condition.segments for condition in conditions):
         raise GuidekitError(
             f"{who} needs segments: give --segment PHRASE=MASK.png, --segment "
-            "PHRASE=left,top,right,bottom or --layout layout.json"
+            "PHRASE=left,top,right,bottom or --layout layout.json; in Python "
+            "segments=[Segment(PHRASE, MASK)]"
         )

@@ -13,6 +13,7 @@ from guidekit.errors import GuidekitError
 from guidekit.groups import batches, rows_by_group, with_particles
 from guidekit.guidance import Guidance
 from guidekit.inputs import as_conditions, as_denoiser
+from guidekit.nearest import nearest
 from guidekit.sampler import Asked, Sampling, accepted
 from guidekit.seeds import Seeds, derived_seed
 
@@ -34,7 +35,19 @@ def _taking(
 @_taking(Sampling)
 def sample(*given: Any, **options: Any) -> Sampling:
     """Starts drawing images; see `Sampling` for what it takes."""
+    _check_names("sample", options)
     return Sampling(*given, **options)
+
+
+def _check_names(function: str, options: Iterable[str]) -> None:
+    """Raises GuidekitError for an option that no run has."""
+    known = inspect.signature(Sampling).parameters
+    for name in options:
+        if name not in known:
+            raise GuidekitError(
+                f"guidekit.{function} has no option {name!r}{nearest(name, known)}; it has "
+                f"{', '.join(known)}"
+            )
 
 
 def draw(
@@ -54,6 +67,7 @@ def draw(
     own, at most `tries` times in all; the last draw stays. Raises GuidekitError for groups that are
     to be drawn again, of which some images would be missing.
     """
+    _check_names("draw", options)
     denoiser, seeds = as_denoiser(denoiser), list(Seeds(seeds))
     conditions = with_particles(as_conditions(conditions, len(seeds)), particles)
     if tries > 1 and len(rows_by_group(conditions)) < len(seeds):

@@ -16,6 +16,7 @@ import pluggy
 
 from guidekit import hookspecs
 from guidekit.errors import GuidekitError
+from guidekit.nearest import nearest
 from guidekit.options import option_kinds, rooted
 
 if TYPE_CHECKING:
@@ -102,7 +103,8 @@ class Registry:
         found = [entry for entry in everything if entry.name == name]
         if not found:
             exist = ", ".join(dict.fromkeys(entry.name for entry in everything))
-            raise GuidekitError(f"no plugin {name!r}; there are {exist}")
+            hint = nearest(name, [entry.name for entry in everything])
+            raise GuidekitError(f"no plugin {name!r}{hint}; there are {exist}")
         if len(found) > 1:
             names = " and ".join(entry.distribution for entry in found)
             raise GuidekitError(f"plugin {name!r} is offered by {names}; uninstall all but one")
@@ -152,7 +154,10 @@ class Registry:
         kinds = option_kinds(cls)
         for option in (*options, *changes):
             if option not in kinds:
-                raise GuidekitError(f"{name} has no option {option!r}; it has: {', '.join(kinds)}")
+                raise GuidekitError(
+                    f"{name} has no option {option!r}{nearest(option, kinds)}; it has: "
+                    f"{', '.join(kinds)}"
+                )
         values = {k: rooted(v, kinds[k], folder) for k, v in options.items()} | changes
         # The class's own checks name the plugin, so the name is there before they run.
         guidance = cls.__new__(cls, **values)

@@ -29,7 +29,7 @@ def token_columns(tokenizer, prompt: str, phrase: str, occurrence: int | None = 
     if not columns:
         raise GuidekitError(
             f"phrase {phrase!r} does not occur in the prompt; {show_tokens(tokenizer, prompt)}. "
-            "Use words of the prompt, or append missing phrases (--append-phrases)"
+            "Use words of the prompt, or append the phrase to it (--append-phrases does)"
         )
     if columns[-1] >= length - 1:  # the last column holds the end token
         raise GuidekitError(

@@ -100,7 +100,7 @@ def _models() -> dict[str, str]:
 def doctor_text(facts: dict[str, Any]) -> str:
     """The facts of the machine for people."""
     lines = [f"{name:<14}{value}" for name, value in facts["versions"].items()]
-    lines += [f"{name:<14}{value}" for name, value in facts["machine"].items()]
+    lines += [f"{name:<14}{value or 'none'}" for name, value in facts["machine"].items()]
     lines += [f"{'device':<14}{device}" for device in facts["devices"]]
     for name, state in facts["attention"].items():
         mark = ", chosen" if name == facts["chosen"] else ""

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 import click
 from safetensors import SafetensorError
 
+from guidekit.cli.libraries import broken_import
 from guidekit.cli.terminal import say
 from guidekit.errors import GuidekitError, where_of
 
@@ -82,7 +83,7 @@ def _refusal(error: Exception) -> str | None:
         return error.format_message()
     text = None
     if isinstance(error, GuidekitError):
-        text = str(error)
+        text = broken_import(error) or str(error)  # what a plugin could not import
     elif isinstance(error, OSError):
         text = _file_error(error)
     elif isinstance(error, SafetensorError):  # it does not say which file
@@ -91,6 +92,8 @@ def _refusal(error: Exception) -> str | None:
         text = f"not enough memory; try --batch 1 or --memory low ({_first_line(error)})"
     elif isinstance(error, RuntimeError) and str(error).startswith("attention "):
         text = str(error)  # an implementation that cannot run here
+    else:
+        text = broken_import(error)
     return None if text is None else "; ".join([text, *_notes(error)])
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from PIL import Image, ImageDraw, ImageFont
 
-from guidekit.cli.settings import Settings, sample_keys
+from guidekit.cli.settings import Settings, not_among, sample_keys
 from guidekit.errors import GuidekitError
 from guidekit.images import enlarge, grid
 from guidekit.options import convert, parse_value
@@ -97,11 +97,7 @@ def _with(settings: Settings, axis: Axis, index: int) -> Settings:
     settings = replace(settings, compare=False)
     if plugin:
         if plugin not in settings.plugin:
-            there = ", ".join(settings.plugin) or "none"
-            raise GuidekitError(
-                f"--grid {axis.name}: {plugin!r} is not among the plugins of this run ({there}); "
-                f"add --plugin {plugin}"
-            )
+            raise not_among(f"--grid {axis.name}", plugin, settings.plugin)
         own = settings.changes.get(plugin, {}) | {option: parse_value(value)}
         return replace(settings, changes=settings.changes | {plugin: own})
     kinds = {name: kind for name, kind in sample_keys().items() if name not in TOGETHER}

@@ -15,10 +15,11 @@ from guidekit.cli.errors import traceback_option
 from guidekit.cli.terminal import images, say
 from guidekit.errors import GuidekitError
 from guidekit.progress import Progress
+from guidekit.zoo.shipped import DEFAULT
 
 # The options of `sample` have no defaults here, so that a config file shows through.
 OPTIONS = (
-    ("--model", str, "Built-in name, pipeline directory, hub id or PLUGIN:NAME [scenes]."),
+    ("--model", str, f"Built-in name, pipeline directory, hub id or PLUGIN:NAME [{DEFAULT}]."),
     ("--prompt", str, "What to draw; default a small example with its layout."),
     ("--negative", str, "What not to draw."),
     ("--label", int, "Class to draw, for models of classes."),
@@ -57,7 +58,11 @@ OPTIONS = (
         int,
         "Images of so many seeds in a row are a group, for plugins such as fk [1].",
     ),
-    ("--out", click.Path(path_type=Path), "New folder [out/DATE-PROMPT, else out/DATE-MODEL]."),
+    (
+        "--out",
+        click.Path(path_type=Path),
+        "New folder; of a taken name NAME-2 [out/DATE-PROMPT, else out/DATE-MODEL].",
+    ),
 )
 LISTS = (
     ("--segment", "PHRASE=MASK.png or PHRASE=left,top,right,bottom; @0.7 at the end: strength."),
@@ -254,10 +259,19 @@ def _introduction(session: Any) -> str:
         *map(_segment, facts["tokens"]),
         *map(_control, facts["controls"]),
         f"plugins  {', '.join(names) or 'none'}",
+        *(f"sites    {name}: {_sites(sites)}" for name, sites in session.sites.items() if sites),
+        *(f"note     {note}" for note in session.notes),
         f"drawing  seeds {s.seeds}, {s.steps} steps, cfg {s.cfg:g}"
         + (", and the same unguided" if plan.compares else ""),
     ]
     return "\n".join(lines)
+
+
+def _sites(sites: list[str]) -> str:
+    """Where a guidance reads or edits the model; index.html lists all of them."""
+    if len(sites) == 1:
+        return sites[0]
+    return f"{len(sites)} from {sites[0]} to {sites[-1]}"
 
 
 def _segment(row: dict[str, Any]) -> str:
@@ -277,10 +291,18 @@ def _control(row: dict[str, Any]) -> str:
 def _conclusion(session: Any, run: dict[str, Any]) -> str:
     """What came of it, where it is, and what to try next."""
     record, folder = run["record"], session.plan.folder
-    lines = [f"note     {note}" for note in record["notes"]]
+    notes = [note for note in record["notes"] if note not in session.notes]
+    if session.plan.guidances and all(g.scale == 0 for g in session.plan.guidances):
+        notes.append("every scale is 0, so these are the unguided images")
+    lines = [f"note     {note}" for note in notes]
     for plugin, energy in record["energy"].items():
         if energy is not None:
-            lines.append(f"energy   {plugin} {energy[0]:.4g} -> {energy[1]:.4g}")
+            change = _change(record["account"], plugin)
+            lines.append(f"energy   {plugin} {energy[0]:.4g} -> {energy[1]:.4g}{change}")
+    if record.get("inside"):
+        lines.append(f"inside   {_inside(record['inside'], run['segment'])}")
+    if (asked := session.plan.settings.out) is not None and asked != folder:
+        lines.append(f"note     {asked} was there already")
     for plugin, both in record.get("acceptance", {}).items():
         lines.append(f"accepted {plugin} {both['accepted']} of {both['drawn']} drawn")
     lines.append(
@@ -290,6 +312,21 @@ def _conclusion(session: Any, run: dict[str, Any]) -> str:
     lines.append(f"look at  {folder / 'index.html'}")
     lines.append(f"next     {_next(session)}")
     return "\n".join(lines)
+
+
+def _change(rows: list[dict[str, Any]], plugin: str) -> str:
+    """How long a plugin's change was beside the model's output, on average; nothing if unknown."""
+    own = [row["update_ratio"] for row in rows if row["plugin"] == plugin and "update_ratio" in row]
+    ratios = [value for row in own for value in row if value is not None]
+    return f", change {sum(ratios) / len(ratios):.2g} of the model's output" if ratios else ""
+
+
+def _inside(found: dict[str, list[float]], segments: list[dict[str, Any]]) -> str:
+    """How much of each phrase's last map lies inside its mask, on average over the images."""
+    shares = [sum(column) / len(column) for column in zip(*found.values(), strict=True)]
+    own = zip(segments, shares, strict=True)
+    told = ", ".join(f"{segment['phrase']} {share:.0%}" for segment, share in own)
+    return f"{told} of the last attention inside its mask"
 
 
 def _next(session: Any) -> str:

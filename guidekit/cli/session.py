@@ -24,6 +24,12 @@ class Stopped(Exception):
     """Raised by who watches a run, to end it within a step; what is finished is kept."""
 
 
+def _sites(sampling: Sampling) -> dict[str, list[str]]:
+    """The sites of every guidance, by its name."""
+    reads = sampling.run.reads
+    return {guidance.name: reads.all_sites(guidance) for guidance in sampling.guidances}
+
+
 class Session:
     """Draws a plan into its folder, and keeps what is finished.
 
@@ -37,6 +43,10 @@ class Session:
         self._prepared: Sampling | None = begin(
             plan, plan.batches[0], plan.guidances, calls=self._calls
         )
+        #: Where each guidance reads or edits the model.
+        self.sites = _sites(self._prepared)
+        #: What is worth knowing before it is drawn.
+        self.notes = tuple(self._prepared.account.notes)
         self.record = Record(plan)
         self._parts = len(plan.batches) * (1 + plan.compares)  # draws of a batch, from start to end
         self._steps = 0

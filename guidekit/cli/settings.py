@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from guidekit.errors import GuidekitError
+from guidekit.nearest import nearest
 from guidekit.options import convert, parse_setting
 from guidekit.seeds import Seeds
 from guidekit.untrusted import read_json, read_toml
@@ -126,12 +127,18 @@ def _changes(plugins: dict[str, dict], texts: typing.Iterable[str]) -> dict[str,
     for text in texts:
         plugin, option, value = parse_setting(text)
         if plugin not in plugins:
-            raise GuidekitError(
-                f"--set {text}: {plugin!r} is not among the plugins of this run "
-                f"({', '.join(plugins) or 'none'}); add --plugin {plugin}"
-            )
+            raise not_among(f"--set {text}", plugin, plugins)
         changes.setdefault(plugin, {})[option] = value
     return changes
+
+
+def not_among(flag: str, plugin: str, plugins: typing.Iterable[str]) -> GuidekitError:
+    """The refusal of an option of a plugin that the run does not have."""
+    there, hint = ", ".join(plugins) or "none", nearest(plugin, plugins)
+    return GuidekitError(
+        f"{flag}: {plugin!r} is not among the plugins of this run ({there}){hint}"
+        + ("" if hint else f"; add --plugin {plugin}")
+    )
 
 
 def read_config(path: str | Path) -> dict[str, Any]:

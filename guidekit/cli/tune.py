@@ -17,6 +17,7 @@ from guidekit.cli.errors import traceback_option
 from guidekit.cli.sample import drawn, prepared, sample_options
 from guidekit.cli.terminal import say
 from guidekit.errors import GuidekitError
+from guidekit.nearest import nearest
 
 FORMAT = 1
 STATE, BEST, TRIALS = "tune.json", "best.toml", "trials"
@@ -110,7 +111,10 @@ def _value_in(settings: Any, blocked: tuple[str, ...]) -> Callable[[str, str], o
     def value(plugin: str, option: str) -> object:
         table = resolved.plugin[plugin]
         if option not in table:
-            raise GuidekitError(f"{plugin} has no option {option!r}; it has {', '.join(table)}")
+            raise GuidekitError(
+                f"{plugin} has no option {option!r}{nearest(option, table)}; it has "
+                f"{', '.join(table)}"
+            )
         return table[option]
 
     return value

@@ -64,7 +64,10 @@ def fails(result, *texts, code=2):
         (["--layout", "nan.json"], ["layout nan.json: segment 0: box 0,0,nan,1"]),
         (["--layout", "half.json"], ["layout half.json: not a readable JSON file"]),
         (["--layout", "map.json"], ["no pixel of the map is 7; it holds 0, 255"]),
-        (["--config", "option.toml"], ["zest has no option 'scal'; it has: scale"]),
+        (
+            ["--config", "option.toml"],
+            ["zest has no option 'scal' (the nearest is scale); it has: scale"],
+        ),
         (["--config", "infinite.toml"], ["zest.scale must be a finite number, not inf"]),
         (["--config", "box.toml"], ["config: segment 0: box 0,0,2,1"]),
         (["--config", "half.json"], ["config half.json: not a readable JSON file"]),

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 
@@ -34,7 +35,11 @@ def test_help_is_quick_and_needs_no_torch():
 
 def test_a_guided_run(model, tmp_path):
     result = draw(model, "--plugin", "zest", "--seeds", "0-2", "--batch", 2)
-    assert "energy   zest" in result.stdout
+    assert re.search(r"^sites    zest: \d+ from \S+ to \S+$", result.stdout, re.MULTILINE)
+    line = r"^energy   zest \S+ -> \S+, change \S+ of the model's output$"
+    assert re.search(line, result.stdout, re.MULTILINE)
+    line = r"^inside   .+ \d+% of the last attention inside its mask$"
+    assert re.search(line, result.stdout, re.MULTILINE)
     assert (
         "look at  o/index.html\nnext     guidekit sample --config o/run.json --seeds 3-5  # other"
         in result.stdout
@@ -128,7 +133,10 @@ def test_a_toml_file(model, tmp_path):
     ("args", "text"),
     [
         (["--plugin", "nope"], "no plugin 'nope'; there are"),
-        (["--plugin", "zest", "--set", "zest.scal=2"], "zest has no option 'scal'; it has: scale"),
+        (
+            ["--plugin", "zest", "--set", "zest.scal=2"],
+            "zest has no option 'scal' (the nearest is scale); it has: scale",
+        ),
         (["--plugin", "zest", "--set", "zest.scale=nan"], "zest.scale must be a finite number"),
         (["--plugin", "zest", "--set", "zest.scale=big"], "zest.scale must be a number"),
         (["--plugin", "zest", "--no-plugin", "zest"], "blocked by --no-plugin"),

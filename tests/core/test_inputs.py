@@ -78,7 +78,15 @@ REFUSED = [
     (lambda p: guidekit.sample(p, True), "a condition is a prompt, a class or"),
     (lambda p: guidekit.sample(p, "a", 3), "guidances are objects or names, not int"),
     (lambda p: guidekit.sample(p, "a", [3]), "a guidance is an object such as"),
-    (lambda p: guidekit.sample(p, "a", "zesty"), "no plugin 'zesty'; there are adaptive, apg"),
+    (
+        lambda p: guidekit.sample(p, "a", "zesty"),
+        r"no plugin 'zesty' \(the nearest is zest\); there",
+    ),
+    (
+        lambda p: guidekit.sample(p, "a", seed=3),
+        r"no option 'seed' \(the nearest is seeds\); it has",
+    ),
+    (lambda p: guidekit.draw(p, "a", seed=3), r"no option 'seed' \(the nearest is seeds\); it has"),
     (lambda p: guidekit.sample(p, "a", seeds="x"), "write a range such as 0-7"),
     (lambda p: guidekit.sample(p, "a", seeds=1.5), "seeds must be whole numbers"),
     (lambda p: guidekit.sample(p, "a", seeds=[0, 0]), "a seed occurs twice"),

@@ -150,7 +150,9 @@ def test_names_that_do_not_exist():
 
 
 def test_an_unknown_option():
-    with pytest.raises(ValueError, match="zest has no option 'scal'; it has: scale, start, stop"):
+    with pytest.raises(
+        ValueError, match=r"option 'scal' \(the nearest is scale\); it has: scale, st"
+    ):
         Registry().make_guidance("zest", {"scal": 2})
 
 
