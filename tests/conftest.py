@@ -1,4 +1,4 @@
-"""Shared set-up: one torch thread, no downloads; which tests are of the tier `full`."""
+"""Shared set-up: one torch thread, no downloads, the same numbers each time; what is `full`."""
 
 import os
 import signal
@@ -8,10 +8,13 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # also for the processes that tes
 
 from pathlib import Path
 
+import hypothesis
 import pytest
 import torch
 
 torch.set_num_threads(1)
+hypothesis.settings.register_profile("repeatable", derandomize=True)
+hypothesis.settings.load_profile("repeatable")
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # as background jobs of scripts have it
     signal.signal(signal.SIGINT, signal.default_int_handler)
 

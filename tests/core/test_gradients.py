@@ -70,8 +70,13 @@ class KeepZest(Zest):
         KeepZest,
         # The loss jumps at the edge of its dead zone, where a difference is no derivative.
         lambda: KeepZest(aggregate="head", loss="power4", tokens="real", dead_zone=0.0),
-        lambda: KeepZest(aggregate="top", top=3, loss="mse", negatives=("green",)),
-        lambda: KeepZest(aggregate="layer", loss="bce_normalised"),
+        pytest.param(
+            lambda: KeepZest(aggregate="top", top=3, loss="mse", negatives=("green",)),
+            marks=pytest.mark.full,
+        ),
+        pytest.param(
+            lambda: KeepZest(aggregate="layer", loss="bce_normalised"), marks=pytest.mark.full
+        ),
     ],
 )
 def test_gradients_agree_with_finite_differences(make):

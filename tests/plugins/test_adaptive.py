@@ -38,7 +38,14 @@ class Only(Guidance):
         return branches
 
 
-@pytest.mark.parametrize("build", [tiny.sd_pipeline, tiny.sdxl_pipeline, sd3_pipeline])
+@pytest.mark.parametrize(
+    "build",
+    [
+        tiny.sd_pipeline,
+        pytest.param(tiny.sdxl_pipeline, marks=pytest.mark.full),
+        pytest.param(sd3_pipeline, marks=pytest.mark.full),
+    ],
+)
 def test_the_others_are_as_without_the_branch(build):
     pipe = build()
     ours = sampling(pipe, Only()).finish()

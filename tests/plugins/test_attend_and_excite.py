@@ -83,6 +83,7 @@ def test_at_the_chosen_steps_it_moves_until_there_is_enough_attention():
     assert row["refined"] < row["energy"]
 
 
+@pytest.mark.full
 def test_words_stand_for_segments():
     pipe = tiny.sd_pipeline()
     options = {"seeds": [5], "steps": 2, "cfg": 5.0}

@@ -47,6 +47,7 @@ def adapted(request, tmp_path):
     return pipe, dict(adapter=tmp_path / "ip.safetensors", encoder=str(tmp_path / "clip"))
 
 
+@pytest.mark.full
 def test_an_adapter_reads_what_fit_says(adapted):
     pipe, options = adapted
 
@@ -140,7 +141,7 @@ def test_references_of_one_and_of_three_squares_share_a_batch():
     torch.testing.assert_close(thrice, alone[1:], atol=1e-5, rtol=0)
 
 
-@pytest.mark.parametrize("on", ["z", "x0"])
+@pytest.mark.parametrize("on", [pytest.param("z", marks=pytest.mark.full), "x0"])
 def test_clip_looks_at_a_third_of_each_crop(on, tmp_path):
     pipe = ddpm_pipeline()
     three(48, 16).save(tmp_path / "three.png")

@@ -104,6 +104,7 @@ def test_first_party(name, check):
         assert reason in NOT_ITS_KIND or waived or refused or built_in
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("check", TIERED)
 def test_the_template(check):
     assert run_check(vignette(), check) in (None, NOT_ITS_KIND[1])

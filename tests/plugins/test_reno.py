@@ -30,6 +30,7 @@ def test_the_reward_grows_and_the_best_noise_is_drawn(scheduler):
     assert (after > before).all()
 
 
+@pytest.mark.full
 def test_no_iterations_are_none_and_images_do_not_meet():
     with pytest.warns(UserWarning, match="reno never acted"):
         none = drawn(Reno(iterations=0))

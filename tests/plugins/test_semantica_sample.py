@@ -331,6 +331,7 @@ def test_other_schedulers_follow_the_models_schedule(pipe, name):
     assert torch.isfinite(images).all()
 
 
+@pytest.mark.full
 def test_the_built_in_model_draws_the_page_of_its_reference():
     """The judge never saw it; an image drawn after another reference has another background."""
     plans = [scenes.scene(number, "test") for number in range(8)]
