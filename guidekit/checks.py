@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from guidekit.backbones.denoiser import Denoiser
-from guidekit.backbones.schedulers import other_scheduler
+from guidekit.backbones.schedulers import schedulers_for
 from guidekit.conditions import Condition
 from guidekit.errors import GuidekitError
 from guidekit.guidance import Guidance
@@ -76,8 +76,8 @@ def step_arguments(scheduler: Any, eta: float, generators: list[torch.Generator]
     accepted = inspect.signature(scheduler.step).parameters
     if eta and "eta" not in accepted:
         raise GuidekitError(
-            f"{type(scheduler).__name__} has no eta; leave it at 0, or "
-            + other_scheduler(scheduler, ["ddim"])
+            f"{type(scheduler).__name__} has no eta; leave it at 0"
+            + (" or use --scheduler ddim" if "ddim" in schedulers_for(scheduler) else "")
         )
     given = {"eta": eta, "generator": generators}
     return {name: value for name, value in given.items() if name in accepted}

@@ -45,7 +45,7 @@ def _check_names(function: str, options: Iterable[str]) -> None:
     for name in options:
         if name not in known:
             raise GuidekitError(
-                f"guidekit.{function} has no option {name!r}{nearest(name, known)}; it has "
+                f"guidekit.{function} has no option {name!r}{nearest(name, list(known))}; it has "
                 f"{', '.join(known)}"
             )
 

@@ -155,7 +155,7 @@ class Registry:
         for option in (*options, *changes):
             if option not in kinds:
                 raise GuidekitError(
-                    f"{name} has no option {option!r}{nearest(option, kinds)}; it has: "
+                    f"{name} has no option {option!r}{nearest(option, list(kinds))}; it has: "
                     f"{', '.join(kinds)}"
                 )
         values = {k: rooted(v, kinds[k], folder) for k, v in options.items()} | changes

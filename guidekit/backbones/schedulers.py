@@ -4,13 +4,13 @@
 follow after colons (`dpm++:karras`) or as diffusers' own documents write them (`DPM++ 2M Karras`).
 """
 
-import difflib
 import inspect
 import re
 from collections.abc import Collection
 from typing import Any
 
 from guidekit.errors import GuidekitError
+from guidekit.nearest import nearest
 from guidekit.noise import is_flow
 
 SCHEDULERS = {
@@ -36,9 +36,7 @@ SCHEDULERS = {
 FLOW_TOO = ("deis", "dpm++", "dpm++2s", "sa", "unipc")
 # What schedulers do, for messages that name others; tests measure it.
 #: Every step starts from the z that it is given.
-STARTS_FROM_Z = (
-    *("ddim", "ddpm", "deis", "dpm++", "euler", "euler-a", "flow-euler", "lcm", "lms"),
-)
+STARTS_FROM_Z = ("ddim", "ddpm", "deis", "dpm++", "euler", "euler-a", "flow-euler", "lcm", "lms")
 #: Every step is one call of the denoiser.
 ONE_CALL = (*STARTS_FROM_Z, "sa", "unipc")
 # Names that other programs have for them, in the form of `_plain`.
@@ -94,8 +92,7 @@ def parse_scheduler(text: str) -> tuple[str, tuple[str, ...]]:
     while plain not in names and (word := next(filter(plain.endswith, known), None)):
         plain, options = plain.removesuffix(word), [word, *options]
     if plain not in names:
-        near = difflib.get_close_matches(plain, names, 1)
-        hint = f" (the nearest is {names[near[0]]})" if near else ""
+        hint = nearest(plain, names)
         raise GuidekitError(f"no scheduler {text!r}{hint}; there are {', '.join(SCHEDULERS)}")
     for option in options:
         if option not in known:

@@ -302,7 +302,7 @@ def _conclusion(session: Any, run: dict[str, Any]) -> str:
     if record.get("inside"):
         lines.append(f"inside   {_inside(record['inside'], run['segment'])}")
     if (asked := session.plan.settings.out) is not None and asked != folder:
-        lines.append(f"note     {asked} was there already")
+        lines.append(f"note     {asked} was there already, so the folder is {folder}")
     for plugin, both in record.get("acceptance", {}).items():
         lines.append(f"accepted {plugin} {both['accepted']} of {both['drawn']} drawn")
     lines.append(

@@ -134,7 +134,7 @@ def _changes(plugins: dict[str, dict], texts: typing.Iterable[str]) -> dict[str,
 
 def not_among(flag: str, plugin: str, plugins: typing.Iterable[str]) -> GuidekitError:
     """The refusal of an option of a plugin that the run does not have."""
-    there, hint = ", ".join(plugins) or "none", nearest(plugin, plugins)
+    there, hint = ", ".join(plugins) or "none", nearest(plugin, list(plugins))
     return GuidekitError(
         f"{flag}: {plugin!r} is not among the plugins of this run ({there}){hint}"
         + ("" if hint else f"; add --plugin {plugin}")

@@ -112,7 +112,7 @@ def _value_in(settings: Any, blocked: tuple[str, ...]) -> Callable[[str, str], o
         table = resolved.plugin[plugin]
         if option not in table:
             raise GuidekitError(
-                f"{plugin} has no option {option!r}{nearest(option, table)}; it has "
+                f"{plugin} has no option {option!r}{nearest(option, list(table))}; it has "
                 f"{', '.join(table)}"
             )
         return table[option]

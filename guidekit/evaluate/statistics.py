@@ -21,7 +21,8 @@ from guidekit.evaluate.rows import named, shards
 
 ENDING = ".npz"
 # What numpy meets in a file that is none, is cut off, or claims to be larger than the memory.
-DAMAGED = (OSError, ValueError, TypeError, LookupError, EOFError, MemoryError, BadZipFile)
+DAMAGED = (OSError, ValueError, TypeError, LookupError, EOFError, MemoryError)
+DAMAGED += (BadZipFile, zlib.error)
 
 
 @dataclass(frozen=True)
@@ -129,7 +130,7 @@ def read_statistics(path: Path) -> Statistics:
             mean, covariance = file["mu"].astype(float), file["sigma"].astype(float)
             n = int(file["n"]) if "n" in file else None
             hashes = frozenset(map(str, file["sha256"])) if "sha256" in file else frozenset()
-    except (*DAMAGED, zlib.error) as error:
+    except DAMAGED as error:
         why = f" ({error.strerror})" if isinstance(error, OSError) and error.strerror else ""
         raise GuidekitError(f"{path} is no .npz with mu and sigma{why}") from None
     if mean.ndim != 1 or covariance.shape != mean.shape * 2:

@@ -24,6 +24,7 @@ from diffusers import (
 )
 
 import tiny
+from attaching import Watch
 from guidekit import Guidance, Segment, attach, box_mask, sample
 from guidekit.backbones.records import FAMILIES
 from guidekit.taps import tap_attention
@@ -39,17 +40,6 @@ SEGMENTS = (Segment("red circle", LEFT),)
 IMAGE = torch.rand(1, 3, 32, 32, generator=torch.Generator().manual_seed(0))
 HALF = torch.zeros(1, 1, 32, 32)
 HALF[..., 16:] = 1
-
-
-@dataclass(kw_only=True)
-class Watch(Guidance):
-    """Changes nothing and keeps the steps."""
-
-    kept: ClassVar[list] = []
-
-    def edit_prediction(self, step, out):
-        self.kept.append(step)
-        return out
 
 
 def quiet(pipe):

@@ -8,7 +8,10 @@ import torch
 import exact
 import tiny
 from guidekit import Condition, Sampling
-from guidekit_fk import FeynmanKac
+from guidekit.backbones.loading import make_scheduler
+from guidekit.backbones.schedulers import schedulers_for
+from guidekit.testing.miniatures import sd3_pipeline
+from guidekit_fk import NOISY, FeynmanKac
 
 RED = Condition("a red circle")
 
@@ -55,6 +58,17 @@ def test_one_particle_is_the_unguided_run():
         alone = Sampling(pipe, RED, [FeynmanKac(scale=100)], **given).finish()
     assert torch.equal(alone.images, Sampling(pipe, RED, **given).finish().images)
     assert alone.account.rows[0]["share"] == [1.0, 1.0]
+
+
+@pytest.mark.parametrize("build", [tiny.sd_pipeline, sd3_pipeline])
+def test_the_schedulers_that_a_note_names_add_noise(build):
+    pipe, given = build(), {"seeds": [5, 6], "steps": 4, "particles": 2}
+    kinds = [name for name in schedulers_for(pipe.scheduler) if name in NOISY]
+    assert kinds
+    for name in kinds:
+        scheduler = make_scheduler(pipe, name)
+        sampling = Sampling(pipe, RED, [FeynmanKac()], scheduler=scheduler, **given)
+        assert not sampling.account.notes
 
 
 def test_copies_need_noise_and_rewards_a_name():
