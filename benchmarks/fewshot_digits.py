@@ -18,7 +18,7 @@ from guidekit.evaluate import judge as evaluate
 from guidekit.evaluate.intervals import over_trainings
 from guidekit.evaluate.rows import mean_column
 from guidekit.heads import Examples, FitOptions, Head, fit
-from guidekit.heads.augment import accepted_pictures
+from guidekit.heads.augment import accepted_images
 from guidekit.seeds import derived_seed
 from guidekit.train.digits import DigitJudge
 from guidekit.worlds import digits
@@ -163,7 +163,7 @@ class Digits:
             scale=self.scale,
             start=self.start,
         )
-        images, _, _ = accepted_pictures(
+        images, _, _ = accepted_images(
             self.denoiser,
             guidance,
             each,
@@ -354,7 +354,7 @@ def _extra(bench: Digits, count: int, seed: int) -> list[Tensor]:
             guidance = Fewshot(
                 head=folder, label=str(digit), form="detached", scale=bench.scale, start=bench.start
             )
-            images, *_ = accepted_pictures(
+            images, *_ = accepted_images(
                 bench.denoiser,
                 guidance,
                 3 * count,

@@ -16,7 +16,7 @@ from torchvision.utils import save_image
 
 import guidekit
 from guidekit import Condition, Denoiser
-from guidekit.heads import FitOptions, accepted_pictures, fit, read_examples
+from guidekit.heads import FitOptions, accepted_images, fit, read_examples
 from guidekit.worlds import digits
 
 model = sys.argv[1] if len(sys.argv) > 1 else "digits-ddpm"
@@ -50,5 +50,5 @@ for name, images in (("guided", guided.images), ("unguided", unguided.images)):
     print(f"{name}: the head sees a 7 with probability {', '.join(f'{v:.2f}' for v in p)}")
 
 # %% Rejection: draw until four are accepted, or twelve are drawn
-images, drawn, kept = accepted_pictures(denoiser, sevens, 4, batch=4, steps=steps)
+images, drawn, kept = accepted_images(denoiser, sevens, 4, batch=4, steps=steps)
 print(f"{kept} of {drawn} accepted")

@@ -32,7 +32,7 @@ _HOME = {
     "Level": "noise",
     "Levels": "levels",
     "Move": "levels",
-    "Perturbed": "perturbed",
+    "Perturbed": "bases.perturbed",
     "Reference": "references",
     "Run": "run",
     "Sampling": "sampler",
@@ -43,8 +43,8 @@ _HOME = {
     "box_mask": "masks",
     "draw": "drawing",
     "level": "noise",
-    "load": "inputs",
-    "make": "inputs",
+    "load": "inputs.given",
+    "make": "inputs.given",
     "load_label_set": "labels",
     "load_layout": "layouts",
     "load_mask": "masks",
@@ -64,19 +64,19 @@ if TYPE_CHECKING:
     from guidekit.attention.maps import token_maps
     from guidekit.backbones.controls import Control
     from guidekit.backbones.denoiser import Denoiser
+    from guidekit.bases.perturbed import Perturbed
     from guidekit.blocks import BlockCall
     from guidekit.branches import Branch
     from guidekit.conditions import Condition, Segment
     from guidekit.drawing import draw, sample
     from guidekit.errors import GuidekitError
     from guidekit.guidance import Guidance
-    from guidekit.inputs import load, make
+    from guidekit.inputs.given import load, make
     from guidekit.labels import LabelMap, LabelSet, load_label_set, read_label_map
     from guidekit.layouts import load_layout
     from guidekit.levels import Levels, Move
     from guidekit.masks import box_mask, load_mask
     from guidekit.noise import Level, level
-    from guidekit.perturbed import Perturbed
     from guidekit.reads import AttentionRead, Eval, FeatureRead, average_maps
     from guidekit.references import Reference, load_reference
     from guidekit.run import Run

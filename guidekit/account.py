@@ -41,9 +41,9 @@ class Account:
         return self._rows
 
     @property
-    def pictures(self) -> dict[str, Tensor]:
+    def maps(self) -> dict[str, Tensor]:
         """Maps kept for the report, on the CPU."""
-        return {name: maps.cpu() for name, maps in self._kept.items()}
+        return {name: kept.cpu() for name, kept in self._kept.items()}
 
     def keep(self, name: str, maps: Tensor) -> None:
         """Keeps maps (B, S, h, w) for the report, the first and the latest of a name."""

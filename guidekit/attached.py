@@ -27,10 +27,10 @@ from guidekit.account import Account
 from guidekit.backbones.denoiser import frozen
 from guidekit.backbones.replay import Replay
 from guidekit.conditions import Layouts
+from guidekit.engine.pipeline_call import OWN_LOOP, Asked, PipelineCall
 from guidekit.errors import GuidekitError
 from guidekit.guidance import Guidance
-from guidekit.inputs import as_guidances
-from guidekit.pipeline_call import OWN_LOOP, Asked, PipelineCall
+from guidekit.inputs.given import as_guidances
 from guidekit.references import Reference, as_reference
 from guidekit.run import Run
 from guidekit.step import Step

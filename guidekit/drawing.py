@@ -9,11 +9,10 @@ from diffusers import DiffusionPipeline
 from torch import Tensor
 
 from guidekit.backbones.denoiser import Denoiser
-from guidekit.errors import GuidekitError
+from guidekit.errors import GuidekitError, nearest
 from guidekit.groups import batches, rows_by_group, with_particles
 from guidekit.guidance import Guidance
-from guidekit.inputs import as_conditions, as_denoiser
-from guidekit.nearest import nearest
+from guidekit.inputs.given import as_conditions, as_denoiser
 from guidekit.sampler import Asked, Sampling, accepted
 from guidekit.seeds import Seeds, derived_seed
 

@@ -1,7 +1,8 @@
 """What guidekit refuses, and whose code an exception that is no refusal came out of."""
 
 import contextlib
-from collections.abc import Iterator
+import difflib
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
 
@@ -58,3 +59,13 @@ def blame(plugin: str, hook: str, step: int | None = None) -> Iterator[None]:
 def where_of(error: BaseException) -> Where | None:
     """The hook call that an exception came out of, where `blame` saw it."""
     return getattr(error, "guidekit_where", None)
+
+
+def nearest(word: str, names: Iterable[str]) -> str:
+    """` (the nearest is NAME)`, or nothing where no name is near.
+
+    names: those that exist, or spellings of them with the name of each.
+    """
+    found = difflib.get_close_matches(word, list(names), 1)
+    called = names if isinstance(names, Mapping) else {}
+    return f" (the nearest is {called.get(found[0], found[0])})" if found else ""

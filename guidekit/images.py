@@ -18,7 +18,7 @@ from torch import Tensor
 from torchvision.utils import make_grid
 
 from guidekit.errors import GuidekitError
-from guidekit.untrusted import open_picture
+from guidekit.system.untrusted import open_image
 
 COLOURS = ("#e6194b", "#4363d8", "#3cb44b", "#f58231", "#911eb4", "#00a5a5", "#f032e6", "#808000")
 # Black over purple and orange to pale yellow, even steps of lightness.
@@ -60,7 +60,7 @@ def load_image(
     image or whose numbers have no such meaning.
     """
     try:
-        with open_picture(path) as image:
+        with open_image(path) as image:
             shown = upright(image)
     except FileNotFoundError:
         raise GuidekitError(f"{what} {path}: no such file") from None
@@ -286,7 +286,7 @@ def replacing(path: Path) -> Iterator[Path]:
         part.unlink(missing_ok=True)
 
 
-def save_picture(image: Image.Image, path: Path, settings: dict[str, Any] | None = None) -> None:
+def save_image(image: Image.Image, path: Path, settings: dict[str, Any] | None = None) -> None:
     """Writes a PNG, with the settings in its text chunk `guidekit`."""
     path.parent.mkdir(exist_ok=True)
     info = PngInfo()

@@ -22,7 +22,7 @@ from torch import Tensor
 from guidekit.errors import GuidekitError
 from guidekit.images import as_rgb, is_deep, load_image, replacing
 from guidekit.masks import class_values
-from guidekit.untrusted import printable, read_object, read_text
+from guidekit.system.untrusted import printable, read_object, read_text
 
 SETS = Path(__file__).with_name("label_sets")
 FORMAT = 1

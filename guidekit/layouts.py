@@ -9,9 +9,9 @@ from torch import Tensor
 
 from guidekit.conditions import Condition, Segment
 from guidekit.errors import GuidekitError
-from guidekit.maps import Map, load_map
+from guidekit.inputs.maps import Map, load_map
 from guidekit.masks import Box, box_mask, load_mask, size_of
-from guidekit.untrusted import inside, read_json
+from guidekit.system.untrusted import inside, read_json
 
 
 def parse_segment(text: str) -> Segment:

@@ -23,7 +23,7 @@ from guidekit.images import (
     to_uint8,
     upright,
 )
-from guidekit.untrusted import file_name
+from guidekit.system.untrusted import file_name
 from guidekit.worlds import scenes
 
 BUILT_IN = re.compile(r"scene-(\d+)")

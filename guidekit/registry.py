@@ -15,8 +15,7 @@ from typing import TYPE_CHECKING, Any, cast
 import pluggy
 
 from guidekit import hookspecs
-from guidekit.errors import GuidekitError
-from guidekit.nearest import nearest
+from guidekit.errors import GuidekitError, nearest
 from guidekit.options import option_kinds, rooted
 
 if TYPE_CHECKING:

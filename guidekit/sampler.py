@@ -17,14 +17,6 @@ from guidekit.backbones.controls import Control
 from guidekit.backbones.denoiser import Denoiser, frozen
 from guidekit.backbones.residuals import with_controls
 from guidekit.backbones.safety import checked
-from guidekit.checks import (
-    check_images,
-    check_maps,
-    check_numbers,
-    check_scheduler,
-    check_targets,
-    step_arguments,
-)
 from guidekit.conditions import Condition
 from guidekit.engine.engine import Engine
 from guidekit.engine.recurrence import Recurrence
@@ -32,12 +24,20 @@ from guidekit.engine.solution import solved, solver_of
 from guidekit.errors import GuidekitError, blame
 from guidekit.groups import with_particles
 from guidekit.guidance import Guidance
-from guidekit.inputs import as_conditions, as_denoiser, as_guidances, as_scheduler, tuned
+from guidekit.inputs.checks import (
+    check_images,
+    check_maps,
+    check_numbers,
+    check_scheduler,
+    check_targets,
+    step_arguments,
+)
+from guidekit.inputs.given import as_conditions, as_denoiser, as_guidances, as_scheduler, tuned
+from guidekit.inputs.start import Start, own_copy
 from guidekit.levels import Levels
+from guidekit.outputs.saved import Drawn
 from guidekit.run import Run
-from guidekit.saved import Drawn
 from guidekit.seeds import Seeds
-from guidekit.start import Start, own_copy
 from guidekit.step import Step
 
 STEPS = 50  # where neither the user nor the model says
@@ -55,10 +55,11 @@ class Sampling(Drawn):
     embedded_cfg: the scale that distilled models take as an input (Flux), default the pipeline's.
     eta: DDIM's noise. scheduler: an instance to copy or a name, by default the pipeline's.
     timesteps or sigmas: the levels to go through, in place of steps. latents: in place of the first
-    noise; image and strength: an image to begin with, see `guidekit.start.Start`. memory: "fast",
-    or "low" for gradient checkpointing. nonfinite: "raise" or "zero" for gradients that are not
-    finite. attention: eager | sdpa | triton | xformers. compile: True, or a backend's name, for a
-    denoiser that torch.compile compiles while the run is drawn, and that is afterwards as it was.
+    noise; image and strength: an image to begin with, see `guidekit.inputs.start.Start`.
+    memory: "fast", or "low" for gradient checkpointing. nonfinite: "raise" or "zero" for gradients
+    that are not finite. attention: eager | sdpa | triton | xformers. compile: True, or a backend's
+    name, for a denoiser that torch.compile compiles while the run is drawn, and that is afterwards
+    as it was.
     calls: how branches with and without a graph ride, "batched" or "split" by kind of call or for
     all ("*"), for a replay bit for bit (`account.calls`); by default what is faster. particles:
     images of so many seeds, one after the other, are a group (`Condition.group`), in which they may

@@ -22,33 +22,33 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 _HOME = {
-    "Contrast": "contrast",
-    "Downsampling": "operators",
-    "Grey": "operators",
+    "Contrast": "bases.contrast",
+    "Downsampling": "bases.operators",
+    "Grey": "bases.operators",
     "ImportPath": "options",
-    "Inpainting": "operators",
-    "InverseGuidance": "inverse",
-    "LinearOperator": "operators",
-    "LossGuidance": "inverse",
-    "REWARDS": "rewards",
-    "Reward": "rewards",
-    "RewardFunction": "rewards",
-    "as_reward": "rewards",
-    "guiding": "rewards",
-    "rewarded": "rewards",
-    "TokenMaps": "token_reads",
-    "TokenMoves": "token_moves",
+    "Inpainting": "bases.operators",
+    "InverseGuidance": "bases.inverse",
+    "LinearOperator": "bases.operators",
+    "LossGuidance": "bases.inverse",
+    "REWARDS": "bases.rewards",
+    "Reward": "bases.rewards",
+    "RewardFunction": "bases.rewards",
+    "as_reward": "bases.rewards",
+    "guiding": "bases.rewards",
+    "rewarded": "bases.rewards",
+    "TokenMaps": "bases.token_reads",
+    "TokenMoves": "bases.token_moves",
     "as_mask": "masks",
-    "as_operator": "operators",
+    "as_operator": "bases.operators",
     "derived_seed": "seeds",
-    "descend": "descent",
+    "descend": "bases.descent",
     "find_sites": "taps",
     "layers": "backbones.sites",
     "load_judge": "evaluate.judge",
     "lost_edit": "backbones.schedulers",
-    "named": "named",
+    "named": "bases.named",
     "other_scheduler": "backbones.schedulers",
-    "pixel_rows": "perturbed",
+    "pixel_rows": "bases.perturbed",
     "probabilities": "attention.maps",
     "read_references": "references",
     "real_tokens": "backbones.tokens",
@@ -60,8 +60,8 @@ _HOME = {
     "segment_strengths": "conditions",
     "segment_weights": "backbones.tokens",
     "self_attention": "backbones.sites",
-    "sites_of_one_grid": "token_reads",
-    "smoothed": "token_reads",
+    "sites_of_one_grid": "bases.token_reads",
+    "smoothed": "bases.token_reads",
     "square": "references",
     "to_image": "images",
     "systematic": "groups",
@@ -75,24 +75,24 @@ if TYPE_CHECKING:
     from guidekit.backbones.schedulers import lost_edit, other_scheduler, schedulers_for
     from guidekit.backbones.sites import layers, self_attention
     from guidekit.backbones.tokens import real_tokens, segment_weights, token_columns
+    from guidekit.bases.contrast import Contrast
+    from guidekit.bases.descent import descend
+    from guidekit.bases.inverse import InverseGuidance, LossGuidance
+    from guidekit.bases.named import named
+    from guidekit.bases.operators import Downsampling, Grey, Inpainting, LinearOperator, as_operator
+    from guidekit.bases.perturbed import pixel_rows
+    from guidekit.bases.rewards import REWARDS, Reward, RewardFunction, as_reward, guiding, rewarded
+    from guidekit.bases.token_moves import TokenMoves
+    from guidekit.bases.token_reads import TokenMaps, sites_of_one_grid, smoothed
     from guidekit.conditions import require_segments, segment_masks, segment_strengths
-    from guidekit.contrast import Contrast
-    from guidekit.descent import descend
     from guidekit.evaluate.judge import load_judge, see
     from guidekit.groups import systematic
     from guidekit.images import to_image
-    from guidekit.inverse import InverseGuidance, LossGuidance
     from guidekit.masks import as_mask, resize_mask
-    from guidekit.named import named
-    from guidekit.operators import Downsampling, Grey, Inpainting, LinearOperator, as_operator
     from guidekit.options import ImportPath
-    from guidekit.perturbed import pixel_rows
     from guidekit.references import read_references, square
-    from guidekit.rewards import REWARDS, Reward, RewardFunction, as_reward, guiding, rewarded
     from guidekit.seeds import derived_seed
     from guidekit.taps import find_sites
-    from guidekit.token_moves import TokenMoves
-    from guidekit.token_reads import TokenMaps, sites_of_one_grid, smoothed
 
 
 def __getattr__(name: str) -> Any:

@@ -13,7 +13,7 @@ from guidekit.errors import GuidekitError
 from guidekit.heads.features import Reading, fixed_noise, observe, resolve_sites
 from guidekit.images import to_image
 from guidekit.noisy_clip.files import find_folder, load_clip
-from guidekit.untrusted import check_configs
+from guidekit.system.untrusted import check_configs
 
 SENTENCES = "modules.json"  # of a folder in the form of sentence-transformers
 TIMM = "timm/"

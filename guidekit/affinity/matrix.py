@@ -15,7 +15,7 @@ from guidekit.affinity.fold import fold
 from guidekit.errors import GuidekitError
 from guidekit.images import replacing
 from guidekit.labels import VOID, LabelMap, LabelSet, parse_label_set
-from guidekit.untrusted import read_object, read_weights
+from guidekit.system.untrusted import read_object, read_weights
 
 FORMAT = 1
 CONFIG, SCORES = "affinity.json", "affinity.safetensors"

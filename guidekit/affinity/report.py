@@ -1,4 +1,4 @@
-"""What people see of an affinity: a picture of the matrix, and lines of text."""
+"""What people see of an affinity: an image of the matrix, and lines of text."""
 
 from collections import Counter
 

@@ -14,8 +14,8 @@ from guidekit.backbones.whole import whole
 from guidekit.errors import GuidekitError
 from guidekit.images import to_image
 from guidekit.labels import VOID, LabelSet, load_label_set
+from guidekit.system.untrusted import check_configs, read_object
 from guidekit.train.judge import Judge
-from guidekit.untrusted import check_configs, read_object
 from guidekit.worlds import scenes
 from guidekit.zoo.shipped import ZOO
 

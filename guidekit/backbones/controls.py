@@ -23,7 +23,7 @@ from guidekit.backbones.segment_map import SegmentMap
 from guidekit.backbones.whole import whole
 from guidekit.errors import GuidekitError
 from guidekit.images import load_image
-from guidekit.untrusted import check_configs, read_object
+from guidekit.system.untrusted import check_configs, read_object
 
 Network = ControlNetModel | T2IAdapter | MapEncoder | SegmentMap
 KINDS: dict[str, type[Network]] = {

@@ -20,7 +20,7 @@ from guidekit.backbones.schedulers import (
 from guidekit.backbones.whole import whole
 from guidekit.errors import GuidekitError
 from guidekit.noise import is_flow
-from guidekit.untrusted import check_pipeline, check_weights, file_name, read_object
+from guidekit.system.untrusted import check_pipeline, check_weights, file_name, read_object
 from guidekit.zoo.shipped import ZOO
 
 # What diffusers and transformers raise for files that are missing, cut short or not theirs.

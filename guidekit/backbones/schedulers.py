@@ -9,8 +9,7 @@ import re
 from collections.abc import Collection
 from typing import Any
 
-from guidekit.errors import GuidekitError
-from guidekit.nearest import nearest
+from guidekit.errors import GuidekitError, nearest
 from guidekit.noise import is_flow
 
 SCHEDULERS = {

@@ -71,7 +71,7 @@ def _estimated(shots: Path, options: dict[str, Any]) -> Any:
     from guidekit.affinity import estimate, read_shots
     from guidekit.affinity.encoders import load_features, load_texts
     from guidekit.affinity.matrix import parse_hand
-    from guidekit.untrusted import read_object
+    from guidekit.system.untrusted import read_object
 
     kinds = _kinds(options)
     source, segmenter = _source(options, "segmentation" in kinds)
@@ -150,7 +150,7 @@ def _source(options: dict[str, Any], segments: bool) -> tuple[Any, Any]:
 
 
 def _is_control(folder: Path) -> bool:
-    from guidekit.untrusted import read_object
+    from guidekit.system.untrusted import read_object
 
     return read_object(folder / "config.json").get("_class_name") in (
         "ControlNetModel",
@@ -197,12 +197,12 @@ def _loader(device: str | None) -> Any:
 
 
 def _save(found: Any, out: Path) -> None:
-    """The affinity's files, and the picture of its matrix."""
+    """The affinity's files, and the image of its matrix."""
     from guidekit.affinity.report import matrix_image
-    from guidekit.images import save_picture
+    from guidekit.images import save_image
 
     found.save(out)
-    save_picture(matrix_image(found), out / "affinity.png")
+    save_image(matrix_image(found), out / "affinity.png")
 
 
 def _rewritten(found: Any, maps: Path, out: Path, coloured: bool) -> list[str]:
@@ -211,7 +211,7 @@ def _rewritten(found: Any, maps: Path, out: Path, coloured: bool) -> list[str]:
     All are read before any is written.
     """
     from guidekit.heads.data import image_files
-    from guidekit.images import save_picture
+    from guidekit.images import save_image
     from guidekit.labels import read_label_map
 
     files = image_files(maps) if maps.is_dir() else []
@@ -223,7 +223,7 @@ def _rewritten(found: Any, maps: Path, out: Path, coloured: bool) -> list[str]:
     for file in files:
         remapped = found.remap(read_label_map(file, found.target))
         image = remapped.coloured() if coloured else remapped.indexed()
-        save_picture(image, out / f"{file.stem}.png")
+        save_image(image, out / f"{file.stem}.png")
     return [f"{file.stem}.png" for file in files]
 
 

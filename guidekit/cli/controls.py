@@ -10,10 +10,10 @@ from guidekit.affinity.matrix import load_affinity
 from guidekit.backbones.controls import Control
 from guidekit.cli.settings import LABELS, MAP, Settings
 from guidekit.errors import GuidekitError
-from guidekit.images import as_rgb, save_picture
+from guidekit.images import as_rgb, save_image
 from guidekit.labels import LabelMap, LabelSet, load_label_set, read_label_map
-from guidekit.outputs import CARRIED
-from guidekit.untrusted import inside
+from guidekit.outputs.folders import CARRIED
+from guidekit.system.untrusted import inside
 from guidekit.zoo.shipped import ZOO
 
 FORM = "FOLDER=IMAGE.png@SCALE:START-STOP, with :guess at its end for guess mode"
@@ -125,10 +125,10 @@ def save_controls(controls: tuple[Control, ...], label_map: LabelMap | None, fol
     """Writes the files that `control_tables` names, the label map and its set."""
     for control, table in zip(controls, control_tables(controls), strict=True):
         if control.image is not None:
-            save_picture(as_rgb(control.image), folder / table["image"])
+            save_image(as_rgb(control.image), folder / table["image"])
     if label_map is not None:
         label_map.labels.save(folder / LABELS)
-        save_picture(label_map.indexed(), folder / MAP)
+        save_image(label_map.indexed(), folder / MAP)
 
 
 def control_files(

@@ -30,7 +30,7 @@ def doctor_facts() -> dict[str, Any]:
     import torch
 
     from guidekit.attention.choice import choose, measured_on
-    from guidekit.outputs import machine, versions
+    from guidekit.outputs.folders import machine, versions
     from guidekit.registry import entries
 
     devices = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]

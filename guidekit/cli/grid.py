@@ -12,7 +12,7 @@ from guidekit.cli.settings import Settings, not_among, sample_keys
 from guidekit.errors import GuidekitError
 from guidekit.images import enlarge, grid
 from guidekit.options import convert, parse_value
-from guidekit.outputs import CLAIM
+from guidekit.outputs.folders import CLAIM
 
 TOGETHER = (
     "seeds",

@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from huggingface_hub import try_to_load_from_cache
 
-from guidekit.inputs import load
-from guidekit.outputs import model_hash
+from guidekit.inputs.given import load
+from guidekit.outputs.folders import model_hash
 from guidekit.registry import Registry
 from guidekit.zoo.shipped import ZOO
 

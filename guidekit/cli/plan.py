@@ -7,7 +7,6 @@ from typing import Any
 
 import torch
 
-from guidekit import outputs
 from guidekit.backbones.compiled import as_backend
 from guidekit.backbones.controls import Control
 from guidekit.backbones.denoiser import Denoiser
@@ -24,6 +23,7 @@ from guidekit.groups import batches, with_particles
 from guidekit.guidance import Guidance
 from guidekit.layouts import load_layout, parse_layout, parse_segment
 from guidekit.options import code_named, stated
+from guidekit.outputs import folders
 from guidekit.references import Reference, load_reference, load_references
 from guidekit.registry import Registry
 from guidekit.run import MEMORY, POLICIES
@@ -95,8 +95,8 @@ def make_plan(
     guidances, asked = checked(settings, registry)
     references = _references(settings)
     name = asked.prompt or Path(settings.model).name
-    folder = outputs.new_folder(settings.out, name)
-    with outputs.removed_if_empty(folder):
+    folder = folders.new_folder(settings.out, name)
+    with folders.removed_if_empty(folder):
         return _loaded(settings, registry, guidances, asked, references, folder, load)
 
 
@@ -304,7 +304,7 @@ def _resolved(
         prompt=condition.prompt,
         negative=condition.negative,
         label=condition.label,
-        segment=outputs.segment_tables(condition.segments),
+        segment=folders.segment_tables(condition.segments),
         control=control_tables(controls),
         plugin={guidance.name: stated(guidance) for guidance in guidances},
         seeds=Seeds(target.seed for target in targets) if targets else settings.seeds,

@@ -5,7 +5,6 @@ import time
 from pathlib import Path
 from typing import Any
 
-from guidekit import outputs
 from guidekit.account import Account
 from guidekit.backbones.tokens import segment_columns
 from guidekit.cli.controls import control_files
@@ -15,6 +14,7 @@ from guidekit.cli.settings import FORMAT, dump
 from guidekit.cli.words import unknown_words
 from guidekit.guidance import Guidance
 from guidekit.masks import coverage
+from guidekit.outputs import folders
 from guidekit.sampler import Sampling
 from guidekit.zoo.shipped import ZOO
 
@@ -72,7 +72,7 @@ class Record:
         """The masks, the images of controls and the label map that the settings name."""
         plan = self.plan
         own = control_files(plan.controls, plan.condition.map, plan.folder)
-        return outputs.mask_files(plan.condition.segments) | own
+        return folders.mask_files(plan.condition.segments) | own
 
     def add(self, sampling: Sampling) -> None:
         """Adds what the guidances did to a batch."""
@@ -138,7 +138,7 @@ class Record:
     def write(self, status: str) -> None:
         """Writes run.json as things stand."""
         started = time.monotonic()
-        outputs.write_record(self.contents(status), self.plan.folder)
+        folders.write_record(self.contents(status), self.plan.folder)
         self._written = time.monotonic()
         self._writing = self._written - started  # it grows with the number of images
 
@@ -147,8 +147,8 @@ def _first_facts(plan: Plan) -> dict[str, Any]:
     """What is known before the first image."""
     return {
         "status": "running",
-        "versions": outputs.versions(),
-        "machine": outputs.machine(),
+        "versions": folders.versions(),
+        "machine": folders.machine(),
         "model": model_facts(plan.settings.model, plan.denoiser.pipeline),
         "scheduler": type(plan.scheduler or plan.denoiser.pipeline.scheduler).__name__,
         "tokens": _tokens(plan),

@@ -9,7 +9,7 @@ from urllib.parse import quote
 
 from guidekit.cli.terminal import images
 from guidekit.images import COLOURS
-from guidekit.untrusted import printable
+from guidekit.system.untrusted import printable
 
 STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; margin: 2rem auto; max-width: 74rem; padding: 0 1rem;

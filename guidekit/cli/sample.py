@@ -14,7 +14,7 @@ import click
 from guidekit.cli.errors import traceback_option
 from guidekit.cli.terminal import images, say
 from guidekit.errors import GuidekitError
-from guidekit.progress import Progress
+from guidekit.system.progress import Progress
 from guidekit.zoo.shipped import DEFAULT
 
 # The options of `sample` have no defaults here, so that a config file shows through.
@@ -185,7 +185,7 @@ def _sample_grid(settings: Any, flags: dict[str, Any], silent: bool, as_json: bo
     """Draws a run for every combination of values, and a sheet of them all."""
     from guidekit.cli.grid import SHEET, cells_of, draw_cells, parse_axes
     from guidekit.cli.models import loading_once
-    from guidekit.outputs import new_folder, removed_if_empty
+    from guidekit.outputs.folders import new_folder, removed_if_empty
 
     axes = parse_axes(flags["grid"])
     cells = cells_of(settings, axes)
@@ -220,7 +220,7 @@ def prepared(settings: Any, blocked: tuple[str, ...], load: Callable | None = No
     from guidekit.cli.models import load_model
     from guidekit.cli.plan import make_plan
     from guidekit.cli.session import Session
-    from guidekit.outputs import removed_if_empty
+    from guidekit.outputs.folders import removed_if_empty
 
     plan = make_plan(settings, blocked, load or load_model)
     with removed_if_empty(plan.folder):

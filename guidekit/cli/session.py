@@ -5,14 +5,14 @@ from dataclasses import replace
 
 from torch import Tensor
 
-from guidekit import images as pictures
-from guidekit import outputs
 from guidekit.cli.batch import begin, finish
 from guidekit.cli.controls import save_controls
 from guidekit.cli.plan import Plan, Target
 from guidekit.cli.record import Record
 from guidekit.cli.report import write_report
 from guidekit.evaluate.map_score import filled, inside
+from guidekit.images import heat_pair, overlay, to_image
+from guidekit.outputs import folders
 from guidekit.sampler import Sampling, accepted
 from guidekit.step import Step
 
@@ -114,30 +114,30 @@ class Session:
         if not self.plan.denoiser.reads_image:
             targets = tuple(replace(t, condition=replace(t.condition, image=None)) for t in targets)
         images = self._finish(begin(self.plan, targets, (), calls=self._calls), progress)
-        for target, picture in zip(targets, images, strict=True):
+        for target, pixels in zip(targets, images, strict=True):
             path = self.plan.folder / "unguided" / f"{target.seed}.png"
-            outputs.save_picture(pictures.to_image(picture), path)
+            folders.save_image(to_image(pixels), path)
 
     def _save_given(self) -> None:
         """What all images were asked to follow: masks, and the reference."""
         condition, folder = self.plan.condition, self.plan.folder
-        outputs.save_masks(condition.segments, folder)
+        folders.save_masks(condition.segments, folder)
         save_controls(self.plan.controls, condition.map, folder)
         if condition.image is not None:
             seen = condition.image.pixels(min(condition.image.image.size))
-            outputs.save_picture(pictures.to_image(seen / 2 + 0.5), folder / "reference.png")
+            folders.save_image(to_image(seen / 2 + 0.5), folder / "reference.png")
 
     def _save(self, targets: tuple[Target, ...], images: Tensor, sampling: Sampling) -> None:
         """The images (B, 3, H, W) of a batch, with masks drawn over, and the attention maps."""
         folder = self.plan.folder
         masks = [segment.mask for segment in self.plan.condition.segments]
-        for target, picture in zip(targets, images, strict=True):
-            image = pictures.to_image(picture)
-            outputs.save_picture(image, folder / target.path, self.record.settings_of(target))
+        for target, pixels in zip(targets, images, strict=True):
+            image = to_image(pixels)
+            folders.save_image(image, folder / target.path, self.record.settings_of(target))
             if masks:
                 path = folder / "overlay" / f"{target.seed}.png"
-                outputs.save_picture(pictures.overlay(image, masks), path)
-        self._save_attention(targets, sampling.account.pictures)
+                folders.save_image(overlay(image, masks), path)
+        self._save_attention(targets, sampling.account.maps)
 
     def _save_attention(self, targets: tuple[Target, ...], maps: dict[str, Tensor]) -> None:
         """Each segment's map (h, w) at the first and the last guided step, side by side."""
@@ -147,9 +147,9 @@ class Session:
         both = zip(targets, maps["attention before"], maps["attention after"], strict=True)
         for target, before, after in both:
             for index in range(len(segments)):
-                image = pictures.heat_pair(before[index], after[index])
+                image = heat_pair(before[index], after[index])
                 path = self.plan.folder / "attention" / f"{target.seed}-{index}.png"
-                outputs.save_picture(image, path)
+                folders.save_image(image, path)
             for name, score in (("inside", inside), ("filled", filled)):
                 found = [score(after[i], segment.mask) for i, segment in enumerate(segments)]
                 self.record.facts.setdefault(name, {})[str(target.seed)] = found

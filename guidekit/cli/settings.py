@@ -10,11 +10,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from guidekit.errors import GuidekitError
-from guidekit.nearest import nearest
+from guidekit.errors import GuidekitError, nearest
 from guidekit.options import convert, parse_setting
 from guidekit.seeds import Seeds
-from guidekit.untrusted import read_json, read_toml
+from guidekit.system.untrusted import read_json, read_toml
 from guidekit.zoo.shipped import DEFAULT, ZOO
 
 TABLES = ("sample", "plugin", "segment", "control")

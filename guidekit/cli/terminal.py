@@ -2,7 +2,7 @@
 
 import click
 
-from guidekit.untrusted import printable
+from guidekit.system.untrusted import printable
 
 
 def say(text: str, err: bool = False) -> None:

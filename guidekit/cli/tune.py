@@ -16,8 +16,7 @@ import click
 from guidekit.cli.errors import traceback_option
 from guidekit.cli.sample import drawn, prepared, sample_options
 from guidekit.cli.terminal import say
-from guidekit.errors import GuidekitError
-from guidekit.nearest import nearest
+from guidekit.errors import GuidekitError, nearest
 
 FORMAT = 1
 STATE, BEST, TRIALS = "tune.json", "best.toml", "trials"
@@ -134,7 +133,7 @@ class _State:
         self.folder, self.asked = folder, asked
         self.trials: list[dict[str, Any]] = []
         if (folder / STATE).exists():
-            from guidekit.untrusted import read_object
+            from guidekit.system.untrusted import read_object
 
             table = read_object(folder / STATE)
             if table.get("format") != FORMAT or table.get("asked") != asked:
@@ -210,7 +209,7 @@ def _changed(settings: Any, knobs: list[Any], values: tuple[float, ...]) -> dict
 def _check(judges: list[Any], session: Any) -> None:
     """Raises GuidekitError, before anything is drawn, for a judge that would guide."""
     from guidekit.evaluate.judges import guided_by
-    from guidekit.outputs import removed_if_empty
+    from guidekit.outputs.folders import removed_if_empty
 
     tables = session.plan.settings.plugin
     for judge in judges:
@@ -228,7 +227,7 @@ def _named(knobs: list[Any], values: tuple[float, ...]) -> str:
 
 def write_best(record: Path, path: Path) -> Path:
     """Writes what a run.json used of its model and plugins as a TOML file."""
-    from guidekit.untrusted import read_object
+    from guidekit.system.untrusted import read_object
 
     table = read_object(record)
     lines = ["# The best of `guidekit tune`; for `guidekit sample --config`.", "[sample]"]

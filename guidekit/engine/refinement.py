@@ -9,10 +9,10 @@ from torch import Tensor
 from guidekit.backbones.schedulers import lost_edit
 from guidekit.engine.acting import acting
 from guidekit.engine.calls import own_branches
+from guidekit.engine.finite import finite_rows
 from guidekit.engine.hooks import Hooks
 from guidekit.engine.rows import rows
 from guidekit.errors import GuidekitError
-from guidekit.finite import finite_rows
 from guidekit.guidance import Guidance
 from guidekit.noise import wide
 from guidekit.step import Step

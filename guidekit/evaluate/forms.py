@@ -7,7 +7,7 @@ from typing import Any
 
 from guidekit.errors import GuidekitError
 from guidekit.evaluate.images import ImageSet
-from guidekit.untrusted import parse_json, read_text
+from guidekit.system.untrusted import parse_json, read_text
 
 LONGEST = 150  # characters of a prompt in a file's name
 

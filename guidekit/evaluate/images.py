@@ -10,7 +10,7 @@ from PIL.Image import Image
 
 from guidekit.errors import GuidekitError
 from guidekit.images import as_rgb, load_image, numbered, upright
-from guidekit.untrusted import MOST_MEMBER, open_picture, parse_json, read_json, read_text
+from guidekit.system.untrusted import MOST_MEMBER, open_image, parse_json, read_json, read_text
 
 ENDINGS = (".png", ".jpg", ".jpeg", ".webp")
 BESIDE = ("unguided", "overlay", "attention", "masks", "state")  # of a run's or plan's own folder
@@ -109,7 +109,7 @@ def _member(file: Path, name: str, offset: int, size: int) -> Callable[[], Image
             handle.seek(offset)
             data = handle.read(size)
         try:
-            with open_picture(io.BytesIO(data)) as image:
+            with open_image(io.BytesIO(data)) as image:
                 return as_rgb(upright(image))
         except Exception as error:  # whatever Pillow meets in a damaged file
             raise GuidekitError(f"{name} of {file}: not a readable image ({error})") from None

@@ -14,14 +14,14 @@ import torch
 from PIL.Image import Image
 from torch import Tensor
 
+from guidekit.bases.rewards import Reward, as_reward, rewarded
 from guidekit.errors import GuidekitError
 from guidekit.evaluate.judge import load_judge
 from guidekit.images import fitted, to_uint8
 from guidekit.noisy_clip.files import load_clip
 from guidekit.noisy_clip.model import CleanClip
-from guidekit.rewards import Reward, as_reward, rewarded
-from guidekit.untrusted import check_configs, read_object
-from guidekit.weights import weight_hashes
+from guidekit.system.untrusted import check_configs, read_object
+from guidekit.system.weights import weight_hashes
 from guidekit.worlds import scenes
 from guidekit.zoo.shipped import ZOO
 

@@ -15,7 +15,7 @@ from guidekit.evaluate.images import key_of
 from guidekit.images import load_image, numbered
 from guidekit.layouts import load_layout
 from guidekit.masks import resize_mask
-from guidekit.untrusted import file_name, read_json
+from guidekit.system.untrusted import file_name, read_json
 from guidekit.worlds import scenes
 
 Form = Literal["indexed", "ade20k", "cityscapes", "coco-stuff", "layout", "panoptic", "scenes"]

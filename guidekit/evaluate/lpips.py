@@ -21,8 +21,8 @@ from torchvision.models import vgg16
 from guidekit.errors import GuidekitError
 from guidekit.evaluate.judges import Judge
 from guidekit.images import to_uint8
-from guidekit.untrusted import read_weights
-from guidekit.weights import weight_hashes
+from guidekit.system.untrusted import read_weights
+from guidekit.system.weights import weight_hashes
 
 ENDS = (4, 9, 16, 23, 30)  # layers of VGG16 after which features are read, ReLUs all
 CHANNELS = (64, 128, 256, 512, 512)

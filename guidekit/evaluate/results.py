@@ -8,7 +8,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from guidekit.outputs import versions
+from guidekit.outputs.folders import versions
 
 PACKAGES = ("guidekit", "torch", "transformers", "open_clip_torch", "torch-fidelity", "numpy")
 FORMAT = 1

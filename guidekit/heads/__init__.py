@@ -4,7 +4,7 @@ Graikos, Yellapragada, Samaras: Conditional generation from unconditional diffus
 denoiser representations, BMVC 2023, arXiv:2306.01900.
 """
 
-from guidekit.heads.augment import accepted_pictures
+from guidekit.heads.augment import accepted_images
 from guidekit.heads.data import Examples, read_examples
 from guidekit.heads.features import Reading
 from guidekit.heads.fit import FitOptions, fit
@@ -15,7 +15,7 @@ __all__ = [
     "FitOptions",
     "Head",
     "Reading",
-    "accepted_pictures",
+    "accepted_images",
     "fit",
     "load_head",
     "read_examples",

@@ -19,7 +19,7 @@ from guidekit.guidance import Guidance
 from guidekit.images import to_image
 from guidekit.sampler import Sampling, accepted
 from guidekit.seeds import derived_seed
-from guidekit.untrusted import file_name
+from guidekit.system.untrusted import file_name
 
 
 @dataclass(frozen=True)
@@ -37,7 +37,7 @@ class Harvest:
         return self.accepted / self.drawn
 
 
-def accepted_pictures(
+def accepted_images(
     denoiser: Denoiser,
     guidance: Guidance,
     count: int,
@@ -73,13 +73,13 @@ def augment(
 ) -> list[Harvest]:
     """Writes out/CLASS/NUMBER.png and augment.json; `make(label)` is the guidance of a class.
 
-    options: tries and batch of `accepted_pictures`, and those of `Sampling`. Raises GuidekitError,
+    options: tries and batch of `accepted_images`, and those of `Sampling`. Raises GuidekitError,
     before anything is drawn, for a class whose name is no folder's.
     """
     found = []
     folders = {label: out / file_name(label, "a class of the head") for label in classes}
     for number, label in enumerate(classes):
-        images, drawn, total = accepted_pictures(
+        images, drawn, total = accepted_images(
             denoiser, make(label), per_class, seed=derived_seed(seed, number), **options
         )
         folder = folders[label]

@@ -27,7 +27,7 @@ from torch import Tensor
 from guidekit.errors import GuidekitError
 from guidekit.images import fitted, load_image, middle, numbered, to_uint8
 from guidekit.masks import class_values
-from guidekit.untrusted import inside, parse_json, read_text
+from guidekit.system.untrusted import inside, parse_json, read_text
 
 KINDS = ("classes", "labels", "masks")
 PICTURES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff"}
@@ -40,7 +40,7 @@ LABEL_COLUMNS = ("label", "labels", "class")
 
 @dataclass(frozen=True)
 class Examples:
-    """Images with what is known of them; `pictures` and `masks` are read by index.
+    """Images with what is known of them; `images` and `masks` are read by index.
 
     kind: "classes" (targets (n,) are indices), "labels" (targets (n, L) are zeros and ones) or
     "masks". images(i): (C, H, W) in [-1, 1]. masks(i): (h, w) of class indices, -1 unlabelled.
@@ -50,7 +50,7 @@ class Examples:
     kind: str
     classes: tuple[str, ...]
     count: int
-    pictures: Callable[[int], Tensor]
+    images: Callable[[int], Tensor]
     targets: np.ndarray | None = None
     masks: Callable[[int], Tensor] | None = None
     values: tuple[int, ...] = ()  # of the classes in the files of masks
@@ -61,7 +61,7 @@ class Examples:
 
     def load(self, indices: Sequence[int]) -> Tensor:
         """Some images (B, C, H, W) in [-1, 1]."""
-        return torch.stack([self.pictures(i) for i in indices])
+        return torch.stack([self.images(i) for i in indices])
 
     @property
     def per_class(self) -> dict[str, int]:
@@ -76,7 +76,7 @@ class Examples:
 
     @staticmethod
     def of(
-        pictures: Tensor,
+        images: Tensor,
         targets: Tensor | np.ndarray,
         classes: Sequence[str],
         kind: str = "classes",
@@ -86,19 +86,19 @@ class Examples:
         targets: (n,) indices of classes, (n, L) zeros and ones, or masks (n, H, W) of indices.
         """
         targets = np.asarray(targets)
-        key = hashlib.sha256(pictures.numpy().tobytes()).hexdigest()
+        key = hashlib.sha256(images.numpy().tobytes()).hexdigest()
         if kind == "masks":
             masks = torch.from_numpy(targets).long()
             return Examples(
                 kind,
                 tuple(classes),
-                len(pictures),
-                pictures.__getitem__,
+                len(images),
+                images.__getitem__,
                 masks=masks.__getitem__,
                 values=tuple(range(len(classes))),
                 key=key,
             )
-        return Examples(kind, tuple(classes), len(pictures), pictures.__getitem__, targets, key=key)
+        return Examples(kind, tuple(classes), len(images), images.__getitem__, targets, key=key)
 
 
 def read_examples(path: str | Path, size: tuple[int, int], channels: int = 3) -> Examples:
@@ -245,12 +245,12 @@ def _zero_or_one(value: object, column: str, path: Path) -> int:
 
 def _from_masks(path: Path, size: tuple[int, int], channels: int) -> Examples:
     """images/ and masks/ with the same stems; a mask's pixel values are class indices."""
-    pictures, masks = path / "images", path / "masks"
-    for folder in (pictures, masks):
+    images, masks = path / "images", path / "masks"
+    for folder in (images, masks):
         if not folder.is_dir() or not image_files(folder):
             raise GuidekitError(f"{folder} has no images; images/ and masks/ go together by stem")
     by_stem = {p.stem: p for p in image_files(masks)}
-    files = image_files(pictures)
+    files = image_files(images)
     stems = {f.stem for f in files}
     if lonely := sorted(stems.symmetric_difference(by_stem)):
         raise GuidekitError(

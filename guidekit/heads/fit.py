@@ -87,7 +87,7 @@ def fit(
         if options.auto:
             tried = candidates(denoiser, examples, reading, folder, options)
             reading = best(tried).reading
-        head_of = fit_masks if examples.kind == "masks" else fit_pictures
+        head_of = fit_masks if examples.kind == "masks" else fit_images
         head, notes = head_of(denoiser, examples, reading, estimator, options, folder)
     report = FitReport(
         examples.kind,
@@ -120,7 +120,7 @@ def _reading(denoiser: Denoiser, options: FitOptions, kind: str) -> Reading:
     return Reading(sites, options.timesteps or default, options.noised, pool, options.prompt)
 
 
-def fit_pictures(
+def fit_images(
     denoiser: Denoiser,
     examples: Examples,
     reading: Reading,
@@ -199,7 +199,7 @@ def fit_masks(
     def pictures(rows: list[int]) -> torch.Tensor:
         return torch.stack(
             [
-                varied(examples.pictures(r // copies), examples.masks(r // copies), r % copies)[0]
+                varied(examples.images(r // copies), examples.masks(r // copies), r % copies)[0]
                 for r in rows
             ]
         )

@@ -26,8 +26,8 @@ from guidekit.heads.features import (
 )
 from guidekit.heads.files import CONFIG, WEIGHTS, write_head
 from guidekit.heads.fingerprint import fingerprint, same_backbone
+from guidekit.system.untrusted import MOST_LAYERS, read_fields, read_object, read_weights
 from guidekit.taps import find_sites
-from guidekit.untrusted import MOST_LAYERS, read_fields, read_object, read_weights
 
 FORMAT = 2
 RANDOM = "random"  # the name of a head that nobody fitted
@@ -148,9 +148,9 @@ class Head(nn.Module):
         return p.sum((1, 2)) / target.sum((1, 2, 3)).clamp(min=1e-6)
 
     @torch.no_grad()
-    def predict(self, denoiser: Denoiser, pictures: Tensor) -> Tensor:
+    def predict(self, denoiser: Denoiser, images: Tensor) -> Tensor:
         """Logits of real or finished images (B, C, H, W) in [-1, 1]."""
-        x0 = denoiser.latents(pictures.to(denoiser.device))
+        x0 = denoiser.latents(images.to(denoiser.device))
         eps = fixed_noise(range(len(x0)), tuple(x0.shape[1:]))
         return self(observe(denoiser, x0, self.config.reading, eps[:1].expand_as(eps)))
 

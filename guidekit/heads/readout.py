@@ -19,7 +19,7 @@ from guidekit.errors import GuidekitError
 from guidekit.heads.features import Maps, read_features, resolve_sites
 from guidekit.heads.files import CONFIG, WEIGHTS, write_head
 from guidekit.heads.fingerprint import fingerprint, same_backbone
-from guidekit.untrusted import MOST_LAYERS, read_fields, read_object, read_weights
+from guidekit.system.untrusted import MOST_LAYERS, read_fields, read_object, read_weights
 
 FORMAT = 1
 KIND = "readout"

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from guidekit.backbones.hub import require_hub
 from guidekit.backbones.loading import LOAD_ERRORS
 from guidekit.errors import GuidekitError
-from guidekit.untrusted import check_clip, check_configs, check_weights, read_object
+from guidekit.system.untrusted import check_clip, check_configs, check_weights, read_object
 from guidekit.zoo.shipped import ZOO
 
 CONFIG, WEIGHTS = "open_clip_config.json", "open_clip_model.safetensors"

@@ -33,7 +33,7 @@ from guidekit.noisy_clip.files import (
     write_config,
 )
 from guidekit.noisy_clip.norms import LevelEmbedding, at_level, make_adaptive
-from guidekit.untrusted import read_fields, read_object, read_weights
+from guidekit.system.untrusted import read_fields, read_object, read_weights
 
 
 @dataclass(frozen=True)

@@ -19,9 +19,9 @@ from torch import Tensor, nn
 from guidekit.attention.call import AttentionCall
 from guidekit.backbones.loading import LOAD_ERRORS
 from guidekit.errors import GuidekitError
+from guidekit.system.untrusted import check_configs, read_weights
 from guidekit.taps import find_sites, tap_attention
 from guidekit.testing.weights import randomised
-from guidekit.untrusted import check_configs, read_weights
 from guidekit.zoo.shipped import ZOO
 
 SITES = "*.attn2"

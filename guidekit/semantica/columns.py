@@ -12,8 +12,8 @@ import numpy as np
 from safetensors.numpy import save_file
 
 from guidekit.errors import GuidekitError
+from guidekit.system.untrusted import parse_json
 from guidekit.train.durable import put
-from guidekit.untrusted import parse_json
 
 LARGEST = 2**20  # bytes of a header; those written here have no texts in it
 TYPES = {"U8": "u1", "F16": "<f2", "F32": "<f4", "I64": "<i8", "U64": "<u8", "I32": "<i4"}

@@ -22,13 +22,13 @@ from torch import Tensor
 
 from guidekit.errors import GuidekitError
 from guidekit.images import IMAGE_ERRORS
-from guidekit.progress import Progress
 from guidekit.references import square, to_pixels
 from guidekit.semantica.columns import Columns, packed, write_columns
 from guidekit.semantica.encode import ImageEncoder
 from guidekit.semantica.sources import Item, Part
+from guidekit.system.progress import Progress
+from guidekit.system.untrusted import read_object
 from guidekit.train.durable import put_text
-from guidekit.untrusted import read_object
 
 OPEN_CHUNKS = 256  # files at a time
 LONGEST = 2000  # characters of a text

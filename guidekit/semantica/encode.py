@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from guidekit.backbones.loading import LOAD_ERRORS
 from guidekit.errors import GuidekitError
 from guidekit.noisy_clip.files import folder_config, open_pretrained
-from guidekit.untrusted import check_configs, check_encoder, read_weights
+from guidekit.system.untrusted import check_configs, check_encoder, read_weights
 from guidekit.zoo.shipped import ZOO
 
 # Short names; everything else is `timm/NAME` or `open_clip/ARCHITECTURE/TAG`.

@@ -17,7 +17,7 @@ from guidekit.references import to_pixels
 from guidekit.seeds import mixed, shuffled
 from guidekit.semantica.columns import Columns
 from guidekit.semantica.data import Store
-from guidekit.untrusted import read_object
+from guidekit.system.untrusted import read_object
 
 OPEN_PARTITIONS = 256  # files at a time
 PATIENCE, PAUSE = 7 * 86400.0, 0.5  # seconds that a worker waits for pages, and between two looks

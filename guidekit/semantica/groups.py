@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 
 from guidekit.errors import GuidekitError
-from guidekit.images import save_picture
+from guidekit.images import save_image
 from guidekit.semantica.columns import write_columns
 from guidekit.semantica.data import Store
 from guidekit.semantica.pairs import (
@@ -92,7 +92,7 @@ def find_pairs(
     counts, kept, sizes = np.split(_summed(work, "kept", own, ranks), [FINE, FINE + 1])
     result = Filtered(low, high, int(counts.sum()), int(kept[0]), asked)
     if ranks.process == 0:
-        save_picture(picture(counts, result), out / "histogram.png")
+        save_image(picture(counts, result), out / "histogram.png")
         if result.kept:
             save_filtered(out, result, counts, sizes.tolist(), totals["unreadable"])
             shutil.rmtree(work)

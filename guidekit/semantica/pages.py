@@ -21,9 +21,9 @@ from guidekit.semantica.sources import (
     scene_parts,
     shard_parts,
 )
+from guidekit.system.untrusted import read_object
 from guidekit.train.identity import digest_of
 from guidekit.train.processes import processes
-from guidekit.untrusted import read_object
 
 QUANTILES = (0.02, 0.98)  # of the pairs' cosines, for encoders other than DINOv2
 SOURCES = ("scenes", "labelled-scenes", "folder", "shards")

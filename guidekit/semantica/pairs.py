@@ -13,8 +13,8 @@ from PIL import Image, ImageDraw
 
 from guidekit.errors import GuidekitError
 from guidekit.semantica.data import Store
+from guidekit.system.untrusted import read_json
 from guidekit.train.durable import put_text
-from guidekit.untrusted import read_json
 
 LOW, HIGH = 0.3, 0.9  # of DINOv2, the paper's
 COPY = 1 - 1e-5  # cosine of one image with itself, but for rounding; quantiles leave it out

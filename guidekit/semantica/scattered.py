@@ -9,7 +9,7 @@ import tarfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from guidekit.untrusted import MOST_MEMBER
+from guidekit.system.untrusted import MOST_MEMBER
 
 Members = list[tuple[str, tarfile.TarInfo]]  # kind and header
 

@@ -21,7 +21,7 @@ from PIL import Image
 from guidekit.errors import GuidekitError
 from guidekit.references import PICTURES
 from guidekit.semantica.scattered import ended, is_scattered, scattered_samples, split_name
-from guidekit.untrusted import MOST_MEMBER, open_picture, parse_json
+from guidekit.system.untrusted import MOST_MEMBER, open_image, parse_json
 from guidekit.worlds import scenes
 
 READ = {*(e[1:] for e in PICTURES), "json", "txt"}  # extensions of members; others are not kept
@@ -138,7 +138,7 @@ def _pictured(path: Path, root: Path) -> Iterator[Item]:
     """The item of a file, if it is an image: its folder is its page."""
     if path.suffix.lower() in PICTURES:
         place = path.relative_to(root)
-        yield Item(str(place.parent), str(place), functools.partial(open_picture, path))
+        yield Item(str(place.parent), str(place), functools.partial(open_image, path))
 
 
 def shard_parts(paths: list[Path], page: str = "page_url") -> list[Part]:
@@ -227,7 +227,7 @@ def _item(path: Path, key: str, parts: dict[str, bytes], page: object) -> Item |
     if picture is None or page is None or page == "" or page != page:
         return None
     caption = parts.get("txt", b"").decode("utf-8", "replace")
-    return Item(str(page), f"{path.name}/{key}", lambda: open_picture(io.BytesIO(picture)), caption)
+    return Item(str(page), f"{path.name}/{key}", lambda: open_image(io.BytesIO(picture)), caption)
 
 
 def scene_items(

@@ -32,7 +32,7 @@ from guidekit.serve.models import Models
 from guidekit.serve.opened import opened
 from guidekit.serve.options import ServeOptions
 from guidekit.serve.safety import Safety
-from guidekit.untrusted import inside, parse_json
+from guidekit.system.untrusted import inside, parse_json
 
 VERSION = 1  # of the API
 STATIC = Path(__file__).parent / "static"

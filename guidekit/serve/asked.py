@@ -27,7 +27,7 @@ from guidekit.references import BUILT_IN
 from guidekit.registry import Registry
 from guidekit.serve.knobs import as_json, default_of, names_files
 from guidekit.serve.options import Limits, ServeOptions
-from guidekit.untrusted import file_name, inside, open_picture
+from guidekit.system.untrusted import file_name, inside, open_image
 from guidekit.zoo.shipped import ZOO
 
 KEYS = ("format", "sample", "plugin", "segment", "control", "files", "grid", "record")
@@ -161,7 +161,7 @@ def write_file(name: str, text: Any, folder: Path, limits: Limits) -> Path:
 def _check_picture(path: Path, name: str, limits: Limits) -> None:
     """Raises GuidekitError for what is no image, or too large a one, before it is decoded."""
     try:
-        with open_picture(path) as image:
+        with open_image(path) as image:
             pixels = image.width * image.height
     except Exception as error:  # Pillow's decoders pass on whatever they meet
         raise GuidekitError(f"file {name!r}: not a readable image ({error})") from None

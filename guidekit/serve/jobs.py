@@ -17,13 +17,13 @@ from guidekit.cli.grid import Cell, draw_cells
 from guidekit.cli.plan import make_plan
 from guidekit.cli.session import Session, Stopped
 from guidekit.errors import GuidekitError, where_of
-from guidekit.outputs import new_folder, removed_if_empty, slug
+from guidekit.outputs.folders import new_folder, removed_if_empty, slug
 from guidekit.serve.asked import Asked
 from guidekit.serve.events import EventLog
 from guidekit.serve.models import Models
 from guidekit.serve.options import ServeOptions
 from guidekit.serve.watcher import Watcher
-from guidekit.untrusted import read_json
+from guidekit.system.untrusted import read_json
 
 ENDED = ("finished", "stopped", "failed")
 

@@ -18,9 +18,9 @@ from guidekit.layouts import parse_layout
 from guidekit.masks import load_mask, resize_mask
 from guidekit.serve.asked import ALLOWED, PICTURES, write_file
 from guidekit.serve.options import ServeOptions
-from guidekit.untrusted import MOST_TEXT, open_picture, parse_json, read_json
+from guidekit.system.untrusted import MOST_TEXT, open_image, parse_json, read_json
 
-CHUNK = "guidekit"  # text chunk of an image, see `guidekit.images.save_picture`
+CHUNK = "guidekit"  # text chunk of an image, see `guidekit.images.save_image`
 KEPT = ("phrase", "strength", "negative", "prompt", "occurrence", "tokens", "box", "mask")
 OPEN_KEYS = ("files", "main", "body", "size")
 
@@ -66,7 +66,7 @@ def _size(given: Any, options: ServeOptions) -> tuple[int, int]:
 
 def _carried(path: Path) -> dict[str, Any] | None:
     """The settings in an image; None for an image of others."""
-    with open_picture(path) as image:
+    with open_image(path) as image:
         image.load()  # a chunk may stand behind the pixels
         text = getattr(image, "text", {}).get(CHUNK)
     if text is None:
@@ -200,7 +200,7 @@ def _layers(
     table = {key: layout[key] for key in ("map",) if key in layout} | {"segments": entries}
     segments = parse_layout(table, folder, "layout").segments
     if "map" in layout and segments:  # a painted map keeps its own pixels
-        with open_picture(folder / layout["map"]) as image:
+        with open_image(folder / layout["map"]) as image:
             own = (image.height, image.width)
         size = own if max(own) <= 1024 else size
     shown = [{key: entry[key] for key in KEPT if key in entry} for entry in entries]

@@ -69,7 +69,7 @@ class Watcher:
                 images = sampling.denoiser.decode(x0.to(sampling.denoiser.dtype))
         finite = bool(torch.isfinite(images).all())
         shown = [_shown(image) for image in images] if finite else []
-        maps = sampling.account.pictures.get(MAPS)
+        maps = sampling.account.maps.get(MAPS)
         self.seconds += time.perf_counter() - started
         self.log.add("preview", **where, step=step.index, images=shown, seconds=self.seconds)
         if maps is not None:

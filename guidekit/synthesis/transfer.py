@@ -15,9 +15,9 @@ from guidekit.backbones.controls import load_control
 from guidekit.errors import GuidekitError
 from guidekit.synthesis.control_train import kind_of, load_backbone
 from guidekit.synthesis.train import load_start
+from guidekit.system.untrusted import file_name
 from guidekit.train.durable import put, put_text
 from guidekit.train.recipe import task_kind, train
-from guidekit.untrusted import file_name
 from guidekit.zoo.shipped import ZOO
 
 RECIPE = "recipe.toml"

@@ -16,7 +16,7 @@ from guidekit.backbones.denoiser import Denoiser
 from guidekit.conditions import Condition
 from guidekit.errors import GuidekitError
 from guidekit.guidance import Guidance
-from guidekit.inputs import load
+from guidekit.inputs.given import load
 from guidekit.references import load_reference
 from guidekit.sampler import Sampling
 from guidekit.testing.subject import SEEDS, Subject
@@ -42,12 +42,12 @@ class BuiltIn(Subject):
             return [Condition(image=load_reference(f"scene-{i}")) for i in (3, 4)]
         return super().conditions if denoiser.reads_text else [Condition()] * 2
 
-    def sampling(self, *guidances: Guidance, pictures: tuple[int, ...] = (0, 1)) -> Sampling:
+    def sampling(self, *guidances: Guidance, images: tuple[int, ...] = (0, 1)) -> Sampling:
         """A short run, not yet begun; what is not given is the model's own."""
-        conditions = [self.conditions[i] for i in pictures]
+        conditions = [self.conditions[i] for i in images]
         if not Denoiser(self.pipe).reads_image and not any(g.reads_image for g in guidances):
             conditions = [replace(c, image=None) for c in conditions]
-        seeds = [SEEDS[i] for i in pictures]
+        seeds = [SEEDS[i] for i in images]
         return Sampling(self.pipe, conditions, guidances, seeds=seeds, steps=STEPS)
 
     def refusal(self) -> None:
@@ -83,7 +83,7 @@ def rows(subject: BuiltIn) -> str | None:
 def _compared(subject: BuiltIn, guidance: Guidance, both: Sampling) -> None:
     """Raises AssertionError where an image of the batch is not the one that is drawn alone."""
     for i in range(len(SEEDS)):
-        alone = subject.sampling(guidance, pictures=(i,)).finish()
+        alone = subject.sampling(guidance, images=(i,)).finish()
         for kind in ("images", "latents"):
             gap = float((getattr(alone, kind)[0] - getattr(both, kind)[i]).abs().max())
             assert gap < LARGEST, f"{kind} of image {i} differ by {gap:.2g} from those alone"

@@ -69,15 +69,15 @@ class Subject:
     def sampling(
         self,
         *guidances: Guidance,
-        pictures: tuple[int, ...] = (0, 1),
+        images: tuple[int, ...] = (0, 1),
         pipe=None,
         steps: int = STEPS,
         particles: int | None = None,
     ) -> Sampling:
         """A short run, not yet begun; two particles an image for methods that act in groups."""
         count = self.particles if particles is None else particles
-        pictures = tuple(i for i in pictures for _ in range(count))
-        conditions = [self.conditions[i] for i in pictures]
+        images = tuple(i for i in images for _ in range(count))
+        conditions = [self.conditions[i] for i in images]
         if not any(g.reads_image for g in guidances):  # an image that nothing reads is refused
             conditions = [dataclasses.replace(c, image=None) for c in conditions]
         pipe = pipe or self.pipe
@@ -85,7 +85,7 @@ class Subject:
             pipe,
             conditions,
             guidances,
-            seeds=[SEEDS[i] + 10 * (n % count) for n, i in enumerate(pictures)],
+            seeds=[SEEDS[i] + 10 * (n % count) for n, i in enumerate(images)],
             steps=steps,
             cfg=CFG,
             # Copies of a particle part by noise.

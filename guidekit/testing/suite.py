@@ -190,7 +190,7 @@ def batch(subject: Subject) -> None:
     together = subject.sampling(subject.example(), particles=1).finish()
     plain = subject.sampling(particles=1).finish() if subject.particles > 1 else subject.plain
     for i in range(len(SEEDS)):
-        alone = subject.sampling(subject.example(), pictures=(i,), particles=1).finish()
+        alone = subject.sampling(subject.example(), images=(i,), particles=1).finish()
         for kind in ("images", "latents"):
             one, two, bare = (
                 getattr(s, kind)[j] for s, j in ((alone, 0), (together, i), (plain, i))
@@ -210,7 +210,7 @@ def groups(subject: Subject) -> str | None:
         return "images of a group do not see each other in it"
     together = subject.sampling(subject.example()).finish()
     for i in range(len(SEEDS)):
-        alone = subject.sampling(subject.example(), pictures=(i,)).finish()
+        alone = subject.sampling(subject.example(), images=(i,)).finish()
         gap = (alone.images - together.images[i * count : (i + 1) * count]).abs().max()
         assert gap < TOLERANCE, f"group {i} differs by {float(gap):.2g} beside another group"
     return None
@@ -296,7 +296,7 @@ def half(subject: Subject) -> None:
         finally:
             logging.set_verbosity(before)
         # One image and two steps: half precision is slow on a CPU.
-        drawn = subject.sampling(subject.example(), pictures=(0,), pipe=pipe, steps=2).finish()
+        drawn = subject.sampling(subject.example(), images=(0,), pipe=pipe, steps=2).finish()
         for kind in ("latents", "images"):
             assert torch.isfinite(getattr(drawn, kind)).all(), f"{kind} are not finite in {dtype}"
 

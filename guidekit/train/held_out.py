@@ -7,8 +7,8 @@ from typing import Any
 from safetensors import safe_open
 from safetensors.torch import save_file
 
+from guidekit.system.untrusted import read_weights
 from guidekit.train.durable import put
-from guidekit.untrusted import read_weights
 
 FILE = "best.safetensors"
 

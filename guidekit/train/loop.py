@@ -21,8 +21,8 @@ from PIL import Image
 from torch import Tensor, nn
 
 from guidekit.errors import GuidekitError
-from guidekit.progress import Progress
 from guidekit.seeds import derived_seed
+from guidekit.system.progress import Progress
 from guidekit.train.batches import Source, batches
 from guidekit.train.checkpoint import Checkpoint, last_checkpoint, write_checkpoint
 from guidekit.train.held_out import export_best, offer

@@ -16,8 +16,9 @@ import torch
 from diffusers import AutoencoderKL
 
 from guidekit.errors import GuidekitError
-from guidekit.locks import held, holder
 from guidekit.options import convert, option_kinds
+from guidekit.system.locks import held, holder
+from guidekit.system.untrusted import file_name, read_toml
 from guidekit.train.denoiser import DenoiserOptions, DenoiserTask
 from guidekit.train.digits import DigitsOptions, DigitsTask
 from guidekit.train.durable import put
@@ -30,7 +31,6 @@ from guidekit.train.processes import processes
 from guidekit.train.text import TextOptions, TextTask
 from guidekit.train.vae import VAEOptions, VAETask
 from guidekit.train.worlds import SHAPES, source, with_cutouts
-from guidekit.untrusted import file_name, read_toml
 from guidekit.zoo.shipped import ZOO
 
 Make = Callable[[Any, Path, int, bool], Task]  # options, folder, size, quiet

@@ -223,12 +223,12 @@ def test_weights_that_a_full_disk_does_not_take_are_not_called_damaged(tmp_path,
 
 @pytest.mark.parametrize("code", [errno.ENOSPC, errno.EDQUOT, errno.EFBIG])
 def test_every_way_of_being_full_names_the_remedy(model, monkeypatch, code):
-    from guidekit import outputs
+    from guidekit.outputs import folders
 
     def full(*_, **__):
         raise OSError(code, os.strerror(code), "o/0.png")
 
-    monkeypatch.setattr(outputs, "save_picture", full)
+    monkeypatch.setattr(folders, "save_image", full)
     fails(sample(model), f"o/0.png: {os.strerror(code)}; free some space, or choose another folder")
 
 

@@ -17,7 +17,7 @@ import guidekit
 from guidekit.cli.scale.block_plan import BlockPlan, read_block_plan
 from guidekit.cli.scale.store import Store
 from guidekit.cli.scale.worker import Worker, drawn_by_someone
-from guidekit.locks import held, holder
+from guidekit.system.locks import held, holder
 from plans import PROMPT, contents, run, write_plan
 
 
@@ -116,7 +116,7 @@ def test_a_lock_is_anothers_until_it_is_given_back(tmp_path):
 def test_the_lock_of_a_dead_process_is_taken_over(tmp_path):
     path = tmp_path / "lock"
     code = (
-        "import os, sys; from pathlib import Path; from guidekit.locks import held\n"
+        "import os, sys; from pathlib import Path; from guidekit.system.locks import held\n"
         "with held(Path(sys.argv[1])): os.kill(os.getpid(), 9)"
     )
     subprocess.run([sys.executable, "-c", code, path], check=False)

@@ -29,7 +29,7 @@ from guidekit.cli.session import Session
 from guidekit.cli.settings import Settings, make_settings, read_config
 from guidekit.cli.words import unknown_words
 from guidekit.engine import evaluator
-from guidekit.progress import Progress
+from guidekit.system.progress import Progress
 from guidekit.worlds import scenes
 from guidekit.zoo.shipped import ZOO
 

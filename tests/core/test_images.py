@@ -21,7 +21,7 @@ SIZE = (SIDE, SIDE)
 def examples(path):
     """As few-shot heads read it."""
     (path.parent / "labels.csv").write_text(f"file_name,label\n{path.name},a;b\n")
-    return read_examples(path.parent, SIZE).pictures(0)
+    return read_examples(path.parent, SIZE).images(0)
 
 
 def encoded(path):

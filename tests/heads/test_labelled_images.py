@@ -142,7 +142,7 @@ def test_masks_lie_on_what_a_viewer_shows(tmp_path, orientation):
         lambda v: 3 * (v > 0)
     ).save(tmp_path / "masks/a.png")
     found = read_examples(tmp_path, (20, 20))
-    assert torch.equal(found.pictures(0)[0] > 0, found.masks(0) == 1)
+    assert torch.equal(found.images(0)[0] > 0, found.masks(0) == 1)
     assert found.values == (0, 3)
 
 

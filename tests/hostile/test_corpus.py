@@ -34,8 +34,8 @@ from guidekit.references import load_reference, load_references
 from guidekit.semantica.data import _decode
 from guidekit.semantica.encode import load_encoder, random_encoder
 from guidekit.semantica.sources import folder_items, shard_items
+from guidekit.system.untrusted import file_name, inside, read_weights
 from guidekit.train.recipe import read_recipe
-from guidekit.untrusted import file_name, inside, read_weights
 
 
 def refused(loader, *args):

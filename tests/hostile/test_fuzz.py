@@ -29,8 +29,8 @@ from guidekit.images import read_image
 from guidekit.layouts import load_layout
 from guidekit.semantica.data import _decode
 from guidekit.semantica.sources import shard_items
+from guidekit.system.untrusted import check_clip, check_weights, printable
 from guidekit.train.recipe import read_recipe
-from guidekit.untrusted import check_clip, check_weights, printable
 from guidekit.zoo.shipped import ZOO
 
 SECONDS = float(os.environ.get("GUIDEKIT_FUZZ", "1"))

@@ -9,7 +9,7 @@ from diffusers import DDIMScheduler
 
 from guidekit import Condition, Denoiser, Sampling, Segment, box_mask, draw
 from guidekit.heads import Examples, FitOptions, Reading, fit
-from guidekit.heads.augment import accepted_pictures
+from guidekit.heads.augment import accepted_images
 from guidekit.heads.fingerprint import fingerprint
 from guidekit.heads.head import Head, HeadConfig
 from guidekit.options import option_kinds
@@ -177,7 +177,7 @@ def test_a_scale_of_zero_rejects_and_changes_nothing(pipe, tmp_path):
     assert accepted(judged.guidances, judged.images).tolist() == [False, False]
     again = draw(pipe, Condition(), [alone], tries=2, **options)
     assert not torch.equal(again, judged.images)  # rejected, so drawn from other seeds
-    found = accepted_pictures(Denoiser(pipe), alone, 2, tries=2, steps=2)
+    found = accepted_images(Denoiser(pipe), alone, 2, tries=2, steps=2)
     assert found == (None, 4, 0)
 
 

@@ -77,7 +77,7 @@ def test_copies_need_noise_and_rewards_a_name():
     notes = Sampling(pipe, RED, [FeynmanKac()], **given).account.notes
     assert any("copies of a particle stay copies" in note for note in notes)
     assert not Sampling(pipe, RED, [FeynmanKac()], eta=1.0, **given).account.notes
-    assert Sampling(pipe, RED, [FeynmanKac(reward="guidekit.rewards:brightness")], **given)
+    assert Sampling(pipe, RED, [FeynmanKac(reward="guidekit.bases.rewards:brightness")], **given)
     with pytest.raises(ValueError, match="write MODULE:NAME, brightness, contrast"):
         Sampling(pipe, RED, [FeynmanKac(reward="beauty")], **given)
     wrong = FeynmanKac(reward=lambda images: images.mean(), at=(0.0,))

@@ -15,7 +15,7 @@ import tiny
 from drawing import draw, draw_family, transformer
 from guidekit import attach, tap_attention, tap_blocks
 from guidekit.backbones.records import family_of
-from guidekit.perturbed import layers, self_attention
+from guidekit.bases.perturbed import layers, self_attention
 from guidekit_apg import AdaptiveProjected
 from guidekit_autoguidance import Autoguidance
 from guidekit_pag import PerturbedAttention

@@ -10,8 +10,8 @@ from PIL import Image
 import tiny
 from clips import other_clip
 from guidekit import Condition, GuidekitError, Sampling
+from guidekit.bases.rewards import Reward, as_reward, brightness, contrast
 from guidekit.evaluate.commands import prompts
-from guidekit.rewards import Reward, as_reward, brightness, contrast
 from guidekit.zoo.shipped import ZOO
 from guidekit_fk import FeynmanKac
 from guidekit_reno import Reno

@@ -6,7 +6,7 @@ from diffusers import EulerDiscreteScheduler
 
 import tiny
 from guidekit import Condition, Sampling
-from guidekit.rewards import contrast
+from guidekit.bases.rewards import contrast
 from guidekit_search import Search
 
 RED = Condition("a red circle")

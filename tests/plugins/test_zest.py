@@ -301,7 +301,7 @@ def test_logits_are_resized_before_the_softmax_as_in_the_release(pipe):
     found, expected = released_maps(pipe, Zest(resize="logits"), BOTH)
     assert found.shape[-2:] == (16, 16)
     torch.testing.assert_close(found.mean(0)[0], expected, rtol=1e-4, atol=1e-6)
-    paper = first_step(pipe, Zest(), cfg=1.0).run.account.pictures["attention before"][0]
+    paper = first_step(pipe, Zest(), cfg=1.0).run.account.maps["attention before"][0]
     assert (paper - expected).abs().max() > 1e-4
 
 
@@ -325,7 +325,7 @@ def test_gates_leave_low_pixels_alone_and_gain_moves_the_target():
 
 def test_the_report_has_maps_before_and_after(pipe):
     sampling = Sampling(pipe, BOTH, [Zest(stop=1.0)], steps=3).finish()
-    pictures = sampling.account.pictures
+    pictures = sampling.account.maps
     assert pictures["attention before"].shape == pictures["attention after"].shape == (1, 2, 16, 16)
     assert not torch.equal(pictures["attention before"], pictures["attention after"])
 

@@ -9,7 +9,7 @@ from diffusers import DDIMScheduler, UNet2DModel
 from guidekit import LabelMap, LabelSet
 from guidekit.affinity import Affinity
 from guidekit.affinity.matrix import parse_hand
-from guidekit.images import save_picture, to_image
+from guidekit.images import save_image, to_image
 from guidekit.synthesis.pipeline import MapsPipeline
 
 PARK = LabelSet("park", ("grass", "water", "rock"))
@@ -61,6 +61,6 @@ def write_shots(folder: Path, labels: LabelSet = GARDEN, count: int = 3, side: i
     for i in range(count):
         own = label_map(labels, i, side)
         pixels = torch.rand(3, side, side, generator=torch.Generator().manual_seed(i))
-        save_picture(to_image(pixels), folder / "images" / f"{i}.png")
-        save_picture(own.indexed(), folder / "masks" / f"{i}.png")
+        save_image(to_image(pixels), folder / "images" / f"{i}.png")
+        save_image(own.indexed(), folder / "masks" / f"{i}.png")
     return folder

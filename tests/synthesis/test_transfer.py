@@ -11,7 +11,7 @@ import tiny
 from guidekit import LabelSet
 from guidekit.backbones.controls import load_control
 from guidekit.cli.main import main
-from guidekit.images import save_picture
+from guidekit.images import save_image
 from guidekit.synthesis.pipeline import MapsPipeline
 from guidekit.synthesis.train import transferred
 from guidekit.synthesis.transfer import Transfer
@@ -46,7 +46,7 @@ def test_no_steps_fold_the_affinity_and_the_model_draws(there, tmp_path):
     assert made.labels.classes == GARDEN.classes
     wanted = transferred(maps_pipeline(), GARDEN, affinity(HAND).matrix()).conv_in.weight
     assert (made.unet.conv_in.weight == wanted.half()).all()
-    save_picture(label_map(GARDEN).indexed(), tmp_path / "map.png")
+    save_image(label_map(GARDEN).indexed(), tmp_path / "map.png")
     words = ["sample", "--model", model, "--map", tmp_path / "map.png", "--seeds", "0"]
     words += ["--steps", "2", "--out", tmp_path / "drawn", "--json"]
     done = CliRunner().invoke(main, list(map(str, words)))
@@ -91,7 +91,7 @@ def test_a_control_is_transferred_beside_its_backbone(there, tmp_path):
     assert done.exit_code == 0, done.output
     model = json.loads(done.stdout)["model"]
     assert load_control(model).config.in_channels == 2
-    save_picture(label_map(GARDEN, side=32).indexed(), tmp_path / "map.png")
+    save_image(label_map(GARDEN, side=32).indexed(), tmp_path / "map.png")
     words = ["sample", "--model", tmp_path / "sd", "--prompt", "a red circle", "--steps", "1"]
     words += ["--control", model, "--map", tmp_path / "map.png", "--seeds", "0"]
     words += ["--out", tmp_path / "drawn"]

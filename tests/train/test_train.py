@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 
 from guidekit import Condition, Sampling, load, progress
 from guidekit.errors import GuidekitError
-from guidekit.locks import held
+from guidekit.system.locks import held
 from guidekit.train.batches import batches
 from guidekit.train.digits import DigitJudge
 from guidekit.train.loop import Options, lr_at

@@ -13,9 +13,9 @@ from guidekit.cli.settings import FORMAT, Settings, dump, make_settings, parse_c
 from guidekit.conditions import Condition
 from guidekit.errors import GuidekitError
 from guidekit.layouts import load_layout, parse_layout
-from guidekit.outputs import save_masks, segment_tables
+from guidekit.outputs.folders import save_masks, segment_tables
 from guidekit.references import load_reference
-from guidekit.untrusted import inside, parse_json, read_json, read_text
+from guidekit.system.untrusted import inside, parse_json, read_json, read_text
 from guidekit.zoo.shipped import ZOO
 
 PLAN = "plan.json"

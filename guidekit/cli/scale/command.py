@@ -17,7 +17,7 @@ from guidekit.cli.scale.worker import Worker
 from guidekit.cli.settings import Settings
 from guidekit.cli.terminal import images, say
 from guidekit.errors import GuidekitError
-from guidekit.progress import Progress
+from guidekit.system.progress import Progress
 
 OF_PLANS = ("count", "block", "form")
 

@@ -9,7 +9,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from guidekit import outputs
 from guidekit.cli.batch import begin, finish
 from guidekit.cli.models import model_facts
 from guidekit.cli.plan import Target, append_wanted, in_groups, plan_of_none
@@ -18,6 +17,7 @@ from guidekit.cli.settings import FORMAT, dump
 from guidekit.engine.evaluator import EVERY
 from guidekit.errors import GuidekitError
 from guidekit.images import to_image
+from guidekit.outputs import folders
 from guidekit.sampler import Sampling, accepted
 
 
@@ -34,7 +34,7 @@ class Drawer:
         settings = self.plan.settings(device)
         self.run = plan_of_none(settings, store.folder, blocked)
         #: What of versions and machine an image depends on.
-        self.made_by = {**outputs.versions(), **_machine()}
+        self.made_by = {**folders.versions(), **_machine()}
         _agree(store, self._record())
 
     def _record(self) -> dict[str, Any]:
@@ -46,7 +46,7 @@ class Drawer:
         tables["control"] = self.plan.control
         model = model_facts(self.run.settings.model, self.run.denoiser.pipeline)
         model.pop("path")
-        versions = {"versions": outputs.versions(), "machine": outputs.machine(), "model": model}
+        versions = {"versions": folders.versions(), "machine": folders.machine(), "model": model}
         return {"format": FORMAT} | tables | {"sample": sample, "record": versions}
 
     def draw(self, number: int) -> list[tuple[str, bytes]]:
@@ -134,7 +134,7 @@ def _png(pixels: Tensor) -> bytes:
 
 
 def _machine() -> dict[str, Any]:
-    machine = outputs.machine()
+    machine = folders.machine()
     return {key: machine[key] for key in ("processor", "threads", "gpu")}
 
 

@@ -20,9 +20,9 @@ from typing import Any
 
 from guidekit.cli.scale.block_plan import PLAN, BlockPlan
 from guidekit.errors import GuidekitError
-from guidekit.locks import holder
+from guidekit.system.locks import holder
+from guidekit.system.untrusted import read_json
 from guidekit.train.durable import put
-from guidekit.untrusted import read_json
 
 MANIFEST, RECORD = "manifest.json", "run.json"
 Members = Sequence[tuple[str, bytes]]  # names and contents of a block's files

@@ -7,7 +7,7 @@ from typing import Any, Protocol
 
 from guidekit.cli.scale.store import Store
 from guidekit.errors import GuidekitError
-from guidekit.locks import held
+from guidekit.system.locks import held
 
 WAIT = 1.0  # seconds until a block that another process draws is looked at again
 PATIENCE = 5  # blocks that fail one after the other, before the plan itself is taken to be wrong

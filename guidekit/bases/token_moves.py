@@ -11,13 +11,13 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from guidekit.bases.token_reads import TokenMaps, sites_of_one_grid, smoothed
 from guidekit.conditions import Condition, require_segments
 from guidekit.errors import GuidekitError
 from guidekit.guidance import Guidance
 from guidekit.reads import average_maps
 from guidekit.run import Run
 from guidekit.step import Step
-from guidekit.token_reads import TokenMaps, sites_of_one_grid, smoothed
 
 
 @dataclass(kw_only=True)

@@ -9,8 +9,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from guidekit.engine.finite import finite_rows
 from guidekit.errors import GuidekitError
-from guidekit.finite import finite_rows
 from guidekit.guidance import Guidance
 from guidekit.step import Step
 

@@ -323,7 +323,7 @@ def check_clip(config: object, where: str) -> None:
 # Images and weights
 
 
-def open_picture(source: str | Path | IO[bytes]) -> "Image":
+def open_image(source: str | Path | IO[bytes]) -> "Image":
     """An image that is open but not decoded yet, of one of FORMATS and of at most MOST_PIXELS.
 
     Raises FileNotFoundError, GuidekitError, and what else Pillow raises for damaged files.

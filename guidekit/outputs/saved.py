@@ -9,15 +9,15 @@ from typing import Any
 from PIL import Image
 from torch import Tensor
 
-from guidekit import outputs
 from guidekit.backbones.schedulers import SCHEDULERS
 from guidekit.conditions import Condition
 from guidekit.errors import GuidekitError
-from guidekit.images import enlarge, heat_map, overlay, save_picture, to_image
+from guidekit.images import enlarge, heat_map, overlay, save_image, to_image
+from guidekit.inputs.start import Start
 from guidekit.options import stated
+from guidekit.outputs import folders
 from guidekit.run import Run
-from guidekit.start import Start
-from guidekit.untrusted import printable
+from guidekit.system.untrusted import printable
 from guidekit.zoo.shipped import ZOO
 
 FORMAT = 1  # of run.json
@@ -72,20 +72,20 @@ class Drawn:
 
 def save_run(run: Run, images: Tensor, folder: Path, steps: int, start: Start) -> Path:
     """Writes images (B, 3, H, W) in [0, 1], masks, maps and run.json into a new folder."""
-    folder = outputs.new_folder(folder, "run")
-    with outputs.removed_if_empty(folder):
-        outputs.save_masks(run.conditions[0].segments, folder)
+    folder = folders.new_folder(folder, "run")
+    with folders.removed_if_empty(folder):
+        folders.save_masks(run.conditions[0].segments, folder)
         for index, (seed, pixels) in enumerate(zip(run.seeds, images, strict=True)):
             condition, image = run.conditions[index], to_image(pixels)
-            files = outputs.mask_files(condition.segments)
+            files = folders.mask_files(condition.segments)
             tables = _tables(run, condition, steps) | ({"files": files} if files else {})
-            save_picture(image, folder / f"{seed}.png", tables)
+            save_image(image, folder / f"{seed}.png", tables)
             if masks := [segment.mask for segment in condition.segments]:
-                save_picture(overlay(image, masks), folder / "overlay" / f"{seed}.png")
+                save_image(overlay(image, masks), folder / "overlay" / f"{seed}.png")
             for part, shown in enumerate(_maps(run, index)):
-                save_picture(shown, folder / "attention" / f"{seed}-{part}.png")
-        outputs.write_record(_tables(run, run.conditions[0], steps) | _record(run, start), folder)
-        (folder / outputs.CLAIM).unlink(missing_ok=True)
+                save_image(shown, folder / "attention" / f"{seed}-{part}.png")
+        folders.write_record(_tables(run, run.conditions[0], steps) | _record(run, start), folder)
+        (folder / folders.CLAIM).unlink(missing_ok=True)
     return folder
 
 
@@ -107,7 +107,7 @@ def _tables(run: Run, condition: Condition, steps: int) -> dict[str, Any]:
         "particles": len(run.groups[0]),
     }
     plugin = {guidance.name: stated(guidance) for guidance in run.guidances}
-    segment = outputs.segment_tables(condition.segments)
+    segment = folders.segment_tables(condition.segments)
     return {"format": FORMAT, "sample": sample, "plugin": plugin, "segment": segment}
 
 
@@ -147,8 +147,8 @@ def _record(run: Run, start: Start) -> dict[str, Any]:
     notes += _unsaid(run, start)
     record = {
         "status": "finished",
-        "versions": outputs.versions(),
-        "machine": outputs.machine(),
+        "versions": folders.versions(),
+        "machine": folders.machine(),
         "scheduler": type(run.scheduler).__name__,
         "finished": list(run.seeds),
         "energy": {g.name: account.first_and_last(g.name) for g in run.guidances},
@@ -163,7 +163,7 @@ def _record(run: Run, start: Start) -> dict[str, Any]:
 
 def _maps(run: Run, index: int) -> list[Image.Image]:
     """The last attention map of every segment of an image; none where no guidance kept any."""
-    maps = run.account.pictures.get(MAPS)
+    maps = run.account.maps.get(MAPS)
     count = len(run.conditions[index].segments)
     return [] if maps is None else [heat_map(maps[index, part]) for part in range(count)]
 

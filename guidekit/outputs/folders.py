@@ -18,7 +18,7 @@ from typing import Any
 
 from guidekit.conditions import Segment
 from guidekit.errors import GuidekitError
-from guidekit.images import mask_image, replacing, save_picture
+from guidekit.images import mask_image, replacing, save_image
 
 PACKAGES = ("guidekit", "torch", "diffusers", "transformers", "safetensors", "numpy", "triton")
 RECORD = "run.json"
@@ -106,7 +106,7 @@ def save_masks(segments: tuple[Segment, ...], folder: Path) -> None:
     """Writes the masks that `segment_tables` names."""
     for segment, table in zip(segments, segment_tables(segments), strict=True):
         if "mask" in table:
-            save_picture(mask_image(segment.mask), folder / table["mask"])
+            save_image(mask_image(segment.mask), folder / table["mask"])
 
 
 def mask_files(segments: tuple[Segment, ...]) -> dict[str, str]:

@@ -13,9 +13,9 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from guidekit.bases.named import named
 from guidekit.errors import GuidekitError
-from guidekit.named import named
-from guidekit.weights import weight_hashes
+from guidekit.system.weights import weight_hashes
 
 RewardFunction = Callable[[Tensor], Tensor]
 

@@ -5,7 +5,7 @@ import time
 from types import TracebackType
 from typing import Any
 
-from guidekit.untrusted import printable
+from guidekit.system.untrusted import printable
 
 SECONDS = 15.0  # between two lines, where there is no terminal
 

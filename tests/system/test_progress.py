@@ -6,9 +6,10 @@ import subprocess
 import sys
 import termios
 
-from guidekit.progress import Progress
+from guidekit.system.progress import Progress
 
-WORK = "from guidekit.progress import Progress\nwith Progress('drawing', total=3) as p:\n    p(2)\n"
+WORK = "from guidekit.system.progress import Progress\n"
+WORK += "with Progress('drawing', total=3) as p:\n    p(2)\n"
 
 
 def test_lines_say_what_is_left(capsys):

@@ -5,7 +5,7 @@ import threading
 
 import pytest
 
-from guidekit.outputs import new_folder, removed_if_empty, slug
+from guidekit.outputs.folders import new_folder, removed_if_empty, slug
 
 
 def claim(out, barrier, found, count):

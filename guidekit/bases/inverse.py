@@ -14,11 +14,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from guidekit.bases.named import named
+from guidekit.bases.operators import Downsampling, Grey, Inpainting, LinearOperator, as_operator
 from guidekit.errors import GuidekitError
 from guidekit.guidance import Guidance
 from guidekit.masks import load_mask, resize_mask
-from guidekit.named import named
-from guidekit.operators import Downsampling, Grey, Inpainting, LinearOperator, as_operator
 from guidekit.options import ImportPath
 from guidekit.references import read_references
 from guidekit.run import Run
