@@ -115,6 +115,9 @@ class Shown(Protocol):
     def block(self, call: "BlockCall") -> Any | None:
         """The output of a block, None to run it."""
 
+    def forked(self, given: tuple | dict) -> tuple | dict:
+        """The arguments of a block, with the rows that join the call at it."""
+
 
 #: What the denoiser call that runs in this thread shows its tapped calls to. A wrapper that finds
 #: nothing here, or a call that does not want its site, runs the module as if it were not there.
@@ -145,13 +148,15 @@ _LOCK = threading.Lock()
 
 @contextlib.contextmanager
 def installed(model: nn.Module, sites: dict[str, Iterable[str]]) -> Iterator[None]:
-    """Wrappers at the sites of each kind, "attention" and "block", for the length of the context.
+    """Wrappers at the sites of each kind for the length of the context.
+
+    Kinds: "attention", "block", and "fork" for blocks at whose entry rows may join a call.
 
     They are shared by all runs on the model, in all threads, and go with the last. They ask
     `RUNNING` whose call it is, so a tapped call belongs to the run and the thread that opened it,
     and the guards of torch.compile hold from step to step and from run to run.
     """
-    keys = [(kind, site) for kind in ("attention", "block") for site in sites.get(kind, ())]
+    keys = [(kind, site) for kind in _AROUND for site in sites.get(kind, ())]
     with _LOCK:
         there = _INSTALLED.setdefault(model, {})
         for kind, site in keys:
@@ -207,7 +212,15 @@ def _blocked(site, module, original, args, kwargs, edit):
     return out
 
 
-_AROUND = {"attention": _around_attention, "block": _around_block}
+def _around_fork(site, module, original, args, kwargs):
+    """A block's forward, with the rows that join the running denoiser call at it."""
+    shown = RUNNING.get()
+    if shown is None or not shown.wants("fork", site):
+        return original(*args, **kwargs)
+    return original(*shown.forked(args), **shown.forked(kwargs))
+
+
+_AROUND = {"attention": _around_attention, "block": _around_block, "fork": _around_fork}
 
 
 @contextlib.contextmanager

@@ -153,6 +153,14 @@ class Denoiser:
         return [self.text_length] * len(prompts)
 
     @property
+    def fork_blocks(self) -> list[str]:
+        """Blocks of the model, as they run, between which it handles all rows alike.
+
+        At their entry rows can be repeated; none for a model that was not looked through for it.
+        """
+        return []
+
+    @property
     def factor(self) -> int:
         """Pixels per latent pixel, along a side."""
         return 1

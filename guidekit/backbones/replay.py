@@ -129,6 +129,13 @@ class Replay:
         return self._given[self.input_name]
 
     @property
+    def fork_blocks(self) -> list[str]:
+        """The model's own, none where the pipeline's call has residuals to add between them."""
+        given = self._given.items()
+        residuals = any("residual" in name and value is not None for name, value in given)
+        return [] if residuals else self.own.fork_blocks
+
+    @property
     def copies(self) -> int:
         """How many rows of the call each image has: 1, [cond], or 2, [null, cond].
 

@@ -54,6 +54,7 @@ def branch_calls(hooks: Hooks, energies: list[Guidance]) -> list[Call]:
             reads=run.reads.of(hooks.active, branch=branch.name),
             edits=_edits(hooks, branch),
             lengths=run.token_counts(branch),
+            twin=_twin(hooks, branch),
             **_graph(run, branch, energies),
         )
         for branch in step.branches
@@ -79,6 +80,19 @@ def second_call(
     reads, text = run.reads.of([guidance], main=False), run.told(found, step.index, step.n)
     lengths = run.token_counts(found)
     return Call(found, x, timestep, text, reads=reads, lengths=lengths, graph=graph, stop=stop)
+
+
+def _twin(hooks: Hooks, branch: Branch) -> str | None:
+    """An earlier branch with the same input and the same words, which no hook tells apart."""
+    if any(guidance.overrides("edit_input") for guidance in hooks.active):
+        return None
+    names = ("prompts", "null", "x", "view", "images", "text", "controlled")
+    for other in hooks.step.branches:
+        if other is branch:
+            return None
+        if all(getattr(other, name) is getattr(branch, name) for name in names):
+            return other.name
+    return None
 
 
 def _scaled(hooks: Hooks, branch: Branch, x: Tensor) -> Tensor:

@@ -3,18 +3,19 @@
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 from guidekit.attention.call import AttentionCall, attend
-from guidekit.attention.maps import resized_logits, token_maps
 from guidekit.backbones.denoiser import Denoiser, Text
 from guidekit.backbones.padding import aligned, reorder, taken
-from guidekit.backbones.records import Family, in_pixels, site_features, site_grid
+from guidekit.backbones.records import in_pixels, site_features, site_grid
 from guidekit.blocks import BlockCall, BlockRows
 from guidekit.branches import Branch
 from guidekit.engine.rows import rows
+from guidekit.engine.variants import placed, variant
 from guidekit.errors import GuidekitError
 from guidekit.reads import AttentionRead, FeatureRead
 from guidekit.taps import Showing
@@ -73,10 +74,11 @@ def differ(before: Sequence, after: Sequence) -> bool:
 class Call:
     """What one branch asks of the denoiser.
 
-    x: carried input (B, C, h, w); `ready` makes of it the model's scaled input. reads: what to keep
-    on the way. edits: hooks at tapped sites, in order. lengths: text tokens of each image. graph:
-    the output, or the reads, need a gradient to x. cut: no graph is needed after the last read.
-    stop: the call may end there; its output is then None.
+    x: carried input (B, C, h, w); `ready` makes of it the model's scaled input. twin: name of the
+    branch whose call this one is until its first edited site, None for no other's. reads: what to
+    keep on the way. edits: hooks at tapped sites, in order. lengths: text tokens of each image.
+    graph: the output, or the reads, need a gradient to x. cut: no graph is needed after the last
+    read. stop: the call may end there; its output is then None.
     """
 
     branch: Branch
@@ -90,6 +92,7 @@ class Call:
     graph: bool = False
     cut: bool = False
     stop: bool = False
+    twin: str | None = None
     wanted: dict[str, frozenset[str]] = field(init=False, repr=False)
 
     def __post_init__(self):
@@ -206,14 +209,14 @@ class Part:
         out = self._read_plain(call, plain, rows) if plain else call.run()
         for n, read in reads:
             if (n, read) not in plain:
-                self._keep(n, read, call.site, _variant(call, read, self.family, rows))
+                self._keep(n, read, call.site, variant(call, read, self.family, rows))
         return out
 
     def _read_plain(
         self, call: AttentionCall, reads: list[tuple[int, AttentionRead]], rows: slice
     ) -> Tensor:
         """The call's output; its maps come out of the same pass."""
-        weights = [_placed(r.weights, self.family, call) for _, r in reads]
+        weights = [placed(r.weights, self.family, call) for _, r in reads]
         joined = weights[0] if len(weights) == 1 else torch.cat(weights, -1)
         out, maps = attend(call, joined, rows=rows)
         parts = maps.split([w.shape[-1] for w in weights], 1)
@@ -224,6 +227,15 @@ class Part:
     def _keep(self, number: int, read: AttentionRead, site: str, maps: Tensor) -> None:
         """Maps (..., N) as images (..., h, w), the first time only."""
         self.found.setdefault((number, site), maps.unflatten(-1, read.shape(site)))
+
+
+class Joining(Protocol):
+    """Where rows of some parts join a denoiser call: see `guidekit.engine.fork`."""
+
+    blocks: frozenset[str]
+
+    def entered(self, given: Any) -> Any:
+        """Arguments of a block with rows for all parts."""
 
 
 class Capture:
@@ -241,13 +253,17 @@ class Capture:
         cut: bool = False,
         stop: bool = False,
         among: list[Part] | None = None,
+        fork: "Joining | None" = None,
     ):
         self.parts, self.implementation = parts, implementation
         self.cut, self.stop = cut, stop
         self.among = parts if among is None else among  # all parts of the denoiser call
+        self.fork = fork  # None inside of a block, and where all parts have rows from the start
 
     def wants(self, kind: str, site: str) -> bool:
-        """Whether some branch reads or edits the site."""
+        """Whether some branch reads or edits the site, or rows join the call at it."""
+        if kind == "fork":
+            return self.fork is not None and site in self.fork.blocks
         return any(site in part.call.wanted[kind] for part in self.parts)
 
     def _pieces(self, kind: str, site: str) -> list[list[Part]]:
@@ -255,6 +271,8 @@ class Capture:
         pieces: list[list[Part]] = []
         idle = False  # whether the last piece wants nothing
         for part in self.parts:
+            if not part.size:  # it joins the call at a later block
+                continue
             wants = site in part.call.wanted[kind]
             if wants or not idle:
                 pieces.append([part])
@@ -296,6 +314,10 @@ class Capture:
         self._after(left)
         return out
 
+    def forked(self, given: tuple | dict) -> tuple | dict:
+        """Arguments of a block at whose entry rows join the call."""
+        return self.fork.entered(given)
+
     def _left(self) -> bool:
         """Whether some read is still to come."""
         return any(part.pending for part in self.among)
@@ -329,61 +351,3 @@ def _made_before(edit: Edit, site: str, partly: Edit | None) -> str:
 def _sizes(pieces: list[list[Part]]) -> list[int]:
     """Rows of each piece."""
     return [sum(part.size for part in parts) for parts in pieces]
-
-
-def _placed(weights: Tensor, family: Family, call: AttentionCall) -> Tensor:
-    """Weights (B, T, S) of text tokens at the columns that text has among the call's keys."""
-    keys, n_text = call.key.shape[2], weights.shape[1]
-    if keys == n_text:
-        return weights
-    full = weights.new_zeros(len(weights), keys, weights.shape[2])
-    full[:, family.text_keys(keys, n_text)] = weights
-    return full
-
-
-def _variant(call: AttentionCall, read: AttentionRead, family: Family, rows: slice) -> Tensor:
-    """Maps per head, over some of the tokens, or with further keys in the softmax."""
-    key, weights, mask = call.key, _placed(read.weights, family, call), call.mask
-    if read.tokens is not None:
-        allowed = torch.zeros(len(read.tokens), key.shape[2], dtype=torch.bool, device=key.device)
-        n_text = read.weights.shape[1]
-        allowed[:, family.text_keys(key.shape[2], n_text)] = read.tokens.to(key.device)
-        mask = _both(mask, allowed[:, None, None], call)
-    if read.extra is not None:
-        extra = _extra_keys(call, read.extra)
-        key = torch.cat([key, extra], 2)
-        weights = torch.nn.functional.pad(weights, (0, 0, 0, extra.shape[2]))
-        mask = None if mask is None else _open(mask, extra.shape[2])
-    query = call.query[:, :, rows]
-    mask = _cut_rows(mask, rows)
-    if read.resize:
-        query, mask = resized_logits(query, mask, read.sites[call.site], read.resize)
-    reduce = "none" if read.per_head else "mean"
-    return token_maps(query, key, weights, mask, call.scale, reduce=reduce)
-
-
-def _cut_rows(mask: Tensor | None, rows: slice) -> Tensor | None:
-    """The rows of a mask (B or 1, H or 1, N or 1, T), which may be one for all queries."""
-    return mask if mask is None or mask.shape[2] == 1 else mask[:, :, rows]
-
-
-def _both(mask: Tensor | None, allowed: Tensor, call: AttentionCall) -> Tensor:
-    """The call's mask with the tokens outside `allowed` shut."""
-    if mask is None:
-        return allowed
-    if mask.dtype == torch.bool:
-        return mask & allowed
-    return mask.masked_fill(~allowed, float("-inf"))
-
-
-def _open(mask: Tensor, count: int) -> Tensor:
-    """The mask with `count` open columns more."""
-    value = True if mask.dtype == torch.bool else 0.0
-    return torch.nn.functional.pad(mask, (0, count), value=value)
-
-
-def _extra_keys(call: AttentionCall, states: Tensor) -> Tensor:
-    """Keys (B, H, E, d) of text states (E, D), by the module's own projection."""
-    batch, heads, _, d = call.key.shape
-    projected = call.module.to_k(states.to(call.key.dtype))
-    return projected.view(1, -1, heads, d).transpose(1, 2).expand(batch, -1, -1, -1)

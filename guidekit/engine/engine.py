@@ -68,6 +68,8 @@ class Engine:
         check_devices(run, self.guidances)
         kinds = ("attention", "block")
         self._sites = {kind: run.reads.sites(self.guidances, kind) for kind in kinds}
+        if any(guidance.overrides("branches") for guidance in self.guidances):
+            self._sites["fork"] = run.denoiser.fork_blocks
 
     def opened(self) -> contextlib.AbstractContextManager[None]:
         """The run's taps; a run keeps them open, and a single step opens them for itself."""

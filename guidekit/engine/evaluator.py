@@ -14,6 +14,7 @@ from torch.utils.checkpoint import checkpoint
 from guidekit.backbones.denoiser import Denoiser
 from guidekit.backbones.storage import casts, wide_weights
 from guidekit.engine.capture import Call, Capture, Part, StopForward
+from guidekit.engine.fork import fork
 from guidekit.engine.precision import Rescaled
 from guidekit.errors import GuidekitError
 from guidekit.reads import Eval
@@ -70,6 +71,11 @@ class Evaluator:
         """The blocks that a user can have computed again in backward."""
         blocks = self.denoiser.model.modules()
         return [block for block in blocks if hasattr(block, "gradient_checkpointing")]
+
+    @cached_property
+    def _blocks(self) -> list[str]:
+        """Blocks at whose entry rows can join a call."""
+        return self.denoiser.fork_blocks
 
     def evaluate(self, calls: Sequence[Call]) -> list[Eval]:
         """One evaluation per call, in their order.
@@ -155,12 +161,14 @@ class Evaluator:
         graph = any(call.graph for call in calls)
         first = calls[0]
         scaling = self._scaling(graph, first.x)
-        x = torch.cat([self._ready(call, scaling) for call in calls])
-        text = type(first.text).cat([call.text for call in calls])
         # Autograd would be asked for the graph of branches that no energy reads.
         cut = graph and all(call.cut for call in calls if call.graph)
         parts = [Part(call, self.denoiser) for call in calls]
-        capture = Capture(parts, self.implementation, cut, first.stop)
+        forked = None if graph or first.stop else fork(parts, self._blocks)
+        early = calls if forked is None else forked.early
+        x = torch.cat([self._ready(call, scaling) for call in early])
+        text = type(first.text).cat([call.text for call in early])
+        capture = Capture(parts, self.implementation, cut, first.stop, fork=forked)
         out = None
         stops, opened = contextlib.suppress(StopForward), self._opened(calls, capture, graph)
         with torch.set_grad_enabled(graph), stops, opened:

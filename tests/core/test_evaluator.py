@@ -99,7 +99,7 @@ def test_a_step_outside_of_all_windows_is_called_as_the_bare_pipeline(pipe):
     rows = []
     handle = pipe.unet.register_forward_pre_hook(lambda module, args: rows.append(args[0].clone()))
     try:
-        list(Sampling(pipe, RED, [PerturbedAttention(start=0.5)], seeds=[5], steps=4, cfg=5.0))
+        list(Sampling(pipe, RED, [Autoguidance(start=0.5)], seeds=[5], steps=4, cfg=5.0))
         guided, rows[:] = list(rows), []
         generator = [torch.Generator().manual_seed(5)]
         pipe(RED.prompt, num_inference_steps=4, guidance_scale=5.0, generator=generator)

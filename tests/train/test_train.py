@@ -15,8 +15,9 @@ from accelerate import Accelerator
 from diffusers import StableDiffusionPipeline
 from safetensors.torch import load_file
 
-from guidekit import Condition, Sampling, load, progress
+from guidekit import Condition, Sampling, load
 from guidekit.errors import GuidekitError
+from guidekit.system import progress
 from guidekit.system.locks import held
 from guidekit.train.batches import batches
 from guidekit.train.digits import DigitJudge

@@ -1,0 +1,143 @@
+"""A perturbed branch shares the rows of the conditional one until its first edit, and no longer."""
+
+import contextlib
+
+import pytest
+import torch
+
+import tiny
+from guidekit import Condition, FeatureRead, Guidance, Sampling, Segment, box_mask
+from guidekit.backbones.unet import StableDiffusion
+from guidekit.testing import miniatures
+from guidekit_autoguidance import Autoguidance
+from guidekit_pag import PerturbedAttention
+from guidekit_pww import PaintWithWords
+from guidekit_seg import SmoothedEnergy
+from guidekit_slg import SkipLayer
+
+RED = Condition(
+    "a red circle on a white ground", segments=(Segment("red circle", box_mask((0, 0, 0.5, 1))),)
+)
+
+
+@pytest.fixture(scope="module")
+def wide():
+    return tiny.sd_pipeline().to(torch.float64)
+
+
+@contextlib.contextmanager
+def rows_of(unet):
+    """The rows of every call of the first and of the last block of a UNet."""
+    seen = {"first": [], "last": []}
+
+    def counted(name):
+        def hook(_, args, kwargs, __):
+            seen[name].append(len(kwargs.get("hidden_states", args[0] if args else None)))
+
+        return hook
+
+    blocks = {"first": unet.down_blocks[0], "last": unet.up_blocks[-1]}
+    hooks = [b.register_forward_hook(counted(n), with_kwargs=True) for n, b in blocks.items()]
+    try:
+        yield seen
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def drawn(pipe, *guidances, cfg=5.0, seeds=(3, 4), **options):
+    """The latents, and the rows that the first and the last block saw in each call."""
+    with rows_of(pipe.unet) as seen:
+        run = Sampling(pipe, RED, guidances, seeds=seeds, steps=3, cfg=cfg, **options).finish()
+    return run.latents, {name: sorted(set(rows)) for name, rows in seen.items()}
+
+
+def unforked(monkeypatch, pipe, *guidances, **options):
+    """The same with rows of their own for all branches from the start."""
+    with monkeypatch.context() as patch:
+        patch.setattr(StableDiffusion, "fork_blocks", [])
+        latents, rows = drawn(pipe, *guidances, **options)
+    assert rows["first"] == rows["last"]
+    return latents
+
+
+@pytest.mark.parametrize("cfg", [1.0, 5.0])
+@pytest.mark.parametrize(
+    "guidances",
+    [
+        (PerturbedAttention(),),
+        (SmoothedEnergy(),),
+        (SkipLayer(sites=("mid_block.*.transformer_blocks.*",), start=0.0, stop=1.0),),
+        (PerturbedAttention(), SmoothedEnergy()),
+        (PerturbedAttention(stop=0.5),),
+    ],
+    ids=lambda value: "+".join(type(g).__name__ for g in value),
+)
+def test_rows_are_shared_until_the_first_edit(monkeypatch, wide, guidances, cfg):
+    latents, rows = drawn(wide, *guidances, cfg=cfg)
+    own = 2 if cfg == 1.0 else 4
+    ends = guidances[0].stop < 1
+    assert rows["first"] == [own]
+    assert rows["last"] == [own] * ends + [own + 2 * len(guidances)]
+    expected = unforked(monkeypatch, wide, *guidances, cfg=cfg)
+    assert (latents - expected).abs().max() < 1e-12
+
+
+def test_sdxl_shares_rows_too(monkeypatch):
+    pipe = miniatures.sdxl_pipeline().to(torch.float64)
+    latents, rows = drawn(pipe, PerturbedAttention())
+    assert rows == {"first": [4], "last": [6]}
+    assert (latents - unforked(monkeypatch, pipe, PerturbedAttention())).abs().max() < 1e-12
+
+
+@pytest.mark.parametrize(
+    "guidances",
+    [
+        (Autoguidance(),),  # edits from the first block on
+        (PaintWithWords(), PerturbedAttention()),  # the conditional branch is edited before
+        (PerturbedAttention(sites=("down_blocks.0.*attn1",)),),
+    ],
+    ids=["edited everywhere", "cond edited first", "first block"],
+)
+def test_branches_that_differ_from_the_start_share_nothing(wide, guidances):
+    _, rows = drawn(wide, *guidances)
+    assert rows == {"first": [6], "last": [6]}
+
+
+class Reads(Guidance):
+    """Keeps the features of a block in the conditional branch, and whose rows it saw."""
+
+    def __init__(self, site):
+        self.site = site
+
+    def prepare(self, run):
+        self.read = run.read(self, FeatureRead((self.site,)))
+        self.found = []
+
+    def combine(self, step, outs, combined):
+        self.found.append(step.evals["cond"].features(self.read)[self.site])
+        return combined
+
+
+@pytest.mark.parametrize(
+    ("site", "rows"),
+    [("down_blocks.0", {"first": [4], "last": [6]}), ("up_blocks.0", {"first": [6], "last": [6]})],
+)
+def test_features_are_those_of_the_branch_that_is_read(monkeypatch, wide, site, rows):
+    """A block that rows would join at, and that is read, has all rows from the start."""
+    seen = []
+    for blocks in (StableDiffusion.fork_blocks, []):
+        monkeypatch.setattr(StableDiffusion, "fork_blocks", blocks)
+        with rows_of(wide.unet) as counted:
+            run = Sampling(wide, RED, [PerturbedAttention(), Reads(site)], seeds=(3, 4), steps=2)
+            seen.append(torch.stack([*run.finish().run.guidances[1].found]))
+        if blocks:
+            assert {name: sorted(set(n)) for name, n in counted.items()} == rows
+    assert seen[0].shape[1] == 2
+    assert (seen[0] - seen[1]).abs().max() < 1e-12
+
+
+@pytest.mark.full
+def test_a_compiled_denoiser_shares_nothing(wide):
+    _, rows = drawn(wide, PerturbedAttention(), compile="eager")
+    assert rows["first"] == rows["last"]
