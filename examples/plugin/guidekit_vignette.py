@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from guidekit import Guidance, Run, Step, hookimpl
+from guidekit import Guidance, GuidekitError, Run, Step, hookimpl
 
 
 @dataclass(kw_only=True)
@@ -22,7 +22,7 @@ class Vignette(Guidance):
     def __post_init__(self):
         super().__post_init__()
         if not 0 <= self.radius < 1:
-            raise ValueError(f"{self.name}.radius lies in 0 to 1, without 1, not {self.radius}")
+            raise GuidekitError(f"{self.name}.radius lies in 0 to 1, without 1, not {self.radius}")
 
     def prepare(self, run: Run) -> None:
         """Draws the corners (H, W) that are to be dark."""

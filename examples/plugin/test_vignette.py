@@ -2,7 +2,7 @@
 
 import pytest
 
-from guidekit import Condition, Sampling
+from guidekit import Condition, GuidekitError, Sampling
 from guidekit.testing import check_guidance, sd_pipeline
 from guidekit_vignette import Vignette, corners
 
@@ -19,6 +19,6 @@ def test_corners_get_darker():
     assert ((guided - plain) * weights).sum() < 0
 
 
-def test_a_radius_outside_of_the_picture_raises():
-    with pytest.raises(ValueError, match="radius"):
+def test_a_radius_outside_of_the_image_raises():
+    with pytest.raises(GuidekitError, match="radius"):
         Vignette(radius=1.0)

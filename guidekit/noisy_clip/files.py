@@ -70,13 +70,16 @@ def load_clip(name: str | Path) -> Clip:
 
 
 def _from_folder(path: Path) -> Clip:
-    """A clean CLIP of a folder; ValueError where it is not whole, or asks for code or downloads."""
+    """A clean CLIP of a folder.
+
+    Raises GuidekitError where it is not whole, or asks for code or downloads.
+    """
     config = folder_config(path)
     safe = list(path.glob("*.safetensors"))
     if not safe:
-        raise ValueError(f"{path} has no safetensors; write the model in that format")
+        raise GuidekitError(f"{path} has no safetensors; write the model in that format")
     if (pickled := _pickled(path)) and not any((path / name).exists() for name in SAFE):
-        raise ValueError(f"{path}: open_clip would read the pickle {pickled[0].name}; remove it")
+        raise GuidekitError(f"{path}: open_clip would read the pickle {pickled[0].name}; remove it")
     for file in safe:
         check_weights(file)
     try:

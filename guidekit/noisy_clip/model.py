@@ -56,7 +56,7 @@ class Own:
 
     def __post_init__(self):
         if not (0 < self.width <= 2**16 and 0 <= self.channels <= 2**10 and 0 < self.factor <= 64):
-            raise ValueError(f"{NOISY_CONFIG} has sizes that no encoder has; train it again")
+            raise GuidekitError(f"{NOISY_CONFIG} has sizes that no encoder has; train it again")
 
 
 class CleanClip(nn.Module):
@@ -192,7 +192,7 @@ class NoisyClip(CleanClip):
             made.load_state_dict(weights)
         except LOAD_ERRORS as error:
             first = (str(error).strip() or type(error).__name__).splitlines()[0]
-            raise ValueError(f"{folder} cannot be loaded: {first}; train it again") from None
+            raise GuidekitError(f"{folder} cannot be loaded: {first}; train it again") from None
         return made.eval().requires_grad_(False)
 
 

@@ -14,6 +14,7 @@ from guidekit.backbones.records import (
     site_grid,
     site_level,
 )
+from guidekit.errors import GuidekitError
 from guidekit.taps import find_sites, tap_attention
 
 UNETS = dict(
@@ -120,13 +121,13 @@ def test_layout_sites_of_the_pipelines():
 def test_a_grid_that_does_not_fit_names_those_that_do():
     assert halvings(5, 3) == [(5, 3), (3, 2), (2, 1), (1, 1)]
     assert halved_grid(6, 5, 3) == (3, 2)
-    with pytest.raises(ValueError, match="100 queries fit no grid of a 16x24 .*96 = 8x12"):
+    with pytest.raises(GuidekitError, match="100 queries fit no grid of a 16x24 .*96 = 8x12"):
         halved_grid(100, 16, 24)
 
 
 def test_a_site_without_level_is_refused():
     model, _, _ = tiny.sd15()
-    with pytest.raises(ValueError, match="'conv_in' has no level"):
+    with pytest.raises(GuidekitError, match="'conv_in' has no level"):
         site_level(model, "conv_in")
 
 
@@ -157,7 +158,7 @@ def test_an_ip_adapter_does_not_change_the_family():
 
 
 def test_no_family_and_two_families_are_refused(monkeypatch):
-    with pytest.raises(ValueError, match="VQModel matches none of the families: sd, sdxl"):
+    with pytest.raises(GuidekitError, match="VQModel matches none of the families: sd, sdxl"):
         family_of(VQModel(block_out_channels=(32,)))
     other = UNet2DConditionModel(
         block_out_channels=(32,),
@@ -168,18 +169,18 @@ def test_no_family_and_two_families_are_refused(monkeypatch):
         encoder_hid_dim=8,
         cross_attention_dim=8,
     )
-    with pytest.raises(ValueError, match="matches none"):
+    with pytest.raises(GuidekitError, match="matches none"):
         family_of(other)
     model, _, _ = tiny.sd15()
     monkeypatch.setattr(backbones, "FAMILIES", backbones.FAMILIES * 2)
-    with pytest.raises(ValueError, match="matches sd and sd of the families"):
+    with pytest.raises(GuidekitError, match="matches sd and sd of the families"):
         family_of(model)
 
 
 @pytest.mark.parametrize("name", ["unet2d", "dit"])
 def test_families_without_text_have_no_layout(name):
     model, _, _ = tiny.MODELS[name]()
-    with pytest.raises(ValueError, match="reads no text"):
+    with pytest.raises(GuidekitError, match="reads no text"):
         layout_sites(model, 16, 16)
 
 

@@ -27,6 +27,7 @@ from guidekit import (
 from guidekit.backbones.loading import make_scheduler
 from guidekit.backbones.padding import aligned, taken
 from guidekit.backbones.tokens import real_tokens, segment_columns
+from guidekit.errors import GuidekitError
 from guidekit.testing import miniatures
 from guidekit.testing.subject import Subject
 from guidekit.testing.suite import restored
@@ -256,21 +257,21 @@ def test_pictures_have_latents(family):
 def test_prompts_that_would_be_cut_are_refused():
     """Of Lumina2's 256 tokens the system prompt takes a part, but not from negative prompts."""
     words = "red " * 200
-    with pytest.raises(ValueError, match="the text encoder reads 256"):
+    with pytest.raises(GuidekitError, match="the text encoder reads 256"):
         drawing("lumina2", conditions=[Condition(words)], seeds=[0])
     drawing("lumina2", conditions=[Condition("red", words)], seeds=[0])
     for family, most in (("sana", 300), ("qwen", 512)):
-        with pytest.raises(ValueError, match=f"the text encoder reads {most}"):
+        with pytest.raises(GuidekitError, match=f"the text encoder reads {most}"):
             drawing(family, conditions=[Condition("red " * 700)], seeds=[0])
 
 
 def test_a_scheduler_that_cannot_shift_by_size_is_refused():
     """Where the pipeline's own does."""
-    with pytest.raises(ValueError, match="SASolverScheduler cannot shift its steps by the size"):
+    with pytest.raises(GuidekitError, match="SASolverScheduler cannot shift its steps by the size"):
         drawing("qwen", scheduler=make_scheduler(pipeline("qwen"), "sa"))
 
 
 @pytest.mark.parametrize("family", ["lumina2", "qwen"])
 def test_a_scheduler_without_sigmas_is_refused(family):
-    with pytest.raises(ValueError, match="takes no sigmas"):
+    with pytest.raises(GuidekitError, match="takes no sigmas"):
         drawing(family, scheduler=FlowMatchHeunDiscreteScheduler())

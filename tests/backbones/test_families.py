@@ -23,6 +23,7 @@ from guidekit import (
 )
 from guidekit.backbones.loading import make_scheduler
 from guidekit.backbones.tokens import segment_columns
+from guidekit.errors import GuidekitError
 from guidekit.testing import miniatures
 from guidekit_pww import PaintWithWords
 from guidekit_zest import Zest
@@ -120,9 +121,9 @@ def test_schedulers_by_name_are_flow_schedulers_where_the_model_needs_it(monkeyp
     monkeypatch.setattr(pipe, "scheduler", scheduler)
     expected = bare(pipe, guidance_scale=7.0, **PROMPTS, **SIZE)
     assert torch.equal(ours(pipe, [RED, BLUE], **SIZE).images, expected)
-    with pytest.raises(ValueError, match="'ddim' is not for flow models; there are deis, dpm"):
+    with pytest.raises(GuidekitError, match="'ddim' is not for flow models; there are deis, dpm"):
         make_scheduler(pipe, "ddim")
-    with pytest.raises(ValueError, match="'flow-euler' is for flow models alone"):
+    with pytest.raises(GuidekitError, match="'flow-euler' is for flow models alone"):
         make_scheduler(pipeline("pixart"), "flow-euler")
 
 
@@ -161,7 +162,7 @@ def test_a_class_may_be_named():
     pipe = pipeline("dit")
     named = Sampling(pipe, Condition("goldfish"), steps=1)
     assert named.conditions[0] == Condition(label=1)
-    with pytest.raises(ValueError, match="but the names of its classes, such as 'Tinca tinca'"):
+    with pytest.raises(GuidekitError, match="but the names of its classes, such as 'Tinca tinca'"):
         Sampling(pipe, Condition("a fox"), steps=1)
 
 
@@ -182,7 +183,7 @@ def test_a_class_may_be_named():
     ],
 )
 def test_what_cannot_work_is_refused(family, condition, options, message):
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(GuidekitError, match=message):
         Sampling(pipeline(family), condition, steps=1, **options)
 
 

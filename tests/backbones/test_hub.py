@@ -10,6 +10,7 @@ from huggingface_hub import constants
 
 from guidekit import load
 from guidekit.backbones.hub import require_hub
+from guidekit.errors import GuidekitError
 
 
 @pytest.fixture
@@ -20,7 +21,9 @@ def online(monkeypatch):
 
 
 def test_a_model_that_is_nowhere_and_a_hub_that_is_kept_away():
-    with pytest.raises(ValueError, match="'nobody/x' cannot be loaded: .*HF_HUB_OFFLINE") as caught:
+    with pytest.raises(
+        GuidekitError, match="'nobody/x' cannot be loaded: .*HF_HUB_OFFLINE"
+    ) as caught:
         load("nobody/x")
     assert "\n" not in str(caught.value)
 
@@ -30,7 +33,7 @@ def test_a_hub_that_does_not_answer(online):
         free.bind(("127.0.0.1", 0))
         online(f"http://127.0.0.1:{free.getsockname()[1]}")
     started = time.monotonic()
-    with pytest.raises(ValueError, match="does not answer .*; check the network, or run hf"):
+    with pytest.raises(GuidekitError, match="does not answer .*; check the network, or run hf"):
         require_hub("nobody/x", "model_index.json")
     assert time.monotonic() - started < 20
 
@@ -52,7 +55,7 @@ def test_a_model_that_the_hub_does_not_have(online):
     threading.Thread(target=server.serve_forever, daemon=True).start()
     online(f"http://127.0.0.1:{server.server_port}")
     try:
-        with pytest.raises(ValueError, match="has no 'nobody/x' that this account may read"):
+        with pytest.raises(GuidekitError, match="has no 'nobody/x' that this account may read"):
             require_hub("nobody/x", "model_index.json")
         require_hub("somebody/x", "model_index.json")
     finally:
@@ -67,5 +70,5 @@ def test_what_is_in_the_cache_needs_no_hub(tmp_path, monkeypatch):
     (folder / "snapshots/abc").mkdir(parents=True)
     (folder / "snapshots/abc/model_index.json").write_text("{}")
     require_hub("somebody/x", "model_index.json")
-    with pytest.raises(ValueError, match="not in the hub's cache"):
+    with pytest.raises(GuidekitError, match="not in the hub's cache"):
         require_hub("somebody/x", "other.json")

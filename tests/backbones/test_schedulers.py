@@ -13,6 +13,7 @@ from guidekit.backbones.schedulers import (
     parse_scheduler,
     scheduler_name,
 )
+from guidekit.errors import GuidekitError
 from guidekit.testing.miniatures import ddpm_pipeline, sd3_pipeline, sd_pipeline
 
 
@@ -60,7 +61,7 @@ def test_every_short_name_and_class_name_leads_to_itself(name):
     ],
 )
 def test_wrong_names(text, match):
-    with pytest.raises(ValueError, match=match):
+    with pytest.raises(GuidekitError, match=match):
         parse_scheduler(text)
 
 
@@ -85,7 +86,7 @@ def test_an_option_replaces_that_of_the_pipeline():
 
 
 def test_an_option_that_the_scheduler_lacks():
-    with pytest.raises(ValueError, match="DDIMScheduler has no karras"):
+    with pytest.raises(GuidekitError, match="DDIMScheduler has no karras"):
         make_scheduler(sd_pipeline(), "ddim:karras")
 
 
@@ -101,14 +102,14 @@ def test_lcm_is_the_bare_pipeline():
 
 def test_more_steps_than_the_scheduler_makes():
     pipe = sd_pipeline()
-    with pytest.raises(ValueError, match="LCMScheduler cannot make 51 steps: "):
+    with pytest.raises(GuidekitError, match="LCMScheduler cannot make 51 steps: "):
         Sampling(pipe, Condition("a"), steps=51, scheduler=make_scheduler(pipe, "lcm"))
 
 
 def test_a_first_timestep_that_the_model_does_not_have():
     pipe = ddpm_pipeline()
     scheduler = diffusers.DDIMScheduler(timestep_spacing="leading", steps_offset=1)
-    with pytest.raises(ValueError, match="begins at timestep 1000, but the model has 0 to 999"):
+    with pytest.raises(GuidekitError, match="begins at timestep 1000, but the model has 0 to 999"):
         Sampling(pipe, Condition(), steps=1000, scheduler=scheduler)
     assert len(Sampling(pipe, Condition(), steps=999, scheduler=scheduler).run.scheduler.timesteps)
 

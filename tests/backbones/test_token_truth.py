@@ -9,6 +9,7 @@ import tiny
 from guidekit import Condition, Guidance, Sampling, Segment, attach, box_mask
 from guidekit.backbones.phrases import places
 from guidekit.backbones.tokens import append_phrases, segment_columns, token_columns
+from guidekit.errors import GuidekitError
 from guidekit.layouts import parse_layout
 from guidekit.testing import text_encoders
 from guidekit_zest import Zest
@@ -77,7 +78,7 @@ def test_the_columns_of_inversions_are_those_of_the_encoder():
 
 def test_written_out_inversions_count_towards_the_length():
     pipe = with_toy(tiny.sd_pipeline(), vectors=40)
-    with pytest.raises(ValueError, match="the prompt has 85 tokens, the text encoder reads 77"):
+    with pytest.raises(GuidekitError, match="the prompt has 85 tokens, the text encoder reads 77"):
         Sampling(pipe, Condition("<toy> <toy> a red circle"), seeds=[0], steps=2)
 
 
@@ -97,7 +98,9 @@ def test_another_reading_of_the_prompt_is_refused(monkeypatch):
         pipe, "encode_prompt", lambda prompt, *a, **k: plain(["white " + prompt[0]], *a, **k)
     )
     asked = Condition("a red circle", segments=(Segment("red circle", LEFT),))
-    with pytest.raises(ValueError, match="columns of phrases are wrong.*white</w> a</w> red</w>"):
+    with pytest.raises(
+        GuidekitError, match="columns of phrases are wrong.*white</w> a</w> red</w>"
+    ):
         Sampling(pipe, asked, [Zest(stop=1.0)], seeds=[0], steps=2).finish()
     by_hand = Condition("a red circle", segments=(Segment("red circle", LEFT, tokens=(3, 4)),))
     run = Sampling(pipe, by_hand, [Zest(stop=1.0)], seeds=[0], steps=2).finish().run
@@ -122,7 +125,7 @@ def test_the_nth_segment_of_a_phrase_has_its_nth_occurrence(words):
     assert columns(words, TWICE, *two) == [[2, 3], [6, 7]]
     assert columns(words, TWICE, two[0]) == [[2, 3, 6, 7]]
     for prompt, count in (("a red circle", 1), (f"{TWICE} and a red circle", 3)):
-        with pytest.raises(ValueError, match=f"2 segments .* occurs {count} times"):
+        with pytest.raises(GuidekitError, match=f"2 segments .* occurs {count} times"):
             columns(words, prompt, *two)
 
 
@@ -131,9 +134,9 @@ def test_occurrence_and_tokens_by_hand(words):
     assert columns(words, TWICE, second, first) == [[6, 7], [2, 3]]
     by_hand = Segment("the circle", LEFT, tokens=(7, 3))
     assert columns(words, TWICE, by_hand, second) == [[3, 7], [6, 7]]
-    with pytest.raises(ValueError, match="occurrence 3 of 'red circle': it occurs 2 times"):
+    with pytest.raises(GuidekitError, match="occurrence 3 of 'red circle': it occurs 2 times"):
         columns(words, TWICE, Segment("red circle", LEFT, occurrence=3))
-    with pytest.raises(ValueError, match="token 77, and the text has columns 0 to 76"):
+    with pytest.raises(GuidekitError, match="token 77, and the text has columns 0 to 76"):
         columns(words, TWICE, Segment("red", LEFT, tokens=(77,)))
 
 
@@ -149,7 +152,7 @@ def test_occurrence_and_tokens_by_hand(words):
     ],
 )
 def test_impossible_tokens_and_occurrences(given, message):
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(GuidekitError, match=message):
         Segment("red", LEFT, **given)
 
 
@@ -161,7 +164,7 @@ def test_layouts_have_tokens_and_occurrences(tmp_path):
     segments = parse_layout({"segments": entries}, tmp_path, "layout").segments
     assert [(s.tokens, s.occurrence) for s in segments] == [((4, 5), None), (None, 2)]
     for wrong in ({"tokens": 4}, {"occurrence": "2"}, {"tokens": ["4"]}):
-        with pytest.raises(ValueError, match=f"layout: segment 0: .*{next(iter(wrong))}"):
+        with pytest.raises(GuidekitError, match=f"layout: segment 0: .*{next(iter(wrong))}"):
             parse_layout({"segments": [entries[0] | {"tokens": None} | wrong]}, tmp_path, "layout")
 
 
@@ -207,10 +210,10 @@ def test_scripts_without_spaces_on_a_tokenizer_of_bytes(prompt, phrase):
     assert found == list(range(found[0], found[-1] + 1))
     asked = Condition(prompt, segments=(Segment(phrase, LEFT),))
     assert append_phrases(asked, tokenizer) == asked
-    with pytest.raises(ValueError, match="does not occur.*:[一赤ว]"):
+    with pytest.raises(GuidekitError, match="does not occur.*:[一赤ว]"):
         token_columns(tokenizer, prompt, "没有")
 
 
 def test_a_script_that_the_tokenizer_does_not_know_is_refused():
-    with pytest.raises(ValueError, match="tokenizer does not know '红色'"):
+    with pytest.raises(GuidekitError, match="tokenizer does not know '红色'"):
         token_columns(text_encoders.t5_tokenizer(), "a 红色 circle", "红色")

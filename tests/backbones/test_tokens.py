@@ -11,6 +11,7 @@ from guidekit.backbones.tokens import (
     segment_weights,
     token_columns,
 )
+from guidekit.errors import GuidekitError
 from guidekit.testing import text_encoders
 
 MASK = box_mask((0, 0, 0.5, 1))
@@ -48,14 +49,14 @@ def test_words_of_several_tokens_have_all_their_columns(words):
 
 
 def test_a_phrase_that_is_not_there_raises_with_the_tokens(words):
-    with pytest.raises(ValueError, match=r"'blue' does not occur .* 1:a</w> 2:red</w>"):
+    with pytest.raises(GuidekitError, match=r"'blue' does not occur .* 1:a</w> 2:red</w>"):
         token_columns(words, "a red circle", "blue")
-    with pytest.raises(ValueError, match="does not occur"):
+    with pytest.raises(GuidekitError, match="does not occur"):
         token_columns(words, "a red circle", "circl")
 
 
 def test_a_phrase_that_is_cut_off_raises(words):
-    with pytest.raises(ValueError, match="beyond the 77 tokens"):
+    with pytest.raises(GuidekitError, match="beyond the 77 tokens"):
         token_columns(words, "red " * 80 + "blue", "blue")
 
 
@@ -88,5 +89,5 @@ def test_both_tokenizers_of_sdxl_must_agree(words, monkeypatch):
 
     monkeypatch.setattr(text_encoders, "WORDS", ("red",))  # `circle` falls into letters
     other = tiny.tokenizer()
-    with pytest.raises(ValueError, match="cut 'red circle' into different tokens"):
+    with pytest.raises(GuidekitError, match="cut 'red circle' into different tokens"):
         segment_columns([words, other], condition)

@@ -29,6 +29,7 @@ from guidekit.cli.session import Session
 from guidekit.cli.settings import Settings, make_settings, read_config
 from guidekit.cli.words import unknown_words
 from guidekit.engine import evaluator
+from guidekit.errors import GuidekitError
 from guidekit.system.progress import Progress
 from guidekit.worlds import scenes
 from guidekit.zoo.shipped import ZOO
@@ -90,7 +91,7 @@ def test_every_batch_is_prepared_once(model, install):
 def test_what_cannot_work_is_refused_before_anything_is_written(model, tmp_path):
     settings = Settings(model=str(model), prompt=PROMPT, height=30, out=tmp_path / "o")
     plan = make_plan(settings)
-    with pytest.raises(ValueError, match="multiples of 8"):
+    with pytest.raises(GuidekitError, match="multiples of 8"):
         Session(plan)
     assert [path.name for path in plan.folder.iterdir()] == ["run.json.part"]  # its claim
 
@@ -125,7 +126,7 @@ def test_run_json_has_a_format(model, tmp_path):
     path.write_text(json.dumps(first))  # of before there were formats
     assert make_settings(read_config(path), {}).prompt == PROMPT
     path.write_text(json.dumps(tables | {"format": 2}))
-    with pytest.raises(ValueError, match="reads format 1, not 2"):
+    with pytest.raises(GuidekitError, match="reads format 1, not 2"):
         read_config(path)
 
 

@@ -8,6 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from guidekit.cli.settings import Settings, dump, make_settings, read_config, sample_keys
+from guidekit.errors import GuidekitError
 from guidekit.layouts import load_layout, parse_layout
 from guidekit.options import convert, parse_setting
 from guidekit.seeds import Seeds
@@ -39,7 +40,7 @@ def test_settings_of_plugins(text, expected):
 
 @pytest.mark.parametrize("text", ["zest", "zest=2", "scale=2", "=", ".a=1"])
 def test_settings_of_another_form(text):
-    with pytest.raises(ValueError, match="PLUGIN.OPTION=VALUE"):
+    with pytest.raises(GuidekitError, match="PLUGIN.OPTION=VALUE"):
         parse_setting(text)
 
 
@@ -53,7 +54,7 @@ def test_seeds(text, seeds):
 
 @pytest.mark.parametrize("text", ["", "3-1", "a", "1,,2", "-1", "1,1", "0-99999999", "1.5"])
 def test_wrong_seeds(text):
-    with pytest.raises(ValueError, match="seed"):
+    with pytest.raises(GuidekitError, match="seed"):
         Seeds(text)
 
 
@@ -83,7 +84,7 @@ def test_conversion(value, kind, expected):
     [("a", float), (2.5, int), (True, int), (1, bool), (None, int), ([1], str), ({}, float)],
 )
 def test_conversion_refuses(value, kind):
-    with pytest.raises(ValueError, match="^x must be"):
+    with pytest.raises(GuidekitError, match="^x must be"):
         convert(value, kind, "x")
 
 
@@ -123,7 +124,7 @@ def test_a_layout_by_flag_brings_its_own_texts(tmp_path):
 
 
 def test_a_plugin_is_named_once():
-    with pytest.raises(ValueError, match="given twice"):
+    with pytest.raises(GuidekitError, match="given twice"):
         make_settings({}, {"plugin": ["zest", "zest"]})
 
 
@@ -153,12 +154,12 @@ def test_a_model_folder_beside_the_file(tmp_path):
     ],
 )
 def test_wrong_files(tmp_path, text, match):
-    with pytest.raises(ValueError, match=match):
+    with pytest.raises(GuidekitError, match=match):
         read_config(write(tmp_path, text))
 
 
 def test_options_of_a_plugin_that_was_not_named():
-    with pytest.raises(ValueError, match="add --plugin zest"):
+    with pytest.raises(GuidekitError, match="add --plugin zest"):
         make_settings({}, {"set": ["zest.scale=2"]})
 
 
@@ -213,7 +214,7 @@ def test_any_object_as_a_layout(layout):
 def test_numbers_beyond_a_float_in_a_layout(key):
     entry = {"phrase": "a", "box": [0, 0, 1, 1], "strength": 1}
     entry[key] = [0, 0, 1, 10**400] if key == "box" else 10**400
-    with pytest.raises(ValueError, match=f"`{key}` must be"):
+    with pytest.raises(GuidekitError, match=f"`{key}` must be"):
         parse_layout({"segments": [entry]}, Path(), "layout")
 
 
@@ -236,7 +237,7 @@ def test_seeds_of_numbers(value):
 
 @pytest.mark.parametrize("value", [1.5, [True], [float("nan")], [[1]], {"a": 1}, None, [2**63], []])
 def test_values_that_are_no_seeds(value):
-    with pytest.raises(ValueError, match="seeds"):
+    with pytest.raises(GuidekitError, match="seeds"):
         Seeds(value)
 
 

@@ -20,7 +20,7 @@ import tiny
 from attaching import RED, SEGMENTS, Bright, Watch, own_loop
 from drawing import draw
 from guidekit import Condition, Guidance, Segment, attach, box_mask
-from guidekit.errors import where_of
+from guidekit.errors import GuidekitError, where_of
 from guidekit.taps import Patch, find_sites
 from guidekit_cfg import ClassifierFree
 from guidekit_clip import Clip
@@ -285,7 +285,7 @@ class Own(Guidance):
 
 @pytest.mark.parametrize("cls, why", [(Picky, "rejects"), (Own, "own loop")])
 def test_what_needs_its_own_loop_is_refused_at_once(pipe, cls, why):
-    with pytest.raises(ValueError, match=f"{why}.*guidekit.sample"):
+    with pytest.raises(GuidekitError, match=f"{why}.*guidekit.sample"):
         with attach(pipe, [cls()]):
             raise AssertionError("it was attached")
 
@@ -306,7 +306,7 @@ def test_what_needs_its_own_loop_is_refused_at_once(pipe, cls, why):
     ],
 )
 def test_what_cannot_work_is_refused(pipe, guidances, attached, called, message):
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(GuidekitError, match=message):
         with attach(pipe, guidances, **attached):
             draw(pipe, **called)
     assert "encode_prompt" not in vars(pipe)
@@ -322,7 +322,7 @@ def test_phrases_with_prompt_embeds_are_refused(pipe):
         "negative_prompt_embeds": states.roll(1, 1),
     }
     with attach(pipe, [Zest()], segments=SEGMENTS):
-        with pytest.raises(ValueError, match="prompt_embeds"):
+        with pytest.raises(GuidekitError, match="prompt_embeds"):
             draw(pipe, **given)
     bare = draw(pipe, **given)
     with attach(pipe, [Bright()]):  # it reads no phrases
@@ -331,7 +331,7 @@ def test_phrases_with_prompt_embeds_are_refused(pipe):
 
 def test_one_denoiser_is_attached_once(pipe):
     with attach(pipe, [Zest()], segments=SEGMENTS):
-        with pytest.raises(ValueError, match="attached already"):
+        with pytest.raises(GuidekitError, match="attached already"):
             with attach(pipe, [Bright()]):
                 pass
         assert not torch.equal(draw(pipe), _detached(pipe))

@@ -27,6 +27,7 @@ import tiny
 from attaching import Watch
 from guidekit import Guidance, Segment, attach, box_mask, sample
 from guidekit.backbones.records import FAMILIES
+from guidekit.errors import GuidekitError
 from guidekit.taps import tap_attention
 from guidekit.testing import conditioners, miniatures
 from guidekit.testing.weights import randomised
@@ -237,22 +238,24 @@ def test_maps_beside_another_image_are_the_softmax_of_the_pixels():
     ],
 )
 def test_the_own_loop_names_attach_before_it_draws(build, message):
-    with pytest.raises(ValueError, match=f"{message}.*guidekit.attach"):
+    with pytest.raises(GuidekitError, match=f"{message}.*guidekit.attach"):
         sample(build()[0], "a red circle", seeds=[0], steps=2)
 
 
 def test_the_own_loop_refuses_what_the_model_alone_says():
     pipe = tiny.sd_pipeline()
     pipe.unet = unet(in_channels=8)
-    with pytest.raises(ValueError, match="reads 8 channels, the latents have 4.*guidekit.attach"):
+    with pytest.raises(
+        GuidekitError, match="reads 8 channels, the latents have 4.*guidekit.attach"
+    ):
         sample(pipe, "a red circle", seeds=[0], steps=2)
     pipe = tiny.sd_pipeline()
     pipe.unet.encoder_hid_proj = torch.nn.Identity()  # as a loaded IP-Adapter leaves it
-    with pytest.raises(ValueError, match="IP-Adapter is loaded.*guidekit.attach"):
+    with pytest.raises(GuidekitError, match="IP-Adapter is loaded.*guidekit.attach"):
         sample(pipe, "a red circle", seeds=[0], steps=2)
     pipe = tiny.sd_pipeline()
     twin = StableDiffusionImg2ImgPipeline(**pipe.components, requires_safety_checker=False)
-    with pytest.raises(ValueError, match="StableDiffusionImg2ImgPipeline draws from an image"):
+    with pytest.raises(GuidekitError, match="StableDiffusionImg2ImgPipeline draws from an image"):
         sample(twin, "a red circle", seeds=[0], steps=2)
 
 
@@ -307,7 +310,7 @@ def test_repeats_are_refused_where_there_are_some(pipe):
     with attach(pipe, [Again()]):
         assert torch.equal(draw(pipe), bare)
     with attach(pipe, [Again(times=2)]):
-        with pytest.raises(ValueError, match="again repeats steps.*guidekit.sample"):
+        with pytest.raises(GuidekitError, match="again repeats steps.*guidekit.sample"):
             draw(pipe)
 
 
@@ -316,9 +319,9 @@ def test_cfg_1_is_taken_where_it_changes_nothing(pipe):
         expected = draw(pipe, guidance_scale=1.0)
     with attach(pipe, [Zest(stop=1.0)], segments=SEGMENTS, cfg=1.0):
         assert torch.equal(draw(pipe, guidance_scale=1.0), expected)
-        with pytest.raises(ValueError, match="cfg is 1, and .* for null and cond"):
+        with pytest.raises(GuidekitError, match="cfg is 1, and .* for null and cond"):
             draw(pipe, guidance_scale=5.0)
-    with pytest.raises(ValueError, match="cfg is the call's guidance_scale"):
+    with pytest.raises(GuidekitError, match="cfg is the call's guidance_scale"):
         with attach(pipe, [Zest()], cfg=-1.0):
             pass
 
@@ -341,7 +344,7 @@ def test_a_reference_image(pipe):
     with attach(pipe, [Near()], image=image) as attached:
         assert not torch.equal(draw(pipe), bare)
     assert [c.image is not None for c in attached.run.conditions] == [True]
-    with pytest.raises(ValueError, match="no guidance here reads an image"):
+    with pytest.raises(GuidekitError, match="no guidance here reads an image"):
         with attach(pipe, [Zest()], image=image):
             pass
 
@@ -351,7 +354,7 @@ def test_columns_by_hand_beside_prompt_embeds(pipe):
     given = {"prompt": None, "prompt_embeds": states, "negative_prompt_embeds": null}
     with attach(pipe, [Zest(stop=1.0)], segments=SEGMENTS):
         expected = draw(pipe)
-        with pytest.raises(ValueError, match="prompt_embeds.*tokens"):
+        with pytest.raises(GuidekitError, match="prompt_embeds.*tokens"):
             draw(pipe, **given)
     by_hand = (Segment("red circle", LEFT, tokens=(2, 3)),)
     with attach(pipe, [Zest(stop=1.0)], segments=by_hand):

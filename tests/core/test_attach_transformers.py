@@ -8,6 +8,7 @@ import torch
 from attaching import SEGMENTS, Bright, Watch
 from drawing import draw_family, transformer
 from guidekit import attach
+from guidekit.errors import GuidekitError
 from guidekit_pww import PaintWithWords
 from guidekit_zest import Zest
 
@@ -32,7 +33,7 @@ def test_transformers_are_guided(family, guidance):
 
 def test_pixarts_scale_is_asked_for_where_an_energy_reads_x0():
     with attach(transformer("pixart"), [Bright()]):
-        with pytest.raises(ValueError, match="guidance_scale of the call as cfg"):
+        with pytest.raises(GuidekitError, match="guidance_scale of the call as cfg"):
             draw_family("pixart")
 
 
@@ -77,10 +78,10 @@ def test_paint_with_words_paints_in_the_mask(family):
 
 def test_two_prompts_and_two_calls_a_step_are_refused():
     with attach(transformer("flux"), [Watch()]):
-        with pytest.raises(ValueError, match="true_cfg_scale"):
+        with pytest.raises(GuidekitError, match="true_cfg_scale"):
             draw_family("flux", negative_prompt="blue", true_cfg_scale=2.0)
     with attach(transformer("sd3"), [Watch()]):
-        with pytest.raises(ValueError, match="twice in one step"):
+        with pytest.raises(GuidekitError, match="twice in one step"):
             draw_family(
                 "sd3",
                 skip_guidance_layers=[0],

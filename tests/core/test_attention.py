@@ -16,6 +16,7 @@ from guidekit.attention import maps as attention_maps
 from guidekit.attention.call import AttentionCall, attend
 from guidekit.attention.choice import choose, implementations
 from guidekit.attention.maps import token_maps
+from guidekit.errors import GuidekitError
 from guidekit.taps import tap_attention
 
 
@@ -241,14 +242,14 @@ def test_maps_equal_diffusers_attention_scores(name):
 
 def test_refusals():
     call = make_call()
-    with pytest.raises(ValueError, match="reduce is 'mean' or 'none', not 'sum'"):
+    with pytest.raises(GuidekitError, match="reduce is 'mean' or 'none', not 'sum'"):
         call.read(segments(7), reduce="sum")
-    with pytest.raises(ValueError, match=r"weights must be \(B or 1, T=7, S\), not \(1, 5, 3\)"):
+    with pytest.raises(GuidekitError, match=r"weights must be \(B or 1, T=7, S\), not \(1, 5, 3\)"):
         call.read(segments(5))
-    with pytest.raises(ValueError, match="detach them"):
+    with pytest.raises(GuidekitError, match="detach them"):
         call.read(segments(7).requires_grad_())
     call.is_causal = True
-    with pytest.raises(ValueError, match="causal"):
+    with pytest.raises(GuidekitError, match="causal"):
         call.read(segments(7))
 
 
@@ -267,9 +268,9 @@ def test_choice_of_implementation(monkeypatch):
         else:
             with pytest.raises(RuntimeError, match=f"attention '{name}' cannot run"):
                 choose()
-    with pytest.raises(ValueError, match="no attention implementation 'flash'"):
+    with pytest.raises(GuidekitError, match="no attention implementation 'flash'"):
         choose("flash")
-    with pytest.raises(ValueError, match="no attention implementation 'eger'"):
+    with pytest.raises(GuidekitError, match="no attention implementation 'eger'"):
         monkeypatch.setenv("GUIDEKIT_ATTENTION", "eger")
         choose()
 

@@ -6,6 +6,7 @@ from diffusers.models.attention_processor import Attention, IPAdapterAttnProcess
 
 from attention_calls import make_call, masks, segments, softmax_of
 from guidekit.attention.call import attend
+from guidekit.errors import GuidekitError
 from guidekit.taps import tap_attention
 
 
@@ -52,7 +53,7 @@ def test_identity_outputs_the_values(hk):
     assert torch.equal(call.run(), call.value.repeat_interleave(4 // hk, dim=1))
     out, _ = attend(call, segments(12), "eager")
     assert torch.equal(out, call.run())
-    with pytest.raises(ValueError, match="needs self-attention, not 12 queries, 7 keys"):
+    with pytest.raises(GuidekitError, match="needs self-attention, not 12 queries, 7 keys"):
         make_call().identity()
 
 

@@ -5,6 +5,7 @@ import torch
 
 import tiny
 from guidekit.blocks import block_features
+from guidekit.errors import GuidekitError
 from guidekit.taps import tap_blocks
 from tapped import run, traces
 
@@ -70,7 +71,7 @@ def test_tokens_become_features_row_by_row():
     tokens = torch.arange(12.0).view(1, 6, 2)  # channels 0 and 1 of 2x3 pixels
     features = block_features((None, tokens), (2, 3))
     assert features[0, 0].tolist() == [[0, 2, 4], [6, 8, 10]]
-    with pytest.raises(ValueError, match=r"need grid=\(h, w\)"):
+    with pytest.raises(GuidekitError, match=r"need grid=\(h, w\)"):
         block_features(tokens)
 
 
@@ -129,7 +130,7 @@ def test_a_block_that_cannot_be_skipped_says_so():
     model, inputs, _ = tiny.sd15()
     for site in ("down_blocks.0", "down_blocks.1.resnets.0"):
         with (
-            pytest.raises(ValueError, match="cannot be skipped"),
+            pytest.raises(GuidekitError, match="cannot be skipped"),
             torch.no_grad(),
             tap_blocks(model, lambda call: call.skip(), site),
         ):

@@ -14,6 +14,7 @@ from guidekit.conditions import (
     segment_masks,
     segment_strengths,
 )
+from guidekit.errors import GuidekitError
 from guidekit.layouts import load_layout, parse_segment
 from guidekit.masks import box_mask, load_mask, resize_mask
 
@@ -32,7 +33,7 @@ def test_box_covers_its_share_of_the_picture():
     [(0.5, 0, 0.2, 1), (0, 0, 1.2, 1), (0, 0.5, 1, 0.5), (-0.1, 0, 1, 1), (float("nan"), 0, 1, 1)],
 )
 def test_wrong_box_names_the_form(box):
-    with pytest.raises(ValueError, match="left,top,right,bottom"):
+    with pytest.raises(GuidekitError, match="left,top,right,bottom"):
         box_mask(box)
 
 
@@ -46,7 +47,7 @@ def test_wrong_box_names_the_form(box):
     ],
 )
 def test_wrong_mask_says_why(mask, says):
-    with pytest.raises(ValueError) as error:
+    with pytest.raises(GuidekitError) as error:
         Segment("red circle", mask)
     assert says in str(error.value)
     assert "red circle" in str(error.value)
@@ -71,7 +72,7 @@ def test_batches_are_padded_with_empty_masks_and_zero_strengths():
 
 
 def test_segments_are_required_with_a_remedy():
-    with pytest.raises(ValueError, match="--segment"):
+    with pytest.raises(GuidekitError, match="--segment"):
         require_segments([Condition("a")], "zest")
 
 
@@ -134,25 +135,25 @@ def test_a_segment_that_names_two_files_is_refused(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for file in ("m.png", "y=m.png"):
         Image.new("L", (2, 2), 255).save(file)
-    with pytest.raises(ValueError, match="could mean y=m.png or m.png; rename one"):
+    with pytest.raises(GuidekitError, match="could mean y=m.png or m.png; rename one"):
         parse_segment("x=y=m.png")
     for name in ("none.png", "none@2x.png"):
-        with pytest.raises(ValueError, match=f"^mask {name}: no such file"):
+        with pytest.raises(GuidekitError, match=f"^mask {name}: no such file"):
             parse_segment(f"x=y={name}")
 
 
 @pytest.mark.parametrize("text", ["red circle", "=a.png", "red=", "red=1,2,3", "red=0,0,1,1@big"])
 def test_wrong_segment_text(text):
-    with pytest.raises(ValueError, match="segment|box"):
+    with pytest.raises(GuidekitError, match="segment|box"):
         parse_segment(text)
 
 
 def test_missing_and_broken_masks_are_named(tmp_path):
-    with pytest.raises(ValueError, match="no such file"):
+    with pytest.raises(GuidekitError, match="no such file"):
         load_mask(tmp_path / "none.png")
     broken = tmp_path / "broken.png"
     broken.write_bytes(b"not an image")
-    with pytest.raises(ValueError, match="broken.png"):
+    with pytest.raises(GuidekitError, match="broken.png"):
         load_mask(broken)
 
 
@@ -211,9 +212,9 @@ def test_maps_of_16_bits_hold_indices(tmp_path, kind, high):
     found = _masks_of(tmp_path, Image.fromarray(values), [high, 5], name=name)
     assert np.array_equal(found[0], INDEX == 2)
     assert np.array_equal(found[1], INDEX == 1)
-    with pytest.raises(ValueError, match=f"no pixel of the map is 3; it holds 0, 5, {high}"):
+    with pytest.raises(GuidekitError, match=f"no pixel of the map is 3; it holds 0, 5, {high}"):
         _masks_of(tmp_path, Image.fromarray(values), [3])
-    with pytest.raises(ValueError, match="16 bits or more, so `value` must be a whole number"):
+    with pytest.raises(GuidekitError, match="16 bits or more, so `value` must be a whole number"):
         _masks_of(tmp_path, Image.fromarray(values), ["#ff0000"])
 
 
@@ -245,11 +246,11 @@ def test_colours_of_a_jpeg_are_those_that_were_saved(tmp_path, quality, subsampl
 def test_a_jpeg_without_the_colour_is_refused_with_its_own(tmp_path):
     image = Image.fromarray(TWO[INDEX]).resize((480, 320), Image.Resampling.NEAREST)
     with pytest.raises(
-        ValueError, match="no pixel of the map is #00ff00; it holds #fefefe, #fd0000"
+        GuidekitError, match="no pixel of the map is #00ff00; it holds #fefefe, #fd0000"
     ) as error:
         _masks_of(tmp_path, image, ["#00ff00"], name="map.jpg", quality=90)
     assert "#005ac8" in str(error.value)  # the colours that it was made of
-    with pytest.raises(ValueError, match="a JPEG keeps no numbers; save the map as PNG"):
+    with pytest.raises(GuidekitError, match="a JPEG keeps no numbers; save the map as PNG"):
         _masks_of(tmp_path, image.convert("L"), [1], name="map.jpg")
 
 
@@ -281,7 +282,7 @@ def test_masks_of_maps_know_their_shape(tmp_path):
     ],
 )
 def test_wrong_layout_names_the_key(tmp_path, layout, says):
-    with pytest.raises(ValueError) as error:
+    with pytest.raises(GuidekitError) as error:
         load_layout(_layout(tmp_path, layout))
     assert says in str(error.value)
 
@@ -289,5 +290,5 @@ def test_wrong_layout_names_the_key(tmp_path, layout, says):
 def test_map_value_that_does_not_occur_names_those_that_do(tmp_path):
     Image.fromarray(np.array([[0, 7]], np.uint8)).save(tmp_path / "m.png")
     layout = {"map": "m.png", "segments": [{"phrase": "a", "value": 3}]}
-    with pytest.raises(ValueError, match="0, 7"):
+    with pytest.raises(GuidekitError, match="0, 7"):
         load_layout(_layout(tmp_path, layout))

@@ -8,6 +8,7 @@ from diffusers import DDIMScheduler
 
 import tiny
 from guidekit import Branch, FeatureRead, Guidance, Sampling
+from guidekit.errors import GuidekitError
 from guidekit_pww import PaintWithWords
 from guidekit_zest import Zest
 from one_step import RED, Bright, Input, predict
@@ -166,11 +167,11 @@ def test_branches_without_a_base_or_with_a_name_twice_raise(pipe):
         def branches(self, step, branches):
             return [b for b in branches if b.null]
 
-    with pytest.raises(ValueError, match="two branches are called 'cond'"):
+    with pytest.raises(GuidekitError, match="two branches are called 'cond'"):
         predict(pipe, [Twice()])
-    with pytest.raises(ValueError, match="no base among the branches cond"):
+    with pytest.raises(GuidekitError, match="no base among the branches cond"):
         predict(pipe, [Baseless()])
-    with pytest.raises(ValueError, match="zest reads the branch 'cond'"):
+    with pytest.raises(GuidekitError, match="zest reads the branch 'cond'"):
         predict(pipe, [Zest(), NoCond()])
 
 

@@ -182,7 +182,7 @@ def test_any_branch_can_be_read(pipe):
             torch.testing.assert_close(maps, other[site], rtol=1e-4, atol=1e-5)
     perturbed = drawn(pipe, [PerturbedAttention(), Reads(branch="pag")], [RED], [5], steps=1)
     assert perturbed.guidances[1].attention
-    with pytest.raises(ValueError, match="reads reads the branch 'region'.*among null, cond"):
+    with pytest.raises(GuidekitError, match="reads reads the branch 'region'.*among null, cond"):
         drawn(pipe, [Reads(branch="region")])
 
 

@@ -8,7 +8,7 @@ import torch
 
 import tiny
 from guidekit import FeatureRead, Guidance, Sampling
-from guidekit.errors import NonFiniteError
+from guidekit.errors import GuidekitError, NonFiniteError
 from guidekit_pww import PaintWithWords
 from guidekit_zest import Zest
 from one_step import RED, Bright, Input, Keep, engine_at, predict
@@ -293,10 +293,10 @@ def test_energies_of_a_wrong_kind_raise(pipe):
         def energy(self, step):
             return step.x0.detach().flatten(1).mean(1)
 
-    with pytest.raises(ValueError, match=r"energy of sum has shape \(\); .* \(2,\)"):
+    with pytest.raises(GuidekitError, match=r"energy of sum has shape \(\); .* \(2,\)"):
         predict(pipe, [Sum()])
     for guidance in (Apart(), Hidden()):
-        with pytest.raises(ValueError, match="does not depend on z"):
+        with pytest.raises(GuidekitError, match="does not depend on z"):
             predict(pipe, [guidance])
 
 

@@ -22,6 +22,7 @@ from diffusers import (
 import guidekit
 import tiny
 from guidekit import Condition, Guidance, Sampling, draw
+from guidekit.errors import GuidekitError
 from guidekit.groups import batches, systematic, with_particles
 from guidekit.testing import check_guidance
 from guidekit.testing.miniatures import sd3_pipeline
@@ -85,7 +86,7 @@ def test_sasolvers_history_goes_too(pipe):
     ],
 )
 def test_groups_do_not_meet(pipe, rows, message):
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(GuidekitError, match=message):
         Sampling(pipe, RED, [Swap(rows=rows)], seeds=range(4), steps=4, particles=2).finish()
 
 
@@ -116,18 +117,20 @@ def test_draw_keeps_groups_and_the_order_of_seeds(pipe):
     assert Seen.runs == [([0, 1], [[0, 1]]), ([2, 3], [[0, 1]]), ([4, 5], [[0, 1]])]
     plain = draw(pipe, RED, [Seen()], seeds=range(6), batch=6, steps=2)
     assert (images - plain).abs().max() < 1e-4
-    with pytest.raises(ValueError, match="would cut groups"):
+    with pytest.raises(GuidekitError, match="would cut groups"):
         draw(pipe, RED, seeds=range(4), particles=2, tries=2)
 
 
 def test_wrong_particles_are_refused(pipe):
-    with pytest.raises(ValueError, match="3 images are no groups of 2 particles"):
+    with pytest.raises(GuidekitError, match="3 images are no groups of 2 particles"):
         with_particles([RED] * 3, 2)
-    with pytest.raises(ValueError, match="have groups already"):
+    with pytest.raises(GuidekitError, match="have groups already"):
         with_particles([replace(RED, group=1)] * 2, 2)
-    with pytest.raises(ValueError, match="particles must be at least 1, not 0"):
+    with pytest.raises(GuidekitError, match="particles must be at least 1, not 0"):
         Sampling(pipe, RED, particles=0)
-    with pytest.raises(ValueError, match="swap resamples particles, which a pipeline's own loop"):
+    with pytest.raises(
+        GuidekitError, match="swap resamples particles, which a pipeline's own loop"
+    ):
         with guidekit.attach(pipe, [Swap()]):
             pass
 

@@ -10,6 +10,7 @@ import exact
 import guidekit
 import tiny
 from guidekit import Condition, Guidance, Sampling
+from guidekit.errors import GuidekitError
 
 RED = Condition("a red circle")
 
@@ -88,9 +89,11 @@ def test_no_jump_is_none_and_wrong_ones_are_refused(pipe):
         def jumps(self, step):
             return 2
 
-    with pytest.raises(ValueError, match="far jumps 2 steps back from step 0; it may from 0 to 1"):
+    with pytest.raises(
+        GuidekitError, match="far jumps 2 steps back from step 0; it may from 0 to 1"
+    ):
         sampling(pipe, Far()).finish()
-    with pytest.raises(ValueError, match="travel jumps back, which a pipeline's own loop"):
+    with pytest.raises(GuidekitError, match="travel jumps back, which a pipeline's own loop"):
         with guidekit.attach(pipe, [Travel()]):
             pass
 
@@ -124,7 +127,7 @@ def test_schedulers_are_kept_only_while_somebody_may_go_back(pipe, guidances, ke
 
 def test_steps_without_an_end_are_refused(monkeypatch):
     monkeypatch.setattr("guidekit.engine.recurrence.MOST", 3)
-    with pytest.raises(ValueError, match="step 0 was done 3 times; end its repeats or jumps"):
+    with pytest.raises(GuidekitError, match="step 0 was done 3 times; end its repeats or jumps"):
         Sampling(exact.pipeline(), Condition(), [Travel(times=9)], steps=4).finish()
 
 

@@ -7,6 +7,7 @@ import pytest
 import torch
 from diffusers import DDIMScheduler, DDPMScheduler
 
+from guidekit.errors import GuidekitError
 from guidekit.levels import Levels
 from guidekit.noise import level
 from solvers import (
@@ -177,7 +178,7 @@ def test_score_changes_eps_by_s_grad(name, prediction):
         at, move, z, out = call.at, call.move, call.z, call.out
         grad = torch.randn_like(z)
         if at.a < 1e-3:
-            with pytest.raises(ValueError, match="shift"):
+            with pytest.raises(GuidekitError, match="shift"):
                 move.score(grad)
             continue
         bent = at.eps(out + move.score(grad), z)
@@ -261,12 +262,12 @@ def test_packed_latents():
 def test_errors_name_the_remedy():
     scheduler, _ = make("euler", EPS, 8)
     z = torch.randn(1, 3, 4, 4)
-    with pytest.raises(ValueError, match="it knows .'generator"):
+    with pytest.raises(GuidekitError, match="it knows .'generator"):
         Levels(scheduler, dict(sigma_noise=1.0))
-    with pytest.raises(ValueError, match="calls 0 to 7, not 8"):
+    with pytest.raises(GuidekitError, match="calls 0 to 7, not 8"):
         Levels(scheduler).move(8)
     blind = DDIMScheduler(rescale_betas_zero_snr=True, timestep_spacing="trailing")
     blind.set_timesteps(4)
-    with pytest.raises(ValueError, match="start one step later"):
+    with pytest.raises(GuidekitError, match="start one step later"):
         Levels(blind).move(0).shift(z)
     assert Levels(blind).move(1).shift(z).isfinite().all()

@@ -8,6 +8,7 @@ import pytest
 import torch
 from diffusers import DDIMScheduler, EDMEulerScheduler, FlowMatchEulerDiscreteScheduler
 
+from guidekit.errors import GuidekitError
 from guidekit.noise import PREDICTIONS, SOURCES, Level, level
 from solvers import ALL, ALL_PAIRS, BETAS, EPS, FLOW, RETURN_X0, V, make, scale, walk
 
@@ -48,7 +49,7 @@ def test_the_table_of_a_run_and_the_scheduler_as_it_goes_say_the_same(name, pred
     if name not in ("flow-deis", "flow-sasolver"):
         assert told.s <= 0.05
         assert told.a > 0.99
-    with pytest.raises(ValueError, match="levels 0 to"):
+    with pytest.raises(GuidekitError, match="levels 0 to"):
         level(call.scheduler, call.t, offset=2)
 
 
@@ -86,11 +87,11 @@ def test_the_ends_of_a_schedule():
     assert torch.equal(noise.x0(0.25 * z, z), 0.75 * z)
     assert torch.equal(noise.eps(z, z), z)
     assert torch.equal(noise.score(z, z), -z)
-    with pytest.raises(ValueError, match="out_from_x0"):
+    with pytest.raises(GuidekitError, match="out_from_x0"):
         noise.out_from_eps(z, z)
-    with pytest.raises(ValueError, match="start one step later"):
+    with pytest.raises(GuidekitError, match="start one step later"):
         Level(0.0, 1.0, "vp", EPS).x0(z, z)
-    with pytest.raises(ValueError, match="one step earlier"):
+    with pytest.raises(GuidekitError, match="one step earlier"):
         clean.score(z, z)
 
 
@@ -99,21 +100,21 @@ def test_subclasses_are_known_and_strangers_refused():
         pass
 
     assert level(Mine(**BETAS), 500) == level(DDIMScheduler(**BETAS), 500)
-    with pytest.raises(ValueError, match="EDMEulerScheduler; use .*: DDPMScheduler"):
+    with pytest.raises(GuidekitError, match="EDMEulerScheduler; use .*: DDPMScheduler"):
         level(EDMEulerScheduler(), 1.0)
     assert all(hasattr(diffusers, name) for name in SOURCES)
 
 
 def test_errors_name_the_remedy():
     scheduler, _ = make("euler", EPS, 8)
-    with pytest.raises(ValueError, match="set_timesteps"):
+    with pytest.raises(GuidekitError, match="set_timesteps"):
         level(scheduler, 123.4)
-    with pytest.raises(ValueError, match="use_flow_sigmas=True"):
+    with pytest.raises(GuidekitError, match="use_flow_sigmas=True"):
         level(make("dpm++2m", FLOW, 8)[0], 999)
 
 
 def test_inverted_sigmas_are_refused():
     mochi = FlowMatchEulerDiscreteScheduler(invert_sigmas=True)
     mochi.set_timesteps(4)
-    with pytest.raises(ValueError, match="invert_sigmas=False"):
+    with pytest.raises(GuidekitError, match="invert_sigmas=False"):
         level(mochi, mochi.timesteps[0])

@@ -19,7 +19,7 @@ from diffusers import (
 import guidekit
 import tiny
 from guidekit import Condition, FeatureRead, Guidance, Sampling
-from guidekit.errors import NonFiniteError
+from guidekit.errors import GuidekitError, NonFiniteError
 from guidekit.testing import check_guidance
 from guidekit.testing.miniatures import sd3_pipeline
 from guidekit.toolbox import descend
@@ -91,7 +91,7 @@ def test_a_scheduler_that_would_lose_it_is_refused(pipe, cls):
             return z + 0.1
 
     scheduler = cls.from_config(pipe.scheduler.config)
-    with pytest.raises(ValueError, match="always refines z, and .* does not start every step"):
+    with pytest.raises(GuidekitError, match="always refines z, and .* does not start every step"):
         Sampling(pipe, RED, [Always()], steps=4, scheduler=scheduler).finish()
 
 
@@ -194,7 +194,7 @@ def test_what_is_not_finite_follows_the_policy(pipe):
 def test_a_z_of_another_shape_is_refused(pipe):
     wrong = copy.copy(Shift())
     wrong.refine = lambda step, z: z[:1]
-    with pytest.raises(ValueError, match="shift refines z"):
+    with pytest.raises(GuidekitError, match="shift refines z"):
         drawn(pipe, [wrong])
 
 

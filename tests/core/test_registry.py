@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from guidekit import Guidance
+from guidekit.errors import GuidekitError
 from guidekit.registry import Registry, entries
 
 
@@ -109,7 +110,7 @@ def test_plugins_do_not_see_each_others_hooks(install):
 def test_a_broken_stranger_breaks_nothing_else(install, source, match):
     install("acme", source)
     registry = Registry()
-    with pytest.raises(ValueError, match="guidekit-acme") as error:
+    with pytest.raises(GuidekitError, match="guidekit-acme") as error:
         registry.load("acme")
     assert error.match(match)
     assert registry.make_guidance("zest", {}).name == "zest"
@@ -118,7 +119,7 @@ def test_a_broken_stranger_breaks_nothing_else(install, source, match):
 def test_one_name_from_two_distributions(install):
     install("acme", PLUGIN)
     install("acme", PLUGIN, "other-acme")
-    with pytest.raises(ValueError, match="guidekit-acme and other-acme|other-acme and guidekit"):
+    with pytest.raises(GuidekitError, match="guidekit-acme and other-acme|other-acme and guidekit"):
         Registry().load("acme")
 
 
@@ -130,28 +131,28 @@ def test_the_allow_list(install, monkeypatch, allowed, works):
     if works:
         Registry().load("acme")
         return
-    with pytest.raises(ValueError, match="not in GUIDEKIT_PLUGINS"):
+    with pytest.raises(GuidekitError, match="not in GUIDEKIT_PLUGINS"):
         Registry().load("acme")
     assert "guidekit_acme_module" not in sys.modules
 
 
 def test_a_blocked_plugin():
-    with pytest.raises(ValueError, match="blocked by --no-plugin"):
+    with pytest.raises(GuidekitError, match="blocked by --no-plugin"):
         Registry(blocked=["zest"]).load("zest")
 
 
 def test_names_that_do_not_exist():
-    with pytest.raises(ValueError, match="no plugin 'nope'; there are .*zest"):
+    with pytest.raises(GuidekitError, match="no plugin 'nope'; there are .*zest"):
         Registry().guidance_class("nope")
-    with pytest.raises(ValueError, match="no guidance 'zest.fast'; zest registers zest"):
+    with pytest.raises(GuidekitError, match="no guidance 'zest.fast'; zest registers zest"):
         Registry().guidance_class("zest.fast")
-    with pytest.raises(ValueError, match="no backbone 'zest:x'; zest registers none"):
+    with pytest.raises(GuidekitError, match="no backbone 'zest:x'; zest registers none"):
         Registry().backbone("zest:x")
 
 
 def test_an_unknown_option():
     with pytest.raises(
-        ValueError, match=r"option 'scal' \(the nearest is scale\); it has: scale, st"
+        GuidekitError, match=r"option 'scal' \(the nearest is scale\); it has: scale, st"
     ):
         Registry().make_guidance("zest", {"scal": 2})
 
@@ -187,5 +188,5 @@ def test_paths_are_relative_to_the_file_that_names_them(monkeypatch):
     ],
 )
 def test_options_of_another_type(every, option, value, match):
-    with pytest.raises(ValueError, match=match):
+    with pytest.raises(GuidekitError, match=match):
         every(**{option: value})

@@ -19,6 +19,7 @@ from diffusers import (
 
 import tiny
 from guidekit import Condition, Guidance, Sampling, Segment, box_mask, draw
+from guidekit.errors import GuidekitError
 from guidekit_pww import PaintWithWords
 from guidekit_zest import Zest
 
@@ -206,7 +207,7 @@ def test_one_repeat_is_none(pipe):
 @pytest.mark.parametrize("cls", [PNDMScheduler, UniPCMultistepScheduler, HeunDiscreteScheduler])
 def test_edits_of_z_are_refused_where_the_scheduler_would_lose_them(pipe, cls):
     scheduler = cls.from_config(pipe.scheduler.config)
-    with pytest.raises(ValueError, match="noisy edits z, and .* does not start"):
+    with pytest.raises(GuidekitError, match="noisy edits z, and .* does not start"):
         Sampling(pipe, RED, [Noisy()], steps=5, scheduler=scheduler).finish()
 
 
@@ -265,17 +266,17 @@ def test_tries_are_bounded_and_the_last_draw_stays(pipe):
 )
 def test_settings_that_cannot_work_raise(pipe, options, message):
     given = {"conditions": RED, "seeds": [1, 2]} | options
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(GuidekitError, match=message):
         Sampling(pipe, **given)
 
 
 def test_eta_of_a_scheduler_without_it_raises(pipe):
     scheduler = EulerDiscreteScheduler.from_config(pipe.scheduler.config)
-    with pytest.raises(ValueError, match="has no eta"):
+    with pytest.raises(GuidekitError, match="has no eta"):
         Sampling(pipe, RED, eta=0.5, scheduler=scheduler)
 
 
 def test_too_few_steps_for_pndm():
     scheduler = PNDMScheduler(skip_prk_steps=False)
-    with pytest.raises(ValueError, match="PNDMScheduler needs at least 4 steps, not 3"):
+    with pytest.raises(GuidekitError, match="PNDMScheduler needs at least 4 steps, not 3"):
         Sampling(tiny.sd_pipeline(), Condition("a"), steps=3, scheduler=scheduler)

@@ -15,6 +15,7 @@ import exact
 import guidekit
 import tiny
 from guidekit import Condition, Guidance, Sampling
+from guidekit.errors import GuidekitError
 from guidekit.testing.miniatures import sd3_pipeline
 from guidekit.toolbox import Downsampling, Grey, Inpainting
 from guidekit_red_diff import RedDiff
@@ -84,17 +85,17 @@ def test_other_schedulers_lend_their_levels(pipe):
     found = drawn(pipe, Ode(), scheduler=cls.from_config(pipe.scheduler.config))
     assert torch.isfinite(found.latents).all()
     heun = HeunDiscreteScheduler.from_config(pipe.scheduler.config)
-    with pytest.raises(ValueError, match="scheduler of one call a step"):
+    with pytest.raises(GuidekitError, match="scheduler of one call a step"):
         drawn(pipe, Ode(), scheduler=heun)
 
 
 def test_what_acts_on_the_schedulers_step_is_refused(pipe):
     segments = (guidekit.Segment("red circle", guidekit.box_mask((0, 0, 0.5, 1))),)
-    with pytest.raises(ValueError, match=r"zest acts on the scheduler's step \(push\), and ode"):
+    with pytest.raises(GuidekitError, match=r"zest acts on the scheduler's step \(push\), and ode"):
         Sampling(pipe, Condition("a red circle", segments=segments), [Ode(), Zest()]).finish()
-    with pytest.raises(ValueError, match="ode and ode-2 both draw by a loop of their own"):
+    with pytest.raises(GuidekitError, match="ode and ode-2 both draw by a loop of their own"):
         drawn(pipe, Ode(), Ode())
-    with pytest.raises(ValueError, match="ode draws by a loop of its own, which a pipeline's"):
+    with pytest.raises(GuidekitError, match="ode draws by a loop of its own, which a pipeline's"):
         with guidekit.attach(pipe, [Ode()]):
             pass
 
@@ -102,7 +103,7 @@ def test_what_acts_on_the_schedulers_step_is_refused(pipe):
         def solve(self, run, z, predict):
             return iter(())
 
-    with pytest.raises(ValueError, match="a solver drew nothing"):
+    with pytest.raises(GuidekitError, match="a solver drew nothing"):
         drawn(pipe, Idle())
 
 
@@ -122,5 +123,7 @@ def test_red_diff_meets_its_measurement(operator):
 
 
 def test_red_diff_needs_a_measurement():
-    with pytest.raises(ValueError, match="red-diff needs a measurement: --set red-diff.measureme"):
+    with pytest.raises(
+        GuidekitError, match="red-diff needs a measurement: --set red-diff.measureme"
+    ):
         Sampling(exact.pipeline(), Condition(), [RedDiff()], steps=4)

@@ -9,6 +9,7 @@ from diffusers.models.attention_processor import AttnProcessor, SlicedAttnProces
 
 import tiny
 from guidekit.attention.call import attend
+from guidekit.errors import GuidekitError
 from guidekit.taps import Patch, find_sites, tap_attention, tap_blocks
 from tapped import ATTN2, one_hot, run, traces
 
@@ -201,13 +202,13 @@ def test_linear_attention_says_why():
 
 def test_sites_that_match_nothing_name_what_exists():
     model, _, _ = tiny.sd15()
-    with pytest.raises(ValueError, match="'decoder.\\*' matches no attention site.*mid_block"):
+    with pytest.raises(GuidekitError, match="'decoder.\\*' matches no attention site.*mid_block"):
         find_sites(model, ["mid_block.*", "decoder.*"])
-    with pytest.raises(ValueError, match="no block site.*down_blocks.0.resnets.0"):
+    with pytest.raises(GuidekitError, match="no block site.*down_blocks.0.resnets.0"):
         find_sites(model, "up_blocks.7", "block")
-    with pytest.raises(ValueError, match="kind is 'attention' or 'block'"):
+    with pytest.raises(GuidekitError, match="kind is 'attention' or 'block'"):
         find_sites(model, "*", "layer")
-    with pytest.raises(ValueError, match="has: none"):
+    with pytest.raises(GuidekitError, match="has: none"):
         find_sites(torch.nn.Linear(1, 1), "*")
 
 

@@ -10,6 +10,7 @@ from diffusers import DDIMPipeline, DDIMScheduler, DDPMScheduler
 
 from guidekit import Condition, Guidance, Sampling, Segment, box_mask, load
 from guidekit.cli.main import main
+from guidekit.errors import GuidekitError
 from guidekit.reads import FeatureRead
 from guidekit.testing.miniatures import ddpm_pipeline
 from guidekit_multidiffusion import MultiDiffusion
@@ -122,7 +123,7 @@ SEGMENT = Segment("red", box_mask((0, 0, 0.5, 1)))
     ],
 )
 def test_what_has_no_meaning_is_refused(condition, guidances, options, message):
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(GuidekitError, match=message):
         Sampling(ddpm_pipeline(), condition, guidances, steps=2, **options)
 
 

@@ -9,6 +9,7 @@ from diffusers import DDIMScheduler, EulerDiscreteScheduler
 import guidekit
 import tiny
 from guidekit import Condition, Guidance, Sampling
+from guidekit.errors import GuidekitError
 from guidekit.registry import Registry
 from guidekit.testing.miniatures import sd3_pipeline
 from guidekit_cfg import ClassifierFree
@@ -85,9 +86,9 @@ def test_it_is_typed_the_same_from_everywhere():
     assert made.window == "0 to 0.5, sigma 5 to 0.28"
     assert Dim().window == "0 to 1"
     for wrong in ({"sigma_start": 0.2, "sigma_stop": 5}, {"sigma_stop": -1}, {"sigma_start": 0}):
-        with pytest.raises(ValueError, match="dim: sigma_start and sigma_stop are noise levels"):
+        with pytest.raises(GuidekitError, match="dim: sigma_start and sigma_stop are noise levels"):
             Dim(**wrong)
-    with pytest.raises(ValueError, match="dim.sigma_stop must be a number, not 'low'"):
+    with pytest.raises(GuidekitError, match="dim.sigma_stop must be a number, not 'low'"):
         Dim(sigma_stop="low")
 
 

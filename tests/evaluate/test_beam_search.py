@@ -4,6 +4,7 @@ import math
 
 import pytest
 
+from guidekit.errors import GuidekitError
 from guidekit.evaluate.scores import Score, mean_score, parse_score
 from guidekit.evaluate.search import Knob, beam_search, parse_knob
 
@@ -61,7 +62,7 @@ def test_knobs():
         ("p.scale=4:2", "at most the cap"),
         ("p.scale=0:2", "above 0"),
     ]:
-        with pytest.raises(ValueError, match=says):
+        with pytest.raises(GuidekitError, match=says):
             parse_knob(text, here)
 
 
@@ -75,7 +76,7 @@ def test_scores():
         ("quality", "needs real="),
         ("prompts real=a", "'real=a' is none of its options, clip"),
     ]:
-        with pytest.raises(ValueError, match=says):
+        with pytest.raises(GuidekitError, match=says):
             parse_score(text)
 
 

@@ -9,6 +9,7 @@ from diffusers import DDPMScheduler
 from safetensors.torch import load_file
 
 from guidekit import Denoiser
+from guidekit.errors import GuidekitError
 from guidekit.heads import Examples, FitOptions, Reading, fit, load_head
 from guidekit.heads.features import (
     collect,
@@ -100,7 +101,7 @@ def test_the_cache_streams_and_is_used_again(denoiser, tmp_path):
 
 
 def test_sites_that_match_nothing_are_refused(denoiser):
-    with pytest.raises(ValueError, match="nowhere"):
+    with pytest.raises(GuidekitError, match="nowhere"):
         resolve_sites(denoiser, ["nowhere"], "classes")
 
 
@@ -206,7 +207,7 @@ def test_several_labels_are_learned(denoiser):
     assert ((head.predict(denoiser, pictures) > 0).numpy() == both).mean() > 0.9
     assert report.scores["folds"] == 5
     both[:, 1] = 1
-    with pytest.raises(ValueError, match="'less red' is on every image"):
+    with pytest.raises(GuidekitError, match="'less red' is on every image"):
         fit(denoiser, Examples.of(pictures, both, ["left", "less red"], "labels"))
 
 
@@ -249,7 +250,7 @@ def test_one_example_per_class_says_so(denoiser):
     _, report = fit(denoiser, examples)
     assert "one example only" in report.notes[0]
     assert report.scores == {}
-    with pytest.raises(ValueError, match="--auto needs two"):
+    with pytest.raises(GuidekitError, match="--auto needs two"):
         fit(denoiser, examples, FitOptions(auto=True))
 
 
@@ -261,12 +262,12 @@ def small_head(denoiser):
 def test_a_head_refuses_another_backbone_but_not_another_precision(denoiser, tmp_path):
     folder = small_head(denoiser).save(tmp_path)
     load_head(folder, Denoiser(ddpm_pipeline().to(torch.float16)))
-    with pytest.raises(ValueError, match="another backbone"):
+    with pytest.raises(GuidekitError, match="another backbone"):
         load_head(folder, Denoiser(sd_pipeline()))
     other = ddpm_pipeline()
     for weight in other.unet.parameters():
         weight.data += 0.05
-    with pytest.raises(ValueError, match="other weights"):
+    with pytest.raises(GuidekitError, match="other weights"):
         load_head(folder, Denoiser(other))
 
 
@@ -308,18 +309,18 @@ def test_a_head_refuses_other_sites_and_damage(denoiser, tmp_path):
     head = small_head(denoiser)
     reading = dataclasses.replace(head.config.reading, sites=("nowhere",))
     other = Head(dataclasses.replace(head.config, reading=reading))
-    with pytest.raises(ValueError, match="nowhere"):
+    with pytest.raises(GuidekitError, match="nowhere"):
         load_head(other.save(tmp_path / "sites"), denoiser)
-    with pytest.raises(ValueError, match="is no head"):
+    with pytest.raises(GuidekitError, match="is no head"):
         load_head(tmp_path / "none", denoiser)
     folder = head.save(tmp_path / "cut")
     (folder / "head.safetensors").write_bytes(b"short")
-    with pytest.raises(ValueError, match="damaged"):
+    with pytest.raises(GuidekitError, match="damaged"):
         load_head(folder, denoiser)
     assert set(load_file(tmp_path / "sites" / "head.safetensors")) == set(head.state_dict())
 
 
 @pytest.mark.parametrize("kind", ["picture", ""])
 def test_a_head_of_an_unknown_kind_is_refused(kind):
-    with pytest.raises(ValueError, match="no kind of head"):
+    with pytest.raises(GuidekitError, match="no kind of head"):
         Head(HeadConfig(kind, ("a",), Reading(("mid_block",), (5,)), 4))

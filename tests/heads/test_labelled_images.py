@@ -7,6 +7,7 @@ import pytest
 import torch
 from PIL import Image, ImageOps
 
+from guidekit.errors import GuidekitError
 from guidekit.heads import read_examples
 from guidekit.heads.data import class_map, read_mask, soft_masks
 
@@ -118,7 +119,7 @@ def test_json_lines_hold_any_letter(tmp_path):
 
 def test_a_table_without_files_says_its_columns(tmp_path):
     (tmp_path / "a.csv").write_text("name,label\n0.png,cat\n")
-    with pytest.raises(ValueError, match="no column file_name, .*; it has name, label"):
+    with pytest.raises(GuidekitError, match="no column file_name, .*; it has name, label"):
         read_examples(tmp_path / "a.csv", SIZE)
 
 
@@ -231,7 +232,7 @@ def _no_labels(folder):
 )
 def test_bad_examples_say_what_is_wrong(tmp_path, make, says):
     make(tmp_path)
-    with pytest.raises(ValueError, match=says):
+    with pytest.raises(GuidekitError, match=says):
         read_examples(tmp_path, SIZE)
 
 

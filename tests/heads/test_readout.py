@@ -11,6 +11,7 @@ from PIL import Image
 from guidekit import Condition, Sampling
 from guidekit.backbones.denoiser import Denoiser
 from guidekit.cli.main import main
+from guidekit.errors import GuidekitError
 from guidekit.heads.pairs import Pairs, at_grid, read_pairs, read_target
 from guidekit.heads.readout import load_readout, new_readout
 from guidekit.heads.readout_fit import ReadoutOptions, fit_readout
@@ -55,12 +56,12 @@ def test_it_survives_its_file_and_refuses_another_backbone(fitted, denoiser, tmp
     assert again.config == head.config
     for name, weight in head.state_dict().items():
         assert torch.equal(weight, again.state_dict()[name])
-    with pytest.raises(ValueError, match="another backbone"):
+    with pytest.raises(GuidekitError, match="another backbone"):
         load_readout(tmp_path / "head", Denoiser(sd_pipeline()))
     table = json.loads((tmp_path / "head" / "head.json").read_text())
     for wrong, says in (({"kind": "masks"}, "one of 'masks'"), ({"width": -1}, "damaged")):
         (tmp_path / "head" / "head.json").write_text(json.dumps(table | wrong))
-        with pytest.raises(ValueError, match=says):
+        with pytest.raises(GuidekitError, match=says):
             load_readout(tmp_path / "head", denoiser)
 
 
@@ -88,7 +89,7 @@ def test_a_target_of_the_image_and_its_free_pixels(denoiser):
     found = torch.zeros(1, 1, 2, 2)
     wanted = torch.tensor([[[[2.0, torch.nan], [torch.nan, torch.nan]]]])
     assert head.loss(found, wanted).tolist() == [4.0]
-    with pytest.raises(ValueError, match="needs a target"):
+    with pytest.raises(GuidekitError, match="needs a target"):
         Sampling(denoiser, Condition(), [guidance], seeds=[3], steps=2)
 
 
@@ -115,9 +116,9 @@ def test_pairs_of_files(tmp_path):
     Image.fromarray(np.full((2, 2), 65535, np.uint16)).save(deep)
     assert read_target(deep).tolist() == [[[1.0, 1.0], [1.0, 1.0]]]
     (tmp_path / "pairs" / "targets" / "1.png").unlink()
-    with pytest.raises(ValueError, match="'1' and 0 others lack image or target"):
+    with pytest.raises(GuidekitError, match="'1' and 0 others lack image or target"):
         read_pairs(tmp_path / "pairs", (8, 8))
-    with pytest.raises(ValueError, match="no images/ and targets/"):
+    with pytest.raises(GuidekitError, match="no images/ and targets/"):
         read_pairs(tmp_path, (8, 8))
 
 

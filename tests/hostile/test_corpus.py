@@ -23,6 +23,7 @@ from corpus_weights import HEADS, WEIGHTS
 from guidekit.backbones.loading import load
 from guidekit.cli.main import main
 from guidekit.cli.settings import make_settings, read_config
+from guidekit.errors import GuidekitError
 from guidekit.heads.data import read_examples
 from guidekit.heads.head import load_head
 from guidekit.images import read_image
@@ -152,7 +153,7 @@ def test_the_classes_of_a_head_stay_in_the_folder(inbox):
     from guidekit.heads.augment import augment
 
     for name in corpus.NAMES:
-        with pytest.raises(ValueError, match="a class of the head"):
+        with pytest.raises(GuidekitError, match="a class of the head"):
             augment(None, None, ["a", name], 1, inbox / "out")
     assert not (inbox / "out").exists()
 

@@ -19,6 +19,7 @@ from diffusers import (
 import guidekit
 import tiny
 from guidekit import Condition, Guidance, Sampling
+from guidekit.errors import GuidekitError
 from guidekit.images import to_image
 from guidekit.testing.miniatures import sd3_pipeline
 
@@ -92,7 +93,7 @@ def test_the_users_scheduler_counts_with_what_was_done_to_it(pipe):
 def test_a_method_replaced_on_the_scheduler_is_refused(pipe):
     scheduler = DDIMScheduler.from_config(tiny.sd_pipeline().scheduler.config)
     scheduler.step = lambda *args, **kwargs: None
-    with pytest.raises(ValueError, match="step of the scheduler was replaced"):
+    with pytest.raises(GuidekitError, match="step of the scheduler was replaced"):
         Sampling(pipe, RED, steps=2, scheduler=scheduler)
 
 
@@ -102,7 +103,7 @@ def test_latents_are_the_pipelines(pipe):
     expected = bare(pipe, height=32, width=48, num_inference_steps=4, latents=latents)
     ours = Sampling(pipe, RED, seeds=[5, 6], steps=4, latents=latents, **OPTIONS).finish()
     assert torch.equal(ours.latents, expected)
-    with pytest.raises(ValueError, match=r"this run has \(1, 4, 16, 24\)"):
+    with pytest.raises(GuidekitError, match=r"this run has \(1, 4, 16, 24\)"):
         Sampling(pipe, RED, seeds=[5], steps=4, latents=latents, **OPTIONS)
 
 
@@ -170,12 +171,12 @@ def test_an_image_is_given_as_people_have_it(pipe, tmp_path):
 )
 def test_what_cannot_work_is_refused(pipe, options, message):
     pipe.scheduler = DDIMScheduler.from_config(tiny.sd_pipeline().scheduler.config)
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(GuidekitError, match=message):
         Sampling(pipe, RED, seeds=[5], **options)
 
 
 def test_an_image_of_another_size_is_refused(pipe):
-    with pytest.raises(ValueError, match=r"it is \(3, 32, 48\)"):
+    with pytest.raises(GuidekitError, match=r"it is \(3, 32, 48\)"):
         Sampling(pipe, RED, steps=2, image=torch.zeros(3, 16, 16), **OPTIONS)
 
 
@@ -199,9 +200,9 @@ def test_a_guidance_begins_a_run(pipe):
     factor = ours.run.levels.at(0).s / pipe.scheduler.init_noise_sigma
     plain = Sampling(pipe, RED, latents=noise * factor, **given).finish()
     torch.testing.assert_close(ours.latents, plain.latents, rtol=1e-4, atol=1e-4)
-    with pytest.raises(ValueError, match="flat and latents or image both say"):
+    with pytest.raises(GuidekitError, match="flat and latents or image both say"):
         Sampling(pipe, RED, [Flat()], latents=noise, **given)
-    with pytest.raises(ValueError, match="flat begins elsewhere"):
+    with pytest.raises(GuidekitError, match="flat begins elsewhere"):
         with guidekit.attach(pipe, [Flat()]):
             pass
 
@@ -212,7 +213,7 @@ def test_two_beginnings_are_refused_before_either_is_computed(pipe):
             raise AssertionError("it was asked")
 
     given = {"seeds": [5], "steps": 3, **OPTIONS}
-    with pytest.raises(ValueError, match="sharp and flat both say how the run begins"):
+    with pytest.raises(GuidekitError, match="sharp and flat both say how the run begins"):
         Sampling(pipe, RED, [Sharp(), Flat()], **given)
 
 

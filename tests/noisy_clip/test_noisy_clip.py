@@ -8,6 +8,7 @@ import timm
 import torch
 
 import clips
+from guidekit.errors import GuidekitError
 from guidekit.noise import Level
 from guidekit.noisy_clip import files
 from guidekit.noisy_clip.files import load_clip
@@ -66,7 +67,7 @@ def test_stages_are_maps_and_do_not_change_the_embedding(kind):
     seen = noisy(x, level, [0, 1])
     assert [s.ndim for s in seen.stages] == [4, 4]
     torch.testing.assert_close(seen.embedding, noisy(x, level).embedding, rtol=1e-4, atol=1e-5)
-    with pytest.raises(ValueError, match="the encoder has 0 to"):
+    with pytest.raises(GuidekitError, match="the encoder has 0 to"):
         noisy(x, level, [17])
 
 
@@ -105,18 +106,18 @@ def test_what_is_no_noise_aware_clip_is_refused(tmp_path):
     clips.clip().save(tmp_path)
     assert load_clip(tmp_path).size == (32, 32)
     for name in (tmp_path, "nothing"):
-        with pytest.raises(ValueError, match="no noise-aware CLIP"):
+        with pytest.raises(GuidekitError, match="no noise-aware CLIP"):
             NoisyClip.from_pretrained(name)
-    with pytest.raises(ValueError, match="ARCHITECTURE/TAG"):
+    with pytest.raises(GuidekitError, match="ARCHITECTURE/TAG"):
         load_clip("nothing")
-    with pytest.raises(ValueError, match="no weights 'bogus' of RN50; there are openai"):
+    with pytest.raises(GuidekitError, match="no weights 'bogus' of RN50; there are openai"):
         load_clip("RN50/bogus")
-    with pytest.raises(ValueError, match="could not load RN50/openai"):
+    with pytest.raises(GuidekitError, match="could not load RN50/openai"):
         load_clip("RN50/openai")  # tests download nothing
-    with pytest.raises(ValueError, match="is noise-aware; give a clean CLIP"):
+    with pytest.raises(GuidekitError, match="is noise-aware; give a clean CLIP"):
         load_clip("scenes-clip-noisy")
     (tmp_path / "open_clip_model.safetensors").unlink()
-    with pytest.raises(ValueError, match="no safetensors"):
+    with pytest.raises(GuidekitError, match="no safetensors"):
         load_clip(tmp_path)
 
 

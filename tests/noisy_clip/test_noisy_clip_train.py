@@ -15,6 +15,7 @@ from PIL import Image
 
 import clips
 from guidekit import Condition, Denoiser, Sampling
+from guidekit.errors import GuidekitError
 from guidekit.noisy_clip.data import Folder, open_data, reshaped
 from guidekit.noisy_clip.files import load_clip
 from guidekit.noisy_clip.loss import info_nce
@@ -162,7 +163,7 @@ def test_a_folder_shows_every_picture_once_in_a_round(photos):
     for part in seen.split(5):
         # Mirroring keeps the mean colour, which tells the five apart.
         assert len(np.unique(part.mean((2, 3)).numpy().round(3), axis=0)) == 5
-    with pytest.raises(ValueError, match="neither 'scenes' nor a folder"):
+    with pytest.raises(GuidekitError, match="neither 'scenes' nor a folder"):
         open_data(str(photos / "none"))
 
 
@@ -254,9 +255,9 @@ def test_an_encoder_of_latents_sees_what_the_denoiser_does(tmp_path, photos):
     size = {"height": 32, "width": 32}
     drawn = Sampling(pipe, Condition("red"), [guidance], steps=2, **size).finish()
     assert drawn.account.acted("clip")
-    with pytest.raises(ValueError, match="trained on noise in images of 32x32, here are 64x64"):
+    with pytest.raises(GuidekitError, match="trained on noise in images of 32x32, here are 64x64"):
         Sampling(pipe, Condition("red"), [guidance], steps=2, height=64, width=64).finish()
-    with pytest.raises(ValueError, match="or take a clean CLIP"):
+    with pytest.raises(GuidekitError, match="or take a clean CLIP"):
         guidance = Clip(encoder=str(tmp_path / "made"), text="a", on="x0")
         Sampling(pipe, Condition("red"), [guidance], steps=2, **size).finish()
 

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 import guidekit
 import tiny
 from guidekit import Condition, Guidance, Sampling
+from guidekit.errors import GuidekitError
 from guidekit.testing.miniatures import sd3_pipeline
 from guidekit_adaptive import Adaptive
 
@@ -115,13 +116,13 @@ def test_in_a_pipeline(pipe):
 
 
 def test_wrong_masks_are_refused(pipe):
-    with pytest.raises(ValueError, match=r"images \(3,\) of torch.bool; give one bool for each"):
+    with pytest.raises(GuidekitError, match=r"images \(3,\) of torch.bool; give one bool for each"):
         sampling(pipe, Only(images=(True,) * 3)).finish()
     wrong = Only()
     wrong.branches = lambda step, branches: [
         setattr(b, "images", torch.tensor([True, False])) or b for b in branches
     ]
-    with pytest.raises(ValueError, match="the output of 'cond' stands in"):
+    with pytest.raises(GuidekitError, match="the output of 'cond' stands in"):
         sampling(pipe, wrong).finish()
-    with pytest.raises(ValueError, match="adaptive ends classifier-free guidance, and cfg is 1"):
+    with pytest.raises(GuidekitError, match="adaptive ends classifier-free guidance, and cfg is 1"):
         sampling(pipe, Adaptive(), cfg=1.0)

@@ -6,6 +6,7 @@ from torchvision.transforms.functional import gaussian_blur
 
 import tiny
 from guidekit import Condition, Sampling, Segment, box_mask
+from guidekit.errors import GuidekitError
 from guidekit_attend_and_excite import AttendAndExcite
 
 CONDITION = Condition("a red circle", segments=(Segment("circle", box_mask((0, 0, 1, 1))),))
@@ -90,5 +91,5 @@ def test_words_stand_for_segments():
     words = Sampling(pipe, "a red circle", [AttendAndExcite(words=("circle",))], **options)
     segments = Sampling(pipe, CONDITION, [AttendAndExcite()], **options)
     assert torch.equal(words.finish().latents, segments.finish().latents)
-    with pytest.raises(ValueError, match="resolution 5: the sites have 8, 16"):
+    with pytest.raises(GuidekitError, match="resolution 5: the sites have 8, 16"):
         Sampling(pipe, CONDITION, [AttendAndExcite(resolution=5)], **options)

@@ -5,6 +5,7 @@ import torch
 
 import tiny
 from guidekit import Condition, Guidance, Sampling, Segment, box_mask
+from guidekit.errors import GuidekitError
 from guidekit_cfg import ClassifierFree
 from guidekit_multidiffusion import MultiDiffusion
 
@@ -104,14 +105,14 @@ def test_regions_named_before_it_follow_the_scale_too(pipe):
     ],
 )
 def test_wrong_values_raise(options, message):
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(GuidekitError, match=message):
         ClassifierFree(**options)
 
 
 def test_options_that_change_nothing_raise(pipe):
-    with pytest.raises(ValueError, match="changes nothing"):
+    with pytest.raises(GuidekitError, match="changes nothing"):
         Sampling(pipe, Condition(PROMPT), [ClassifierFree()])
-    with pytest.raises(ValueError, match="set cfg_scale"):
+    with pytest.raises(GuidekitError, match="set cfg_scale"):
         Sampling(pipe, Condition(PROMPT), [ClassifierFree(rescale=0.5)], cfg=1.0)
 
 

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from guidekit import Condition, Guidance, Sampling, Segment, box_mask, load
 from guidekit.backbones.loading import make_scheduler
 from guidekit.backbones.schedulers import schedulers_for
+from guidekit.errors import GuidekitError
 from guidekit.evaluate.judge import FOUND, load_judge, see
 from guidekit.noisy_clip.miniature import random_clip, random_encoder
 from guidekit.references import read_references
@@ -136,7 +137,7 @@ def test_texts_and_images_may_differ_from_picture_to_picture(pipe):
     ]
     given = first_step(pipe, Clip(encoder="random"), condition=own)
     assert torch.equal(energies(given), energies(both))
-    with pytest.raises(ValueError, match="texts of 2 images for 1"):
+    with pytest.raises(GuidekitError, match="texts of 2 images for 1"):
         first_step(pipe, Clip(encoder="random").towards(texts), seeds=(0,))
 
 
@@ -281,7 +282,7 @@ def test_any_open_clip_folder_reads_the_clean_estimate(pipe, tmp_path):
     ],
 )
 def test_what_cannot_act_says_so(pipe, fields, says):
-    with pytest.raises(ValueError, match=says):
+    with pytest.raises(GuidekitError, match=says):
         first_step(pipe, Clip(**fields))
 
 
@@ -295,13 +296,15 @@ def test_what_cannot_act_says_so(pipe, fields, says):
     ],
 )
 def test_wrong_options_name_the_right_ones(fields, says):
-    with pytest.raises(ValueError, match=says):
+    with pytest.raises(GuidekitError, match=says):
         Clip(**fields)
 
 
 def test_an_encoder_of_pixels_cannot_read_latents(tmp_path):
     random_encoder(3).save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match="reads pixels of 3 channels, and here are latents of 4"):
+    with pytest.raises(
+        GuidekitError, match="reads pixels of 3 channels, and here are latents of 4"
+    ):
         first_step(sd_pipeline(), Clip(encoder=str(tmp_path), text="red"), scheduler="ddim")
 
 

@@ -9,6 +9,7 @@ from diffusers import EulerDiscreteScheduler
 
 import tiny
 from guidekit import Condition, Guidance, Sampling
+from guidekit.errors import GuidekitError
 from guidekit.testing.miniatures import sd3_pipeline
 from guidekit_cfg_pp import CfgPlusPlus
 from guidekit_cfg_zero import CfgZero
@@ -104,9 +105,9 @@ def test_rectified_cfg_pp_is_its_formula(case):
 
 
 def test_without_a_null_they_are_refused():
-    with pytest.raises(ValueError, match="tcfg changes classifier-free guidance, and cfg is 1"):
+    with pytest.raises(GuidekitError, match="tcfg changes classifier-free guidance, and cfg is 1"):
         sampling("ddim", TangentialDamping(), cfg=1.0)
-    with pytest.raises(ValueError, match=r"cfg-pp.scale is 1 \(on\) or 0"):
+    with pytest.raises(GuidekitError, match=r"cfg-pp.scale is 1 \(on\) or 0"):
         CfgPlusPlus(scale=2.0)
-    with pytest.raises(ValueError, match="cfg-pp.strength lies from 0 to 1"):
+    with pytest.raises(GuidekitError, match="cfg-pp.strength lies from 0 to 1"):
         CfgPlusPlus(strength=7.5)

@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from diffusers import DDIMScheduler
 
 from guidekit import Condition, Denoiser, Sampling, Segment, box_mask, draw
+from guidekit.errors import GuidekitError
 from guidekit.heads import Examples, FitOptions, Reading, fit
 from guidekit.heads.augment import accepted_images
 from guidekit.heads.fingerprint import fingerprint
@@ -142,11 +143,11 @@ def test_every_picture_can_have_a_class_of_its_own(pipe, tmp_path):
     for i, label in enumerate("bc"):
         alone = first_step(pipe, Fewshot(head=folder, form="detached", label=label)).prediction
         torch.testing.assert_close(together[i], alone[i], rtol=1e-5, atol=1e-6)
-    with pytest.raises(ValueError, match="1 of 2 conditions have a target for fewshot"):
+    with pytest.raises(GuidekitError, match="1 of 2 conditions have a target for fewshot"):
         first_step(pipe, both, conditions=[own[0], Condition()])
-    with pytest.raises(ValueError, match="the head has 3 classes, none of number 3"):
+    with pytest.raises(GuidekitError, match="the head has 3 classes, none of number 3"):
         first_step(pipe, both, conditions=Condition(targets={"fewshot": 3}))
-    with pytest.raises(ValueError, match="a target for 'fewshto'; the guidances are fewshot"):
+    with pytest.raises(GuidekitError, match="a target for 'fewshto'; the guidances are fewshot"):
         first_step(pipe, both, conditions=Condition(targets={"fewshto": 0}))
 
 
@@ -311,11 +312,11 @@ def test_what_cannot_work_raises_before_the_run(pipe, tmp_path, options, message
     folders = {"HEAD": saved(make_head(denoiser), tmp_path)}
     folders["MASKS"] = saved(make_head(denoiser, "masks"), tmp_path, "masks")
     options = {k: folders.get(v, v) for k, v in options.items()}
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(GuidekitError, match=message):
         Sampling(pipe, Condition(), [Fewshot(**options)])
 
 
 @pytest.mark.parametrize("options", [{"form": "second"}, {"threshold": 1.5}])
 def test_wrong_values_raise(options):
-    with pytest.raises(ValueError, match="fewshot"):
+    with pytest.raises(GuidekitError, match="fewshot"):
         Fewshot(**options)

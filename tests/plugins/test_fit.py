@@ -10,6 +10,7 @@ from safetensors.torch import save_file
 import guidekit
 import semantica_tiny
 from guidekit import Condition, Reference, Sampling
+from guidekit.errors import GuidekitError
 from guidekit.references import read_references
 from guidekit.semantica.adapter import ImageAdapter, load_adapter, random_adapter
 from guidekit.semantica.encode import random_encoder
@@ -187,7 +188,7 @@ def test_an_adapter_is_bound_to_its_encoder(tmp_path):
 
     own = run("new")
     assert not own.account.notes
-    with pytest.raises(ValueError) as refused:
+    with pytest.raises(GuidekitError) as refused:
         run("new", encoder=str(tmp_path / "other"))
     for text in (encoder.source, "another", encoder.fingerprint(), other.fingerprint()):
         assert text in str(refused.value)

@@ -10,6 +10,7 @@ import tiny
 from guidekit import Condition, Sampling
 from guidekit.backbones.loading import make_scheduler
 from guidekit.backbones.schedulers import schedulers_for
+from guidekit.errors import GuidekitError
 from guidekit.testing.miniatures import sd3_pipeline
 from guidekit_fk import NOISY, FeynmanKac
 
@@ -78,10 +79,10 @@ def test_copies_need_noise_and_rewards_a_name():
     assert any("copies of a particle stay copies" in note for note in notes)
     assert not Sampling(pipe, RED, [FeynmanKac()], eta=1.0, **given).account.notes
     assert Sampling(pipe, RED, [FeynmanKac(reward="guidekit.bases.rewards:brightness")], **given)
-    with pytest.raises(ValueError, match="write MODULE:NAME, brightness, contrast"):
+    with pytest.raises(GuidekitError, match="write MODULE:NAME, brightness, contrast"):
         Sampling(pipe, RED, [FeynmanKac(reward="beauty")], **given)
     wrong = FeynmanKac(reward=lambda images: images.mean(), at=(0.0,))
-    with pytest.raises(ValueError, match="must give one finite number per image"):
+    with pytest.raises(GuidekitError, match="must give one finite number per image"):
         Sampling(pipe, RED, [wrong], eta=1.0, **given).finish()
 
 

@@ -9,6 +9,7 @@ import torch
 from guidekit import Condition, Guidance, Sampling, draw
 from guidekit.backbones.loading import make_scheduler
 from guidekit.backbones.schedulers import ONE_CALL, STARTS_FROM_Z, schedulers_for
+from guidekit.errors import GuidekitError
 from guidekit.references import read_references
 from guidekit.testing.miniatures import ddpm_pipeline, sd3_pipeline
 from guidekit_ilvr import Ilvr, low_pass
@@ -117,12 +118,12 @@ def test_flow_models_follow_the_reference_too(flow_pipe):
 
 
 def test_flow_schedulers_that_would_lose_it_are_refused(flow_pipe):
-    with pytest.raises(ValueError, match="use --scheduler deis, dpm"):
+    with pytest.raises(GuidekitError, match="use --scheduler deis, dpm"):
         run(flow_pipe, Ilvr(image=SCENE), scheduler="flow-heun")
 
 
 def test_other_schedulers_are_refused_with_the_names_of_those_that_work(pipe):
-    with pytest.raises(ValueError, match="use --scheduler ddim, ddpm"):
+    with pytest.raises(GuidekitError, match="use --scheduler ddim, ddpm"):
         run(pipe, Ilvr(image=SCENE), scheduler="heun")
 
 
@@ -131,7 +132,7 @@ def test_other_schedulers_are_refused_with_the_names_of_those_that_work(pipe):
     [(Ilvr(), "needs a reference"), (Ilvr(image=SCENE, down=32), "down=32 is more")],
 )
 def test_what_cannot_act_says_so(pipe, guidance, says):
-    with pytest.raises(ValueError, match=says):
+    with pytest.raises(GuidekitError, match=says):
         run(pipe, guidance)
 
 
@@ -144,5 +145,5 @@ def test_scale_is_a_share(pipe):
         _, before, after = guidance.kept[0]
         moves.append(after - before)
     torch.testing.assert_close(2 * moves[0], moves[1], rtol=1e-4, atol=1e-5)
-    with pytest.raises(ValueError, match="at least 2"):
+    with pytest.raises(GuidekitError, match="at least 2"):
         Ilvr(down=1)

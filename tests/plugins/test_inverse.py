@@ -13,6 +13,7 @@ from diffusers import (
 
 import exact
 from guidekit import Condition, Sampling
+from guidekit.errors import GuidekitError
 from guidekit.toolbox import Downsampling, Grey, Inpainting, as_operator
 from guidekit_ddnm import Ddnm
 from guidekit_dps import Dps
@@ -171,5 +172,5 @@ def test_deepinvs_physics_are_operators():
 
 
 def test_what_is_no_operator_is_refused():
-    with pytest.raises(ValueError, match="pigdm.operator is a object; it must be a guidekit"):
+    with pytest.raises(GuidekitError, match="pigdm.operator is a object; it must be a guidekit"):
         drawn(Pigdm(operator=object()), images=1)

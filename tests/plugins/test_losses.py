@@ -250,9 +250,9 @@ def test_any_loss_by_name_function_or_network():
     assert network.weight.requires_grad
     assert network.weight.grad is None
     assert found[0].mean() > Sampling(pipe, Condition(), **given).finish().latents.mean()
-    with pytest.raises(ValueError, match=r"energy.loss gives \(\)"):
+    with pytest.raises(GuidekitError, match=r"energy.loss gives \(\)"):
         Sampling(pipe, Condition(), [Energy(loss=lambda x: x.mean())], **given).finish()
-    with pytest.raises(ValueError, match="energy.loss 'beauty': write MODULE:NAME"):
+    with pytest.raises(GuidekitError, match="energy.loss 'beauty': write MODULE:NAME"):
         Sampling(pipe, Condition(), [Energy(loss="beauty")], **given)
 
 
@@ -264,9 +264,9 @@ def test_what_cannot_be_measured_is_refused():
         "write MODULE:NAME, downsampling, inpainting, grey": Dps(operator="blur"),
     }
     for match, guidance in wrong.items():
-        with pytest.raises(ValueError, match=match):
+        with pytest.raises(GuidekitError, match=match):
             Sampling(pipe, Condition(), [guidance], **given)
-    with pytest.raises(ValueError, match=r"the measurement is \(3, 8, 8\), and its operator"):
+    with pytest.raises(GuidekitError, match=r"the measurement is \(3, 8, 8\), and its operator"):
         Sampling(pipe, Condition(targets={"dps": Y}), [Dps()], **given)
     with pytest.raises(GuidekitError, match="hole is left, top, right and bottom"):
         Dps(hole=(0.5, 0.5, 0.2, 1.0))

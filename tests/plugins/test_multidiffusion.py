@@ -9,6 +9,7 @@ from diffusers import DDIMScheduler, EulerDiscreteScheduler, StableDiffusionPano
 
 import tiny
 from guidekit import Condition, Guidance, Sampling, Segment, box_mask
+from guidekit.errors import GuidekitError
 from guidekit_multidiffusion import MultiDiffusion, region_masks, windows
 
 LEFT, RIGHT = box_mask((0, 0, 0.5, 1)), box_mask((0.5, 0, 1, 1))
@@ -104,7 +105,7 @@ def test_without_the_main_prompts_branch_it_says_why(pipe):
             return [replace(b, name="other") if b.name == "cond" else b for b in branches]
 
     sampling = Sampling(pipe, TWO, [Renames(), MultiDiffusion()], steps=2)
-    with pytest.raises(ValueError, match="needs the branch 'cond'.*null, other"):
+    with pytest.raises(GuidekitError, match="needs the branch 'cond'.*null, other"):
         sampling.finish()
 
 
@@ -248,7 +249,7 @@ def test_a_reader_of_the_whole_picture_is_told_that_windows_replace_it(pipe):
 
     condition = Condition("a red circle", segments=(Segment("circle", LEFT),))
     both = [MultiDiffusion(window=16), Zest()]
-    with pytest.raises(ValueError, match="zest reads the branch 'cond'"):
+    with pytest.raises(GuidekitError, match="zest reads the branch 'cond'"):
         next(iter(Sampling(pipe, condition, both, steps=2, width=64)))
 
 
@@ -273,7 +274,7 @@ def test_works_beside_zest_in_whole_pictures(pipe):
     ],
 )
 def test_wrong_values_raise(options, message):
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(GuidekitError, match=message):
         MultiDiffusion(**options)
 
 
@@ -281,11 +282,11 @@ def test_conditions_that_cannot_work_raise(pipe):
     def start(*segments):
         Sampling(pipe, Condition("a", segments=segments), [MultiDiffusion()])
 
-    with pytest.raises(ValueError, match="needs segments"):
+    with pytest.raises(GuidekitError, match="needs segments"):
         start()
-    with pytest.raises(ValueError, match="no pixel of at least 0.5"):
+    with pytest.raises(GuidekitError, match="no pixel of at least 0.5"):
         start(Segment("a", LEFT * 0.4))
-    with pytest.raises(ValueError, match="must be positive"):
+    with pytest.raises(GuidekitError, match="must be positive"):
         start(Segment("a", LEFT, strength=0.0))
-    with pytest.raises(ValueError, match="tokens"):
+    with pytest.raises(GuidekitError, match="tokens"):
         start(Segment("a", LEFT, prompt="red " * 90))

@@ -8,6 +8,7 @@ from diffusers.guiders.adaptive_projected_guidance import MomentumBuffer, normal
 
 import tiny
 from guidekit import Condition, Sampling, Segment, box_mask
+from guidekit.errors import GuidekitError
 from guidekit_apg import AdaptiveProjected
 from guidekit_autoguidance import Autoguidance
 from guidekit_cfg import ClassifierFree
@@ -201,9 +202,9 @@ def test_with_plugins_that_change_branches(pipe):
 
 def test_without_a_conditional_branch_it_says_why(pipe):
     windows = MultiDiffusion(window=8)
-    with pytest.raises(ValueError, match="perturbs the branch 'cond', which another plugin has"):
+    with pytest.raises(GuidekitError, match="perturbs the branch 'cond', which another plugin has"):
         run(pipe, windows, PerturbedAttention()).finish()
-    with pytest.raises(ValueError, match="cannot cut the branch 'pag'"):
+    with pytest.raises(GuidekitError, match="cannot cut the branch 'pag'"):
         run(pipe, PerturbedAttention(), windows).finish()
 
 
@@ -221,10 +222,10 @@ def test_without_a_conditional_branch_it_says_why(pipe):
     ],
 )
 def test_what_cannot_work_raises(pipe, make, says):
-    with pytest.raises(ValueError, match=says):
+    with pytest.raises(GuidekitError, match=says):
         run(pipe, make())
 
 
 def test_apg_without_classifier_free_guidance_raises(pipe):
-    with pytest.raises(ValueError, match="and cfg is 1"):
+    with pytest.raises(GuidekitError, match="and cfg is 1"):
         run(pipe, AdaptiveProjected(), cfg=1.0)

@@ -16,6 +16,7 @@ from drawing import draw, draw_family, transformer
 from guidekit import attach, tap_attention, tap_blocks
 from guidekit.backbones.records import family_of
 from guidekit.bases.perturbed import layers, self_attention
+from guidekit.errors import GuidekitError
 from guidekit_apg import AdaptiveProjected
 from guidekit_autoguidance import Autoguidance
 from guidekit_pag import PerturbedAttention
@@ -58,7 +59,7 @@ def test_apg_acts(family):
 
 
 def test_apg_says_that_flux_has_nothing_to_adapt():
-    with pytest.raises(ValueError, match="changes classifier-free guidance, and cfg is 1"):
+    with pytest.raises(GuidekitError, match="changes classifier-free guidance, and cfg is 1"):
         guided("flux", AdaptiveProjected())
 
 

@@ -10,6 +10,7 @@ import torch
 
 from guidekit import Branch, Condition, Guidance
 from guidekit.cli.scaffold import template
+from guidekit.errors import GuidekitError
 from guidekit.registry import Registry, entries
 from guidekit.testing import CHECKS, check_guidance, run_check
 from guidekit.testing.built_ins import BuiltIn, rows
@@ -359,9 +360,9 @@ def test_a_waiver_is_reported_and_must_name_a_check():
         waived: ClassVar[dict[str, str]] = {"energy": "a stop-gradient, by the paper"}
 
     assert check_guidance(Waived, ["energy"]) == {"energy": "a stop-gradient, by the paper"}
-    with pytest.raises(ValueError, match="no check 'enrgy'"):
+    with pytest.raises(GuidekitError, match="no check 'enrgy'"):
         check_guidance(type("Odd", (Good,), {"waived": {"enrgy": "?"}}), [])
-    with pytest.raises(ValueError, match="no check 'speed'; there are constructs"):
+    with pytest.raises(GuidekitError, match="no check 'speed'; there are constructs"):
         check_guidance(Good, ["speed"])
 
 

@@ -9,6 +9,7 @@ from diffusers import DDIMScheduler
 
 import tiny
 from guidekit import Condition, Sampling, Segment, box_mask
+from guidekit.errors import GuidekitError
 from guidekit_pww import PaintWithWords
 
 LEFT, RIGHT = box_mask((0, 0, 0.5, 1)), box_mask((0.5, 0, 1, 1))
@@ -130,16 +131,16 @@ def test_chosen_sites_only(pipe):
     ],
 )
 def test_sites_that_do_not_exist_raise(pipe, options, message):
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(GuidekitError, match=message):
         Sampling(pipe, RED, [PaintWithWords(**options)])
 
 
 def test_wrong_values_raise(pipe):
-    with pytest.raises(ValueError, match="growth must be one of"):
+    with pytest.raises(GuidekitError, match="growth must be one of"):
         PaintWithWords(growth="cosine")
-    with pytest.raises(ValueError, match="statistic must be one of"):
+    with pytest.raises(GuidekitError, match="statistic must be one of"):
         PaintWithWords(statistic="mean")
-    with pytest.raises(ValueError, match="needs segments"):
+    with pytest.raises(GuidekitError, match="needs segments"):
         Sampling(pipe, Condition("a red circle"), [PaintWithWords()])
 
 

@@ -5,6 +5,7 @@ import torch
 
 import tiny
 from guidekit import Condition, Sampling, Segment, box_mask
+from guidekit.errors import GuidekitError
 from guidekit.testing.miniatures import flux_pipeline, pixart_pipeline, sd3_pipeline
 from guidekit_regions import Regions
 
@@ -57,5 +58,5 @@ def test_the_blend_is_the_papers():
 
 
 def test_texts_with_masks_are_refused():
-    with pytest.raises(ValueError, match="not with pixart, whose texts have masks"):
+    with pytest.raises(GuidekitError, match="not with pixart, whose texts have masks"):
         run(pixart_pipeline(), condition(LEFT, "a blue square"), Regions())

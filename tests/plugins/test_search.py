@@ -7,6 +7,7 @@ from diffusers import EulerDiscreteScheduler
 import tiny
 from guidekit import Condition, Sampling
 from guidekit.bases.rewards import contrast
+from guidekit.errors import GuidekitError
 from guidekit_search import Search
 
 RED = Condition("a red circle")
@@ -41,9 +42,9 @@ def test_the_best_of_all_is_drawn(pipe, method, cls):
 
 
 def test_wrong_ones_are_refused(pipe):
-    with pytest.raises(ValueError, match="write MODULE:NAME, brightness, contrast"):
+    with pytest.raises(GuidekitError, match="write MODULE:NAME, brightness, contrast"):
         finished(pipe, Search(reward="beauty"))
-    with pytest.raises(ValueError, match="must give one finite number per image"):
+    with pytest.raises(GuidekitError, match="must give one finite number per image"):
         finished(pipe, Search(reward=lambda images: images.mean()))
-    with pytest.raises(ValueError, match="candidates and rounds are at least 1"):
+    with pytest.raises(GuidekitError, match="candidates and rounds are at least 1"):
         Search(candidates=0)

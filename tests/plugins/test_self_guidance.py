@@ -5,6 +5,7 @@ import torch
 
 import tiny
 from guidekit import Condition, Sampling, Segment, average_maps, box_mask
+from guidekit.errors import GuidekitError
 from guidekit_self_guidance import SelfGuidance, centroid, soft_shape
 
 
@@ -57,7 +58,7 @@ def test_the_first_of_a_group_is_drawn_as_it_is_without():
     torch.testing.assert_close(guided.latents[0], bare.latents[0], rtol=1e-4, atol=1e-4)
     assert (guided.latents[1] - bare.latents[1]).abs().max() > 1e-2
     assert all(row["energy"][0] == 0 < row["energy"][1] for row in guided.account.rows)
-    with pytest.raises(ValueError, match="every image is alone; use Condition.group"):
+    with pytest.raises(GuidekitError, match="every image is alone; use Condition.group"):
         run([guidance], conditions[:1], [5])
 
 

@@ -5,6 +5,7 @@ import shutil
 import pytest
 from PIL import Image
 
+from guidekit.errors import GuidekitError
 from guidekit.semantica.train import SemanticaOptions, make
 from guidekit.train.loop import Loop, Options
 from guidekit.train.recipe import train
@@ -19,7 +20,7 @@ def test_a_training_that_diverges_ends_before_it_is_saved(encoder, tmp_path):
     recipe.write_text(recipe.read_text().replace("save_every = 2", "save_every = 1"))
     with (
         pytest.warns(UserWarning, match="the step is skipped"),
-        pytest.raises(ValueError, match="lower lr or clip") as error,
+        pytest.raises(GuidekitError, match="lower lr or clip") as error,
     ):
         train(recipe, tmp_path, quiet=True)
     step = int(str(error.value).split("at step ")[1].split(";")[0])
@@ -56,12 +57,12 @@ def test_a_torn_last_row_of_the_log_is_dropped(encoder, tmp_path):
     ],
 )
 def test_options_of_no_model_are_refused_at_once(options, says):
-    with pytest.raises(ValueError, match=says):
+    with pytest.raises(GuidekitError, match=says):
         SemanticaOptions(**options)
 
 
 def test_a_size_of_no_model_is_refused_before_pictures_are_encoded(encoder, tmp_path):
-    with pytest.raises(ValueError, match="take a multiple of 2"):
+    with pytest.raises(GuidekitError, match="take a multiple of 2"):
         make(SemanticaOptions(encoder=str(encoder), pages=8, per_page=2), tmp_path, 17)
     assert not list(tmp_path.glob("*"))
 
@@ -98,7 +99,7 @@ def test_a_tracker_gets_what_is_logged(encoder, tmp_path, monkeypatch):
 
 def test_a_tracker_that_is_not_installed_is_named(encoder, tmp_path):
     task = make(SemanticaOptions(encoder=str(encoder), pages=8, per_page=2), tmp_path, 16)
-    with pytest.raises(ValueError, match="pip install swanlab"):
+    with pytest.raises(GuidekitError, match="pip install swanlab"):
         Loop(task, Options(steps=2, tracker="swanlab"), tmp_path / "run", True)
 
 
@@ -118,6 +119,6 @@ def test_a_folder_of_pages_may_hold_the_run(encoder, tmp_path):
 
 def test_wrong_settings_are_refused_before_pictures_are_encoded(encoder, tmp_path):
     recipe = write(tmp_path / "r.toml", encoder)
-    with pytest.raises(ValueError, match="accumulate must be 1 or more, not 0"):
+    with pytest.raises(GuidekitError, match="accumulate must be 1 or more, not 0"):
         train(recipe, tmp_path, quiet=True, overrides={"accumulate": 0})
     assert not (tmp_path / "small/pages").exists()

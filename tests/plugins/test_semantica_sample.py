@@ -15,6 +15,7 @@ import semantica_tiny
 from guidekit import Condition, Reference, Sampling, load
 from guidekit.backbones.loading import make_scheduler
 from guidekit.cli.main import main
+from guidekit.errors import GuidekitError
 from guidekit.evaluate.judge import load_judge, see
 from guidekit.images import to_image
 from guidekit.reads import FeatureRead
@@ -104,23 +105,23 @@ def test_features_and_energies_reach_it(pipe):
     ],
 )
 def test_what_cannot_work_is_refused(pipe, condition, guidances, options, message):
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(GuidekitError, match=message):
         drawn(pipe, condition, guidances, **options)
 
 
 def test_a_picture_that_nothing_reads_is_refused():
-    with pytest.raises(ValueError, match="reads no image; leave it out"):
+    with pytest.raises(GuidekitError, match="reads no image; leave it out"):
         drawn(sd_pipeline(), Condition("red", image=RED.image))
-    with pytest.raises(ValueError, match="needs an adapter"):
+    with pytest.raises(GuidekitError, match="needs an adapter"):
         drawn(sd_pipeline(), Condition("red", image=RED.image), [Semantica()])
     for w in (-1, float("nan"), float("inf")):
-        with pytest.raises(ValueError, match=f"semantica.w is a finite .* at least 0, not {w}"):
+        with pytest.raises(GuidekitError, match=f"semantica.w is a finite .* at least 0, not {w}"):
             Semantica(w=w)
 
 
 def test_a_model_without_condition_is_refused():
     pipe = semantica_tiny.pipeline(conditioning="none")
-    with pytest.raises(ValueError, match="this model was trained without any"):
+    with pytest.raises(GuidekitError, match="this model was trained without any"):
         drawn(pipe, RED, [Semantica()])
 
 
@@ -205,7 +206,7 @@ def test_trained_adapter_is_used_by_the_plugin(trained):
     assert (alone[0] - guided.images[1]).abs().max() < 1e-4
     assert torch.equal(drawn(pipe, red, [follow]).images, guided.images)
     wrong = sd_pipeline().unet.__class__(**dict(pipe.unet.config) | {"layers_per_block": 2})
-    with pytest.raises(ValueError, match="other attention sites"):
+    with pytest.raises(GuidekitError, match="other attention sites"):
         load_adapter(trained / "strong", wrong)
 
 
@@ -233,7 +234,9 @@ def test_the_backbone_goes_to_the_processes_own_device(trained, monkeypatch):
 
 def test_adapters_are_trained_for_stable_diffusion_alone(tmp_path):
     options = AdapterOptions(backbone="digits-ddpm")
-    with pytest.raises(ValueError, match="digits-ddpm is a DDPMPipeline; adapters are trained for"):
+    with pytest.raises(
+        GuidekitError, match="digits-ddpm is a DDPMPipeline; adapters are trained for"
+    ):
         make(options, tmp_path, 32)
 
 
@@ -307,7 +310,7 @@ def test_folders_of_references(tmp_path):
     for name in ("a/1.png", "b.png", "a/2.png"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         picture("red").save(tmp_path / name)
-    with pytest.raises(ValueError, match="two images for 'a'"):
+    with pytest.raises(GuidekitError, match="two images for 'a'"):
         load_references(tmp_path)
     (tmp_path / "a/2.png").unlink()
     picture("blue").resize((3000, 1500)).save(tmp_path / "b.png")
@@ -315,7 +318,7 @@ def test_folders_of_references(tmp_path):
     assert found["b"].picture.size == (1024, 512)
     assert list(found) == ["a", "b"]
     assert found["b"].pixels(8).shape == (3, 8, 8)
-    with pytest.raises(ValueError, match="no .jpg"):
+    with pytest.raises(GuidekitError, match="no .jpg"):
         load_references(tmp_path / "nothing")
 
 

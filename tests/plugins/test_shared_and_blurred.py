@@ -6,6 +6,7 @@ from diffusers import StableDiffusionSAGPipeline
 
 import tiny
 from guidekit import Condition, Sampling
+from guidekit.errors import GuidekitError
 from guidekit.testing.miniatures import sd3_pipeline
 from guidekit_sag import SelfAttention
 from guidekit_stylealigned import StyleAligned, _styled
@@ -46,7 +47,7 @@ def test_sag_blurs_only_where_attention_gathers(pipe):
     bare = next(iter(run(pipe))).prediction
     nowhere = next(iter(run(pipe, SelfAttention(threshold=1e3)))).prediction
     torch.testing.assert_close(nowhere, bare, rtol=1e-4, atol=1e-4)
-    with pytest.raises(ValueError, match="attn2 reads text; there are"):
+    with pytest.raises(GuidekitError, match="attn2 reads text; there are"):
         run(pipe, SelfAttention(site="mid_block*attn2"))
 
 

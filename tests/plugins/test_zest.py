@@ -308,7 +308,7 @@ def test_logits_are_resized_before_the_softmax_as_in_the_release(pipe):
 def test_negatives_are_refused_where_keys_are_not_of_clips_states(monkeypatch):
     asked = Condition("a red circle", segments=(Segment("red circle", LEFT),))
     for build in (miniatures.pixart_pipeline, miniatures.sana_pipeline, miniatures.qwen_pipeline):
-        with pytest.raises(ValueError, match="zest.negatives .* leave them out"):
+        with pytest.raises(GuidekitError, match="zest.negatives .* leave them out"):
             Sampling(build(), asked, [Zest(negatives=("green",))], steps=2)
 
 
@@ -349,7 +349,7 @@ def test_the_report_has_maps_before_and_after(pipe):
     ],
 )
 def test_wrong_values_raise(options, message):
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(GuidekitError, match=message):
         Zest(**options)
 
 
@@ -364,5 +364,5 @@ def test_wrong_values_raise(options, message):
     ],
 )
 def test_what_matches_nothing_raises_before_the_run(pipe, options, condition, message):
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(GuidekitError, match=message):
         Sampling(pipe, condition, [Zest(**options)])

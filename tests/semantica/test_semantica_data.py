@@ -9,6 +9,7 @@ import pytest
 import torch
 from PIL import Image
 
+from guidekit.errors import GuidekitError
 from guidekit.references import load_reference, square
 from guidekit.semantica import data
 from guidekit.semantica.data import Store
@@ -55,13 +56,13 @@ def test_folders_are_pages(tiny, tmp_path):
     pages = encoded(folder_items(root), tiny, tmp_path / "pages")
     assert firsts(pages) == [0, 0, 2]
     assert pages.totals()["unreadable"] == 1
-    with pytest.raises(ValueError, match="no images below"):
+    with pytest.raises(GuidekitError, match="no images below"):
         next(folder_items(tmp_path / "pages"))
     Image.new("L", (9, 9)).save(root / "loose.png")
     for most in (1, 256):  # of parts
         found = [item for part in folder_parts(root, most=most) for item, _ in part.items(0)]
         assert {i.key for i in found} == {i.key for i in folder_items(root)}
-    with pytest.raises(ValueError, match="no images below"):
+    with pytest.raises(GuidekitError, match="no images below"):
         folder_parts(tmp_path / "pages")
 
 
@@ -100,7 +101,7 @@ def test_encoding_goes_on_where_it_was_killed(tiny, tmp_path):
     opened.clear()
     encoded(watched(), tiny, tmp_path / "cut", chunk=5)
     assert not opened  # finished
-    with pytest.raises(ValueError, match="was begun with"):
+    with pytest.raises(GuidekitError, match="was begun with"):
         encoded(watched(), tiny, tmp_path / "cut", 8)
 
 
@@ -152,9 +153,9 @@ def test_nothing_is_begun_by_what_cannot_work(tiny, tmp_path):
         yield from (None, None)
 
     for _ in range(2):
-        with pytest.raises(ValueError, match="none of 2 images could be read"):
+        with pytest.raises(GuidekitError, match="none of 2 images could be read"):
             find_pairs(encoded(broken(), tiny, tmp_path / "none"))
-    with pytest.raises(ValueError, match="no images below"):
+    with pytest.raises(GuidekitError, match="no images below"):
         encoded(folder_items(tmp_path / "typo"), tiny, tmp_path / "p", facts={"data": 1})
     pages = encoded(scene_items(2, 2, SIZE), tiny, tmp_path / "p", facts={"data": 2})
     assert len(pages) == 4
@@ -166,7 +167,9 @@ def test_an_encoder_of_other_weights_is_another(tiny, tmp_path):
     assert other.source == tiny.source
     assert tiny.copied().fingerprint() == tiny.fingerprint()
     encoded(scene_items(2, 2, SIZE), tiny, tmp_path)
-    with pytest.raises(ValueError, match="begun with weights '.*', not '.*'; give another folder"):
+    with pytest.raises(
+        GuidekitError, match="begun with weights '.*', not '.*'; give another folder"
+    ):
         encoded(scene_items(2, 2, SIZE), other, tmp_path)
 
 

@@ -7,6 +7,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from guidekit.errors import GuidekitError
 from guidekit.semantica.encode import (
     CLIP_CONFIG,
     CLIP_WEIGHTS,
@@ -65,15 +66,15 @@ def test_every_tower_of_open_clip_has_tokens(vision, tokens):
 
 
 def test_unknown_encoders():
-    with pytest.raises(ValueError, match="there are dinov2-b, dinov2-l, siglip-b"):
+    with pytest.raises(GuidekitError, match="there are dinov2-b, dinov2-l, siglip-b"):
         load_encoder("dino")
-    with pytest.raises(ValueError, match="timm has no model"):
+    with pytest.raises(GuidekitError, match="timm has no model"):
         load_encoder("timm/vit_of_nobody")
-    with pytest.raises(ValueError, match="open_clip has no model"):
+    with pytest.raises(GuidekitError, match="open_clip has no model"):
         load_encoder("open_clip/ViT-of-nobody/tag")
     with pytest.raises(
-        ValueError, match="no weights 'test_vit.nope'; there are test_vit.r160_in1k"
+        GuidekitError, match="no weights 'test_vit.nope'; there are test_vit.r160_in1k"
     ):
         load_encoder("timm/test_vit.nope")
-    with pytest.raises(ValueError, match="no weights 'nope' of RN50; there are openai"):
+    with pytest.raises(GuidekitError, match="no weights 'nope' of RN50; there are openai"):
         load_encoder("open_clip/RN50/nope")

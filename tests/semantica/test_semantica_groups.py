@@ -10,6 +10,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
+from guidekit.errors import GuidekitError
 from guidekit.seeds import shuffled
 from guidekit.semantica import data, groups
 from guidekit.semantica.data import Store
@@ -48,21 +49,21 @@ def test_filter_keeps_pairs_by_cosine(pages):
     assert said["share"] == some.share
     assert sum(said["histogram"]) == 36
     assert Image.open(pages.folder / "filter/histogram.png").size == (800, 288)
-    with pytest.raises(ValueError, match="give other bounds or quantiles"):
+    with pytest.raises(GuidekitError, match="give other bounds or quantiles"):
         find_pairs(pages, 1.5, 2.0)
 
 
 def test_pages_of_one_image_say_what_a_page_is(tiny, tmp_path):
     lonely = [item for page in "abc" for item in coloured(1, page)]
     pages = encoded(iter(lonely), tiny, tmp_path)
-    with pytest.raises(ValueError, match=r"none of the pages has two images \(3 images\)"):
+    with pytest.raises(GuidekitError, match=r"none of the pages has two images \(3 images\)"):
         find_pairs(pages, None, None)
 
 
 def test_a_cut_list_of_pages_is_named(tiny, tmp_path):
     encoded(iter(coloured(2, "a")), tiny, tmp_path / "p")
     (tmp_path / "p/pages.json").write_text('{"encoder":')
-    with pytest.raises(ValueError, match="p/pages.json is not readable JSON"):
+    with pytest.raises(GuidekitError, match="p/pages.json is not readable JSON"):
         encoded(iter(coloured(2, "a")), tiny, tmp_path / "p")
 
 
@@ -134,7 +135,7 @@ def test_every_page_comes_once_an_epoch_in_another_order(pages):
     assert states.shape == (4, 5, 16)
     assert pixels.shape == (4, 3, SIZE, SIZE)
     assert episodes.batch(range(4), "pooled")[0].shape == (4, 1, 16)
-    with pytest.raises(ValueError, match="find_pairs makes them"):
+    with pytest.raises(GuidekitError, match="find_pairs makes them"):
         Episodes(pages, pages.folder / "nothing")
 
 

@@ -8,6 +8,7 @@ from diffusers.models.embeddings import get_timestep_embedding
 
 from guidekit.backbones.records import layout_sites, site_grid
 from guidekit.blocks import block_features
+from guidekit.errors import GuidekitError
 from guidekit.semantica.model import VARIANTS, UViT, variant
 from guidekit.semantica.schedule import shift
 from guidekit.taps import find_sites, tap_attention, tap_blocks
@@ -93,9 +94,9 @@ def test_it_begins_at_zero_and_needs_its_condition():
     model = UViT(**SMALL)
     z, t, states = inputs()
     assert model(z, t, states).sample.abs().max() == 0
-    with pytest.raises(ValueError, match="give encoder_hidden_states"):
+    with pytest.raises(GuidekitError, match="give encoder_hidden_states"):
         model(z, t)
-    with pytest.raises(ValueError, match=r"global feature \(B, 1, D\)"):
+    with pytest.raises(GuidekitError, match=r"global feature \(B, 1, D\)"):
         UViT(**SMALL | {"conditioning": "film"})(z, t, states)
     assert UViT(**SMALL | {"conditioning": "none"})(z, t).sample.shape == z.shape
 
@@ -110,9 +111,9 @@ def test_it_begins_at_zero_and_needs_its_condition():
     ],
 )
 def test_wrong_settings(changes, message):
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(GuidekitError, match=message):
         UViT(**SMALL | changes)
-    with pytest.raises(ValueError, match="no UViT 'd'; there are a, b, c, tiny"):
+    with pytest.raises(GuidekitError, match="no UViT 'd'; there are a, b, c, tiny"):
         variant("d")
 
 

@@ -12,6 +12,7 @@ from PIL import Image, ImageOps, features
 from PIL.PngImagePlugin import PngInfo
 from safetensors.torch import save_file
 
+from guidekit.errors import GuidekitError
 from guidekit.images import read_image, upright
 from guidekit.masks import load_mask
 from guidekit.references import load_reference, load_references, square
@@ -121,9 +122,9 @@ def test_whatever_a_decoder_raises_the_picture_is_counted(error, tiny, tmp_path,
     found = encoded(iter(page_of([out.getvalue()]) + readable), tiny, tmp_path / "p")
     assert len(found) == 1
     assert found.totals()["unreadable"] == 1
-    with pytest.raises(ValueError, match="image .*a.png: not a readable image"):
+    with pytest.raises(GuidekitError, match="image .*a.png: not a readable image"):
         load_reference(tmp_path / "a.png")
-    with pytest.raises(ValueError, match="mask .*a.png: not a readable image"):
+    with pytest.raises(GuidekitError, match="mask .*a.png: not a readable image"):
         load_mask(tmp_path / "a.png")
 
 
@@ -153,10 +154,12 @@ def test_pickled_encoders_are_refused_unread(tmp_path, tiny, monkeypatch):
         raise AssertionError("torch.load was called")
 
     monkeypatch.setattr(torch, "load", unpickled)
-    with pytest.raises(ValueError, match="bin has no safetensors; save the encoder in that format"):
+    with pytest.raises(
+        GuidekitError, match="bin has no safetensors; save the encoder in that format"
+    ):
         load_encoder(tmp_path / "bin")
     save_file({"other": torch.zeros(1)}, tmp_path / "bin/other.safetensors")
-    with pytest.raises(ValueError, match="diffusion_pytorch_model.safetensors"):
+    with pytest.raises(GuidekitError, match="diffusion_pytorch_model.safetensors"):
         load_encoder(tmp_path / "bin")
 
 
@@ -165,13 +168,15 @@ def test_models_of_several_maps_are_refused():
         embed_dim=(8, 16), num_heads=(1, 1), depth=((1, 1, 0),), img_size=48, img_scale=(1, 1)
     )
     crossed = from_timm("crossvit_tiny_240", pretrained=False, **small)
-    with pytest.raises(ValueError, match="timm/crossvit_tiny_240 has 2 maps of features, not one"):
+    with pytest.raises(
+        GuidekitError, match="timm/crossvit_tiny_240 has 2 maps of features, not one"
+    ):
         crossed.shapes()
 
 
 def test_bounds_beside_quantiles_are_refused(pages):
     for given in (dict(low=0.1), dict(high=0.5), dict(low=0.1, high=0.5)):
-        with pytest.raises(ValueError, match="so .* would be ignored; leave one out"):
+        with pytest.raises(GuidekitError, match="so .* would be ignored; leave one out"):
             find_pairs(pages, quantiles=(0.1, 0.9), **given)
     assert find_pairs(pages, quantiles=(0.0, 1.0)).kept
     assert find_pairs(pages).share == 1
@@ -270,7 +275,7 @@ def test_a_cut_shard_says_what_to_do_and_is_made_anew(tiny, pages):
     for number, content in ((1, whole[:-9]), (2, b""), (0, b"\xff" * 99)):
         path = pages.folder / data.chunk_name(0, number)
         path.write_bytes(content)
-        with pytest.raises(ValueError, match=f"{path} is damaged .*; remove it"):
+        with pytest.raises(GuidekitError, match=f"{path} is damaged .*; remove it"):
             find_pairs(Store(pages.folder))
         path.unlink()
         again = encoded(scene_items(6, 2, SIZE), tiny, pages.folder, chunk=5)

@@ -10,6 +10,7 @@ from functools import partialmethod
 import pytest
 import torch
 
+from guidekit.errors import GuidekitError
 from guidekit.train.loop import Loop
 from guidekit.train.processes import processes
 from guidekit.train.recipe import train
@@ -115,7 +116,7 @@ def test_processes_that_would_not_train_together_are_refused(monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.delenv("ACCELERATE_USE_CPU", raising=False)
     AcceleratorState._reset_state(reset_partial_state=True)
-    with pytest.raises(ValueError, match="set ACCELERATE_USE_CPU=true"):
+    with pytest.raises(GuidekitError, match="set ACCELERATE_USE_CPU=true"):
         processes()
     AcceleratorState._reset_state(reset_partial_state=True)
 

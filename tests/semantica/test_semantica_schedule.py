@@ -6,6 +6,7 @@ import pytest
 import torch
 from diffusers import DDPMScheduler
 
+from guidekit.errors import GuidekitError
 from guidekit.levels import Levels
 from guidekit.noise import level
 from guidekit.semantica.schedule import (
@@ -178,7 +179,7 @@ def test_a_reloaded_scheduler_is_the_same(tmp_path):
     assert torch.equal(again.alphas_cumprod, scheduler.alphas_cumprod)
     assert again.config.reading == "literal"
     assert again.config.frac == 0.5
-    with pytest.raises(ValueError, match="lineage or literal"):
+    with pytest.raises(GuidekitError, match="lineage or literal"):
         SemanticaScheduler(reading="other")
-    with pytest.raises(ValueError, match="from 0 to 1"):
+    with pytest.raises(GuidekitError, match="from 0 to 1"):
         SemanticaScheduler(frac=2.0)

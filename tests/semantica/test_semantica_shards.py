@@ -8,6 +8,7 @@ import pytest
 import torch
 from PIL import Image
 
+from guidekit.errors import GuidekitError
 from guidekit.semantica.data import Store
 from guidekit.semantica.scattered import is_scattered
 from guidekit.semantica.sources import Part, shard_items, shard_parts
@@ -181,7 +182,7 @@ def test_names_in_shards_may_have_dots_in_their_folders(tiny, tmp_path):
 
 
 def test_shards_by_label_and_without_the_column(shards, tiny, tmp_path):
-    with pytest.raises(ValueError, match="000.json lacks 'label'; it has page_url, url"):
+    with pytest.raises(GuidekitError, match="000.json lacks 'label'; it has page_url, url"):
         next(shard_items(shards, "label"))
     shard(tmp_path / "l.tar", {str(i): sample("red", "x", label=i % 2) for i in range(4)})
     assert [i.page for i in shard_items([tmp_path / "l.tar"], "label")] == ["0", "1", "0", "1"]

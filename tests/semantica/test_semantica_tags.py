@@ -7,6 +7,7 @@ import torch
 
 import semantica_tiny
 from guidekit import load
+from guidekit.errors import GuidekitError
 from guidekit.semantica.encode import from_open_clip, load_encoder
 from guidekit.semantica.model import VARIANTS
 from guidekit.semantica.tags import TagsOptions, TagsTask, held
@@ -102,5 +103,5 @@ def test_the_objects_of_eight_scenes_are_learned(encoder):
 
 
 def test_an_architecture_that_open_clip_lacks_is_refused():
-    with pytest.raises(ValueError, match="list_models"):
+    with pytest.raises(GuidekitError, match="list_models"):
         from_open_clip("no-such-net", None)

@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 
 import semantica_tiny
 from guidekit import load
+from guidekit.errors import GuidekitError
 from guidekit.semantica.data import Store
 from guidekit.semantica.pages import bounds, image_count, make_episodes, source_parts
 from guidekit.semantica.train import SemanticaOptions, make
@@ -110,7 +111,7 @@ def test_other_bounds_make_other_pairs_and_other_data_are_refused(encoder, tmp_p
     some = pairs_of(make_episodes(fewer, tmp_path, 16, quiet=True)[0])
     assert 0 < len(some) < len(every)
     for changes in ({"pages": 13}, {"source": "labelled-scenes"}):
-        with pytest.raises(ValueError, match="give another folder or remove it"):
+        with pytest.raises(GuidekitError, match="give another folder or remove it"):
             make_episodes(SemanticaOptions(**first | changes), tmp_path, 16, quiet=True)
 
 
@@ -145,7 +146,7 @@ def test_pictures_that_were_added_are_not_overlooked(encoder, tmp_path):
     make_episodes(options, tmp_path, 16, quiet=True)
     make_episodes(options, tmp_path, 16, quiet=True)
     Image.new("RGB", (9, 9)).save(tmp_path / "in/b/2.png")
-    with pytest.raises(ValueError, match="begun with files '.*', not '.*'; give another folder"):
+    with pytest.raises(GuidekitError, match="begun with files '.*', not '.*'; give another folder"):
         make_episodes(options, tmp_path, 16, quiet=True)
 
 
@@ -153,7 +154,7 @@ def test_a_checkpoint_of_another_model_is_refused(encoder, tmp_path):
     train(write(tmp_path / "r.toml", encoder, steps=2), tmp_path, quiet=True)
     shutil.rmtree(tmp_path / "small/semantica/model")
     (tmp_path / "small/semantica/stage.json").unlink()  # of a run before stages had one
-    with pytest.raises(ValueError, match="is of another model; train into another folder"):
+    with pytest.raises(GuidekitError, match="is of another model; train into another folder"):
         train(write(tmp_path / "r.toml", encoder, 2, "film"), tmp_path, quiet=True)
 
 
@@ -237,7 +238,7 @@ def test_batches_are_functions_of_their_numbers_and_drop_conditions(encoder, tmp
 )
 def test_wrong_options(options, message, encoder, tmp_path):
     options = SemanticaOptions(encoder=str(encoder), **options)
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(GuidekitError, match=message):
         make_episodes(options, tmp_path, 16, quiet=True)
         source_parts(options, 16)
 
@@ -251,7 +252,7 @@ def test_wrong_options(options, message, encoder, tmp_path):
     ],
 )
 def test_numbers_that_make_no_sense(options, says, encoder, tmp_path):
-    with pytest.raises(ValueError, match=says):
+    with pytest.raises(GuidekitError, match=says):
         make_episodes(SemanticaOptions(encoder=str(encoder), **options), tmp_path, 16)
 
 
@@ -344,5 +345,5 @@ def test_the_papers_optimizer(tmp_path):
     assert loop.lr == 1e-4
     constant = Options(steps=10**7, decay="constant", lr=3e-4)
     assert lr_at(10**6, constant) == 3e-4
-    with pytest.raises(ValueError, match="cosine or constant"):
+    with pytest.raises(GuidekitError, match="cosine or constant"):
         Options(steps=1, decay="linear")

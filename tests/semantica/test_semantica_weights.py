@@ -11,6 +11,7 @@ from safetensors.torch import save_file
 
 from guidekit import Condition, Reference, Sampling
 from guidekit.cli.main import main
+from guidekit.errors import GuidekitError
 from guidekit.semantica.adapter import ImageAdapter, from_published, load_adapter, new_adapter
 from guidekit.testing.miniatures import sd_pipeline
 from guidekit.zoo.shipped import ZOO
@@ -60,12 +61,12 @@ def test_weights_of_another_model_are_refused(tmp_path):
             del wrong[key], wrong["ip_adapter.1.to_v_ip.weight"]
         else:
             wrong[key] = torch.zeros(1)
-        with pytest.raises(ValueError, match=message):
+        with pytest.raises(GuidekitError, match=message):
             from_published(wrong, unet)
     weights["ip_adapter.1.to_k_ip.weight"] = torch.zeros(3, 3)
-    with pytest.raises(ValueError, match="take those made for this kind"):
+    with pytest.raises(GuidekitError, match="take those made for this kind"):
         from_published(weights, unet)
-    with pytest.raises(ValueError, match="give a folder saved by guidekit"):
+    with pytest.raises(GuidekitError, match="give a folder saved by guidekit"):
         load_adapter(tmp_path / "no.bin", unet)
 
 
@@ -102,7 +103,7 @@ def test_pictures_are_those_of_diffusers_with_an_ip_adapter(tmp_path, weights):
     plain = drawn(pipe, Condition("red circle", "blue"), cfg=7.5).images
     assert (found - plain).abs().max() > 1e-3
     assert (found - expected).abs().max() < 2e-5
-    with pytest.raises(ValueError, match="needs the image encoder"):
+    with pytest.raises(GuidekitError, match="needs the image encoder"):
         drawn(pipe, RED, [Semantica(adapter=adapter)])
 
 
@@ -111,7 +112,7 @@ def test_an_adapter_of_another_text_is_refused(tmp_path):
     adapter = new_adapter(unet, 16)
     other = ImageAdapter(adapter.config.sites, 2 * unet.config.cross_attention_dim, 16)
     other.save_pretrained(tmp_path / "other")
-    with pytest.raises(ValueError, match="whose text is 64 wide, not 32"):
+    with pytest.raises(GuidekitError, match="whose text is 64 wide, not 32"):
         load_adapter(tmp_path / "other", unet)
 
 
@@ -138,7 +139,7 @@ def test_an_adapter_of_another_text_is_refused(tmp_path):
 def test_a_damaged_ip_adapter(tmp_path, kind, damage, message):
     unet, file = sd_pipeline().unet, tmp_path / "ip.safetensors"
     save_file(damage(kind(unet)), file)
-    with pytest.raises(ValueError, match=f"adapter {file}: .*{message}") as refused:
+    with pytest.raises(GuidekitError, match=f"adapter {file}: .*{message}") as refused:
         load_adapter(file, unet)
     assert "\n" not in str(refused.value)
     assert len(str(refused.value)) < 500
@@ -147,7 +148,7 @@ def test_a_damaged_ip_adapter(tmp_path, kind, damage, message):
 def test_other_files_that_are_no_ip_adapter(tmp_path):
     unet, file = sd_pipeline().unet, tmp_path / "ip.safetensors"
     file.write_bytes(b"garbage" * 9)
-    with pytest.raises(ValueError, match=f"adapter {file} is damaged"):
+    with pytest.raises(GuidekitError, match=f"adapter {file} is damaged"):
         load_adapter(file, unet)
     wide = published(unet) | {
         f"image_proj.{name}": torch.zeros(shape)
@@ -159,7 +160,7 @@ def test_other_files_that_are_no_ip_adapter(tmp_path):
         )
     }
     save_file(wide, file)
-    with pytest.raises(ValueError, match="tokens 64 wide, the model's text is 32"):
+    with pytest.raises(GuidekitError, match="tokens 64 wide, the model's text is 32"):
         load_adapter(file, unet)
 
 
@@ -176,12 +177,12 @@ def test_pickles_are_never_read(tmp_path, monkeypatch):
     monkeypatch.setattr(torch, "load", lambda *args, **_: calls.append(args) or {})
     pipe = sd_pipeline()
     pickled(tmp_path / "adapter", new_adapter(pipe.unet, 16), "diffusion_pytorch_model.bin")
-    with pytest.raises(ValueError, match="adapter .* cannot be loaded: .*safetensors"):
+    with pytest.raises(GuidekitError, match="adapter .* cannot be loaded: .*safetensors"):
         load_adapter(tmp_path / "adapter", pipe.unet)
     pickled(tmp_path / "clip", clip_tower(), "pytorch_model.bin")
     save_file(published(pipe.unet), tmp_path / "ip.safetensors")
     follow = Semantica(adapter=tmp_path / "ip.safetensors", encoder=str(tmp_path / "clip"))
-    with pytest.raises(ValueError, match="clip cannot be loaded: .*safetensors"):
+    with pytest.raises(GuidekitError, match="clip cannot be loaded: .*safetensors"):
         drawn(pipe, RED, [follow])
     assert not calls
 
@@ -192,7 +193,7 @@ def test_an_adapter_that_lacks_a_weight(tmp_path):
     adapter.save_pretrained(tmp_path)
     weights = {k: v for k, v in adapter.state_dict().items() if k != "projection.norm.bias"}
     save_file(weights, next(tmp_path.glob("*.safetensors")), {"format": "pt"})
-    with pytest.raises(ValueError, match="lacks projection.norm.bias; give a folder"):
+    with pytest.raises(GuidekitError, match="lacks projection.norm.bias; give a folder"):
         load_adapter(tmp_path, unet)
 
 
@@ -208,7 +209,7 @@ def test_a_clip_that_does_not_do(tmp_path, changes, message):
     save_file(published(pipe.unet), tmp_path / "ip.safetensors")
     clip_tower(**changes or {}).save_pretrained(tmp_path / ("clip" if changes else "other"))
     follow = Semantica(adapter=tmp_path / "ip.safetensors", encoder=str(tmp_path / "clip"))
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(GuidekitError, match=message):
         drawn(pipe, RED, [follow])
 
 

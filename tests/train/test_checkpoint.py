@@ -9,6 +9,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from test_stop import SquareTask, loop_of
 
+from guidekit.errors import GuidekitError
 from guidekit.train.checkpoint import NEWEST, OLDER, last_checkpoint, write_checkpoint
 
 
@@ -42,7 +43,7 @@ def test_a_damaged_checkpoint_gives_way_to_the_older_which_stays(tmp_path, keep)
 def test_two_damaged_checkpoints_are_refused_in_one_line(tmp_path):
     for name in (NEWEST, OLDER):
         (tmp_path / name).write_bytes(b"nothing")
-    with pytest.raises(ValueError, match="is damaged .* and no other is whole; remove it"):
+    with pytest.raises(GuidekitError, match="is damaged .* and no other is whole; remove it"):
         loop_of(SquareTask(), tmp_path)
 
 
@@ -75,7 +76,7 @@ def test_a_skipped_step_leaves_everything_as_it_was(tmp_path):
 def test_a_gradient_that_stays_nan_ends_the_training_with_a_whole_checkpoint(tmp_path):
     with (
         pytest.warns(UserWarning, match="skipped"),
-        pytest.raises(ValueError, match="not finite in 50 steps .* at step 55; lower lr"),
+        pytest.raises(GuidekitError, match="not finite in 50 steps .* at step 55; lower lr"),
     ):
         loop_of(SquareTask(bad=range(6, 100)), tmp_path, steps=80, save_every=5).run()
     assert all(torch.isfinite(v).all() for v in load_file(tmp_path / NEWEST).values())
@@ -85,6 +86,6 @@ def test_weights_that_are_not_finite_replace_no_checkpoint(tmp_path):
     """Such as one that no gradient reaches."""
     task = SquareTask(at=lambda step: step == 7 and task.net.idle.data.fill_(torch.inf))
     task.net.idle = torch.nn.Parameter(torch.zeros(1))
-    with pytest.raises(ValueError, match="weight.1.* not finite at step 8, so nothing is saved"):
+    with pytest.raises(GuidekitError, match="weight.1.* not finite at step 8, so nothing is saved"):
         loop_of(task, tmp_path, save_every=4).run()
     assert last_checkpoint(tmp_path).step == 4

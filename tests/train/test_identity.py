@@ -3,6 +3,7 @@
 import pytest
 from PIL import Image
 
+from guidekit.errors import GuidekitError
 from guidekit.train.identity import digest_of
 from guidekit.train.recipe import train
 
@@ -29,9 +30,9 @@ def trained(folder, size=8, width=8, steps=2, save=1, **overrides):
 def test_a_finished_stage_of_a_changed_recipe_is_refused(tmp_path):
     trained(tmp_path)
     trained(tmp_path, save=2, workers=1)  # which decide no weight
-    with pytest.raises(ValueError, match="begun with width 8, not 16: .* --set changed=allow"):
+    with pytest.raises(GuidekitError, match="begun with width 8, not 16: .* --set changed=allow"):
         trained(tmp_path, width=16)
-    with pytest.raises(ValueError, match="steps 2, not 4; "):
+    with pytest.raises(GuidekitError, match="steps 2, not 4; "):
         trained(tmp_path, steps=4, lr=1e-2)
 
 
@@ -70,7 +71,7 @@ def test_other_images_under_the_same_names_are_refused(tmp_path):
     pictures(tmp_path / "data", 10)
     model = train(path, tmp_path, quiet=True)
     pictures(tmp_path / "data", 20)
-    with pytest.raises(ValueError, match="begun with files of data .* not "):
+    with pytest.raises(GuidekitError, match="begun with files of data .* not "):
         train(path, tmp_path, quiet=True)
     for file in (tmp_path / "data").iterdir():  # a finished model needs them no longer
         file.unlink()

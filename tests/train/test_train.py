@@ -137,13 +137,13 @@ def test_batches_are_the_same_from_workers_which_leave_ctrl_c_alone():
 
 
 def test_workers_are_refused_where_batches_need_a_network():
-    with pytest.raises(ValueError, match="it takes workers = 0"):
+    with pytest.raises(GuidekitError, match="it takes workers = 0"):
         batches(Told(encodes=True), 4, 1, Accelerator(), range(2), workers=1)
 
 
 def test_workers_are_refused_where_processes_cannot_fork(monkeypatch):
     monkeypatch.setattr(multiprocessing, "get_all_start_methods", lambda: ["spawn"])
-    with pytest.raises(ValueError, match="take workers = 0"):
+    with pytest.raises(GuidekitError, match="take workers = 0"):
         batches(Told(), 4, 1, Accelerator(), range(2), workers=1)
     assert len(list(batches(Told(), 4, 1, Accelerator(), range(0), workers=1))) == 0
 
@@ -214,7 +214,7 @@ def test_built_in_recipes_are_valid():
 def test_wrong_recipe_says_what_is_wrong(tmp_path, text, says):
     path = tmp_path / "r.toml"
     path.write_text(text)
-    with pytest.raises(ValueError) as error:
+    with pytest.raises(GuidekitError) as error:
         read_recipe(path)
     assert says in str(error.value)
 
@@ -234,13 +234,13 @@ def test_wrong_recipe_says_what_is_wrong(tmp_path, text, says):
 def test_numbers_that_no_training_has_are_refused(tmp_path, line, says):
     path = tmp_path / "r.toml"
     path.write_text(f'model = "x"\nsize = 8\n[[stage]]\ntask = "judge"\nsteps = 1\n{line}')
-    with pytest.raises(ValueError, match="stage judge: ") as error:
+    with pytest.raises(GuidekitError, match="stage judge: ") as error:
         read_recipe(path)
     assert says in str(error.value)
 
 
 def test_missing_recipe_names_those_that_exist():
-    with pytest.raises(ValueError, match="scenes-judge"):
+    with pytest.raises(GuidekitError, match="scenes-judge"):
         read_recipe("nothing")
 
 

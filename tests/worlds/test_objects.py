@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 from PIL import Image, ImageDraw
 
+from guidekit.errors import GuidekitError
 from guidekit.worlds.grounds import GROUNDS
 from guidekit.worlds.objects import (
     MAX_OVERLAP,
@@ -148,15 +149,15 @@ def test_sizes_share_a_plan(world):
 
 
 def test_unknown_split_names_those_that_exist(world):
-    with pytest.raises(ValueError, match="splits are train, test, judge"):
+    with pytest.raises(GuidekitError, match="splits are train, test, judge"):
         world.scene(0, "validation")
 
 
 def test_missing_cutout_says_what_there_is_and_how_to_get_them(tmp_path):
     draw_cutouts(tmp_path)
-    with pytest.raises(ValueError, match=r"no cut-out cat .*arrow\.png.*npm pack"):
+    with pytest.raises(GuidekitError, match=r"no cut-out cat .*arrow\.png.*npm pack"):
         World(tmp_path, {"cat": "cat"})
-    with pytest.raises(ValueError, match="no such folder"):
+    with pytest.raises(GuidekitError, match="no such folder"):
         World(tmp_path / "none")
 
 
@@ -171,19 +172,19 @@ def test_missing_cutout_says_what_there_is_and_how_to_get_them(tmp_path):
 )
 def test_wrong_tables_are_refused(tmp_path, table, says):
     (tmp_path / "things.toml").write_text(table)
-    with pytest.raises(ValueError, match=says):
+    with pytest.raises(GuidekitError, match=says):
         read_things(tmp_path)
 
 
 def test_names_stay_in_their_folder(tmp_path):
-    with pytest.raises(ValueError, match="not a file's name"):
+    with pytest.raises(GuidekitError, match="not a file's name"):
         World(tmp_path, {"../secret": "secret"})
 
 
 def test_empty_cutout_is_refused(tmp_path):
     Image.new("RGBA", (8, 8)).save(tmp_path / "air.png")
     world = World(tmp_path, {"air": "air"})
-    with pytest.raises(ValueError, match="transparent all over"):
+    with pytest.raises(GuidekitError, match="transparent all over"):
         world.draw(world.scene(0))
 
 

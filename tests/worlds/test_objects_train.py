@@ -11,6 +11,7 @@ from PIL import Image, ImageDraw
 from safetensors.torch import load_file
 
 from guidekit.cli.main import main
+from guidekit.errors import GuidekitError
 from guidekit.train import latents
 from guidekit.train.judge import Judge
 from guidekit.train.muon import Muon, orthogonal
@@ -130,13 +131,13 @@ def test_judge_of_cutouts(recipe, cutouts, tmp_path):
 
 
 def test_without_a_folder_it_says_how_to_get_one(recipe, tmp_path):
-    with pytest.raises(ValueError, match="--cutouts FOLDER.*npm pack"):
+    with pytest.raises(GuidekitError, match="--cutouts FOLDER.*npm pack"):
         train(recipe, tmp_path / "runs", quiet=True)
 
 
 def test_unknown_source_names_those_that_exist(recipe, tmp_path):
     recipe.write_text(RECIPE.replace('"cutouts"', '"photos"'))
-    with pytest.raises(ValueError, match="source must be scenes or dense or prints or cutouts"):
+    with pytest.raises(GuidekitError, match="source must be scenes or dense or prints or cutouts"):
         train(recipe, tmp_path / "runs", quiet=True)
 
 

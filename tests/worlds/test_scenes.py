@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 
+from guidekit.errors import GuidekitError
 from guidekit.worlds import scenes
 
 
@@ -18,7 +19,7 @@ def test_a_scene_is_a_function_of_its_number():
 
 
 def test_unknown_split_names_those_that_exist():
-    with pytest.raises(ValueError, match="train, test"):
+    with pytest.raises(GuidekitError, match="train, test"):
         scenes.scene(0, "validation")
 
 
