@@ -17,7 +17,8 @@ body { font: 15px/1.5 system-ui, sans-serif; margin: 2rem auto; max-width: 74rem
 h1 { font-size: 1.5rem; margin-bottom: 0.2rem; } h2 { font-size: 1.1rem; margin-top: 2rem; }
 .row { display: flex; flex-wrap: wrap; gap: 1rem; margin: 0.8rem 0; }
 .seed { flex-wrap: nowrap; overflow-x: auto; }  /* so that columns can be compared */
-figure { margin: 0; } figcaption { color: #555; font-size: 0.85rem; }
+figure { margin: 0; } figure:has(.pair) { width: 252px; }
+figcaption { color: #555; font-size: 0.85rem; }
 img { display: block; width: 190px; image-rendering: pixelated; border: 1px solid #ddd; }
 img.pair { width: 252px; } svg { border: 1px solid #ddd; background: #fafafa; }
 table { border-collapse: collapse; } td { padding: 0.1rem 1rem 0.1rem 0; vertical-align: top; }
@@ -111,12 +112,12 @@ def _segment(index: int, segment: dict[str, Any]) -> str:
 
 
 def _images(run: dict[str, Any], folder: Path) -> str:
-    """One row a seed: unguided, guided, masks drawn over, attention."""
+    """Of each seed a row of images, unguided, guided, masks drawn over, and one of attention."""
     rows = []
     if reference := _figure(folder, "reference.png", "reference"):
         rows.append(f'<div class="row">{reference}</div>')
     rows += [
-        f'<h3>seed {seed}</h3><div class="row seed">{figures}</div>'
+        f'<h3>seed {seed}</h3><div class="row seed">{figures}</div>{_attention(run, folder, seed)}'
         for seed in run["sample"]["seeds"]
         if (figures := "".join(_figures(run, folder, seed)))
     ]
@@ -124,7 +125,7 @@ def _images(run: dict[str, Any], folder: Path) -> str:
 
 
 def _figures(run: dict[str, Any], folder: Path, seed: int) -> list[str]:
-    """What there is of one seed."""
+    """The images that there are of one seed."""
     record = run["record"]
     guided = "guided" if run["plugin"] else "image"
     target = record.get("targets", {}).get(str(seed))
@@ -138,6 +139,12 @@ def _figures(run: dict[str, Any], folder: Path, seed: int) -> list[str]:
         figures.append(_figure(folder, os.path.relpath(target["follows"], folder), "follows"))
         figures.append(_figure(folder, target["path"], f"{guided}, class {owner}"))
     figures.append(_figure(folder, f"overlay/{seed}.png", "with its masks"))
+    return figures
+
+
+def _attention(run: dict[str, Any], folder: Path, seed: int) -> str:
+    """A row of each segment's attention maps of one seed, with how they lie in its mask."""
+    record, figures = run["record"], []
     inside = record.get("inside", {}).get(str(seed), [])
     filled = record.get("filled", {}).get(str(seed), [])
     for index, segment in enumerate(run["segment"]):
@@ -147,7 +154,7 @@ def _figures(run: dict[str, Any], folder: Path, seed: int) -> list[str]:
         if index < len(filled):
             caption += f", of which it fills {filled[index]:.0%}"
         figures.append(_figure(folder, f"attention/{seed}-{index}.png", caption, "pair"))
-    return figures
+    return f'<div class="row">{maps}</div>' if (maps := "".join(figures)) else ""
 
 
 def _figure(folder: Path, path: str, caption: str, kind: str = "single") -> str:
