@@ -111,14 +111,30 @@ class BlockRows:
                     part.output = self.whole._original(*part.args, **part.kwargs)
 
 
-def _split_rows(value: Any, sizes: list[int], name: str = "") -> list[Any]:
-    """A block's arguments or output, part by part: tensors with a row per image are cut.
+def _has_rows(value: Tensor, count: int, name: str) -> bool:
+    """Whether an argument or output has a row for each of `count` images.
 
     Rotary embeddings of two dimensions have a row per token.
     """
+    whole = name == "image_rotary_emb" and value.ndim == 2
+    return value.ndim > 0 and len(value) == count and not whole
+
+
+def repeated_rows(value: Any, count: int, taken: Callable[[Tensor], Tensor], name: str = "") -> Any:
+    """A block's arguments with what `taken` makes of tensors that have a row per image."""
     if isinstance(value, Tensor):
-        whole = name == "image_rotary_emb" and value.ndim == 2
-        cut = value.ndim > 0 and len(value) == sum(sizes) and not whole
+        return taken(value) if _has_rows(value, count, name) else value
+    if isinstance(value, dict):
+        return {key: repeated_rows(item, count, taken, key) for key, item in value.items()}
+    if type(value) in (tuple, list):  # not sizes and other kinds of tuples
+        return type(value)(repeated_rows(item, count, taken, name) for item in value)
+    return value
+
+
+def _split_rows(value: Any, sizes: list[int], name: str = "") -> list[Any]:
+    """A block's arguments or output, part by part: tensors with a row per image are cut."""
+    if isinstance(value, Tensor):
+        cut = _has_rows(value, sum(sizes), name)
         return list(value.split(sizes)) if cut else [value] * len(sizes)
     if isinstance(value, dict):
         split = {key: _split_rows(item, sizes, key) for key, item in value.items()}

@@ -107,7 +107,10 @@ class Shown(Protocol):
     implementation: str
 
     def wants(self, kind: str, site: str) -> bool:
-        """Whether calls of a kind, "attention" or "block", at a site are shown to it."""
+        """Whether calls of a kind, "attention" or "block", at a site are shown to it.
+
+        Of the kind "fork": whether rows join the call at the entry of a block.
+        """
 
     def attention(self, call: "AttentionCall") -> Tensor | None:
         """The output of an attention call, None to run it."""
@@ -148,15 +151,13 @@ _LOCK = threading.Lock()
 
 @contextlib.contextmanager
 def installed(model: nn.Module, sites: dict[str, Iterable[str]]) -> Iterator[None]:
-    """Wrappers at the sites of each kind for the length of the context.
-
-    Kinds: "attention", "block", and "fork" for blocks at whose entry rows may join a call.
+    """Wrappers at the sites of each kind, "attention" and "block", for the length of the context.
 
     They are shared by all runs on the model, in all threads, and go with the last. They ask
     `RUNNING` whose call it is, so a tapped call belongs to the run and the thread that opened it,
     and the guards of torch.compile hold from step to step and from run to run.
     """
-    keys = [(kind, site) for kind in _AROUND for site in sites.get(kind, ())]
+    keys = [(kind, site) for kind in ("attention", "block") for site in sites.get(kind, ())]
     with _LOCK:
         there = _INSTALLED.setdefault(model, {})
         for kind, site in keys:
@@ -196,9 +197,13 @@ def _bounded(site, module, original, args, kwargs, edit, implementation):
 
 
 def _around_block(site, module, original, args, kwargs):
-    """A block's forward, shown to the denoiser call that is running."""
+    """A block's forward, shown to the denoiser call that is running; rows may join that there."""
     shown = RUNNING.get()
-    if shown is None or not shown.wants("block", site):
+    if shown is None:
+        return original(*args, **kwargs)
+    if shown.wants("fork", site):
+        args, kwargs = shown.forked(args), shown.forked(kwargs)
+    if not shown.wants("block", site):
         return original(*args, **kwargs)
     return _blocked(site, module, original, args, kwargs, shown.block)
 
@@ -212,15 +217,7 @@ def _blocked(site, module, original, args, kwargs, edit):
     return out
 
 
-def _around_fork(site, module, original, args, kwargs):
-    """A block's forward, with the rows that join the running denoiser call at it."""
-    shown = RUNNING.get()
-    if shown is None or not shown.wants("fork", site):
-        return original(*args, **kwargs)
-    return original(*shown.forked(args), **shown.forked(kwargs))
-
-
-_AROUND = {"attention": _around_attention, "block": _around_block, "fork": _around_fork}
+_AROUND = {"attention": _around_attention, "block": _around_block}
 
 
 @contextlib.contextmanager

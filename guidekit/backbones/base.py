@@ -18,6 +18,7 @@ import torch
 from diffusers import DiffusionPipeline
 from torch import Tensor, nn
 
+from guidekit.backbones.forks import fork_blocks
 from guidekit.backbones.records import Family, family_of, layout_sites
 from guidekit.backbones.storage import casts
 from guidekit.conditions import Condition
@@ -154,11 +155,8 @@ class Denoiser:
 
     @property
     def fork_blocks(self) -> list[str]:
-        """Blocks of the model, as they run, between which it handles all rows alike.
-
-        At their entry rows can be repeated; none for a model that was not looked through for it.
-        """
-        return []
+        """Blocks of the model, as they run, at whose entry rows can join a call of it."""
+        return [] if self.controls is not None else fork_blocks(self.network, self.model)
 
     @property
     def factor(self) -> int:

@@ -130,10 +130,10 @@ class Replay:
 
     @property
     def fork_blocks(self) -> list[str]:
-        """The model's own, none where the pipeline's call has residuals to add between them."""
-        given = self._given.items()
-        residuals = any("residual" in name and value is not None for name, value in given)
-        return [] if residuals else self.own.fork_blocks
+        """The model's own, none where a ControlNet or an adapter adds something between them."""
+        controls = {name for name in self._given if "residual" in name or "control" in name}
+        added = any(self._given[name] is not None for name in controls)
+        return [] if added else self.own.fork_blocks
 
     @property
     def copies(self) -> int:

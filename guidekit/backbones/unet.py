@@ -7,7 +7,6 @@ from guidekit.backbones.base import Text
 from guidekit.backbones.text import TextDenoiser
 from guidekit.backbones.tokenizers import expanding
 from guidekit.errors import GuidekitError
-from guidekit.taps import called
 
 
 class StableDiffusion(TextDenoiser, families=("sd",)):
@@ -24,20 +23,6 @@ class StableDiffusion(TextDenoiser, families=("sd",)):
                 "which its pipeline gives it: call the pipeline inside guidekit.attach, or use the "
                 "model that it was distilled from"
             )
-
-    @property
-    def fork_blocks(self) -> list[str]:
-        """Those of a UNet2DConditionModel, none where some of it is compiled.
-
-        None either beside controls, which add something between the blocks.
-        """
-        model = self.model
-        compiled = self.network is not model or any(called(m) != "forward" for m in model.modules())
-        if compiled or self.controls is not None:
-            return []
-        down = [f"down_blocks.{i}" for i in range(len(model.down_blocks))]
-        up = [f"up_blocks.{i}" for i in range(len(model.up_blocks))]
-        return [*down, *(["mid_block"] if model.mid_block is not None else []), *up]
 
     @property
     def text_length(self) -> int:

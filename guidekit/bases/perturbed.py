@@ -27,8 +27,9 @@ class Perturbed(Guidance):
     """Pushes the output away from that of a perturbed conditional branch.
 
     The branch carries the guidance's name and stands in a group of its own, so that other plugins'
-    scales and regions leave it alone. It costs one more row of the denoiser per image; in a UNet
-    only from the block of its first edit on, until which it shares the conditional branch's.
+    scales and regions leave it alone. It costs one more row of the denoiser per image; in
+    UNets, SD3 and Flux only from the block of its first edit on, until which it shares the
+    conditional branch's.
     """
 
     def branches(self, step: Step, branches: list[Branch]) -> list[Branch]:

@@ -69,7 +69,8 @@ class Engine:
         kinds = ("attention", "block")
         self._sites = {kind: run.reads.sites(self.guidances, kind) for kind in kinds}
         if any(guidance.overrides("branches") for guidance in self.guidances):
-            self._sites["fork"] = run.denoiser.fork_blocks
+            own = [site for site in run.denoiser.fork_blocks if site not in self._sites["block"]]
+            self._sites["block"] = [*self._sites["block"], *own]
 
     def opened(self) -> contextlib.AbstractContextManager[None]:
         """The run's taps; a run keeps them open, and a single step opens them for itself."""

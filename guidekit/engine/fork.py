@@ -1,8 +1,8 @@
 """Branches that are another's until their first edit: their rows join a denoiser call only there.
 
 The perturbed branch of PAG, SEG or skip-layer guidance is the conditional one up to the block that
-holds its first edited site, often the middle of a UNet. Until there one row stands for both; at the
-entry of that block, and of those after it, the rows of what was computed before are repeated.
+holds its first edited site, often the middle of the model. Until there one row stands for both; at
+the entry of that block, and of those after it, the rows of what was computed before are repeated.
 """
 
 import functools
@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from guidekit.blocks import repeated_rows
 from guidekit.engine.capture import Call, Part
 
 
@@ -24,36 +25,32 @@ class Fork:
     def __init__(self, parts: Sequence[Part], sources: Sequence[int], blocks: Sequence[str]):
         self.parts, self.blocks = parts, frozenset(blocks)
         self._sizes = [part.size for part in parts]
-        early = [i for i, source in enumerate(sources) if source == i]
-        starts, self.count = {}, 0
-        for i in early:
+        #: The calls that have rows from the start, and how many rows those are.
+        self.early: list[Call] = []
+        self.count = 0
+        starts = {}
+        for i, part in enumerate(parts):
+            if sources[i] != i:
+                part.size = 0
+                continue
             starts[i] = self.count
-            self.count += self._sizes[i]
+            self.early.append(part.call)
+            self.count += part.size
         self._order = tuple(
             starts[source] + row
             for source, size in zip(sources, self._sizes, strict=True)
             for row in range(size)
         )
-        self.early = [parts[i].call for i in early]
-        for part in parts:
-            part.size = 0 if part.call not in self.early else part.size
 
     def entered(self, given: Any) -> Any:
         """Arguments of a block with rows for all parts; those that have them already stay."""
         for part, size in zip(self.parts, self._sizes, strict=True):
             part.size = size
-        return self._repeated(given)
+        return repeated_rows(given, self.count, self._taken)
 
-    def _repeated(self, value: Any) -> Any:
-        """Tensors with a row per image of the early parts, also inside containers, in full."""
-        if isinstance(value, Tensor):
-            early = value.ndim > 0 and len(value) == self.count
-            return value.index_select(0, _index(self._order, value.device)) if early else value
-        if isinstance(value, dict):
-            return {key: self._repeated(inner) for key, inner in value.items()}
-        if type(value) in (tuple, list):
-            return type(value)(self._repeated(inner) for inner in value)
-        return value
+    def _taken(self, value: Tensor) -> Tensor:
+        """The rows of all parts out of those of the early ones."""
+        return value.index_select(0, _index(self._order, value.device))
 
 
 @functools.lru_cache(maxsize=16)  # else every step copies it to the device
@@ -76,9 +73,6 @@ def fork(parts: Sequence[Part], blocks: Sequence[str]) -> Fork | None:
     if start in (0, len(blocks)):
         return None
     if any(_first_edit(calls[sources[i]], blocks) < start for i in late):
-        return None
-    # A block that is read or edited whole is cut into the rows of the parts outside of the fork.
-    if any(site in call.wanted["block"] for call in calls for site in blocks[start:]):
         return None
     return Fork(parts, sources, blocks[start:])
 

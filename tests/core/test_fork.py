@@ -7,7 +7,9 @@ import torch
 
 import tiny
 from guidekit import Condition, FeatureRead, Guidance, Sampling, Segment, box_mask
-from guidekit.backbones.unet import StableDiffusion
+from guidekit.backbones.base import denoiser_of
+from guidekit.backbones.denoiser import Denoiser
+from guidekit.backbones.forks import fork_blocks
 from guidekit.testing import miniatures
 from guidekit_autoguidance import Autoguidance
 from guidekit_pag import PerturbedAttention
@@ -26,8 +28,8 @@ def wide():
 
 
 @contextlib.contextmanager
-def rows_of(unet):
-    """The rows of every call of the first and of the last block of a UNet."""
+def rows_of(model):
+    """The rows of every call of the first and of the last block of a model."""
     seen = {"first": [], "last": []}
 
     def counted(name):
@@ -36,8 +38,11 @@ def rows_of(unet):
 
         return hook
 
-    blocks = {"first": unet.down_blocks[0], "last": unet.up_blocks[-1]}
-    hooks = [b.register_forward_hook(counted(n), with_kwargs=True) for n, b in blocks.items()]
+    names = fork_blocks(model, model)
+    hooks = [
+        model.get_submodule(name).register_forward_hook(counted(place), with_kwargs=True)
+        for place, name in (("first", names[0]), ("last", names[-1]))
+    ]
     try:
         yield seen
     finally:
@@ -47,7 +52,7 @@ def rows_of(unet):
 
 def drawn(pipe, *guidances, cfg=5.0, seeds=(3, 4), **options):
     """The latents, and the rows that the first and the last block saw in each call."""
-    with rows_of(pipe.unet) as seen:
+    with rows_of(denoiser_of(pipe)) as seen:
         run = Sampling(pipe, RED, guidances, seeds=seeds, steps=3, cfg=cfg, **options).finish()
     return run.latents, {name: sorted(set(rows)) for name, rows in seen.items()}
 
@@ -55,7 +60,7 @@ def drawn(pipe, *guidances, cfg=5.0, seeds=(3, 4), **options):
 def unforked(monkeypatch, pipe, *guidances, **options):
     """The same with rows of their own for all branches from the start."""
     with monkeypatch.context() as patch:
-        patch.setattr(StableDiffusion, "fork_blocks", [])
+        patch.setattr(Denoiser, "fork_blocks", [])
         latents, rows = drawn(pipe, *guidances, **options)
     assert rows["first"] == rows["last"]
     return latents
@@ -83,11 +88,16 @@ def test_rows_are_shared_until_the_first_edit(monkeypatch, wide, guidances, cfg)
     assert (latents - expected).abs().max() < 1e-12
 
 
-def test_sdxl_shares_rows_too(monkeypatch):
-    pipe = miniatures.sdxl_pipeline().to(torch.float64)
-    latents, rows = drawn(pipe, PerturbedAttention())
-    assert rows == {"first": [4], "last": [6]}
-    assert (latents - unforked(monkeypatch, pipe, PerturbedAttention())).abs().max() < 1e-12
+@pytest.mark.parametrize("family", ["sdxl", "sd3", "flux"])
+@pytest.mark.parametrize("kind", [PerturbedAttention, SkipLayer])
+def test_other_families_share_rows_too(monkeypatch, family, kind):
+    """Skipped layers are blocks at whose entry rows join; Flux has no null branch."""
+    pipe = getattr(miniatures, f"{family}_pipeline")().to(torch.float64)
+    guidance, cfg = kind(start=0.0, stop=1.0), 1.0 if family == "flux" else 5.0
+    latents, rows = drawn(pipe, guidance, cfg=cfg)
+    own = 2 if family == "flux" else 4
+    assert rows == {"first": [own], "last": [own + 2]}
+    assert (latents - unforked(monkeypatch, pipe, guidance, cfg=cfg)).abs().max() < 1e-12
 
 
 @pytest.mark.parametrize(
@@ -121,13 +131,13 @@ class Reads(Guidance):
 
 @pytest.mark.parametrize(
     ("site", "rows"),
-    [("down_blocks.0", {"first": [4], "last": [6]}), ("up_blocks.0", {"first": [6], "last": [6]})],
+    [("down_blocks.0", {"first": [4], "last": [6]}), ("up_blocks.0", {"first": [4], "last": [6]})],
 )
 def test_features_are_those_of_the_branch_that_is_read(monkeypatch, wide, site, rows):
-    """A block that rows would join at, and that is read, has all rows from the start."""
+    """Also of a block at whose entry rows join the call."""
     seen = []
-    for blocks in (StableDiffusion.fork_blocks, []):
-        monkeypatch.setattr(StableDiffusion, "fork_blocks", blocks)
+    for blocks in (Denoiser.fork_blocks, []):
+        monkeypatch.setattr(Denoiser, "fork_blocks", blocks)
         with rows_of(wide.unet) as counted:
             run = Sampling(wide, RED, [PerturbedAttention(), Reads(site)], seeds=(3, 4), steps=2)
             seen.append(torch.stack([*run.finish().run.guidances[1].found]))
