@@ -229,8 +229,8 @@ def attend(
 
     eager   materialises P and lets autograd keep it; the reference.
     sdpa    stock SDPA with `weights` appended to V as columns (the output within rounding of the
-            untouched call). In half precision P and each head's map are rounded; heads are summed
-            in fp32.
+            untouched call). In half precision P and each head's map are rounded; heads and copies
+            of the map are summed in fp32.
     triton  the kernel of `guidekit_kernels`, where it takes the call (frozen keys, at most 128 of
             them, half precision); else sdpa.
     None means `call.implementation`, which afterwards names the one that ran. Raises GuidekitError
@@ -267,10 +267,10 @@ def _attend_eager(call, weights, rows, reduce) -> tuple[Tensor, Tensor]:
 def _attend_sdpa(call, weights, rows, reduce) -> tuple[Tensor, Tensor]:
     """P @ [V | weights]; zeros keep the sizes equal, without which the CPU has no flash kernel."""
     query, key, value, mask = _autocast(call)
-    d, s = query.shape[-1], weights.shape[-1]
-    extra = -(-s // 8) * 8  # alignment for the CUDA kernels
     half = value.dtype in (torch.float16, torch.bfloat16)
-    columns, size = _units(weights) if half else (weights, None)
+    columns, size = _copied(weights) if half else (weights, None)
+    d, s = query.shape[-1], columns.shape[-1]
+    extra = -(-s // 8) * 8  # alignment for the CUDA kernels
     columns = F.pad(columns.to(value.dtype), (0, extra - s))[:, None]
     with torch.autocast(query.device.type, enabled=False):
         both = F.scaled_dot_product_attention(
@@ -289,7 +289,7 @@ def _attend_triton(call, weights, rows, reduce) -> tuple[Tensor, Tensor]:
     out, maps = importlib.import_module(KERNELS).attend(
         call.query, call.key, call.value, columns, _read_mask(call), call.scale, rows, "none"
     )
-    return out, _averaged(maps, size, reduce)
+    return out, _averaged(maps, size[:, None], reduce)
 
 
 def _autocast(call: AttentionCall) -> list[Tensor | None]:
@@ -311,11 +311,28 @@ def _units(weights: Tensor) -> tuple[Tensor, Tensor]:
     return weights / size, size.mT
 
 
+def _copied(weights: Tensor) -> tuple[Tensor, Tensor]:
+    """Columns (B, T, C * S) of C copies of `_units`, and by what to multiply each map (B, C, S, 1).
+
+    SDPA rounds what it writes; the mean of copies of other sizes, which are rounded at other
+    places, is nearer. They fill 16 columns, which are free where a kernel takes heads of 64, 96,
+    128. Sizes are eighths from 1 to 2, exact in bf16.
+    """
+    columns, size = _units(weights)
+    copies = min(8, max(1, 16 // weights.shape[-1]))
+    sizes = 1 + (torch.arange(copies, device=weights.device)[:, None] * 8 // copies) / 8
+    return (columns[:, :, None] * sizes).flatten(2), size[:, None] / (copies * sizes[..., None])
+
+
 def _averaged(maps: Tensor, size: Tensor | None, reduce: str) -> Tensor:
-    """Maps (B, H, S, rows) of `_units`, summed over heads in fp32 or better, times the sizes."""
+    """Maps (B, H, C * S, rows), over heads and C copies, in fp32 or better.
+
+    size: by what to multiply the maps (B, C, S, 1), None for those of the weights themselves.
+    """
     maps = maps.to(torch.promote_types(maps.dtype, torch.float32))
     maps = maps.mean(1, keepdim=True) if reduce == "mean" else maps
-    maps = maps if size is None else maps * size[:, None]
+    if size is not None:
+        maps = (maps.unflatten(2, size.shape[1:3]) * size[:, None]).sum(2)
     return maps.squeeze(1) if reduce == "mean" else maps
 
 

@@ -110,8 +110,8 @@ def map_error(found, true):
 def test_maps_in_half_precision_lose_few_digits(std):
     """Weights beside V round P and each head's map; averages are divided after the heads' sum.
 
-    Against maps in fp32 of the same halves: in fp16 less, in bf16 about what Q and K lost when they
-    were rounded, which at logits of deviation 1, 2, 4 is 6e-4, 1.7e-3, 3.3e-3.
+    Against maps in fp32 of the same halves: less than what Q and K lost when they were rounded,
+    which in bf16 at logits of deviation 1, 2, 4 is 6e-4, 1.7e-3, 3.3e-3.
     """
     generator = torch.Generator().manual_seed(std)
     draw = lambda n: torch.randn(1, 8, n, 64, generator=generator, dtype=torch.float64)  # noqa: E731
@@ -126,7 +126,7 @@ def test_maps_in_half_precision_lose_few_digits(std):
         maps = attend(AttentionCall("", None, 0, *halves), weights.float(), "sdpa")[1]
         added, lost = map_error(maps, rounded), map_error(rounded, true)
         assert added < most, (dtype, added, lost)
-        assert added < (1.5 if std == 1 else 1) * lost, (dtype, added, lost)
+        assert added < lost, (dtype, added, lost)
 
 
 def test_averages_are_exact_in_half_precision():
