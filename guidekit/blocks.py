@@ -14,6 +14,9 @@ from torch import Tensor, nn
 
 from guidekit.errors import GuidekitError
 
+#: Arguments without a row per image, though their first side may be as long as the batch.
+WHOLE = ("img_ids", "txt_ids", "ip_adapter_masks", "skip_layers")
+
 
 @dataclass(eq=False)
 class BlockCall:
@@ -116,7 +119,7 @@ def _has_rows(value: Tensor, count: int, name: str) -> bool:
 
     Rotary embeddings of two dimensions have a row per token.
     """
-    whole = name == "image_rotary_emb" and value.ndim == 2
+    whole = name in WHOLE or (name == "image_rotary_emb" and value.ndim == 2)
     return value.ndim > 0 and len(value) == count and not whole
 
 

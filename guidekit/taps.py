@@ -109,7 +109,7 @@ class Shown(Protocol):
     def wants(self, kind: str, site: str) -> bool:
         """Whether calls of a kind, "attention" or "block", at a site are shown to it.
 
-        Of the kind "fork": whether rows join the call at the entry of a block.
+        Of the kind "join": whether rows join the call at the entry of a block.
         """
 
     def attention(self, call: "AttentionCall") -> Tensor | None:
@@ -118,8 +118,8 @@ class Shown(Protocol):
     def block(self, call: "BlockCall") -> Any | None:
         """The output of a block, None to run it."""
 
-    def forked(self, given: tuple | dict) -> tuple | dict:
-        """The arguments of a block, with the rows that join the call at it."""
+    def joined(self, given: tuple | dict) -> tuple | dict:
+        """The arguments of a block with the rows that join the call at it."""
 
 
 #: What the denoiser call that runs in this thread shows its tapped calls to. A wrapper that finds
@@ -201,8 +201,8 @@ def _around_block(site, module, original, args, kwargs):
     shown = RUNNING.get()
     if shown is None:
         return original(*args, **kwargs)
-    if shown.wants("fork", site):
-        args, kwargs = shown.forked(args), shown.forked(kwargs)
+    if shown.wants("join", site):
+        args, kwargs = shown.joined(args), shown.joined(kwargs)
     if not shown.wants("block", site):
         return original(*args, **kwargs)
     return _blocked(site, module, original, args, kwargs, shown.block)

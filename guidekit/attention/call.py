@@ -319,7 +319,7 @@ def _copied(weights: Tensor) -> tuple[Tensor, Tensor]:
     128. Sizes are eighths from 1 to 2, exact in bf16.
     """
     columns, size = _units(weights)
-    copies = min(8, max(1, 16 // weights.shape[-1]))
+    copies = min(8, max(1, 16 // max(1, weights.shape[-1])))
     sizes = 1 + (torch.arange(copies, device=weights.device)[:, None] * 8 // copies) / 8
     return (columns[:, :, None] * sizes).flatten(2), size[:, None] / (copies * sizes[..., None])
 

@@ -156,7 +156,12 @@ class Denoiser:
     @property
     def fork_blocks(self) -> list[str]:
         """Blocks of the model, as they run, at whose entry rows can join a call of it."""
-        return [] if self.controls is not None else fork_blocks(self.network, self.model)
+        return fork_blocks(self.model)
+
+    @property
+    def controlled(self) -> bool:
+        """Whether controls add something between the blocks of a call."""
+        return self.controls is not None
 
     @property
     def factor(self) -> int:

@@ -17,12 +17,9 @@ ORDER: dict[type[nn.Module], tuple[str, ...]] = {
 }
 
 
-def fork_blocks(network: nn.Module, model: nn.Module) -> list[str]:
-    """Names of the blocks as they run; none for other classes and where something is compiled.
-
-    network: what is called, the model itself unless it is compiled.
-    """
-    if network is not model or any(called(module) != "forward" for module in model.modules()):
+def fork_blocks(model: nn.Module) -> list[str]:
+    """Names of the blocks as they run; none for other classes and where parts are compiled."""
+    if any(called(module) != "forward" for module in model.modules()):
         return []
     found = []
     for name in ORDER.get(type(model), ()):

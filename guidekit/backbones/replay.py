@@ -17,10 +17,8 @@ from torch import Tensor
 
 from guidekit.backbones.denoiser import Denoiser
 from guidekit.backbones.records import Family
+from guidekit.blocks import WHOLE
 from guidekit.errors import GuidekitError
-
-# Not one row per image, though their first side may be as long as the batch.
-WHOLE = ("img_ids", "txt_ids", "ip_adapter_masks", "skip_layers")
 
 
 @dataclass(frozen=True)
@@ -130,10 +128,14 @@ class Replay:
 
     @property
     def fork_blocks(self) -> list[str]:
-        """The model's own, none where a ControlNet or an adapter adds something between them."""
-        controls = {name for name in self._given if "residual" in name or "control" in name}
-        added = any(self._given[name] is not None for name in controls)
-        return [] if added else self.own.fork_blocks
+        """The model's own."""
+        return self.own.fork_blocks
+
+    @property
+    def controlled(self) -> bool:
+        """Whether the pipeline's call has something to add between the model's blocks."""
+        names = [name for name in self._given if "residual" in name or "control" in name]
+        return any(self._given[name] is not None for name in names)
 
     @property
     def copies(self) -> int:

@@ -112,7 +112,10 @@ class Call:
 
 
 class Part:
-    """One branch's rows of a denoiser call; `found` maps (number of the read, site) to a tensor."""
+    """One branch's rows of a denoiser call; `found` maps (number of the read, site) to a tensor.
+
+    size: its rows in the call, 0 until they join it (`guidekit.engine.fork`).
+    """
 
     def __init__(self, call: Call, denoiser: Denoiser):
         self.call, self.denoiser, self.family = call, denoiser, denoiser.family
@@ -253,7 +256,7 @@ class Capture:
         cut: bool = False,
         stop: bool = False,
         among: list[Part] | None = None,
-        fork: "Joining | None" = None,
+        fork: Joining | None = None,
     ):
         self.parts, self.implementation = parts, implementation
         self.cut, self.stop = cut, stop
@@ -262,7 +265,7 @@ class Capture:
 
     def wants(self, kind: str, site: str) -> bool:
         """Whether some branch reads or edits the site, or rows join the call at it."""
-        if kind == "fork":
+        if kind == "join":
             return self.fork is not None and site in self.fork.blocks
         return any(site in part.call.wanted[kind] for part in self.parts)
 
@@ -314,7 +317,7 @@ class Capture:
         self._after(left)
         return out
 
-    def forked(self, given: tuple | dict) -> tuple | dict:
+    def joined(self, given: tuple | dict) -> tuple | dict:
         """Arguments of a block at whose entry rows join the call."""
         return self.fork.entered(given)
 

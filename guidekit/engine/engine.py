@@ -50,8 +50,10 @@ class Engine:
         check_storage(run.denoiser.model)
         self.run, self.guidances = run, copied(guidances)
         run.guidances = self.guidances
+        adds = any(guidance.overrides("branches") for guidance in self.guidances)
+        blocks = run.denoiser.fork_blocks if adds else []
         self.evaluator = Evaluator(
-            run.denoiser, run.latent_shape[0], run.attention, run.memory, run.account.calls
+            run.denoiser, run.latent_shape[0], run.attention, run.memory, run.account.calls, blocks
         )
         self.injector = Injector(run)
         run.rollout = Rollout(run, self.evaluator)
@@ -68,9 +70,7 @@ class Engine:
         check_devices(run, self.guidances)
         kinds = ("attention", "block")
         self._sites = {kind: run.reads.sites(self.guidances, kind) for kind in kinds}
-        if any(guidance.overrides("branches") for guidance in self.guidances):
-            own = [site for site in run.denoiser.fork_blocks if site not in self._sites["block"]]
-            self._sites["block"] = [*self._sites["block"], *own]
+        self._sites["block"] = list(dict.fromkeys([*self._sites["block"], *blocks]))
 
     def opened(self) -> contextlib.AbstractContextManager[None]:
         """The run's taps; a run keeps them open, and a single step opens them for itself."""

@@ -18,7 +18,7 @@ from guidekit.engine.fork import fork
 from guidekit.engine.precision import Rescaled
 from guidekit.errors import GuidekitError
 from guidekit.reads import Eval
-from guidekit.taps import RUNNING, Showing
+from guidekit.taps import RUNNING, Showing, called
 
 #: Rows in one denoiser call; null and cond of all images, the bare pipeline's call, always fit.
 ROWS = 16
@@ -37,7 +37,8 @@ class Evaluator:
 
     memory: "low" computes blocks again in backward and keeps branches without a graph out of
     batches with one. chosen: how mixed branches ride, by the kind of call; what is missing is
-    measured at the first such call and put there, so that a replay can be given it.
+    measured at the first such call and put there, so that a replay can be given it. blocks: those
+    at whose entry rows can join a call.
     """
 
     def __init__(
@@ -47,10 +48,12 @@ class Evaluator:
         implementation: str,
         memory: str = "fast",
         chosen: dict[str, str] | None = None,
+        blocks: Sequence[str] = (),
     ):
         self.denoiser, self.channels = denoiser, channels
         self.implementation, self.memory = implementation, memory
         self.chosen = {} if chosen is None else chosen
+        self.blocks = blocks
         #: Denoiser calls so far, for tests and benchmarks.
         self.count = 0
 
@@ -71,11 +74,6 @@ class Evaluator:
         """The blocks that a user can have computed again in backward."""
         blocks = self.denoiser.model.modules()
         return [block for block in blocks if hasattr(block, "gradient_checkpointing")]
-
-    @cached_property
-    def _blocks(self) -> list[str]:
-        """Blocks at whose entry rows can join a call."""
-        return self.denoiser.fork_blocks
 
     def evaluate(self, calls: Sequence[Call]) -> list[Eval]:
         """One evaluation per call, in their order.
@@ -164,11 +162,11 @@ class Evaluator:
         # Autograd would be asked for the graph of branches that no energy reads.
         cut = graph and all(call.cut for call in calls if call.graph)
         parts = [Part(call, self.denoiser) for call in calls]
-        forked = None if graph or first.stop else fork(parts, self._blocks)
-        early = calls if forked is None else forked.early
+        plan = fork(parts, self.blocks) if self._forks(calls) else None
+        early = calls if plan is None else plan.early
         x = torch.cat([self._ready(call, scaling) for call in early])
         text = type(first.text).cat([call.text for call in early])
-        capture = Capture(parts, self.implementation, cut, first.stop, fork=forked)
+        capture = Capture(parts, self.implementation, cut, first.stop, fork=plan)
         out = None
         stops, opened = contextlib.suppress(StopForward), self._opened(calls, capture, graph)
         with torch.set_grad_enabled(graph), stops, opened:
@@ -178,6 +176,14 @@ class Evaluator:
         outs = [None] * len(calls) if out is None else out.split([part.size for part in parts])
         evals = [self._eval(part, own) for part, own in zip(parts, outs, strict=True)]
         return scaling.leave(evals) if scaling else evals
+
+    def _forks(self, calls: list[Call]) -> bool:
+        """Whether rows may join the call late: nothing but its blocks must mix what they made."""
+        denoiser = self.denoiser
+        compiled = denoiser.network is not denoiser.model or called(denoiser.model) != "forward"
+        cached = getattr(denoiser.model, "is_cache_enabled", False)
+        graph = any(call.graph or call.stop for call in calls)
+        return not (graph or compiled or cached or denoiser.controlled)
 
     def _scaling(self, graph: bool, x: Tensor) -> Rescaled | None:
         """The loss scale of a call whose gradients would underflow: one in half precision."""

@@ -1,4 +1,4 @@
-"""Branches that are another's until their first edit: their rows join a denoiser call only there.
+"""Branches that equal another until their first edit: their rows join a denoiser call only there.
 
 The perturbed branch of PAG, SEG or skip-layer guidance is the conditional one up to the block that
 holds its first edited site, often the middle of the model. Until there one row stands for both; at
@@ -78,10 +78,14 @@ def fork(parts: Sequence[Part], blocks: Sequence[str]) -> Fork | None:
 
 
 def _source(calls: Sequence[Call], number: int) -> int:
-    """The call that a call is until its first edit: itself if no other of the group."""
-    twin = calls[number].twin
-    names = [call.branch.name for call in calls]
-    return names.index(twin) if twin in names else number
+    """The call that a call is until its first edit: itself if no other of the group.
+
+    A branch of some of the images may have fewer rows than its twin, which then is none.
+    """
+    for i, call in enumerate(calls):
+        if call.branch.name == calls[number].twin and len(call.x) == len(calls[number].x):
+            return i
+    return number
 
 
 def _first(call: Call, blocks: Sequence[str]) -> int:

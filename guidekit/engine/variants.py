@@ -1,4 +1,4 @@
-"""Maps of an attention call that are no plain average: per head, of some tokens, resized."""
+"""What reads want of an attention call: weights at its keys, maps that are no plain average."""
 
 import torch
 from torch import Tensor

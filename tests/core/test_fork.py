@@ -4,13 +4,19 @@ import contextlib
 
 import pytest
 import torch
+from diffusers import StableDiffusionControlNetPipeline
+from diffusers.hooks import FirstBlockCacheConfig
+from PIL import Image
 
+import guidekit
 import tiny
-from guidekit import Condition, FeatureRead, Guidance, Sampling, Segment, box_mask
+from guidekit import Branch, Condition, FeatureRead, Guidance, Sampling, Segment, box_mask
 from guidekit.backbones.base import denoiser_of
 from guidekit.backbones.denoiser import Denoiser
 from guidekit.backbones.forks import fork_blocks
+from guidekit.blocks import repeated_rows
 from guidekit.testing import miniatures
+from guidekit.testing.conditioners import control_net
 from guidekit_autoguidance import Autoguidance
 from guidekit_pag import PerturbedAttention
 from guidekit_pww import PaintWithWords
@@ -38,7 +44,7 @@ def rows_of(model):
 
         return hook
 
-    names = fork_blocks(model, model)
+    names = fork_blocks(model)
     hooks = [
         model.get_submodule(name).register_forward_hook(counted(place), with_kwargs=True)
         for place, name in (("first", names[0]), ("last", names[-1]))
@@ -98,6 +104,82 @@ def test_other_families_share_rows_too(monkeypatch, family, kind):
     own = 2 if family == "flux" else 4
     assert rows == {"first": [own], "last": [own + 2]}
     assert (latents - unforked(monkeypatch, pipe, guidance, cfg=cfg)).abs().max() < 1e-12
+
+
+class Some(PerturbedAttention):
+    """PAG of the second image alone."""
+
+    def acts_on(self, step):
+        return torch.tensor([False, True])
+
+
+class Between(PerturbedAttention):
+    """PAG with a branch of other words after its own."""
+
+    def branches(self, step, branches):
+        found = super().branches(step, branches)
+        other = Branch("other", ["a blue square"] * len(step.run.seeds), group="other")
+        return [*found, other]
+
+
+@pytest.mark.parametrize(
+    "guidances",
+    [
+        (PerturbedAttention(), SkipLayer(sites=("up_blocks.1.*.transformer_blocks.*",), start=0.0)),
+        (Some(),),
+        (Between(), SmoothedEnergy()),
+    ],
+    ids=["other first blocks", "some of the images", "another branch between"],
+)
+def test_late_branches_of_every_kind_are_as_without_sharing(monkeypatch, wide, guidances):
+    latents, _ = drawn(wide, *guidances)
+    assert (latents - unforked(monkeypatch, wide, *guidances)).abs().max() < 1e-12
+
+
+@pytest.mark.parametrize("control", [False, True])
+def test_an_attached_pipeline_shares_rows_unless_a_control_adds_something(monkeypatch, control):
+    pipe, given = miniatures.sd_pipeline(), {}
+    if control:
+        net, image = control_net(pipe), Image.new("RGB", (32, 32), "red")
+        pipe, given = (
+            StableDiffusionControlNetPipeline(**pipe.components, controlnet=net),
+            {"image": image},
+        )
+
+    def attached():
+        generator = [torch.Generator().manual_seed(5)]
+        with rows_of(pipe.unet) as seen, guidekit.attach(pipe, [PerturbedAttention()]):
+            out = pipe(
+                RED.prompt,
+                num_inference_steps=3,
+                generator=generator,
+                output_type="latent",
+                **given,
+            )
+        return out.images, {name: sorted(set(rows)) for name, rows in seen.items()}
+
+    latents, rows = attached()
+    monkeypatch.setattr(Denoiser, "fork_blocks", [])
+    expected, _ = attached()
+    assert (3 in rows["first"]) == control
+    assert 3 in rows["last"]
+    assert (latents - expected).abs().max() < 1e-5
+
+
+def test_a_cache_of_blocks_gets_all_rows_from_the_start(monkeypatch):
+    """It takes the output of one block from that of another."""
+    pipe = miniatures.flux_pipeline()
+    pipe.transformer.enable_cache(FirstBlockCacheConfig(threshold=0.0))
+    _, rows = drawn(pipe, PerturbedAttention(), cfg=1.0)
+    assert rows["first"] == [4]
+
+
+def test_masks_of_adapters_are_not_taken_for_rows():
+    masks = torch.ones(2, 1, 8, 8)
+    given = {"hidden_states": torch.zeros(2, 3), "kwargs": {"ip_adapter_masks": masks}}
+    found = repeated_rows(given, 2, lambda x: torch.cat([x, x[1:]]))
+    assert len(found["hidden_states"]) == 3
+    assert found["kwargs"]["ip_adapter_masks"] is masks
 
 
 @pytest.mark.parametrize(
