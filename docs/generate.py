@@ -13,8 +13,8 @@ import click
 import matrix
 import tables
 
+from guidekit.__main__ import main as guidekit
 from guidekit.cli.describe import describe_plugin
-from guidekit.cli.main import main as guidekit
 from guidekit.registry import entries
 
 ROOT = Path(__file__).resolve().parents[1]

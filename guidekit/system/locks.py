@@ -72,9 +72,12 @@ def holder(path: Path) -> str | None:
         host, pid = told["host"], int(told["pid"])
     except (OSError, ValueError, KeyError, TypeError):
         return None
-    if host == socket.gethostname() and not _lives(pid):
-        return None
-    return f"{host}:{pid}"
+    return None if gone(host, pid) else f"{host}:{pid}"
+
+
+def gone(host: str, pid: int) -> bool:
+    """Whether a process is known to have ended: it was on this machine and is no more."""
+    return host == socket.gethostname() and not _lives(pid)
 
 
 def _lives(pid: int) -> bool:

@@ -12,15 +12,14 @@ Letters: B batch, H heads, N queries, T keys, S map columns, d head size.
 """
 
 import importlib.util
-import os
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from guidekit_kernels import tiles
+from guidekit_kernels.tiles import INTERPRETED
 
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 HAS_TRITON = importlib.util.find_spec("triton") is not None
 # The interpreter has no bf16; fp32 shows the same arithmetic without its rounding.
 DTYPES = (torch.float16, torch.bfloat16, *((torch.float32,) if INTERPRETED else ()))

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from guidekit_kernels import tiles
-from guidekit_kernels.attention_map import INTERPRETED
 from guidekit_kernels.attention_map_kernels import forward_kernel, query_kernel
+from guidekit_kernels.tiles import INTERPRETED
 
 
 def launch_forward(inputs: list[Tensor], scale: float, out: Tensor, maps: Tensor) -> None:

@@ -6,10 +6,12 @@ repeats them.
 """
 
 import functools
+import os
 from dataclasses import dataclass
 
 import torch
 
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # on the CPU, for tests
 MAX_HEAD = 160  # 128 where a program has less than `SHARED` bytes of shared memory
 SHARED = 131072
 MAX_KEYS = 128  # of one block: the 77 tokens of CLIP fit, the 300 of T5 do not

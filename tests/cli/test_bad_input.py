@@ -17,9 +17,9 @@ from click.testing import CliRunner
 from PIL import Image
 from safetensors.torch import save_file
 
+from guidekit.__main__ import main
 from guidekit.backbones.loading import load
 from guidekit.cli.errors import Tracebacks, shown_errors
-from guidekit.cli.main import main
 
 PROMPT = "a red circle and a blue square on white"
 

@@ -24,7 +24,7 @@ def own_folder(tmp_path, monkeypatch):
 
 def test_help_is_quick_and_needs_no_torch():
     code = (
-        "import sys\nfrom guidekit.cli.main import main\n"
+        "import sys\nfrom guidekit.__main__ import main\n"
         "try:\n    main(['sample', '--help'])\nexcept SystemExit:\n    pass\n"
         "print(sorted({'torch', 'diffusers', 'numpy', 'PIL'} & set(sys.modules)))"
     )

@@ -12,8 +12,8 @@ from diffusers import StableDiffusionControlNetPipeline
 from PIL import Image
 
 import tiny
+from guidekit.__main__ import main
 from guidekit.cli.controls import parse_control
-from guidekit.cli.main import main
 from guidekit.testing.conditioners import control_net, segment_map, t2i_adapter
 
 PROMPT = "a red circle and a blue square on white"

@@ -14,9 +14,9 @@ import torch
 from click.testing import CliRunner
 from PIL import Image
 
+from guidekit.__main__ import main
 from guidekit.cli import doctor
 from guidekit.cli.describe import describe_plugin, plugin_text
-from guidekit.cli.main import main
 from guidekit.cli.sample import sample
 from guidekit.cli.settings import Settings, dump, sample_keys
 from guidekit.registry import Registry, entries

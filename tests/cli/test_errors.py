@@ -3,7 +3,7 @@
 import pytest
 from click.testing import CliRunner
 
-from guidekit.cli.main import main
+from guidekit.__main__ import main
 from guidekit.errors import GuidekitError, blame, where_of
 
 

@@ -7,9 +7,9 @@ import pytest
 from click.testing import CliRunner
 from PIL import Image
 
+from guidekit.__main__ import main
 from guidekit.cli import models
 from guidekit.cli.grid import Axis, cells_of, parse_axes
-from guidekit.cli.main import main
 from guidekit.cli.settings import Settings
 from guidekit.errors import GuidekitError
 

@@ -2,6 +2,7 @@
 
 import json
 import os
+import socket
 import subprocess
 import sys
 import tarfile
@@ -124,6 +125,24 @@ def test_the_lock_of_a_dead_process_is_taken_over(tmp_path):
     assert holder(path) is None
     with held(path) as own:
         assert own
+
+
+def test_what_killed_processes_left_goes_when_the_plan_is_complete(tmp_path):
+    """Of blocks, of the plan itself and of its files; what a living process writes stays."""
+    store, drawer = made(tmp_path)
+    Worker(store, drawer).run()
+    state, host = store.folder / "state", socket.gethostname()
+    dead = subprocess.Popen([sys.executable, "-c", ""])
+    dead.wait()
+    (state / "parts" / f"files.{host}-{dead.pid}").mkdir()
+    (state / "parts" / f"plan.json.{host}-{dead.pid}").write_text("{")
+    (state / "parts" / f"00001.other-{dead.pid}").write_text("")
+    (state / "locks" / "00001.lock").write_text(json.dumps({"host": host, "pid": dead.pid}))
+    living = state / "parts" / f"manifest.json.{host}-{os.getpid()}"
+    living.write_text("{")
+    store.tidy()
+    assert list((state / "parts").iterdir()) == [living]
+    assert not list((state / "locks").iterdir())
 
 
 def test_shares_are_disjoint_and_whole(tmp_path):

@@ -23,7 +23,7 @@ from transformers import (
 
 import guidekit
 import tiny
-from guidekit.cli.main import main
+from guidekit.__main__ import main
 from guidekit.cli.plan import make_plan
 from guidekit.cli.session import Session
 from guidekit.cli.settings import Settings, make_settings, read_config
@@ -203,7 +203,7 @@ def test_a_line_comes_before_torch_is_imported(tmp_path):
         "        if name == 'torch':\n"
         "            print('torch', flush=True)\n"
         "sys.meta_path.insert(0, Told())\n"
-        "from guidekit.cli.main import main\n"
+        "from guidekit.__main__ import main\n"
         "main(['sample', '--model', 'nope'])\n"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)

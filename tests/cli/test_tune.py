@@ -6,7 +6,7 @@ import pytest
 from click.testing import CliRunner
 from PIL import Image
 
-from guidekit.cli.main import main
+from guidekit.__main__ import main
 
 DRAWN = ["--model", "scenes", "--seeds", "0", "--steps", "2", "--cfg", "2"]
 KNOB = "layout-guidance.scale=10:40"

@@ -146,7 +146,7 @@ def test_systematic_resampling_draws_by_weight():
 def test_on_the_command_line(model, tmp_path):
     from click.testing import CliRunner
 
-    from guidekit.cli.main import main
+    from guidekit.__main__ import main
 
     args = ["sample", "--model", str(model), "--prompt", "a red circle", "--steps", "3"]
     args += ["--seeds", "0-3", "--particles", "2", "--batch", "3", "--eta", "1", "--no-compare"]

@@ -9,7 +9,7 @@ from click.testing import CliRunner
 from diffusers import DDIMPipeline, DDIMScheduler, DDPMScheduler
 
 from guidekit import Condition, Guidance, Sampling, Segment, box_mask, load
-from guidekit.cli.main import main
+from guidekit.__main__ import main
 from guidekit.errors import GuidekitError
 from guidekit.reads import FeatureRead
 from guidekit.testing.miniatures import ddpm_pipeline

@@ -9,8 +9,8 @@ from click.testing import CliRunner
 from PIL import Image
 
 from guidekit import Condition, Sampling
+from guidekit.__main__ import main
 from guidekit.backbones.denoiser import Denoiser
-from guidekit.cli.main import main
 from guidekit.errors import GuidekitError
 from guidekit.heads.pairs import Pairs, at_grid, read_pairs, read_target
 from guidekit.heads.readout import load_readout, new_readout

@@ -20,8 +20,8 @@ from corpus_pictures import PICTURES, encoded
 from corpus_shards import SHARDS
 from corpus_texts import LAYOUTS, RECIPES, SETTINGS, TABLES
 from corpus_weights import HEADS, WEIGHTS
+from guidekit.__main__ import main
 from guidekit.backbones.loading import load
-from guidekit.cli.main import main
 from guidekit.cli.settings import make_settings, read_config
 from guidekit.errors import GuidekitError
 from guidekit.heads.data import read_examples

@@ -11,7 +11,7 @@ from PIL import Image
 
 import guidekit
 from guidekit import Condition, GuidekitError, Segment, attach, box_mask, make
-from guidekit.cli.main import main
+from guidekit.__main__ import main
 from guidekit.cli.plan import make_plan
 from guidekit.cli.settings import make_settings
 from guidekit.testing import sd_pipeline

@@ -12,7 +12,7 @@ from click.testing import CliRunner
 from PIL import Image
 
 import guidekit
-from guidekit.cli.main import main
+from guidekit.__main__ import main
 
 PROMPT = "a red circle on white"
 

@@ -20,7 +20,7 @@ import guidekit.sampler
 import guidekit.testing
 import guidekit.toolbox
 from guidekit import Guidance, guidance, hookspecs
-from guidekit.cli.main import main
+from guidekit.__main__ import main
 from guidekit.run import Run
 from guidekit.step import Step
 from guidekit.testing import CHECKS

@@ -8,7 +8,7 @@ from click.testing import CliRunner
 from diffusers import DDIMScheduler
 
 from guidekit import Condition, Denoiser, Sampling, load
-from guidekit.cli.main import main
+from guidekit.__main__ import main
 from guidekit.heads import Examples, fit
 from guidekit.heads.linear import fit_linear
 from guidekit.train.digits import DigitJudge

@@ -17,7 +17,7 @@ import exact
 import guidekit
 import tiny
 from guidekit import Condition, Guidance, GuidekitError, Sampling
-from guidekit.cli.main import main
+from guidekit.__main__ import main
 from guidekit.testing.miniatures import ddpm_pipeline, sd3_pipeline
 from guidekit.toolbox import Downsampling
 from guidekit_ddnm import Ddnm

@@ -13,8 +13,8 @@ from PIL import Image
 
 import semantica_tiny
 from guidekit import Condition, Reference, Sampling, load
+from guidekit.__main__ import main
 from guidekit.backbones.loading import make_scheduler
-from guidekit.cli.main import main
 from guidekit.errors import GuidekitError
 from guidekit.evaluate.judge import load_judge, see
 from guidekit.images import to_image

@@ -10,7 +10,7 @@ from PIL import Image
 from safetensors.torch import save_file
 
 from guidekit import Condition, Reference, Sampling
-from guidekit.cli.main import main
+from guidekit.__main__ import main
 from guidekit.errors import GuidekitError
 from guidekit.semantica.adapter import ImageAdapter, from_published, load_adapter, new_adapter
 from guidekit.testing.miniatures import sd_pipeline

@@ -14,7 +14,7 @@ from click.testing import CliRunner
 from PIL import Image
 
 from guidekit import Guidance
-from guidekit.cli.main import main
+from guidekit.__main__ import main
 from guidekit.serve.events import EventLog
 from guidekit.serve.knobs import guidance_knobs
 from serving import PROMPT, painted, png, text, with_layout

@@ -6,8 +6,8 @@ import socket
 import numpy as np
 import pytest
 
-from guidekit.cli.serve import serve
 from guidekit.errors import GuidekitError
+from guidekit.serve.command import serve
 from guidekit.serve.options import ServeOptions
 from guidekit.serve.running import bound, link
 from guidekit.serve.safety import is_loopback

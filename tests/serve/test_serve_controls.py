@@ -11,9 +11,9 @@ from PIL import Image
 
 import tiny
 from guidekit import LabelSet
+from guidekit.__main__ import main
 from guidekit.affinity import Affinity
 from guidekit.affinity.matrix import parse_hand
-from guidekit.cli.main import main
 from guidekit.testing.conditioners import control_net, t2i_adapter
 from serving import Client, png, serving, text
 

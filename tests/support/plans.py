@@ -5,7 +5,7 @@ from pathlib import Path
 
 from click.testing import CliRunner
 
-from guidekit.cli.main import main
+from guidekit.__main__ import main
 
 PROMPT = "a red circle and a blue square"
 

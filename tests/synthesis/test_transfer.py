@@ -9,8 +9,8 @@ from PIL import Image
 
 import tiny
 from guidekit import LabelSet
+from guidekit.__main__ import main
 from guidekit.backbones.controls import load_control
-from guidekit.cli.main import main
 from guidekit.images import save_image
 from guidekit.synthesis.pipeline import MapsPipeline
 from guidekit.synthesis.train import transferred

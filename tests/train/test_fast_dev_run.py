@@ -9,7 +9,7 @@ import pytest
 from click.testing import CliRunner
 from PIL import Image, ImageDraw
 
-from guidekit.cli.main import main
+from guidekit.__main__ import main
 from guidekit.train.recipe import read_recipe, recipes
 from guidekit.worlds import objects
 

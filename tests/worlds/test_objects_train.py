@@ -10,7 +10,7 @@ from diffusers import StableDiffusionPipeline
 from PIL import Image, ImageDraw
 from safetensors.torch import load_file
 
-from guidekit.cli.main import main
+from guidekit.__main__ import main
 from guidekit.errors import GuidekitError
 from guidekit.train import latents
 from guidekit.train.judge import Judge

@@ -20,7 +20,7 @@ from typing import Any
 
 from guidekit.cli.scale.block_plan import PLAN, BlockPlan
 from guidekit.errors import GuidekitError
-from guidekit.system.locks import holder
+from guidekit.system.locks import gone, held, holder
 from guidekit.system.untrusted import read_json
 from guidekit.train.durable import put
 
@@ -152,9 +152,13 @@ class Store:
             _remove(part)
 
     def tidy(self) -> None:
-        """Removes what killed processes left of the blocks of a plan that is complete."""
-        for part in (self.folder / "state" / "parts").glob("[0-9]*"):
-            _remove(part)
+        """Removes what killed processes left of a plan that is complete."""
+        for part in (self.folder / "state" / "parts").iterdir():
+            if part.name[0].isdigit() or _ownerless(part):
+                _remove(part)
+        for lock in (self.folder / "state" / "locks").iterdir():
+            with held(lock, needed=False):  # one that nobody has goes with this
+                pass
 
     def fail(self, number: int, error: Exception) -> None:
         """Writes down that a block failed, why, and how often."""
@@ -238,6 +242,13 @@ def _taken_is_fine():
     except OSError as error:
         if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
             raise
+
+
+def _ownerless(part: Path) -> bool:
+    """Whether the process that began a part is known to have ended."""
+    name, _, pid = part.name.rpartition("-")
+    host = socket.gethostname()
+    return name.endswith(f".{host}") and pid.isdigit() and gone(host, int(pid))
 
 
 def _remove(part: Path) -> None:
