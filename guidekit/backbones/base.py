@@ -114,6 +114,7 @@ class Denoiser:
         self.model: Any = uncompiled(self.network)
         self.family: Family = family_of(self.model)
         self.vae: nn.Module | None = getattr(pipeline, "vae", None)
+        self._place: tuple | None = None  # of the model, when it was asked where it runs
 
     @property
     def dtype(self) -> torch.dtype:
@@ -122,8 +123,12 @@ class Denoiser:
 
     @property
     def device(self) -> torch.device:
-        """Where the denoiser runs."""
-        return self.pipeline._execution_device
+        """Where the denoiser runs; diffusers walks all modules for it, so once a place of it."""
+        hooks = (getattr(self.model, name, None) for name in ("_hf_hook", "_diffusers_hook"))
+        place = (self.model.device, *map(id, hooks))
+        if self._place != place:
+            self._place, self._device = place, self.pipeline._execution_device
+        return self._device
 
     @property
     def models(self) -> list[nn.Module]:
