@@ -125,7 +125,7 @@ class Denoiser:
     def device(self) -> torch.device:
         """Where the denoiser runs; diffusers walks all modules for it, so once a place of it."""
         hooks = (getattr(self.model, name, None) for name in ("_hf_hook", "_diffusers_hook"))
-        place = (self.model.device, *map(id, hooks))
+        place = (self.model.device, *hooks)
         if self._place != place:
             self._place, self._device = place, self.pipeline._execution_device
         return self._device
