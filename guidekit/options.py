@@ -107,9 +107,14 @@ def _instance(value: Any, kind: Any) -> Any:
 
 def rooted(value: Any, kind: Any, folder: Path) -> Any:
     """The value with relative paths in it taken from `folder`, where the kind is of paths."""
+    named = names_paths(kind) and value is not None
+    return convert(value, kind, "a path", folder) if named else value
+
+
+def names_paths(kind: Any) -> bool:
+    """Whether values of a type may name files or folders: paths, lists of them, or either."""
     kinds = typing.get_args(kind) if _is_union(kind) else (kind,)
-    paths = any(one is Path or Path in typing.get_args(one) for one in kinds)
-    return convert(value, kind, "a path", folder) if paths and value is not None else value
+    return any(one is Path or Path in typing.get_args(one) for one in kinds)
 
 
 def _bool_key(value: Any) -> Any:

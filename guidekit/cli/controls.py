@@ -1,6 +1,5 @@
 """Controls and label maps as people name them on the command line and in files."""
 
-import base64
 import os
 import re
 from pathlib import Path
@@ -12,7 +11,6 @@ from guidekit.cli.settings import LABELS, MAP, Settings
 from guidekit.errors import GuidekitError
 from guidekit.images import as_rgb, save_image
 from guidekit.labels import LabelMap, LabelSet, load_label_set, read_label_map
-from guidekit.outputs.folders import CARRIED
 from guidekit.system.untrusted import inside
 from guidekit.zoo.shipped import ZOO
 
@@ -131,17 +129,10 @@ def save_controls(controls: tuple[Control, ...], label_map: LabelMap | None, fol
         save_image(label_map.indexed(), folder / MAP)
 
 
-def control_files(
-    controls: tuple[Control, ...], label_map: LabelMap | None, folder: Path
-) -> dict[str, str]:
-    """What `save_controls` wrote, in base64: what an image carries of it.
-
-    None where they have more than CARRIED bytes together.
-    """
+def control_files(controls: tuple[Control, ...], label_map: LabelMap | None) -> list[str]:
+    """Names of the files that `save_controls` writes."""
     names = [table["image"] for table in control_tables(controls) if table["image"] is not None]
-    names += [] if label_map is None else [MAP, LABELS]
-    found = {name: base64.b64encode((folder / name).read_bytes()).decode() for name in names}
-    return found if sum(map(len, found.values())) <= CARRIED else {}
+    return names + ([] if label_map is None else [MAP, LABELS])
 
 
 def read_map(settings: Settings) -> LabelMap | None:

@@ -15,6 +15,7 @@ from guidekit.cli.words import unknown_words
 from guidekit.guidance import Guidance
 from guidekit.masks import coverage
 from guidekit.outputs import folders
+from guidekit.outputs.given import GivenImages
 from guidekit.sampler import Sampling
 from guidekit.zoo.shipped import ZOO
 
@@ -26,7 +27,10 @@ class Record:
 
     def __init__(self, plan: Plan):
         self.plan = plan
-        self.tables: dict[str, Any] = {"format": FORMAT} | dump(plan.settings)
+        #: Images that the settings name; the tables name their copies.
+        self.given = GivenImages()
+        tables = self.given.renamed(dump(plan.settings), plan.guidances)
+        self.tables: dict[str, Any] = {"format": FORMAT} | tables
         self.account = Account()
         self.finished: list[int] = []
         self.facts = _first_facts(plan)
@@ -58,21 +62,22 @@ class Record:
                 )
 
     def settings_of(self, target: Target) -> dict[str, Any]:
-        """The settings that an image carries, with the masks that they name as `files`.
+        """The settings that an image carries, with the files that they name as `files`.
 
-        Those of a data set leave out its other seeds and the masks, which all its images share.
+        Those of a data set leave out its other seeds and the files, which all its images share.
         """
         own = self.tables | {"seed": target.seed, "versions": self.facts["versions"]}
         if self.plan.follows_folder:
             return own | {"sample": own["sample"] | {"seeds": [target.seed]}}
-        return own | ({"files": self._files} if self._files else {})
+        return own | self._files
 
     @functools.cached_property
-    def _files(self) -> dict[str, str]:
-        """The masks, the images of controls and the label map that the settings name."""
+    def _files(self) -> dict[str, Any]:
+        """The files that the settings name: masks, controls' images, label map, given images."""
         plan = self.plan
-        own = control_files(plan.controls, plan.condition.map, plan.folder)
-        return folders.mask_files(plan.condition.segments) | own
+        names = control_files(plan.controls, plan.condition.map) + list(self.given.sources)
+        own = {name: (plan.folder / name).read_bytes() for name in names}
+        return folders.carried(folders.mask_files(plan.condition.segments) | own)
 
     def add(self, sampling: Sampling) -> None:
         """Adds what the guidances did to a batch."""

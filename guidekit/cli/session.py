@@ -123,6 +123,7 @@ class Session:
         condition, folder = self.plan.condition, self.plan.folder
         folders.save_masks(condition.segments, folder)
         save_controls(self.plan.controls, condition.map, folder)
+        self.record.given.save(folder)
         if condition.image is not None:
             seen = condition.image.pixels(min(condition.image.image.size))
             folders.save_image(to_image(seen / 2 + 0.5), folder / "reference.png")

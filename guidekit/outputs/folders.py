@@ -22,7 +22,7 @@ from guidekit.images import mask_image, replacing, save_image
 
 PACKAGES = ("guidekit", "torch", "diffusers", "transformers", "safetensors", "numpy", "triton")
 RECORD = "run.json"
-CARRIED = 2**20  # bytes of masks that an image carries at most
+CARRIED = 2**20  # characters of files in base64 that an image carries at most
 CLAIM = f"{RECORD}.part"  # the record to come: whoever makes it has the folder
 
 
@@ -109,18 +109,30 @@ def save_masks(segments: tuple[Segment, ...], folder: Path) -> None:
             save_image(mask_image(segment.mask), folder / table["mask"])
 
 
-def mask_files(segments: tuple[Segment, ...]) -> dict[str, str]:
-    """The masks that `segment_tables` names, as PNGs in base64: what an image carries of them.
-
-    None where they have more than CARRIED bytes together.
-    """
+def mask_files(segments: tuple[Segment, ...]) -> dict[str, bytes]:
+    """The masks that `segment_tables` names, as PNGs."""
     found = {}
     for segment, table in zip(segments, segment_tables(segments), strict=True):
         if "mask" in table:
             buffer = io.BytesIO()
             mask_image(segment.mask).save(buffer, format="PNG")
-            found[table["mask"]] = base64.b64encode(buffer.getvalue()).decode()
-    return found if sum(map(len, found.values())) <= CARRIED else {}
+            found[table["mask"]] = buffer.getvalue()
+    return found
+
+
+def carried(files: dict[str, bytes]) -> dict[str, Any]:
+    """What an image carries of the files that its settings name: `files`, in base64.
+
+    Files that do not fit into CARRIED characters are left out, and later ones that do are not.
+    """
+    found: dict[str, str] = {}
+    left = CARRIED
+    for name, content in files.items():
+        text = base64.b64encode(content).decode()
+        if len(text) <= left:
+            found[name] = text
+            left -= len(text)
+    return {"files": found} if found else {}
 
 
 def write_record(record: dict[str, Any], folder: Path) -> None:

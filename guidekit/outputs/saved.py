@@ -77,8 +77,8 @@ def save_run(run: Run, images: Tensor, folder: Path, steps: int, start: Start) -
         folders.save_masks(run.conditions[0].segments, folder)
         for index, (seed, pixels) in enumerate(zip(run.seeds, images, strict=True)):
             condition, image = run.conditions[index], to_image(pixels)
-            files = folders.mask_files(condition.segments)
-            tables = _tables(run, condition, steps) | ({"files": files} if files else {})
+            files = folders.carried(folders.mask_files(condition.segments))
+            tables = _tables(run, condition, steps) | files
             save_image(image, folder / f"{seed}.png", tables)
             if masks := [segment.mask for segment in condition.segments]:
                 save_image(overlay(image, masks), folder / "overlay" / f"{seed}.png")

@@ -10,10 +10,11 @@ import shutil
 import tempfile
 from collections.abc import AsyncIterator, Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from starlette.applications import Starlette
 from starlette.concurrency import run_in_threadpool
+from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
 from starlette.requests import Request
 from starlette.responses import FileResponse, JSONResponse, Response, StreamingResponse
@@ -70,6 +71,7 @@ class Server:
                 GuidekitError: _refusal,
                 NoRunError: _no_run,
                 QueueFullError: _full,
+                HTTPException: _no_answer,
             },
             lifespan=self.lifespan,
         )
@@ -140,7 +142,7 @@ class Server:
 
     async def runs(self, _: Request) -> Response:
         """All runs, the newest last."""
-        return JSONResponse({"runs": [self._summary(job) for job in self.jobs.all.values()]})
+        return JSONResponse({"runs": [self._summary(job) for job in list(self.jobs.all.values())]})
 
     async def post(self, request: Request) -> Response:
         """A new run: 201 and how it stands."""
@@ -250,6 +252,12 @@ def _missing(name: str) -> Response:
 
 async def _refusal(_: Request, error: Exception) -> Response:
     return JSONResponse({"error": str(error)}, status_code=400)
+
+
+async def _no_answer(_: Request, error: Exception) -> Response:
+    """No such address, or none for this method."""
+    known = cast(HTTPException, error)
+    return JSONResponse({"error": known.detail}, known.status_code, known.headers)
 
 
 async def _no_run(_: Request, error: Exception) -> Response:

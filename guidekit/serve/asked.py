@@ -22,10 +22,10 @@ from guidekit.cli.plan import checked
 from guidekit.cli.settings import FORMAT, TABLES, Settings, make_settings, read_config, sample_keys
 from guidekit.errors import GuidekitError
 from guidekit.labels import label_sets
-from guidekit.options import code_named, option_kinds
+from guidekit.options import code_named, names_paths, option_kinds
 from guidekit.references import BUILT_IN
 from guidekit.registry import Registry
-from guidekit.serve.knobs import as_json, default_of, names_files
+from guidekit.serve.knobs import as_json, default_of
 from guidekit.serve.options import Limits, ServeOptions
 from guidekit.system.untrusted import file_name, inside, open_image
 from guidekit.zoo.shipped import ZOO
@@ -252,7 +252,7 @@ def _check_plugins(
         kinds = option_kinds(cls)
         defaults = {f.name: as_json(default_of(f)) for f in dataclasses.fields(cls)}
         for option, value in table.items():
-            if option in kinds and names_files(kinds[option]) and value != defaults[option]:
+            if option in kinds and names_paths(kinds[option]) and value != defaults[option]:
                 table[option] = _placed(f"{name}.{option}", value, files, options)
 
 

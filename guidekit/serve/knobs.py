@@ -79,11 +79,6 @@ def is_union(kind: Any) -> bool:
     return isinstance(kind, types.UnionType) or typing.get_origin(kind) is typing.Union
 
 
-def names_files(kind: Any) -> bool:
-    """Whether values of a type may name files or folders: paths, lists of them, or either."""
-    return bool(control(kind)["control"] == "file")
-
-
 def default_of(field: dataclasses.Field[Any]) -> Any:
     """The default of a field; None where there is none."""
     if field.default_factory is not dataclasses.MISSING:

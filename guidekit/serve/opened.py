@@ -5,6 +5,7 @@ alone restores a run. What is read here was checked as a request's own files are
 """
 
 import base64
+import dataclasses
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -12,6 +13,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from guidekit.cli.grid import parse_axes
+from guidekit.cli.settings import Settings
 from guidekit.errors import GuidekitError
 from guidekit.labels import label_sets
 from guidekit.layouts import parse_layout
@@ -23,6 +26,9 @@ from guidekit.system.untrusted import MOST_TEXT, open_image, parse_json, read_js
 CHUNK = "guidekit"  # text chunk of an image, see `guidekit.images.save_image`
 KEPT = ("phrase", "strength", "negative", "prompt", "occurrence", "tokens", "box", "mask")
 OPEN_KEYS = ("files", "main", "body", "size")
+#: Values that stand where nothing is set.
+STANDARD = {field.name: field.default for field in dataclasses.fields(Settings)}
+IMAGES = {"image": "image to follow", "map": "label map"}
 
 
 def opened(request: Any, options: ServeOptions, folder: Path) -> dict[str, Any]:
@@ -117,7 +123,7 @@ def _run(
     sample = {
         key: value
         for key, value in dict(tables.get("sample") or {}).items()
-        if key in ALLOWED and value is not None
+        if key in ALLOWED and value is not None and value != STANDARD[key]
     }
     layout: dict[str, Any] = {"segments": list(tables.get("segment") or [])}
     if (name := sample.pop("layout", None)) in files:
@@ -127,20 +133,54 @@ def _run(
         sample = {k: layout[k] for k in ("prompt", "negative") if k in layout} | sample
     if sample.get("model", options.models[0]) not in options.models:
         notes.append(f"this server has no model {sample.pop('model')!r}")
-    plugin = {}
-    for name, own in dict(tables.get("plugin") or {}).items():
-        if name.partition(".")[0] in options.plugins and isinstance(own, dict):
-            plugin[name] = {option: _own_name(value, options) for option, value in own.items()}
+    plugin = _plugins(dict(tables.get("plugin") or {}), files, options, notes)
+    for key in [key for key in IMAGES if sample.get(key) is not None]:
+        value = sample.pop(key)
+        if (own := _file_of(value, files)) is None:
+            notes.append(f"the {IMAGES[key]} {Path(str(value)).name} is not here; add it again")
         else:
-            notes.append(f"this server has no plugin {name!r}")
-    for key, what in (("image", "image to follow"), ("map", "label map")):
-        value = sample.get(key)
-        if value is not None and not (isinstance(value, str) and value in files):
-            notes.append(f"the {what} {Path(str(value)).name} is not here; add it again")
-            sample.pop(key)
+            sample[key] = own
     _keep_labels(sample, files, options, notes)
     control = _controls(tables.get("control") or [], files, options, notes)
-    return _layers("run", sample, plugin, layout, files, folder, size, notes, control)
+    found = _layers("run", sample, plugin, layout, files, folder, size, notes, control)
+    return found | {"grid": _grid(tables.get("grid") or [])}
+
+
+def _grid(texts: Any) -> list[list[str]]:
+    """The axes of a grid as the page has them: the option, and its values as one text."""
+    if not isinstance(texts, list) or not all(isinstance(text, str) for text in texts):
+        raise GuidekitError("`grid` must be a list of texts such as 'zest.scale=0.5,1,2'")
+    return [[axis.name, ", ".join(axis.values)] for axis in parse_axes(texts)]
+
+
+def _plugins(
+    tables: dict[str, Any], files: dict[str, str], options: ServeOptions, notes: list[str]
+) -> dict[str, dict[str, Any]]:
+    """The plugins that this server has, with the files that their options name by our names."""
+    found = {}
+    for name, own in tables.items():
+        if name.partition(".")[0] not in options.plugins or not isinstance(own, dict):
+            notes.append(f"this server has no plugin {name!r}")
+            continue
+        found[name] = {option: _own_name(value, options) for option, value in own.items()}
+        for option, value in found[name].items():
+            where = f"{name}.{option}"
+            found[name][option] = _images_of(value, where, files, options, notes)
+    return found
+
+
+def _images_of(
+    value: Any, where: str, files: dict[str, str], options: ServeOptions, notes: list[str]
+) -> Any:
+    """An option's value with images by the names of files that are here; others are noted."""
+    if isinstance(value, list):
+        return [_images_of(item, where, files, options, notes) for item in value]
+    if not isinstance(value, str) or Path(value).suffix.lower() not in PICTURES:
+        return value
+    own = _file_of(value, files)
+    if own is None and value not in options.files:
+        notes.append(f"{where}: the image {Path(value).name} is not here; add it again")
+    return own or value
 
 
 def _keep_labels(
@@ -207,6 +247,7 @@ def _layers(
     used = {entry["mask"] for entry in shown if "mask" in entry}
     used |= {sample.get(key) for key in ("image", "map", "labels")}
     used |= {entry.get("image") for entry in control or []}
+    used |= {name for own in plugin.values() for value in own.values() for name in _texts(value)}
     return {
         "kind": kind,
         "sample": sample,
@@ -220,6 +261,12 @@ def _layers(
     }
 
 
+def _texts(value: Any) -> list[str]:
+    """The texts that a value is or holds."""
+    items = value if isinstance(value, list) else [value]
+    return [item for item in items if isinstance(item, str)]
+
+
 def _with_file(entry: dict[str, Any], files: dict[str, str]) -> dict[str, Any] | None:
     """An entry whose mask is one of the files, also by its last name; None where it is not."""
     mask = entry.get("mask")
@@ -231,7 +278,7 @@ def _with_file(entry: dict[str, Any], files: dict[str, str]) -> dict[str, Any] |
 
 def _file_of(name: Any, files: dict[str, str]) -> str | None:
     """The file of that name, else one of the same last name."""
-    if name in files:
+    if isinstance(name, str) and name in files:
         return str(name)
     return next((f for f in files if PurePosixPath(f).name == PurePosixPath(str(name)).name), None)
 

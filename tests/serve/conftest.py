@@ -1,4 +1,4 @@
-"""One server of a tiny model for all tests of the API."""
+"""One server of a tiny model for all tests of the API, one of `scenes` for those in a browser."""
 
 import pytest
 
@@ -38,3 +38,51 @@ def body(model):
     """A run of one image in two steps."""
     sample = {"model": str(model), "prompt": "a red circle on white", "steps": 2, "seeds": [3]}
     return {"format": 1, "sample": sample | {"compare": False}}
+
+
+@pytest.fixture(scope="session")
+def scenes_port(tmp_path_factory):
+    """A server with the model `scenes` and the plugins of a layout."""
+    from guidekit.serve.options import ServeOptions
+
+    own = ServeOptions(
+        models=("scenes", "scenes-ddpm"),
+        plugins=("zest", "pww", "pag", "ilvr"),
+        out=tmp_path_factory.mktemp("scenes"),
+        device="cpu",
+        preview=1,
+    )
+    with serving(own) as port:
+        yield port
+
+
+@pytest.fixture(scope="module")
+def browser():
+    from playwright.sync_api import sync_playwright
+
+    from browsing import CHROMIUM
+
+    with sync_playwright() as driver:
+        started = driver.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+        yield started
+        started.close()
+
+
+@pytest.fixture
+def context(browser):
+    from browsing import WAIT
+
+    made = browser.new_context(viewport={"width": 1440, "height": 900}, accept_downloads=True)
+    made.set_default_timeout(WAIT)
+    yield made
+    made.close()
+
+
+@pytest.fixture
+def page(context, port):
+    """The page of the module's server; an error of its scripts fails the test."""
+    from browsing import opened
+
+    errors = []
+    yield opened(context, port, errors)
+    assert errors == []

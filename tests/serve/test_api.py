@@ -5,6 +5,7 @@ import dataclasses
 import io
 import json
 import re
+import threading
 from pathlib import Path
 
 import numpy as np
@@ -15,9 +16,13 @@ from PIL import Image
 
 from guidekit import Guidance
 from guidekit.__main__ import main
+from guidekit.cli.plan import make_plan
+from guidekit.cli.session import Session, Stopped
+from guidekit.cli.settings import make_settings, parse_config
 from guidekit.serve.events import EventLog
 from guidekit.serve.knobs import guidance_knobs
-from serving import PROMPT, painted, png, text, with_layout
+from guidekit.serve.watcher import Watcher
+from serving import PROMPT, painted, png, refused, text, with_layout
 
 
 def test_the_client_of_the_documentation_draws(port, body):
@@ -125,6 +130,23 @@ def test_a_run_is_stopped_within_a_step(client, body):
     assert run["records"][""]["record"]["status"] == "stopped"
 
 
+def test_a_watcher_ends_a_run_with_the_step_at_which_it_is_told(body, tmp_path):
+    sample = body["sample"] | {"steps": 9, "seeds": [0, 1]}
+    log, stop = EventLog(), threading.Event()
+    watcher = Watcher(log, stop, every=0)
+
+    def watch(sampling, step):
+        if step.index == 3:
+            stop.set()
+        watcher(sampling, step)
+
+    settings = make_settings(parse_config({"sample": sample}, tmp_path, "test"), {})
+    session = Session(make_plan(dataclasses.replace(settings, out=tmp_path / "o")), watch)
+    with pytest.raises(Stopped):
+        session.draw()
+    assert [event.data["step"] for event in log.since(0)] == [0, 1, 2, 3]
+
+
 def test_a_run_that_waits_is_stopped_at_once(client, body):
     long = body | {"sample": body["sample"] | {"steps": 50}}
     first, second = client.draw(long), client.draw(long)
@@ -191,6 +213,35 @@ def test_the_request_of_a_run_restores_it(client, body):
     assert [s["phrase"] for s in found["segments"]] == ["red circle", "blue square"]
 
 
+def test_an_image_restores_what_its_run_followed(client, body):
+    red = png(np.full((16, 16, 3), (200, 30, 30), "uint8"))
+    run = body | {"plugin": {"ilvr": {"image": "red.png"}}, "files": {"red.png": red}}
+    id = client.draw(run)
+    assert client.finished(id)["state"] == "finished"
+    *_, image = client.raw("GET", f"/api/runs/{id}/files/3.png")
+    files = {"dropped.png": base64.b64encode(image).decode()}
+    found = opened(client, files=files, main="dropped.png")
+    assert found["plugin"]["ilvr"]["image"] == "given/red.png"
+    assert (found["files"], found["notes"]) == ({"given/red.png": red}, [])
+    again = {key: found[key] for key in ("sample", "plugin", "files")}
+    second = client.draw(again)
+    client.finished(second)
+    assert np.array_equal(client.image(id, "3.png"), client.image(second, "3.png"))
+    table = client.get(f"/api/runs/{id}")["records"][""]
+    alone = opened(client, files={"run.json": text(table)}, main="run.json")
+    assert alone["notes"] == ["ilvr.image: the image red.png is not here; add it again"]
+    both = opened(client, files={"run.json": text(table), "red.png": red}, main="run.json")
+    assert both["plugin"]["ilvr"]["image"] == "red.png"
+
+
+def test_values_that_stand_anyway_are_not_restored(client, body):
+    client.finished(id := client.draw(body))
+    table = client.get(f"/api/runs/{id}")["records"][""]
+    found = opened(client, files={"run.json": text(table)}, main="run.json")
+    assert not {"memory", "nonfinite", "tries", "particles"} & set(found["sample"])
+    assert found["sample"]["compare"] is False
+
+
 def test_masks_and_layouts_are_opened(client):
     _, disc, _ = painted()
     found = opened(client, files={"m.png": png(disc * np.uint8(255))}, main="m.png")
@@ -222,6 +273,7 @@ def test_a_grid_is_a_sheet_of_runs(client, body):
     asked = [(records[c]["sample"]["steps"], records[c]["sample"]["cfg"]) for c in sorted(records)]
     assert asked == [(1, 1.0), (1, 3.0), (2, 1.0), (2, 3.0)]
     assert "sheet.png" in found["files"]
+    assert opened(client, body=found["body"])["grid"] == [["steps", "1, 2"], ["cfg", "1, 3"]]
 
 
 def test_knobs_come_from_the_fields_of_any_plugin():
@@ -262,6 +314,11 @@ def test_a_run_that_is_not_there(client, path):
     status, found = client.ask("GET", path)
     assert status == 404
     assert "no run '9999'" in found["error"]
+
+
+@pytest.mark.parametrize(("method", "path", "status"), [("GET", "/no", 404), ("PUT", "/api", 405)])
+def test_an_address_that_is_not_there_is_refused_as_all_is(client, method, path, status):
+    refused(client, {}, status=status, path=path, method=method)
 
 
 def test_a_refusal_of_other_words_is_none_of_a_missing_run(client):

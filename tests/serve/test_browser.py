@@ -10,57 +10,18 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from serving import Client, png, serving
+from serving import Client, png
 
 playwright = pytest.importorskip("playwright.sync_api")
 expect = playwright.expect
-from browsing import CHROMIUM, MARKS, WAIT, Proxy, drag, drawn, near, numbers, opened, quick  # noqa: E402
+from browsing import MARKS, WAIT, Proxy, drag, drawn, near, numbers, opened, quick  # noqa: E402
 
 pytestmark = MARKS
 
 
-@pytest.fixture(scope="module")
-def options(tmp_path_factory):
-    """A server with the model `scenes` and the plugins of a layout."""
-    from guidekit.serve.options import ServeOptions
-
-    return ServeOptions(
-        models=("scenes", "scenes-ddpm"),
-        plugins=("zest", "pww", "pag", "ilvr"),
-        out=tmp_path_factory.mktemp("out"),
-        device="cpu",
-        preview=1,
-    )
-
-
-@pytest.fixture(scope="module")
-def port(options):
-    with serving(options) as port:
-        yield port
-
-
-@pytest.fixture(scope="module")
-def browser():
-    with playwright.sync_playwright() as driver:
-        started = driver.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
-        yield started
-        started.close()
-
-
 @pytest.fixture
-def context(browser):
-    made = browser.new_context(viewport={"width": 1440, "height": 900})
-    made.set_default_timeout(WAIT)
-    yield made
-    made.close()
-
-
-@pytest.fixture
-def page(context, port):
-    """The page; an error of its scripts fails the test."""
-    errors = []
-    yield opened(context, port, errors)
-    assert errors == []
+def port(scenes_port):
+    return scenes_port
 
 
 def test_what_is_painted_is_what_arrives(page, port):
@@ -175,7 +136,7 @@ def test_a_dropped_image_restores_everything(page, port, tmp_path):
     expect(page.locator("html")).to_have_attribute("data-ready", "yes", timeout=WAIT)
     assert not np.array_equal(numbers(page), painted)
     page.locator("#open").set_input_files(tmp_path / "kept.png")
-    expect(page.get_by_label("Steps", exact=True)).to_have_value("2")
+    expect(page.get_by_label("steps", exact=True)).to_have_value("2")
     assert np.array_equal(numbers(page), painted)
     expect(page.get_by_label("scale").first).to_have_value("0.9")
     again = drawn(page, "finished")
@@ -258,7 +219,7 @@ def test_two_tabs_are_two_drafts_in_one_queue(page, context, port):
 def test_two_runs_are_compared(page):
     quick(page, steps=2)
     first = drawn(page, "finished")
-    page.get_by_label("CFG scale").fill("2")
+    page.get_by_label("cfg", exact=True).fill("2")
     second = drawn(page, "finished")
     for id in (first, second):
         page.locator(f".card:has([data-run='{id}']) input").check()
@@ -293,7 +254,7 @@ def test_a_grid_over_two_options(page):
 def test_a_lost_connection_is_told_and_comes_back(context, port):
     proxy = Proxy(port)
     page = opened(context, proxy.port)
-    page.get_by_label("unguided").uncheck()
+    page.locator("#sampling").get_by_label("compare").uncheck()
     quick(page, steps=40)
     page.locator("#draw").click()
     expect(page.locator("#run-state")).to_have_text(re.compile(r"step \d+ of 40"), timeout=WAIT)
@@ -355,5 +316,5 @@ def test_keys_paint_and_everything_has_a_name(page):
 
 def test_another_model_has_its_own_knobs(page):
     page.locator("#model").select_option("scenes-ddpm")
-    expect(page.get_by_label("CFG scale")).to_have_value("1")
+    expect(page.get_by_label("cfg", exact=True)).to_have_value("1")
     expect(page.locator("#ask-error")).to_be_hidden()

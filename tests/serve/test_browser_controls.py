@@ -14,7 +14,7 @@ from serving import Client, serving
 
 playwright = pytest.importorskip("playwright.sync_api")
 expect = playwright.expect
-from browsing import CHROMIUM, MARKS, WAIT, drag, drawn, opened, quick  # noqa: E402
+from browsing import MARKS, WAIT, drag, drawn, quick  # noqa: E402
 
 pytestmark = MARKS
 LABELS = LabelSet("rooms", ("sky", "grass", "sea", "rock"))
@@ -40,19 +40,6 @@ def port(tmp_path_factory):
     )
     with serving(own) as port:
         yield port
-
-
-@pytest.fixture
-def page(port):
-    """The page; an error of its scripts fails the test."""
-    with playwright.sync_playwright() as driver:
-        browser = driver.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
-        context = browser.new_context(viewport={"width": 1440, "height": 900})
-        context.set_default_timeout(WAIT)
-        errors = []
-        yield opened(context, port, errors)
-        browser.close()
-        assert errors == []
 
 
 def test_a_control_and_a_map_are_drawn_kept_and_restored(page, port, tmp_path):

@@ -70,9 +70,9 @@ def near(shape, a, b, size):
 
 def quick(page, steps=4, seeds="3"):
     """Settings of a short run."""
-    page.get_by_label("Steps", exact=True).fill(str(steps))
-    page.get_by_label("Seeds", exact=True).fill(seeds)
-    page.get_by_label("Seeds", exact=True).blur()
+    page.get_by_label("steps", exact=True).fill(str(steps))
+    page.get_by_label("seeds", exact=True).fill(seeds)
+    page.get_by_label("seeds", exact=True).blur()
 
 
 def drawn(page, state=ENDED):

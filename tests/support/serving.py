@@ -115,9 +115,9 @@ def text(table):
     return base64.b64encode(json.dumps(table).encode()).decode()
 
 
-def refused(client, body, *words, status=400, path="/api/runs", headers=None):
+def refused(client, body, *words, status=400, path="/api/runs", headers=None, method="POST"):
     """Checks that a request is refused in one line with these words."""
-    found, answer = client.ask("POST", path, body, headers)
+    found, answer = client.ask(method, path, body, headers)
     assert found == status, answer
     assert "\n" not in answer["error"]
     for word in words:

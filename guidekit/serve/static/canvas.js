@@ -1,15 +1,16 @@
 // The canvas: shows the map over an image, and paints by mouse, pen, finger or keys.
 
 import { $, later, say } from "./dom.js";
-import { state, colour, layer, looseChanged, keepDraft } from "./state.js";
+import { state, colour, layer, looseChanged, keepDraft, returnLayers } from "./state.js";
 
 const SHAPES = ["box", "ellipse"];
 const KEYS = { b: "brush", e: "erase", r: "box", o: "ellipse", f: "fill" };
 const keep = later(250, keepDraft);
 
 export class Easel {
-  constructor(changed) {
-    this.changed = changed;
+  // changed: after every change of the map; returned: after undo brought removed layers back.
+  constructor(changed, returned) {
+    Object.assign(this, { changed, returned });
     this.tool = "brush";
     this.size = 28;
     this.opacity = 0.6;
@@ -72,6 +73,7 @@ export class Easel {
   undo(again = false) {
     const before = state.map.values.slice();
     if (again ? state.map.redo() : state.map.undo()) this.#settle(before);
+    if (returnLayers()) this.returned();
     say(again ? "Done again" : "Undone");
   }
 

@@ -120,20 +120,24 @@ export function showSampling() {
   const facts = state.facts;
   const limits = state.about.limits;
   const knobs = [
-    { option: "seeds", label: "Seeds", default: "0-3", control: "text", comment: `such as 0-3 or 0,5,9; ${limits.images} at most` },
-    { option: "steps", label: "Steps", default: facts.steps, control: "whole" },
-    { option: "cfg", label: "CFG scale", default: facts.cfg, control: "number" },
-    { option: "scheduler", label: "Scheduler", default: "", control: "choice", choices: ["", ...facts.schedulers] },
-    { option: "width", label: "Width", default: facts.width, control: "whole" },
-    { option: "height", label: "Height", default: facts.height, control: "whole" },
-    { option: "eta", label: "Eta", default: 0, control: "number" },
-    { option: "batch", label: "Batch", default: 4, control: "whole" },
-    { option: "compare", label: "Also draw the same seeds unguided", default: true, control: "switch" },
-    { option: "append_phrases", label: "Append missing phrases to the prompt", default: false, control: "switch" },
+    { option: "seeds", default: "0-3", control: "text", comment: `such as 0-3 or 0,5,9; ${limits.images} at most` },
+    { option: "steps", default: facts.steps, control: "whole" },
+    { option: "cfg", default: facts.cfg, control: "number", comment: "scale of classifier-free guidance; 1: none" },
+    { option: "scheduler", default: "", control: "choice", choices: ["", ...facts.schedulers] },
+    { option: "width", default: facts.width, control: "whole" },
+    { option: "height", default: facts.height, control: "whole" },
+    { option: "eta", default: 0, control: "number", comment: "noise of a DDIM step" },
+    { option: "batch", default: 4, control: "whole", comment: "images drawn together" },
+    { option: "compare", default: true, control: "switch", comment: "draw the same seeds unguided too" },
+    { option: "append_phrases", default: false, control: "switch", comment: "append phrases that the prompt lacks" },
   ];
-  if (!facts.reads_text) knobs.push({ option: "label", label: "Class", default: undefined, control: "whole" });
+  if (!facts.reads_text) knobs.push({ option: "label", default: undefined, control: "whole", comment: "number of a class" });
   if (facts.reads_image || state.sample.image || Object.keys(state.files).length)
-    knobs.push({ option: "image", label: "Image to follow", default: "", control: "choice", choices: ["", ...Object.keys(state.files)] });
+    knobs.push({ option: "image", default: "", control: "choice", choices: ["", ...Object.keys(state.files)], comment: "image to follow" });
+  // What a run that was opened set besides, so that it is seen and can be taken back.
+  const shown = new Set([...knobs.map((knob) => knob.option), "map", "labels", "affinity"]);
+  for (const [option, value] of Object.entries(state.sample))
+    if (!shown.has(option)) knobs.push({ option, default: "", control: typeof value === "number" ? "number" : "text" });
   const made = knobs.map((knob) =>
     control(knob, state.sample[knob.option], (value) => {
       if (value === undefined || value === "" || value === knob.default) delete state.sample[knob.option];

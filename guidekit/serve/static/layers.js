@@ -2,7 +2,7 @@
 
 import { api } from "./api.js";
 import { $, el, later, say } from "./dom.js";
-import { state, colour, layer, newLayer, keepDraft } from "./state.js";
+import { state, colour, dropLayer, newLayer, keepDraft } from "./state.js";
 
 let found = { tokens: [], phrases: [], unknown: [] }; // what the server said last
 let asked = null;
@@ -108,11 +108,7 @@ function row(one, easel) {
   const choose = () => {
     if (state.selected === one.value) return;
     state.selected = one.value;
-    for (const item of $("layers").children) {
-      const on = item.dataset.layer === String(one.value);
-      item.classList.toggle("selected", on);
-      item.querySelector(".swatch").setAttribute("aria-checked", on);
-    }
+    showSelected();
     keepDraft();
   };
   const name = () => one.phrase || "unnamed";
@@ -161,14 +157,22 @@ function row(one, easel) {
 }
 
 function remove(one, easel) {
-  easel.change((map) => {
-    for (let i = 0; i < map.values.length; i++) if (map.values[i] === one.value) map.values[i] = 0;
-  });
-  state.layers = state.layers.filter((other) => other !== one);
-  if (!layer() && state.layers.length) state.selected = state.layers[0].value;
+  dropLayer(one, () =>
+    easel.change((map) => {
+      for (let i = 0; i < map.values.length; i++) if (map.values[i] === one.value) map.values[i] = 0;
+    }));
   showLayers(easel);
   easel.draw();
   askTokens();
   keepDraft();
   say("Layer removed");
+}
+
+// Which layer is painted with, after it was chosen elsewhere.
+export function showSelected() {
+  for (const item of $("layers").children) {
+    const on = item.dataset.layer === String(state.selected);
+    item.classList.toggle("selected", on);
+    item.querySelector(".swatch").setAttribute("aria-checked", on);
+  }
 }

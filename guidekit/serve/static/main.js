@@ -7,7 +7,7 @@ import { $, el, saveFile, say } from "./dom.js";
 import { showControls } from "./controls.js";
 import { compare, showRuns } from "./gallery.js";
 import { showPlugins, showSampling } from "./knobs.js";
-import { askTokens, bindLayers, phrasesFit, showAsk, showCoverage, showLayers } from "./layers.js";
+import { askTokens, bindLayers, phrasesFit, showAsk, showCoverage, showLayers, showSelected } from "./layers.js";
 import { RunView } from "./run.js";
 import { addFile, adopt, keepDraft, keepFile, layer, layoutFiles, newLayer, request, restoreDraft, state } from "./state.js";
 
@@ -48,6 +48,7 @@ function showSettings() {
 function under(source) {
   $("under").src = source ?? "";
   $("under").hidden = !source;
+  if (source) $("stage").scrollIntoView({ block: "nearest" });
 }
 
 function fail(error) {
@@ -205,10 +206,13 @@ async function start() {
     state.map.resize(...state.facts.paint.toReversed());
     await openExample();
   }
-  easel = new Easel(() => {
-    showCoverage();
-    for (const item of $("layers").children) item.classList.toggle("selected", item.dataset.layer === String(state.selected));
-  });
+  easel = new Easel(
+    () => {
+      showCoverage();
+      showSelected();
+    },
+    () => showAsk(easel),
+  );
   view = new RunView({ changed: refresh, under, restore });
   bindLayers(easel);
   listen();

@@ -22,7 +22,11 @@ export class RunView {
   // Shows a run, and follows it until it has ended.
   async show(id) {
     this.leave();
-    const run = (this.run = await api.run(id));
+    const asked = (this.asked = id);
+    const run = await api.run(id);
+    if (asked !== this.asked) return; // another run was chosen meanwhile
+    this.leave();
+    this.run = run;
     state.run = id;
     keepDraft();
     Object.assign(this, { heats: {}, phrases: [], fraction: 0, where: "" });
@@ -56,7 +60,8 @@ export class RunView {
 
   #follow(id) {
     const source = (this.source = api.events(id));
-    const on = (kind, act) => source.addEventListener(kind, (event) => act(JSON.parse(event.data)));
+    const on = (kind, act) =>
+      source.addEventListener(kind, (event) => source === this.source && act(JSON.parse(event.data)));
     source.onopen = () => ($("banner").hidden = true);
     source.onerror = () => {
       if (source !== this.source || this.ended) return;
@@ -105,9 +110,11 @@ export class RunView {
   }
 
   async #ended(id) {
-    this.run = await api.run(id);
-    this.#finish();
+    const run = await api.run(id);
     this.changed();
+    if (this.run.id !== id) return;
+    this.run = run;
+    this.#finish();
   }
 
   #state(name, error) {
@@ -211,27 +218,59 @@ export class RunView {
 
   #downloads(there) {
     const { run } = this;
-    const link = (path, text, more = {}) => el("a", { href: api.file(run.id, path), ...more }, text);
-    const made = [];
-    if (there.has("sheet.png")) made.push(link("sheet.png", "sheet.png", { download: `${run.id}-sheet.png` }));
-    for (const seed of run.seeds) if (there.has(`${seed}.png`)) made.push(link(`${seed}.png`, `${seed}.png`, { download: `${run.id}-${seed}.png` }));
-    if (run.body.files["layout.json"]) {
-      const href = `data:application/json;base64,${run.body.files["layout.json"]}`;
-      made.push(el("a", { href, download: "layout.json" }, "layout.json"));
-    }
-    if (run.body.files["map.png"]) made.push(el("a", { href: `data:image/png;base64,${run.body.files["map.png"]}`, download: "map.png" }, "map.png"));
-    if (there.has("run.json")) made.push(link("run.json", "run.json", { download: `${run.id}-run.json` }));
-    if (there.has("index.html")) made.push(link("index.html", "Report", { target: "_blank" }));
-    if (run.folder && there.has("run.json")) {
-      const quoted = /^[\w./-]+$/.test(run.folder) ? run.folder : `'${run.folder.replaceAll("'", `'\\''`)}'`;
-      const command = `guidekit sample --config ${quoted}/run.json`;
-      const copy = el("button", { type: "button", className: "quiet", onclick: async () => {
-        await navigator.clipboard.writeText(command);
-        copy.textContent = "Copied";
-        setTimeout(() => (copy.textContent = "Copy"), 1500);
-      } }, "Copy");
-      made.push(el("div", { className: "command" }, el("code", { tabIndex: 0 }, command), copy));
-    }
+    const made = run.grid.length ? this.#cellFiles(there) : this.#runFiles(there, "");
+    for (const [name, kind] of [["layout.json", "application/json"], ["map.png", "image/png"]])
+      if (run.body.files[name]) made.push(el("a", { href: `data:${kind};base64,${run.body.files[name]}`, download: name }, name));
+    const command = this.#command(there);
+    if (command) made.push(el("div", { className: "command" }, el("code", { tabIndex: 0 }, command), copier(command)));
     $("downloads").replaceChildren(...made);
   }
+
+  // Links to what a run wrote into its folder, or into a cell's folder of a grid.
+  #runFiles(there, cell) {
+    const { run } = this;
+    const at = cell && `${cell}/`;
+    const made = [];
+    const link = (name, text = name, more = { download: `${run.id}-${cell && `${cell}-`}${name}` }) => {
+      if (there.has(at + name)) made.push(el("a", { href: api.file(run.id, at + name), ...more }, text));
+    };
+    for (const seed of run.seeds) link(`${seed}.png`);
+    link("run.json");
+    link("index.html", "Report", { target: "_blank" });
+    return made;
+  }
+
+  #cellFiles(there) {
+    const { run } = this;
+    const sheet = there.has("sheet.png") ? [el("a", { href: api.file(run.id, "sheet.png"), download: `${run.id}-sheet.png` }, "sheet.png")] : [];
+    const rows = this.cells.map((cell) => el("div", { className: "cellfiles" }, el("span", {}, cell), ...this.#runFiles(there, cell)));
+    return [...sheet, el("details", {}, el("summary", {}, "Files of the cells"), ...rows)];
+  }
+
+  // The command that draws it again.
+  #command(there) {
+    const { run, cells } = this;
+    const config = cells[0] ? `${cells[0]}/run.json` : "run.json";
+    if (!run.folder || !there.has(config)) return null;
+    const axes = run.grid.map(([name, values]) => ` --grid ${quoted(`${name}=${values.join(",")}`)}`);
+    return `guidekit sample --config ${quoted(`${run.folder}/${config}`)}${axes.join("")}`;
+  }
+}
+
+// A word as a shell takes it.
+const quoted = (word) => (/^[\w./=,-]+$/.test(word) ? word : `'${word.replaceAll("'", `'\\''`)}'`);
+
+function copier(text) {
+  const copy = el("button", { type: "button", className: "quiet", onclick: async () => {
+    if (!navigator.clipboard) return selectText(copy.previousSibling); // a page without https has none
+    await navigator.clipboard.writeText(text);
+    copy.textContent = "Copied";
+    setTimeout(() => (copy.textContent = "Copy"), 1500);
+  } }, "Copy");
+  return copy;
+}
+
+function selectText(node) {
+  getSelection().selectAllChildren(node);
+  say("The command is selected; copy it with the keyboard");
 }

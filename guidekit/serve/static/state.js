@@ -15,6 +15,7 @@ export const state = {
   plugins: [], // {name, options}
   control: [], // tables of run.json, by the names of the server's networks
   layers: [], // {value, phrase, strength, negative, visible, place, more}
+  gone: {}, // layers that were removed, by value, as long as undo may bring their pixels back
   selected: 1,
   files: {}, // base64 by name: masks and images that layers and settings name
   map: new LayerMap(256, 256),
@@ -26,12 +27,32 @@ export const colour = (value) => state.about.colours[(value - 1) % state.about.c
 export const layer = (value = state.selected) => state.layers.find((one) => one.value === value);
 
 export function newLayer(phrase = "", more = {}) {
-  const used = new Set(state.layers.map((one) => one.value));
+  const used = new Set([...state.layers.map((one) => one.value), ...Object.keys(state.gone).map(Number)]);
   let value = 1;
   while (used.has(value)) value++;
   const made = { value, phrase, strength: 1, negative: "", visible: true, place: null, more: {}, ...more };
   state.layers.push(made);
   return made;
+}
+
+// Takes a layer away, and its pixels by `erase`; undo brings back both.
+export function dropLayer(one, erase) {
+  const kept = { ...one };
+  erase();
+  state.layers = state.layers.filter((other) => other !== one);
+  state.gone[one.value] = kept;
+  if (!layer() && state.layers.length) state.selected = state.layers[0].value;
+}
+
+// Brings back the removed layers whose pixels are on the map again; says whether there were any.
+export function returnLayers() {
+  const counts = state.map.counts();
+  const back = Object.values(state.gone).filter((one) => counts[one.value]);
+  for (const one of back) {
+    state.layers.push(one);
+    delete state.gone[one.value];
+  }
+  return back.length > 0;
 }
 
 export function keepDraft() {
@@ -126,7 +147,7 @@ export async function request() {
   return { format: 1, sample, plugin, control: state.control, files, grid };
 }
 
-// Takes over what POST /api/open found in files.
+// Takes over what POST /api/open found in files; a layout leaves the settings as they are.
 export function adopt(found) {
   const map = state.map;
   map.resize(found.size[1], found.size[0]);
@@ -140,9 +161,12 @@ export function adopt(found) {
     state.sample = sample;
     state.plugins = Object.entries(found.plugin).map(([name, options]) => ({ name, options }));
     state.control = found.control;
+    state.grid = [0, 1].map((i) => found.grid[i] ?? ["", ""]);
+    state.files = {};
   }
-  state.files = { ...found.files };
+  state.files = { ...state.files, ...found.files };
   state.layers = [];
+  state.gone = {};
   for (const { phrase, strength, negative, box, mask, ...more } of found.segments) {
     const place = box ? { box } : mask ? { mask } : null;
     newLayer(phrase, { strength: strength ?? 1, negative: negative ?? "", place, more });
