@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from guidekit import Condition, Run, Segment, Step, hookimpl
-from guidekit.toolbox import TokenMoves, descend
+from guidekit.toolbox import TokenMoves, descend, segment_strengths
 
 
 @dataclass(kw_only=True)
@@ -31,8 +31,11 @@ class AttendAndExcite(TokenMoves):
 
     def prepare(self, run: Run) -> None:
         """Finds the tokens of the phrases, and asks for the maps of all tokens."""
-        self.read_maps(run, [self._worded(c) for c in run.conditions])
+        conditions = [self._worded(c) for c in run.conditions]
+        self.read_maps(run, conditions)
         self._any = self.wanted.any(2)  # (B, K)
+        strengths = segment_strengths(conditions).to(run.device)
+        self._factors = (self.wanted * strengths[:, None]).sum(2)  # no token is of two phrases
 
     def _worded(self, condition: Condition) -> Condition:
         """The condition with the option's words for segments."""
@@ -50,8 +53,8 @@ class AttendAndExcite(TokenMoves):
         return descend(step, self, z, loss, self.amount(step), limit, until, after=1)
 
     def _loss(self, step: Step, z: Tensor) -> Tensor:
-        """The worst token's loss of every image (B,): 1 - max of its smoothed map."""
-        losses = 1 - self.token_maps(step, z).amax((2, 3))
+        """The worst token's loss of every image (B,): strength times 1 - max of its map."""
+        losses = self._factors * (1 - self.token_maps(step, z).amax((2, 3)))
         return losses.masked_fill(~self._any, -math.inf).amax(1)
 
     @classmethod

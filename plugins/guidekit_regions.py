@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from guidekit import AttentionCall, Branch, Condition, Guidance, GuidekitError, Run, Step, hookimpl
-from guidekit.toolbox import require_segments, segment_masks
+from guidekit.toolbox import require_segments, segment_masks, segment_strengths
 
 FAMILIES = ("sd", "sdxl", "sd3", "flux")
 
@@ -128,7 +128,8 @@ class Regions(Guidance):
     def combine(self, step: Step, outs: dict[str, Tensor], combined: Tensor) -> Tensor:
         """The combination with the regions' output blended into the conditional one."""
         amount = self.scale * self.schedule(step.frac) * (1 - self.base) * self._weight
-        return combined + amount * (outs[self.name] - outs["cond"])
+        made = outs[self.name] - outs["cond"]
+        return combined + amount * (_strengths(step.run.conditions, made) * made)
 
     @classmethod
     def example(cls) -> "Regions":
@@ -142,6 +143,13 @@ def _areas(conditions: list[Condition], grid: tuple[int, int]) -> Tensor:
     highest = masks.amax((2, 3), keepdim=True)  # a region smaller than a pixel keeps one
     inside = ((masks >= 0.5 * highest.clamp(max=1)) & (masks > 0)).flatten(2)
     return torch.cat([~inside.any(1, keepdim=True), inside], 1)
+
+
+def _strengths(conditions: list[Condition], like: Tensor) -> Tensor:
+    """Factors (B, 1, h, w) on what the regions make: the strength of a pixel's, 1 in none."""
+    masks = segment_masks(conditions, *like.shape[-2:])
+    more = (segment_strengths(conditions) - 1)[:, :, None, None]
+    return (1 + (more * masks).sum(1, keepdim=True)).to(like)
 
 
 @hookimpl

@@ -1,6 +1,8 @@
 """Conformance: every first-party plugin and the template hold, deliberately broken ones do not."""
 
 import importlib.util
+import inspect
+import re
 import sys
 from dataclasses import dataclass
 from typing import ClassVar
@@ -8,11 +10,11 @@ from typing import ClassVar
 import pytest
 import torch
 
-from guidekit import Branch, Condition, Guidance
+from guidekit import Branch, Condition, Guidance, Segment, box_mask, sample
 from guidekit.cli.scaffold import template
 from guidekit.errors import GuidekitError
 from guidekit.registry import Registry, entries
-from guidekit.testing import CHECKS, check_guidance, run_check
+from guidekit.testing import CHECKS, check_guidance, run_check, sd_pipeline
 from guidekit.testing.built_ins import BuiltIn, rows
 from guidekit.zoo.shipped import DEFAULT
 
@@ -371,3 +373,24 @@ def test_a_waiver_is_reported_and_must_name_a_check():
 def test_rows_never_mix_on_the_default_model(name):
     subject = BuiltIn(Registry().guidance_class(name), DEFAULT)
     assert rows(subject) is None
+
+
+def reads_segments(cls):
+    source = inspect.getsource(sys.modules[cls.__module__])
+    return re.search(r"segment_masks|TokenMoves|\.segments", source) is not None
+
+
+PLACED = sorted(name for name, cls in GUIDANCES.items() if reads_segments(cls))
+
+
+@pytest.mark.parametrize("name", PLACED)
+def test_the_strength_of_a_segment_is_read(name):
+    def drawn(strength):
+        left, right = box_mask((0, 0, 0.6, 1)), box_mask((0.4, 0, 1, 1))
+        segments = Segment("red circle", left, strength), Segment("blue square", right)
+        words = Condition("a red circle and a blue square", segments=segments)
+        run = sample(sd_pipeline(), words, GUIDANCES[name].example(), seeds=[0], steps=2)
+        return run.finish().latents
+
+    assert len(PLACED) == 8
+    assert not torch.equal(drawn(1.0), drawn(0.3))

@@ -60,3 +60,16 @@ def test_the_blend_is_the_papers():
 def test_texts_with_masks_are_refused():
     with pytest.raises(GuidekitError, match="not with pixart, whose texts have masks"):
         run(pixart_pipeline(), condition(LEFT, "a blue square"), Regions())
+
+
+@pytest.mark.parametrize("build", BUILDS)
+def test_a_strength_is_a_factor_on_what_its_region_makes(build):
+    pipe, found = build(), {}
+    for strength in (0.0, 0.5, 1.0):
+        segment = Segment("circle", LEFT, strength, prompt="a blue square")
+        step = next(iter(run(pipe, Condition(PROMPT, segments=(segment,)), Regions(base=0.0))))
+        found[strength] = step.prediction
+    torch.testing.assert_close(found[0.5], (found[0.0] + found[1.0]) / 2, rtol=1e-4, atol=1e-5)
+    half = found[0.0].shape[-1] // 2
+    assert (found[1.0] - found[0.0])[..., :half].abs().max() > 1e-3
+    assert torch.equal(found[1.0][..., half:], found[0.0][..., half:])

@@ -2,13 +2,14 @@
 
 import dataclasses
 import socket
+from pathlib import Path
 
 import numpy as np
 import pytest
 
 from guidekit.errors import GuidekitError
 from guidekit.serve.command import serve
-from guidekit.serve.options import ServeOptions
+from guidekit.serve.options import Limits, ServeOptions
 from guidekit.serve.running import bound, link
 from guidekit.serve.safety import is_loopback
 from serving import Client, png, refused, serving, text
@@ -222,3 +223,9 @@ def test_an_image_of_a_request_has_a_size(options, body, tmp_path):
     with serving(dataclasses.replace(options, out=tmp_path, limits=limits)) as port:
         big = body | {"files": {"m.png": png(np.zeros((11, 11), "uint8"))}}
         refused(Client(port), big, "121 pixels; 100 at most")
+
+
+def test_every_limit_is_in_the_reference():
+    page = (Path(__file__).parents[2] / "docs/reference/serve-api.md").read_text()
+    for name, value in vars(Limits()).items():
+        assert f"| `{name}` | {value:,} |" in page
