@@ -90,7 +90,9 @@ def _read_as(value: Any, kind: Any, where: str, folder: Path) -> Any:
         return _instance(value, kind)
     if isinstance(value, bool) or not isinstance(value, TEXTS):
         raise TypeError
-    return folder / str(value) if kind is Path else str(value)
+    if kind is Path:
+        return folder / str(value) if str(value) else Path()  # an empty one names nothing
+    return str(value)
 
 
 def _parts(text: str) -> list[str]:
@@ -191,4 +193,6 @@ def _stated(value: Any) -> Any:
         return value.stated
     if isinstance(value, list | tuple):
         return [_stated(item) for item in value]
-    return str(value.resolve()) if isinstance(value, Path) else value
+    if isinstance(value, Path):
+        return "" if value == Path() else str(value.resolve())
+    return value

@@ -72,3 +72,23 @@ def test_a_png_holds_its_settings(model, tmp_path):
     settings = json.loads(Image.open(tmp_path / "o/0.png").text["guidekit"])
     assert settings["sample"]["prompt"] == PROMPT
     assert settings["seed"] == 0
+
+
+def test_a_path_that_was_not_given_is_not_given_again(tmp_path):
+    words = (
+        "--plugin",
+        "dps",
+        "--set",
+        "dps.measurement=scene-3",
+        "--set",
+        "dps.operator=inpainting",
+    )
+    first = run(
+        "sample", "--model", "scenes-ddpm", *words, "--steps", 2, "--seeds", 0, "--out", "o"
+    )
+    assert first.exit_code == 0, first.stderr
+    table = json.loads((tmp_path / "o/run.json").read_text())
+    assert table["plugin"]["dps"]["mask"] == ""
+    again = run("sample", "--config", "o/run.json", "--out", "again")
+    assert again.exit_code == 0, again.stderr
+    assert pictures(tmp_path / "o") == pictures(tmp_path / "again")
