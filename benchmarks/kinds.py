@@ -5,6 +5,7 @@
 
 Nothing guides and nothing is chosen. "recognised" is the share of images whose largest thing, pixel
 by pixel in the judge's eyes, is the one that was asked for; "any" that in which it is seen at all.
+Who has looked at the sheet says by --missed which of its kinds were not told at sight.
 """
 
 from pathlib import Path
@@ -52,8 +53,17 @@ def drawn(model: str, texts: list[str], first: int, steps: int, cfg: float) -> T
 @click.option("--seed", default=0, show_default=True, help="The first.")
 @click.option("--quick", is_flag=True, help="One seed, ten steps.")
 @click.option("--sheet", type=click.Path(dir_okay=False), help="Save the first image of each kind.")
+@click.option("--missed", help="Kinds that you did not tell on the sheet, by commas.")
 @click.option("--json", "path", type=click.Path(path_type=Path), help="Also write the rows here.")
-def main(model: str, seeds: int, seed: int, quick: bool, sheet: str | None, path: Path | None):
+def main(
+    model: str,
+    seeds: int,
+    seed: int,
+    quick: bool,
+    sheet: str | None,
+    missed: str | None,
+    path: Path | None,
+):
     """Prints which kinds the judge recognises, and how often."""
     torch.set_num_threads(1)
     own, kinds = model_defaults("objects"), Objects().classes
@@ -77,7 +87,17 @@ def main(model: str, seeds: int, seed: int, quick: bool, sheet: str | None, path
     for kind, own_hits, own_found in zip(kinds, *table, strict=True):
         shares = {"recognised": float(own_hits.mean()), "any": float(own_found.mean())}
         results.add({"kind": kind, "n": seeds} | shares)
+    if missed is not None:
+        results.add(at_sight(kinds, missed.split(",") if missed else []))
     results.finish()
+
+
+def at_sight(kinds: tuple[str, ...], missed: list[str]) -> dict:
+    """The row of a person's eye: how many of the sheet's kinds were told, and which were not."""
+    if unknown := set(missed) - set(kinds):
+        raise click.BadParameter(f"no kinds: {', '.join(sorted(unknown))}", param_hint="--missed")
+    told = len(kinds) - len(missed)
+    return {"kind": "at sight", "n": len(kinds), "told": told, "not told": ", ".join(missed)}
 
 
 if __name__ == "__main__":
