@@ -13,7 +13,7 @@ from guidekit.backbones.loading import LOAD_ERRORS, check_part, quiet
 from guidekit.backbones.whole import whole
 from guidekit.errors import GuidekitError
 from guidekit.images import to_image
-from guidekit.labels import VOID, LabelSet, load_label_set
+from guidekit.labels import VOID, LabelSet, load_label_set, void_numbers
 from guidekit.system.untrusted import check_configs, read_object
 from guidekit.train.judge import Judge
 from guidekit.worlds import scenes
@@ -126,7 +126,8 @@ def _of_transformers(folder: Path, panoptic: bool, device: str) -> Segmenter:
         raise GuidekitError(f"segmenter {folder} cannot be loaded: {first}") from None
     names = [text for _, text in sorted((int(k), v) for k, v in model.config.id2label.items())]
     kept = [i for i, text in enumerate(names) if text.strip().lower() not in NOTHING]
-    labels = LabelSet(folder.name, tuple(names[i].strip() for i in kept))
+    own = tuple(names[i].strip() for i in kept)
+    labels = LabelSet(folder.name, own, void=void_numbers(len(own)))
     place = torch.full((len(names),), VOID)
     place[kept] = torch.arange(len(kept))
 

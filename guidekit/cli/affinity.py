@@ -212,7 +212,7 @@ def _rewritten(found: Any, maps: Path, out: Path, coloured: bool) -> list[str]:
     """
     from guidekit.heads.data import image_files
     from guidekit.images import save_image
-    from guidekit.labels import read_label_map
+    from guidekit.label_files import read_label_map
 
     files = image_files(maps) if maps.is_dir() else []
     if not files:

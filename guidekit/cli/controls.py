@@ -11,7 +11,8 @@ from guidekit.backbones.controls import Control
 from guidekit.cli.settings import LABELS, MAP, Settings
 from guidekit.errors import GuidekitError
 from guidekit.images import as_rgb, save_image
-from guidekit.labels import LabelMap, LabelSet, load_label_set, read_label_map
+from guidekit.label_files import read_label_map
+from guidekit.labels import LabelMap, LabelSet, load_label_set
 from guidekit.outputs.folders import CARRIED
 from guidekit.system.untrusted import inside
 from guidekit.zoo.shipped import ZOO
