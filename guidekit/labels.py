@@ -23,6 +23,7 @@ from guidekit.images import replacing
 from guidekit.system.untrusted import printable, read_object
 
 SETS = Path(__file__).with_name("label_sets")
+LABELS = "labels.json"  # a label set beside a model's weights
 FORMAT = 1
 VOID = -1  # in a LabelMap: a pixel that nobody labelled
 KEYS = ("format", "name", "classes", "palette", "things", "first", "void", "category_ids")

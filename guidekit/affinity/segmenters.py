@@ -13,13 +13,12 @@ from guidekit.backbones.loading import LOAD_ERRORS, check_part, quiet
 from guidekit.backbones.whole import whole
 from guidekit.errors import GuidekitError
 from guidekit.images import to_image
-from guidekit.labels import VOID, LabelSet, load_label_set, void_numbers
+from guidekit.labels import LABELS, VOID, LabelSet, load_label_set, void_numbers
 from guidekit.system.untrusted import check_configs, read_object
 from guidekit.train.judge import Judge
 from guidekit.worlds import scenes
 from guidekit.zoo.shipped import ZOO
 
-LABELS = "labels.json"  # a label set beside a model's weights
 #: Classes of segmenters that say nothing of a pixel.
 NOTHING = ("void", "unlabeled", "unlabelled", "background", "free", "ignore", "other")
 #: What transformers calls its classes of semantic and of panoptic segmenters.

@@ -121,8 +121,8 @@ def _source(options: dict[str, Any], segments: bool) -> tuple[Any, Any]:
 
     Raises GuidekitError for a model that says nothing of its classes.
     """
-    from guidekit.affinity.segmenters import LABELS, load_segmenter
-    from guidekit.labels import label_sets, load_label_set
+    from guidekit.affinity.segmenters import load_segmenter
+    from guidekit.labels import LABELS, label_sets, load_label_set
     from guidekit.zoo.shipped import ZOO
 
     name, device = options["source"], options["device"] or "cpu"

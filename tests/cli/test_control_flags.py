@@ -23,6 +23,7 @@ SETS = {
 }
 IDS = np.zeros((32, 32), np.uint8)
 IDS[16:] = 1
+CLASSES = ("--control", "{kit}/classes", "--map", "{kit}/map.png")
 
 
 @pytest.fixture(scope="session")
@@ -42,6 +43,8 @@ def kit(tmp_path_factory):
     Image.fromarray(np.pad(IDS, ((0, 0), (0, 32)))).save(folder / "wide.png")
     for name, table in SETS.items():
         (folder / f"{name}.json").write_text(json.dumps(table))
+    control_net(pipe, channels=2).save_pretrained(folder / "classes")
+    (folder / "classes/labels.json").write_text('{"classes": ["sky", "sea"]}')
     return folder
 
 
@@ -222,6 +225,14 @@ def fails(result, *texts):
         (["--map", "{kit}/map.jpg", "--labels", "{kit}/target.json"], "is a JPEG"),
         (["--map", "{kit}/map.png", "--labels", "coco"], "one of ade20k-150, coco-stuff-182"),
         (["--map", "{kit}/map.png", "--affinity", "{kit}"], "is no affinity"),
+        (
+            [*CLASSES, "--labels", "{kit}/target.json"],
+            "2 classes (lawn, lake), and the control reads 'labels' with 2 (sky, sea); give a map",
+        ),
+        (
+            [*CLASSES, "--affinity", "A"],
+            "of label set 'source' with 3 classes (sky, grass, sea), and the control reads",
+        ),
         (
             ["--map", "{kit}/map.png", "--affinity", "A", "--labels", "{kit}/source.json"],
             "is of label set 'source', and this affinity is for 'shots'",

@@ -299,6 +299,9 @@ def test_what_cannot_work_is_refused(sd, tmp_path):
     lost = [Condition("a red circle", map=LabelMap(torch.zeros(4, 4).long(), labels))]
     refused("nothing here reads a label map", sd, (), conditions=lost, seeds=[0])
     refused("has no palette", sd, Control(net), conditions=lost, seeds=[0])
+    other = LabelSet("other", ("b", "a"))
+    told = Control(control_net(sd, channels=2), labels=other)
+    refused("and the control reads 'other' with 2", sd, told, conditions=lost, seeds=[0])
     refused("no control 'nowhere'", sd, Control("nowhere", ONE))
     refused("is not in the hub's cache", sd, Control("some/where", ONE))
     for numbers, text in (({"scale": float("nan")}, "finite"), ({"start": 0.5, "stop": 0.5}, "<")):
