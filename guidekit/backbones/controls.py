@@ -119,6 +119,8 @@ def load_control(name: str | Path, device: Any = "cpu", dtype: Any = None) -> nn
         raise GuidekitError(f"control {name} is a {kind}; controls are {' and '.join(KINDS)}")
     check_configs(folder)
     check_part(folder, f'python -c "{CONVERT.format(kind, str(folder))}"')
+    if not any(folder.glob("*.safetensors")):
+        raise GuidekitError(_no_weights(name, kind))
     half = not any(file.name.count(".") == 1 for file in folder.glob("*.safetensors"))
     try:
         with quiet(), whole():
@@ -129,6 +131,17 @@ def load_control(name: str | Path, device: Any = "cpu", dtype: Any = None) -> nn
         first = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise GuidekitError(f"control {name} cannot be loaded: {first}") from None
     return model.to(device).eval().requires_grad_(False)
+
+
+def _no_weights(name: str | Path, kind: str) -> str:
+    """What is said of a control whose pickle, if it has one, was not downloaded."""
+    local = Path(name).is_dir()
+    repo, own = ("OWNER/NAME", str(name)) if local else (name, str(name).rpartition("/")[2])
+    return (
+        f"control {name} has no safetensors; if its weights are a pickle, which can run code when "
+        f"it is read, convert them once and give --control {own}: hf download {repo} --local-dir "
+        f'{own} && python -c "{CONVERT.format(kind, own)}"'
+    )
 
 
 def _downloaded(name: str) -> Path:

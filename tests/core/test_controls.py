@@ -11,6 +11,7 @@ from diffusers import (
     StableDiffusionControlNetPipeline,
     StableDiffusionXLAdapterPipeline,
     StableDiffusionXLControlNetPipeline,
+    T2IAdapter,
 )
 from PIL import Image
 
@@ -319,6 +320,30 @@ def test_pickles_and_other_folders_are_refused(sd, tmp_path):
     (tmp_path / "empty").mkdir()
     with pytest.raises(GuidekitError, match="has no config.json"):
         load_control(tmp_path / "empty")
+
+
+@pytest.mark.parametrize("place", ["folder", "hub"])
+def test_a_control_without_safetensors_says_how_to_convert(sd, tmp_path, monkeypatch, capfd, place):
+    """What a download of safetensors leaves of a control that has a pickle alone."""
+    folder = tmp_path / "models--owner--seg/snapshots/0"
+    t2i_adapter(sd).save_pretrained(folder)
+    (folder / "diffusion_pytorch_model.safetensors").unlink()
+    (tmp_path / "models--owner--seg/refs").mkdir()
+    (tmp_path / "models--owner--seg/refs/main").write_text("0")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    capfd.readouterr()
+    with pytest.raises(GuidekitError, match="has no safetensors.*run code") as error:
+        load_control(folder if place == "folder" else "owner/seg")
+    assert capfd.readouterr().err == ""
+    repo, own = ("OWNER/NAME", str(folder)) if place == "folder" else ("owner/seg", "seg")
+    line = str(error.value)
+    assert f'hf download {repo} --local-dir {own} && python -c "from diffusers import T2I' in line
+    assert "\n" not in line
+    # The line does what it says.
+    t2i_adapter(sd).save_pretrained(own, safe_serialization=False)
+    exec(line[line.index("from diffusers") : line.rindex('"')])
+    assert type(load_control(own)) is T2IAdapter
 
 
 def test_a_window_past_the_right_edge_goes_on_at_the_left():
