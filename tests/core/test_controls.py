@@ -13,6 +13,7 @@ from diffusers import (
     StableDiffusionXLControlNetPipeline,
     T2IAdapter,
 )
+from diffusers.image_processor import VaeImageProcessor
 from PIL import Image
 
 import tiny
@@ -26,6 +27,7 @@ from guidekit import (
     Segment,
     attach,
 )
+from guidekit.backbones.control_images import control_pixels
 from guidekit.backbones.controls import load_control
 from guidekit.branches import windowed
 from guidekit.testing import miniatures
@@ -228,6 +230,15 @@ def test_maps_of_another_size_make_no_third_class(sd):
         ours(sd, control, conditions=[condition], seeds=[5])
         found = {tuple(c) for c in (shown[-1][0].flatten(1).T * 255).round().int().tolist()}
         assert found == set(colours)
+
+
+def test_grey_images_are_resized_as_diffusers_does():
+    """Edges and depth are grey, and so are maps in few greys: nothing tells them apart."""
+    values = (torch.arange(100).reshape(10, 10) % 3 == 0).byte() * 255
+    image = Image.fromarray(values.numpy())
+    processor = VaeImageProcessor(do_convert_rgb=True, do_normalize=False)
+    (expected,) = processor.preprocess(image, 32, 32)
+    assert torch.equal(control_pixels(image, 3, (32, 32)), expected)
 
 
 @pytest.mark.parametrize(
