@@ -138,7 +138,8 @@ def load_label_set(name: str | Path) -> LabelSet:
     """A set by its name, or of a JSON file. Raises GuidekitError that says what exists.
 
     The file holds `{"classes": ["sky", ...]}` and, if they are known, `name`, `palette` (colours
-    such as "#ff0000"), `things` (names), `first` and `void`, or COCO's `categories`.
+    such as "#ff0000"), `things` (names), `first`, `void` and `category_ids`, or COCO's
+    `categories`.
     """
     path = SETS / f"{name}.json" if str(name) in label_sets() else Path(name)
     if not path.exists():

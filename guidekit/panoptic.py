@@ -74,7 +74,7 @@ def _segment_categories(table: Path, name: str) -> tuple[dict[int, int], dict[in
     try:
         segments = {int(s["id"]): int(s["category_id"]) for s in own[0]["segments_info"]}
         return segments, {int(c["id"]): str(c["name"]) for c in found.get("categories", [])}
-    except (KeyError, TypeError, ValueError) as error:
+    except (KeyError, TypeError, ValueError, OverflowError) as error:
         raise GuidekitError(f"{where} is not in COCO's form ({error!r})") from None
 
 

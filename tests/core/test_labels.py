@@ -12,6 +12,7 @@ from guidekit.label_files import as_label_map
 from guidekit.labels import VOID, label_sets
 
 TWO = LabelSet("two", ("sky", "grass"), ((0, 0, 255), (0, 255, 0)), things=("grass",))
+INFINITE = {"segments_info": [{"id": float("inf"), "category_id": 1}]}
 IDS = torch.tensor([[0, 0, 1], [1, VOID, 0]])
 
 
@@ -100,7 +101,12 @@ def test_a_panoptic_pair(tmp_path):
     (tmp_path / "map.json").write_text(json.dumps(table))
     with pytest.raises(GuidekitError, match="has no class 'moon'; it has sky, grass"):
         read_label_map(tmp_path / "map.png", TWO)
-    for wrong in ({"segments_info": 3}, {"segments_info": [3]}, {"segments_info": [{"id": 7}]}):
+    for wrong in (
+        {"segments_info": 3},
+        {"segments_info": [3]},
+        {"segments_info": [{"id": 7}]},
+        INFINITE,
+    ):
         (tmp_path / "map.json").write_text(json.dumps(wrong))
         refused("is not in COCO's form", read_label_map, tmp_path / "map.png", TWO)
     (tmp_path / "map.json").write_text(json.dumps({"segments_info": rows[:1]}))
