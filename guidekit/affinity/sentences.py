@@ -27,8 +27,8 @@ def sentence_texts(folder: Path) -> Callable[[list[str]], Tensor]:
     """
     import transformers
 
-    check_configs(folder)
     own, way = _modules(folder)
+    check_configs(own)
     check_part(own)
     try:
         with quiet():
