@@ -144,7 +144,7 @@ def combined(found: Affinity) -> Tensor:
     total = torch.zeros(len(SOURCE), len(TARGET), dtype=torch.float64)
     for name, own in found.estimates.items():
         scores = own.scores.log1p() if own.counts else own.scores
-        kept = scores.where(found.allowed, torch.nan)
+        kept = scores.where(found.allowed & scores.isfinite(), torch.nan)
         spread = (kept - kept.nanmean(0)).square().nanmean(0).sqrt()
         said = found.picks(name) != VOID
         total += ((kept - kept.nanmean(0)) / spread.clamp(min=1e-12)).nan_to_num() * said

@@ -49,7 +49,7 @@ _HOME = {
     "load_layout": "layouts",
     "load_mask": "masks",
     "load_reference": "references",
-    "read_label_map": "labels",
+    "read_label_map": "inputs.label_files",
     "sample": "drawing",
     "tap_attention": "taps",
     "tap_blocks": "taps",
@@ -72,7 +72,8 @@ if TYPE_CHECKING:
     from guidekit.errors import GuidekitError
     from guidekit.guidance import Guidance
     from guidekit.inputs.given import load, make
-    from guidekit.labels import LabelMap, LabelSet, load_label_set, read_label_map
+    from guidekit.inputs.label_files import read_label_map
+    from guidekit.labels import LabelMap, LabelSet, load_label_set
     from guidekit.layouts import load_layout
     from guidekit.levels import Levels, Move
     from guidekit.masks import box_mask, load_mask

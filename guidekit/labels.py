@@ -1,13 +1,12 @@
 """Label sets and label maps: which classes there are, and where each of them is in an image.
 
-A label map is read from what people have: an indexed or grey PNG of class numbers, a PNG in the
-colours of a palette, or COCO's panoptic pair of PNG and JSON. It is only ever resized by nearest
-neighbour, because every other way makes pixels of third classes at the edges.
+A label map is only ever resized by nearest neighbour, because every other way makes pixels of third
+classes at the edges.
 """
 
 import json
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -20,15 +19,15 @@ from PIL import Image, ImageColor
 from torch import Tensor
 
 from guidekit.errors import GuidekitError
-from guidekit.images import as_rgb, is_deep, load_image, replacing
-from guidekit.masks import class_values
-from guidekit.system.untrusted import printable, read_object, read_text
+from guidekit.images import replacing
+from guidekit.system.untrusted import printable, read_object
 
 SETS = Path(__file__).with_name("label_sets")
+LABELS = "labels.json"  # a label set beside a model's weights
 FORMAT = 1
 VOID = -1  # in a LabelMap: a pixel that nobody labelled
-KEYS = ("format", "name", "classes", "palette", "things", "first", "void")
-LISTED = 12  # values, colours or names in a message
+KEYS = ("format", "name", "classes", "palette", "things", "first", "void", "category_ids")
+LISTED = 12  # values or names in a message
 MOST_CLASSES = 10_000
 
 Colour = tuple[int, int, int]
@@ -41,7 +40,8 @@ class LabelSet:
     classes: their names, each once. palette: a colour for each, or none at all. things: names of
     the countable ones, the others are stuff; None where nobody said which is which. first: the
     number of the first class in indexed files. void: numbers in indexed files of pixels that nobody
-    labelled. Raises GuidekitError that says what is wrong.
+    labelled. category_ids: COCO's id of each, which may leave numbers out; empty where they count
+    from 1. Raises GuidekitError that says what is wrong.
     """
 
     name: str
@@ -50,6 +50,7 @@ class LabelSet:
     things: tuple[str, ...] | None = None
     first: int = 0
     void: tuple[int, ...] = (255,)
+    category_ids: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         where = f"label set {self.name!r}"
@@ -68,6 +69,11 @@ class LabelSet:
                 f"{where} has {len(self.palette)} colours for {len(self.classes)} classes; give "
                 "one for each, or none"
             )
+        if self.category_ids and len({*self.category_ids}) != len(self.classes):
+            raise GuidekitError(
+                f"{where} has {len({*self.category_ids})} ids of categories for "
+                f"{len(self.classes)} classes; give one of its own for each, or none"
+            )
         if unknown := [t for t in self.things or () if t not in self.classes]:
             raise GuidekitError(f"{where}: {unknown[0]!r} of its things is no class of it")
 
@@ -79,7 +85,7 @@ class LabelSet:
         if name in self.classes:
             return self.classes.index(name)
         near = [c for c in self.classes if name and (name in c or c in name)] or self.classes
-        raise GuidekitError(f"label set {self.name!r} has no class {name!r}; it has {_some(near)}")
+        raise GuidekitError(f"label set {self.name!r} has no class {name!r}; it has {listed(near)}")
 
     @property
     def is_thing(self) -> Tensor | None:
@@ -109,12 +115,18 @@ class LabelSet:
             "things": None if self.things is None else list(self.things),
             "first": self.first,
             "void": list(self.void),
+            "category_ids": list(self.category_ids),
         }
 
     def save(self, path: Path) -> None:
         """Writes the set as a JSON file."""
         with replacing(path) as part:
             part.write_text(json.dumps(self.table(), indent=1) + "\n", encoding="utf-8")
+
+
+def void_numbers(count: int) -> tuple[int, ...]:
+    """Void in indexed files of a set that says nothing of it: 255, 65535 where that is a class."""
+    return (255,) if count <= 255 else (65535,)
 
 
 def label_sets() -> list[str]:
@@ -126,7 +138,8 @@ def load_label_set(name: str | Path) -> LabelSet:
     """A set by its name, or of a JSON file. Raises GuidekitError that says what exists.
 
     The file holds `{"classes": ["sky", ...]}` and, if they are known, `name`, `palette` (colours
-    such as "#ff0000"), `things` (names), `first` and `void`, or COCO's `categories`.
+    such as "#ff0000"), `things` (names), `first`, `void` and `category_ids`, or COCO's
+    `categories`.
     """
     path = SETS / f"{name}.json" if str(name) in label_sets() else Path(name)
     if not path.exists():
@@ -150,7 +163,8 @@ def parse_label_set(table: dict[str, Any], name: str, where: str) -> LabelSet:
         tuple(_colour(c, where) for c in _list(table.get("palette", []), f"{where}: `palette`")),
         None if things is None else _texts(things, f"{where}: `things`"),
         _whole(table.get("first", 0), f"{where}: `first`"),
-        tuple(_whole(v, f"{where}: `void`") for v in _list(table.get("void", [255]), where)),
+        _wholes(table.get("void", [255]), f"{where}: `void`"),
+        _wholes(table.get("category_ids", []), f"{where}: `category_ids`"),
     )
 
 
@@ -168,6 +182,8 @@ def _of_categories(categories: Any, name: str, where: str) -> LabelSet:
         names,
         tuple(_colour(c, where) for c in colours),
         things if len(kinds) == len(rows) else None,
+        void=void_numbers(len(names)),
+        category_ids=_wholes([row["id"] for row in rows if "id" in row], f"{where}: `id`"),
     )
 
 
@@ -185,6 +201,10 @@ def _text(value: Any, where: str) -> str:
 
 def _texts(value: Any, where: str) -> tuple[str, ...]:
     return tuple(_text(one, where) for one in _list(value, where))
+
+
+def _wholes(value: Any, where: str) -> tuple[int, ...]:
+    return tuple(_whole(one, where) for one in _list(value, where))
 
 
 def _whole(value: Any, where: str) -> int:
@@ -226,7 +246,7 @@ class LabelMap:
             )
         if wrong := [v for v in self.present if not VOID <= v < len(self.labels)]:
             raise GuidekitError(
-                f"the label map holds {_some(wrong)}; label set {self.labels.name!r} has the "
+                f"the label map holds {listed(wrong)}; label set {self.labels.name!r} has the "
                 f"indices 0 to {len(self.labels) - 1}, and {VOID} for void"
             )
 
@@ -274,125 +294,19 @@ class LabelMap:
         return image
 
 
-def read_label_map(path: str | Path, labels: LabelSet) -> LabelMap:
-    """The label map in a file: class numbers, colours of the set's palette, or COCO's panoptic PNG.
-
-    A PNG in colour beside a JSON of the same name that holds `segments_info` is a panoptic one. An
-    image of numbers, or with a palette of its own, is read by number; where all of its colours are
-    the set's, by colour. Raises GuidekitError that names the values or colours that the set has
-    not, and for a JPEG, which changes them.
-    """
-    beside = Path(path).with_suffix(".json")
-    if beside.is_file() and "segments_info" in read_text(beside):
-        return read_panoptic(path, beside, labels)
-    return load_image(path, "label map", lambda image: as_label_map(image, labels))
-
-
-def as_label_map(image: Image.Image, labels: LabelSet) -> LabelMap:
-    """The label map that an image is; see `read_label_map`."""
-    if image.format in ("JPEG", "MPO"):
-        raise GuidekitError("it is a JPEG, which changes the values; save it as PNG")
-    numbers = class_values(image)
-    if labels.palette and not is_deep(image) and image.mode not in ("L", "1"):
-        ids, unknown = _by_colour(np.asarray(as_rgb(image)), labels)
-        # An indexed map of classes alone may have the colour of void for one of them.
-        if not unknown and (numbers is None or (ids != VOID).any()):
-            return LabelMap(torch.from_numpy(ids), labels)
-        if numbers is None:
-            raise GuidekitError(
-                f"{_pixels(sum(unknown.values()))} of its pixels have colours that label set "
-                f"{labels.name!r} has not ({_some(unknown)}); give the set whose palette it is in"
-            )
-    if numbers is None:
+def check_labels(given: LabelMap, labels: LabelSet, reader: str) -> None:
+    """Raises GuidekitError for a map of other classes than those that, say, "the control reads"."""
+    if given.labels.classes != labels.classes:
         raise GuidekitError(
-            f"it is in colour, and label set {labels.name!r} has no palette; save it as an indexed "
-            "PNG, or add `palette` to the set's JSON"
+            f"the map is of label set {given.labels.name!r} with {len(given.labels)} classes "
+            f"({listed(given.labels.classes, 3)}), and {reader} {labels.name!r} with "
+            f"{len(labels)} ({listed(labels.classes, 3)}); give a map of that set, or an affinity "
+            "that turns it (--affinity)"
         )
-    return LabelMap(torch.from_numpy(_by_number(numbers, labels)), labels)
 
 
-def _by_number(numbers: np.ndarray, labels: LabelSet) -> np.ndarray:
-    """Class indices (H, W) of numbers in a file."""
-    void, last = np.isin(numbers, labels.void), labels.first + len(labels) - 1
-    outside = ~void & ((numbers < labels.first) | (numbers > last))
-    if outside.any():
-        beside = f", void {_some(labels.void)}" if labels.void else ""
-        raise GuidekitError(
-            f"{_pixels(outside.mean())} of its pixels hold {_some(np.unique(numbers[outside]))}; "
-            f"label set {labels.name!r} has {labels.first} to {last}{beside}"
-        )
-    return np.where(void, VOID, numbers - labels.first)
-
-
-def _by_colour(colours: np.ndarray, labels: LabelSet) -> tuple[np.ndarray, dict[str, float]]:
-    """Class indices (H, W) of colours (H, W, 3), and the shares of colours that are no class.
-
-    Black that is no class is void. Where two classes share a colour it is the first's.
-    """
-    codes = _codes(colours)
-    found, place, counts = np.unique(codes, return_inverse=True, return_counts=True)
-    known: dict[int, int] = {0: VOID}
-    for index in reversed(range(len(labels))):
-        known[int(_codes(np.array(labels.palette[index])))] = index
-    ids = np.array([known.get(int(code), VOID) for code in found])
-    commonest = np.argsort(-counts, kind="stable").tolist()
-    unknown = {
-        f"#{found[i]:06x}": counts[i] / codes.size for i in commonest if int(found[i]) not in known
-    }
-    return ids[place].reshape(codes.shape), unknown
-
-
-def _codes(colours: np.ndarray) -> np.ndarray:
-    """Colours (..., 3) as one number each."""
-    red, green, blue = np.moveaxis(colours.astype(np.int64), -1, 0)
-    return (red << 16) + (green << 8) + blue
-
-
-def read_panoptic(path: str | Path, table: str | Path, labels: LabelSet) -> LabelMap:
-    """COCO's panoptic format: a PNG of segment numbers, and a JSON that says what each one is.
-
-    table: the JSON of this image (`segments_info`), or of a whole data set (`annotations`), with or
-    without `categories`; without them `category_id` counts the set's classes from 1. Pixels of no
-    segment are void. Raises GuidekitError that names a segment or a category without meaning.
-    """
-    where = f"panoptic {table}"
-    try:
-        known = _segment_classes(read_object(Path(table)), Path(path).name, labels, where)
-    except (KeyError, TypeError, AttributeError) as error:
-        raise GuidekitError(f"{where} is not in COCO's form ({error!r})") from None
-    colours = load_image(path, "panoptic map", lambda image: np.asarray(as_rgb(image)))
-    red, green, blue = np.moveaxis(colours.astype(np.int64), -1, 0)
-    values, place = np.unique(red + (green << 8) + (blue << 16), return_inverse=True)
-    if lost := [v for v in values.tolist() if v not in known]:
-        raise GuidekitError(f"{where} says nothing of the segments {_some(lost)} of {path}")
-    ids = np.array([known[v] for v in values.tolist()])[place].reshape(red.shape)
-    return LabelMap(torch.from_numpy(ids), labels)
-
-
-def _segment_classes(
-    table: dict[str, Any], name: str, labels: LabelSet, where: str
-) -> dict[int, int]:
-    """Class indices of an image's segments by their numbers; 0 is void."""
-    rows = table.get("annotations", [table])
-    own = [r for r in rows if r.get("file_name", name) == name and "segments_info" in r]
-    if len(own) != 1:
-        raise GuidekitError(f"{where} has no `segments_info` of {name}; give the JSON beside it")
-    names = {c["id"]: c["name"] for c in table.get("categories", [])} or dict(
-        enumerate(labels.classes, 1)
-    )
-    known = {0: VOID}
-    for row in own[0]["segments_info"]:
-        if row["category_id"] not in names:
-            raise GuidekitError(f"{where} does not say what category {row['category_id']!r} is")
-        known[row["id"]] = labels.index(names[row["category_id"]])
-    return known
-
-
-def _some(values: Sequence[Any] | Any) -> str:
-    listed = list(values)
-    more = f" and {len(listed) - LISTED} more" if len(listed) > LISTED else ""
-    return ", ".join(map(str, listed[:LISTED])) + more
-
-
-def _pixels(share: float) -> str:
-    return f"{share:.2%}"
+def listed(values: Iterable[Any], most: int = LISTED) -> str:
+    """The first of the values, as a message says them, and how many more there are."""
+    found = list(map(str, values))
+    more = f" and {len(found) - most} more" if len(found) > most else ""
+    return ", ".join(found[:most]) + more

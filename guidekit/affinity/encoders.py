@@ -7,15 +7,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from guidekit.affinity.sentences import MODULES, sentence_texts
 from guidekit.backbones.denoiser import Denoiser, frozen
-from guidekit.backbones.loading import LOAD_ERRORS, check_part, quiet
+from guidekit.backbones.loading import LOAD_ERRORS, quiet
 from guidekit.errors import GuidekitError
 from guidekit.heads.features import Reading, fixed_noise, observe, resolve_sites
 from guidekit.images import to_image
-from guidekit.noisy_clip.files import find_folder, load_clip
-from guidekit.system.untrusted import check_configs
+from guidekit.noisy_clip.files import is_clip, load_clip
 
-SENTENCES = "modules.json"  # of a folder in the form of sentence-transformers
 TIMM = "timm/"
 TIMESTEP = 100  # of the denoiser's features
 
@@ -30,34 +29,11 @@ def load_texts(name: str, load: Callable[[str], Any]) -> Texts:
     Raises GuidekitError for a pipeline without a CLIP text encoder, and as its loaders.
     """
     folder = Path(name)
-    if (folder / SENTENCES).is_file():
-        return _sentences(folder)
-    if find_folder(name) is not None:
+    if (folder / MODULES).is_file():
+        return sentence_texts(folder)
+    if is_clip(name):
         return clip_texts(load_clip(name))
     return pipeline_texts(load(name))
-
-
-def _sentences(folder: Path) -> Texts:
-    """The mean of a transformer's last states over the words of each text."""
-    import transformers
-
-    check_configs(folder)
-    check_part(folder)
-    try:
-        with quiet():
-            tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
-            model = transformers.AutoModel.from_pretrained(folder, use_safetensors=True).eval()
-    except LOAD_ERRORS as error:
-        first = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise GuidekitError(f"text encoder {folder} cannot be loaded: {first}") from None
-
-    @torch.no_grad()
-    def encode(texts: list[str]) -> Tensor:
-        inputs = tokenizer(texts, padding=True, truncation=True, return_tensors="pt")
-        real = inputs["attention_mask"][..., None].float()
-        return (model(**inputs).last_hidden_state * real).sum(1) / real.sum(1)
-
-    return encode
 
 
 def clip_texts(clip: Any) -> Texts:

@@ -19,6 +19,7 @@ from guidekit.labels import VOID, LabelSet
 
 KINDS = ("segmentation", "text", "features")
 TEMPLATE = "{}"  # what is said of a class's name, the same on both sides
+ALIKE = 1e-9  # a class this near to the mean of its side, against its own length, is that mean
 Texts = Callable[[list[str]], Tensor]  # texts to embeddings (N, D)
 Features = Callable[[Tensor], Tensor]  # pixels (3, H, W) in [-1, 1] to features (C, h, w)
 
@@ -95,19 +96,21 @@ def by_features(
 ) -> Estimate:
     """Cosines of the classes' mean features, each side centred by the mean of its own classes.
 
-    Source classes that no source shot shows are never named. Raises GuidekitError for source shots
-    of another label set than the source's.
+    Classes whose mean is that of all of their side, as where only one is shown, say nothing; source
+    classes that no source shot shows are never named. Raises GuidekitError for source shots of
+    another label set than the source's.
     """
     batch_of(source_shots, source, "the source's shots (--source-shots)")
     (theirs, shown), (ours, asked) = (_class_means(own, features) for own in (source_shots, shots))
     cosines = F.normalize(theirs, dim=1) @ F.normalize(ours, dim=1).T
-    return Estimate(cosines.masked_fill(shown[:, None] == 0, -1.0), asked)
+    return Estimate(cosines.masked_fill(shown[:, None] == 0, float("-inf")), asked)
 
 
 def _class_means(shots: Sequence[Shot], features: Features) -> tuple[Tensor, Tensor]:
-    """Centred mean features (N, D) of every class, and its pixels (N,) in the shots.
+    """Centred mean features (N, D) of every class, and the pixels (N,) that they rest on.
 
-    A cell of the features counts for a class by the class's share of it.
+    A cell of the features counts for a class by the class's share of it. A class that nothing sets
+    apart rests on none.
     """
     count = len(shots[0].map.labels)
     total, weight = torch.zeros(()), torch.zeros(count, dtype=torch.float64)
@@ -117,5 +120,6 @@ def _class_means(shots: Sequence[Shot], features: Features) -> tuple[Tensor, Ten
         total = total + torch.einsum("nhw,chw->nc", shares, found)
         weight += shares.sum((1, 2))
     means, there = total / weight.clamp(min=1e-12)[:, None], weight > 0
-    means = (means - means[there].mean(0)) * there[:, None]
-    return means, seen(shots, count)
+    centred = torch.where(there[:, None], means - means[there].mean(0), 0.0)
+    apart = centred.norm(dim=1) > ALIKE * means.norm(dim=1)
+    return centred, seen(shots, count) * apart

@@ -63,11 +63,7 @@ def fold(
     of other classes.
     """
     if palette is not None:
-        if ((matrix != 0) & (matrix != 1)).any():
-            raise GuidekitError(
-                "a soft affinity mixes the colours of a palette into those of other classes; fold "
-                "a hard one"
-            )
+        _check_colours(weight, matrix, unshuffle)
         matrix = (2 * palette - 1 if signed else palette).to(matrix) @ matrix
     own, depth = len(matrix), unshuffle**2
     channels = weight.shape[1] // depth
@@ -84,6 +80,21 @@ def fold(
     return torch.cat([before, folded, after], 1).flatten(1, 2)
 
 
+def _check_colours(weight: Tensor, matrix: Tensor, unshuffle: int) -> None:
+    """Raises GuidekitError for a layer that reads no image, and for an affinity that mixes it."""
+    if ((matrix != 0) & (matrix != 1)).any():
+        raise GuidekitError(
+            "a soft affinity mixes the colours of a palette into those of other classes; fold a "
+            "hard one"
+        )
+    if weight.shape[1] != 3 * unshuffle**2:
+        raise GuidekitError(
+            f"the layer reads {weight.shape[1]} channels, which is no image in blocks of "
+            f"{unshuffle}x{unshuffle} pixels; give the side of its blocks (unshuffle=16 for SDXL's "
+            "T2I-Adapters), or no palette if it reads classes"
+        )
+
+
 def fold_state(
     state: Mapping[str, Tensor],
     host: str | Host,
@@ -93,8 +104,9 @@ def fold_state(
 ) -> dict[str, Tensor]:
     """A state dict whose layers of `host` read target maps; all other weights are the same.
 
-    host: a name of HOSTS or one of your own. unshuffle: in place of the host's. Raises
-    GuidekitError for a name that there is not, for a state without such layers, and as `fold`.
+    host: a name of HOSTS or one of your own. unshuffle: in place of the host's; SDXL's T2I-Adapters
+    have 16. Raises GuidekitError for a name that there is not, for a state without such layers, and
+    as `fold`.
     """
     if isinstance(host, str):
         if host not in HOSTS:

@@ -29,8 +29,9 @@ VOTE, HAND = "vote", "hand"
 class Estimate:
     """How alike every source class and every target class are, by one kind of evidence.
 
-    scores: (N_s, N_t), counts of pixels where `counts`, else similarities. evidence: (N_t,), what
-    each column rests on: pixels, or 1; 0 where it abstains.
+    scores: (N_s, N_t), counts of pixels where `counts`, else similarities, -inf for source classes
+    of which it knows nothing. evidence: (N_t,), what each column rests on: pixels, or 1; 0 where it
+    abstains.
     """
 
     scores: Tensor
@@ -96,12 +97,13 @@ class Affinity:
     def picks(self, name: str) -> Tensor:
         """The source class that an estimate names for each target class (N_t,), VOID: abstains.
 
-        The first of equal ones. Raises GuidekitError for a name that there is not.
+        The first of equal ones; none where it knows nothing of those that may stand for it. Raises
+        GuidekitError for a name that there is not.
         """
         estimate = self._estimate(name)
         scores = estimate.scores.masked_fill(~self.allowed, float("-inf"))
         best, place = scores.max(0)
-        silent = estimate.evidence <= 0
+        silent = (estimate.evidence <= 0) | (best == float("-inf"))
         return place.masked_fill(silent | (best <= 0) if estimate.counts else silent, VOID)
 
     def _estimate(self, name: str) -> Estimate:
@@ -174,9 +176,9 @@ class Affinity:
         self._check_said((spoke == 0).nonzero()[:, 0].tolist())
         return total / spoke
 
-    def said(self) -> Tensor:
-        """Shares of the vote as `soft` has them; columns of zeros where nothing speaks."""
-        total, spoke = self._summed(TAU, VOTE)
+    def said(self, by: str = VOTE) -> Tensor:
+        """Shares as `soft` has them; columns of zeros where nothing speaks."""
+        total, spoke = self._summed(TAU, by)
         return total / torch.where(spoke == 0, 1.0, spoke)
 
     def _summed(self, tau: float, by: str) -> tuple[Tensor, Tensor]:
@@ -186,7 +188,7 @@ class Affinity:
         spoke = torch.zeros(len(self.target), dtype=torch.float64)
         for name in names:
             own = self.picks(name) != VOID
-            total += self._shares(name, tau) * own
+            total += torch.where(own, self._shares(name, tau), 0.0)
             spoke += own
         for target, weights in self.by_hand.items():
             total[:, target], spoke[target] = weights, weights.sum()
@@ -223,11 +225,12 @@ class Affinity:
         return fold(weight, self.matrix(), palette, unshuffle)
 
     def save(self, folder: str | Path) -> Path:
-        """Writes affinity.json and affinity.safetensors."""
+        """Writes affinity.json and affinity.safetensors: scores, evidence and shares (`said`)."""
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         tensors = {name: e.scores.contiguous() for name, e in self.estimates.items()}
         tensors |= {f"{name}.evidence": e.evidence for name, e in self.estimates.items()}
+        tensors |= {f"{by}.soft": self.said(by) for by in (*self.estimates, VOTE)}
         tensors |= {f"{HAND}.{t}": weights.double() for t, weights in self.by_hand.items()}
         with replacing(folder / SCORES) as part:
             save_file(tensors, part)

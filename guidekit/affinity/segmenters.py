@@ -9,21 +9,22 @@ import torch
 from torch import Tensor
 
 from guidekit.backbones.hub import require_hub
-from guidekit.backbones.loading import LOAD_ERRORS, check_part, quiet
+from guidekit.backbones.loading import LOAD_ERRORS, check_part, default_device, quiet
 from guidekit.backbones.whole import whole
 from guidekit.errors import GuidekitError
 from guidekit.images import to_image
-from guidekit.labels import VOID, LabelSet, load_label_set
+from guidekit.labels import LABELS, VOID, LabelSet, load_label_set, void_numbers
 from guidekit.system.untrusted import check_configs, read_object
 from guidekit.train.judge import Judge
 from guidekit.worlds import scenes
 from guidekit.zoo.shipped import ZOO
 
-LABELS = "labels.json"  # a label set beside a model's weights
 #: Classes of segmenters that say nothing of a pixel.
 NOTHING = ("void", "unlabeled", "unlabelled", "background", "free", "ignore", "other")
 #: What transformers calls its classes of semantic and of panoptic segmenters.
-SEMANTIC, PANOPTIC = "ForSemanticSegmentation", "ForUniversalSegmentation"
+SEMANTIC = "ForSemanticSegmentation"
+PANOPTIC = ("ForUniversalSegmentation", "MaskFormerForInstanceSegmentation")
+TOLD = "OneFormer"  # reads a text too, for which its processor fetches a file
 
 
 @dataclass(frozen=True, eq=False)
@@ -42,12 +43,14 @@ class Segmenter:
             return self.see(pixels)
 
 
-def load_segmenter(name: str | Path, device: str = "cpu") -> Segmenter:
+def load_segmenter(name: str | Path, device: str | None = None) -> Segmenter:
     """A segmenter from a built-in judge's name, a judge's folder, or one of transformers.
 
     Semantic and panoptic models of transformers give their classes by `id2label`; a judge's are in
-    labels.json beside it. Raises GuidekitError for other folders, pickles and folders with code.
+    labels.json beside it. device: default CUDA if there is one. Raises GuidekitError for other
+    folders, pickles and folders with code.
     """
+    device = device or default_device()
     places = [ZOO / name, Path(name)]
     folder = next((p for p in places if (p / "config.json").is_file()), None)
     if folder is None:
@@ -58,10 +61,11 @@ def load_segmenter(name: str | Path, device: str = "cpu") -> Segmenter:
     if config.get("_class_name") == "Judge":
         return _judge(folder, device)
     kinds = [str(kind) for kind in config.get("architectures") or []]
-    if not any(kind.endswith((SEMANTIC, PANOPTIC)) for kind in kinds):
+    if not any(k.endswith((SEMANTIC, *PANOPTIC)) and not k.startswith(TOLD) for k in kinds):
+        told = ", and nothing here tells it its task in words" if TOLD in str(kinds) else ""
         raise GuidekitError(
-            f"segmenter {name} is a {', '.join(kinds) or 'model without architectures'}; give one "
-            f"of transformers (...{SEMANTIC}, ...{PANOPTIC}) or a judge"
+            f"segmenter {name} is a {', '.join(kinds) or 'model without architectures'}{told}; "
+            f"give one of transformers (...{SEMANTIC}, ...{', '.join(PANOPTIC)}) or a judge"
         )
     return _of_transformers(folder, kinds[0].endswith(PANOPTIC), device)
 
@@ -126,7 +130,8 @@ def _of_transformers(folder: Path, panoptic: bool, device: str) -> Segmenter:
         raise GuidekitError(f"segmenter {folder} cannot be loaded: {first}") from None
     names = [text for _, text in sorted((int(k), v) for k, v in model.config.id2label.items())]
     kept = [i for i, text in enumerate(names) if text.strip().lower() not in NOTHING]
-    labels = LabelSet(folder.name, tuple(names[i].strip() for i in kept))
+    own = tuple(names[i].strip() for i in kept)
+    labels = LabelSet(folder.name, own, void=void_numbers(len(own)))
     place = torch.full((len(names),), VOID)
     place[kept] = torch.arange(len(kept))
 

@@ -15,7 +15,8 @@ from torch import Tensor
 from guidekit.errors import GuidekitError
 from guidekit.heads.data import image_files
 from guidekit.images import load_image, to_uint8
-from guidekit.labels import LabelMap, LabelSet, load_label_set, parse_label_set, read_label_map
+from guidekit.inputs.label_files import read_label_map
+from guidekit.labels import LabelMap, LabelSet, load_label_set, parse_label_set
 from guidekit.system.untrusted import read_object
 
 CLASSES = "classes.json"

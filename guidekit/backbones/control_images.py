@@ -43,7 +43,10 @@ def control_pixels(image: Any, channels: int, size: tuple[int, int]) -> Tensor:
 
 
 def _at_size(image: Image.Image, size: tuple[int, int]) -> Image.Image:
-    """An image at `size` (H, W): one in few colours by nearest neighbour, others as diffusers."""
+    """An image at `size` (H, W): one in few colours by nearest neighbour, others as diffusers.
+
+    Greys are never colours: edges have two of them as well.
+    """
     if image.size == size[::-1]:
         return image
     check_shape(*image.size, size)

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 from diffusers import ControlNetModel, T2IAdapter
-from huggingface_hub import snapshot_download
+from huggingface_hub import snapshot_download, try_to_load_from_cache
 from torch import nn
 
 from guidekit.backbones.hub import require_hub
@@ -23,6 +23,7 @@ from guidekit.backbones.segment_map import SegmentMap
 from guidekit.backbones.whole import whole
 from guidekit.errors import GuidekitError
 from guidekit.images import load_image
+from guidekit.labels import LABELS, LabelSet, load_label_set
 from guidekit.system.untrusted import check_configs, read_object
 
 Network = ControlNetModel | T2IAdapter | MapEncoder | SegmentMap
@@ -44,10 +45,11 @@ class Control:
 
     model: the network, or where it is: a diffusers folder or hub id with safetensors. image: an
     image or its path, a LabelMap, or None for each condition's own `map`; a SegmentMap looks at the
-    conditions' segments. scale: strength. start,
-    stop: fractions of the steps from the noisy end between which it acts, as diffusers'
-    `control_guidance_start` and `control_guidance_end`. guess: the null branch goes without a
-    ControlNet (guess mode). Raises GuidekitError for numbers that cannot be.
+    conditions' segments. scale: strength. start, stop: fractions of the steps from the noisy end
+    between which it acts, as diffusers' `control_guidance_start` and `control_guidance_end`. guess:
+    the null branch goes without a ControlNet (guess mode). labels: the only set whose maps it
+    reads; None for that of labels.json beside its weights, if there is one. Raises GuidekitError
+    for numbers that cannot be.
     """
 
     model: Any
@@ -56,6 +58,7 @@ class Control:
     start: float = 0.0
     stop: float = 1.0
     guess: bool = False
+    labels: LabelSet | None = None
 
     def __post_init__(self) -> None:
         if not np.isfinite(self.scale):
@@ -116,6 +119,8 @@ def load_control(name: str | Path, device: Any = "cpu", dtype: Any = None) -> nn
         raise GuidekitError(f"control {name} is a {kind}; controls are {' and '.join(KINDS)}")
     check_configs(folder)
     check_part(folder, f'python -c "{CONVERT.format(kind, str(folder))}"')
+    if not any(folder.glob("*.safetensors")):
+        raise GuidekitError(_no_weights(name, kind))
     half = not any(file.name.count(".") == 1 for file in folder.glob("*.safetensors"))
     try:
         with quiet(), whole():
@@ -128,11 +133,30 @@ def load_control(name: str | Path, device: Any = "cpu", dtype: Any = None) -> nn
     return model.to(device).eval().requires_grad_(False)
 
 
+def _no_weights(name: str | Path, kind: str) -> str:
+    """What is said of a control whose pickle, if it has one, was not downloaded."""
+    local = Path(name).is_dir()
+    repo, own = ("OWNER/NAME", str(name)) if local else (name, str(name).rpartition("/")[2])
+    return (
+        f"control {name} has no safetensors; if its weights are a pickle, which can run code when "
+        f"it is read, convert them once and give --control {own}: hf download {repo} --local-dir "
+        f'{own} && python -c "{CONVERT.format(kind, own)}"'
+    )
+
+
 def _downloaded(name: str) -> Path:
     if name.count("/") != 1 or Path(name).exists():
         raise GuidekitError(f"no control {name!r}: not a folder, not a hub id such as owner/name")
     require_hub(name, "config.json")
     return Path(snapshot_download(name, allow_patterns=list(FILES)))
+
+
+def control_labels(name: str | Path) -> LabelSet | None:
+    """The label set beside a control's weights, which are on this machine; None without one."""
+    place = Path(name) / LABELS
+    found = place if Path(name).is_dir() else try_to_load_from_cache(str(name), LABELS)
+    there = isinstance(found, str | Path) and Path(found).is_file()
+    return load_label_set(found) if there else None
 
 
 def check_net(net: ControlNetModel, denoiser: Any) -> None:

@@ -51,7 +51,7 @@ def load(
     there is one; dtype: default float32 on a CPU and for built-ins, else float16. Raises
     GuidekitError that says what exists or what is wrong with the directory.
     """
-    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    device = device or default_device()
     own = ZOO / name / "model_index.json"
     path = ZOO / name if own.exists() else Path(name)
     if dtype is None:
@@ -80,6 +80,11 @@ def load(
         raise GuidekitError(f"model {name!r} cannot be loaded: {first}; {remedy}") from None
     pipeline.set_progress_bar_config(disable=True)
     return pipeline.to(device)
+
+
+def default_device() -> str:
+    """Where models go that nobody put anywhere: CUDA if there is one, else the CPU."""
+    return "cuda" if torch.cuda.is_available() else "cpu"
 
 
 @contextlib.contextmanager

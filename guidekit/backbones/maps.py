@@ -11,9 +11,10 @@ from guidekit.backbones.pixel import PixelDenoiser
 from guidekit.branches import windowed
 from guidekit.conditions import Condition
 from guidekit.errors import GuidekitError
-from guidekit.labels import LabelMap, LabelSet
+from guidekit.labels import LabelMap, LabelSet, check_labels
 
 MAP = "label_map"  # the key of a text that holds the one-hot maps
+READER = "the model draws from"  # of a map, in messages
 
 
 class Maps(Text):
@@ -66,7 +67,7 @@ class MapsDenoiser(PixelDenoiser, families=("maps",)):
                     f"{type(self.pipeline).__name__} follows a label map: give --map MAP.png, or "
                     "Condition(map=LabelMap(...))"
                 )
-            check_labels(condition.map, self.labels)
+            check_labels(condition.map, self.labels, READER)
         self.check_no_text(conditions, "follows a label map")
 
     def content(self, condition: Condition) -> LabelMap | str:
@@ -87,22 +88,12 @@ class MapsDenoiser(PixelDenoiser, families=("maps",)):
         return self.network(both, timestep, return_dict=False)[0]
 
 
-def check_labels(given: LabelMap, labels: LabelSet) -> None:
-    """Raises GuidekitError for a map of another label set."""
-    if given.labels.classes != labels.classes:
-        raise GuidekitError(
-            f"the map is of label set {given.labels.name!r} with {len(given.labels)} classes, and "
-            f"the model draws from {labels.name!r} with {len(labels)}; give a map of that set, or "
-            "an affinity that turns it (--affinity)"
-        )
-
-
 def one_hot_maps(maps: Sequence[LabelMap], labels: LabelSet, size: tuple[int, int]) -> Tensor:
     """The maps (B, N, H, W) at a size, by nearest neighbour.
 
     Raises GuidekitError for maps of another label set, and for those that would be stretched.
     """
     for own in maps:
-        check_labels(own, labels)
+        check_labels(own, labels, READER)
         check_shape(own.ids.shape[1], own.ids.shape[0], size, "the label map")
     return torch.stack([own.resized(*size).one_hot() for own in maps])

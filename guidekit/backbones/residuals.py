@@ -22,6 +22,7 @@ from guidekit.backbones.controls import (
     check_further,
     check_net,
     check_widths,
+    control_labels,
     load_control,
 )
 from guidekit.backbones.map_encoder import MapEncoder
@@ -29,6 +30,7 @@ from guidekit.backbones.segment_map import SegmentMap, segment_maps
 from guidekit.branches import Branch, windowed
 from guidekit.conditions import Condition
 from guidekit.errors import GuidekitError
+from guidekit.labels import LabelMap, check_labels
 
 HINTS = "control"  # the key of a text that holds what the controls see
 
@@ -221,14 +223,16 @@ def _spread(x: Tensor, rows: Tensor, count: int) -> Tensor:
 
 
 def _image_of(control: Control, condition: Condition) -> Any:
-    if control.image is not None:
-        return control.image
-    if condition.map is None:
+    """What a control looks at. Raises GuidekitError for nothing, and for a map of other classes."""
+    found = condition.map if control.image is None else control.image
+    if found is None:
         raise GuidekitError(
             "a control has no image and its condition no map; give --control FOLDER=IMAGE.png, or "
             "--map MAP.png"
         )
-    return condition.map
+    if isinstance(found, LabelMap) and control.labels is not None:
+        check_labels(found, control.labels, "the control reads")
+    return found
 
 
 def with_controls(denoiser: Denoiser, controls: Control | Sequence[Control]) -> Denoiser:
@@ -259,7 +263,8 @@ def _loaded(control: Control, denoiser: Denoiser) -> Control:
     """The control with its network, where it was given by name; it fits the denoiser."""
     if isinstance(control.model, str | Path):
         model = load_control(control.model, denoiser.device, denoiser.model.dtype)
-        control = replace(control, model=model)
+        labels = control.labels or control_labels(control.model)
+        control = replace(control, model=model, labels=labels)
     if not isinstance(control.model, tuple(KINDS.values())):
         raise GuidekitError(
             f"a control's model is a {', '.join(KINDS)} or a folder, not "

@@ -11,6 +11,7 @@ from guidekit.cli.terminal import say
 from guidekit.errors import GuidekitError
 
 KINDS = ("segmentation", "features", "text")
+MODELS = ("segmenter", "feature_model", "text_model")  # the options that name theirs
 VOTE = "vote"
 
 
@@ -18,7 +19,7 @@ VOTE = "vote"
 @click.argument("shots", metavar="SHOTS", type=click.Path(path_type=Path))
 @click.option("--source", help="What to map to: a label set by name or JSON, or a segmenter.")
 @click.option("--target", help="Label set of the shots' masks [SHOTS/classes.json].")
-@click.option("--by", help="segmentation,features,text, and vote [all that has its model].")
+@click.option("--by", help="segmentation,features,text; vote is all with a model [vote].")
 @click.option("--segmenter", help="Built-in judge, or a folder or hub id of transformers.")
 @click.option("--text", "text_model", help="Encoder of names: a CLIP, a folder, or a model.")
 @click.option("--features", "feature_model", help="A model whose features count, or timm/NAME.")
@@ -50,32 +51,35 @@ def affinity(shots: Path, out: Path, quiet: bool, as_json: bool, **options: Any)
         raise GuidekitError(f"{out} exists; choose another --out")
     from guidekit.affinity import load_affinity
 
-    if (shots / "affinity.json").is_file():
-        found = load_affinity(shots)
-        if options["maps"] is None:
-            raise GuidekitError(f"{shots} is an affinity; give --apply with a folder of label maps")
-        written = _rewritten(found, options["maps"], out, options["coloured"])
-    else:
-        found = _estimated(shots, options)
+    made, maps = (shots / "affinity.json").is_file(), options["maps"]
+    if made and maps is None:
+        raise GuidekitError(f"{shots} is an affinity; give --apply with a folder of label maps")
+    files = [] if maps is None else _map_files(maps)
+    found = load_affinity(shots) if made else _estimated(shots, files, options)
+    for file in files:  # all can be rewritten before anything is written
+        _rewritten(found, file, options["coloured"])
+    if not made:
         _save(found, out)
-        maps = options["maps"]
-        written = [] if maps is None else _rewritten(found, maps, out / "maps", options["coloured"])
+    written = _write_maps(found, files, out if made else out / "maps", options["coloured"])
     if as_json:
         click.echo(json.dumps({"folder": str(out), "maps": written, **found.table()}))
     elif not quiet:
         say(_told(found, out, written))
 
 
-def _estimated(shots: Path, options: dict[str, Any]) -> Any:
-    """The affinity of the shots, by all that was named."""
+def _estimated(shots: Path, files: list[Path], options: dict[str, Any]) -> Any:
+    """The affinity of the shots, by all that was named; the label maps are of their classes."""
     from guidekit.affinity import estimate, read_shots
     from guidekit.affinity.encoders import load_features, load_texts
     from guidekit.affinity.matrix import parse_hand
+    from guidekit.inputs.label_files import read_label_map
     from guidekit.system.untrusted import read_object
 
     kinds = _kinds(options)
-    source, segmenter = _source(options, "segmentation" in kinds)
     own = read_shots(shots, options["target"])
+    for file in files:  # the models that are asked take long
+        read_label_map(file, own.labels)
+    source, segmenter = _source(options, "segmentation" in kinds)
     hand = options["hand"]
     table = {} if hand is None else read_object(hand)
     load = _loader(options["device"])
@@ -102,9 +106,9 @@ def _kinds(options: dict[str, Any]) -> list[str]:
         "features": options["feature_model"],
         "text": options["text_model"],
     }
+    given = [k for k, o in zip(KINDS, MODELS, strict=True) if options[o] is not None]
     if options["by"] is None:
-        given = ("segmenter", "feature_model", "text_model")
-        return [k for k, o in zip(KINDS, given, strict=True) if options[o] is not None]
+        return given
     named = [word.strip() for word in options["by"].split(",") if word.strip()]
     if unknown := [name for name in named if name not in (*KINDS, VOTE)]:
         there = ", ".join((*KINDS, VOTE))
@@ -113,7 +117,7 @@ def _kinds(options: dict[str, Any]) -> list[str]:
     for kind in named:
         if kind != VOTE and models[kind] is None:
             raise GuidekitError(f"--by {kind} needs {flags[kind]}, the model that it asks")
-    return [kind for kind in KINDS if kind in named]
+    return given if named == [VOTE] else [kind for kind in KINDS if kind in named]
 
 
 def _source(options: dict[str, Any], segments: bool) -> tuple[Any, Any]:
@@ -121,11 +125,11 @@ def _source(options: dict[str, Any], segments: bool) -> tuple[Any, Any]:
 
     Raises GuidekitError for a model that says nothing of its classes.
     """
-    from guidekit.affinity.segmenters import LABELS, load_segmenter
-    from guidekit.labels import label_sets, load_label_set
+    from guidekit.affinity.segmenters import load_segmenter
+    from guidekit.labels import LABELS, label_sets, load_label_set
     from guidekit.zoo.shipped import ZOO
 
-    name, device = options["source"], options["device"] or "cpu"
+    name, device = options["source"], options["device"]
     segmenter = options["segmenter"]
     network = load_segmenter(segmenter or name, device) if segments else None
     if name is None:
@@ -205,26 +209,33 @@ def _save(found: Any, out: Path) -> None:
     save_image(matrix_image(found), out / "affinity.png")
 
 
-def _rewritten(found: Any, maps: Path, out: Path, coloured: bool) -> list[str]:
-    """Every label map of a folder in the source's classes; the names of the files.
-
-    All are read before any is written.
-    """
+def _map_files(maps: Path) -> list[Path]:
+    """The label maps of a folder. Raises GuidekitError for one without any."""
     from guidekit.heads.data import image_files
-    from guidekit.images import save_image
-    from guidekit.labels import read_label_map
 
     files = image_files(maps) if maps.is_dir() else []
     if not files:
         raise GuidekitError(f"{maps} has no label maps; give a folder of PNG files")
-    for file in files:
-        found.remap(read_label_map(file, found.target))
-    out.mkdir(parents=True, exist_ok=True)
-    for file in files:
-        remapped = found.remap(read_label_map(file, found.target))
-        image = remapped.coloured() if coloured else remapped.indexed()
-        save_image(image, out / f"{file.stem}.png")
-    return [f"{file.stem}.png" for file in files]
+    return files
+
+
+def _rewritten(found: Any, file: Path, coloured: bool) -> Any:
+    """The image of a label map in the source's classes."""
+    from guidekit.inputs.label_files import read_label_map
+
+    remapped = found.remap(read_label_map(file, found.target))
+    return remapped.coloured() if coloured else remapped.indexed()
+
+
+def _write_maps(found: Any, files: list[Path], out: Path, coloured: bool) -> list[str]:
+    """Writes label maps in the source's classes; the names of the files."""
+    from guidekit.images import save_image
+
+    names = [f"{file.stem}.png" for file in files]
+    for file, name in zip(files, names, strict=True):
+        out.mkdir(parents=True, exist_ok=True)
+        save_image(_rewritten(found, file, coloured), out / name)
+    return names
 
 
 def _told(found: Any, out: Path, written: list[str]) -> str:

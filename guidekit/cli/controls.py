@@ -10,7 +10,8 @@ from guidekit.backbones.controls import Control
 from guidekit.cli.settings import LABELS, MAP, Settings
 from guidekit.errors import GuidekitError
 from guidekit.images import as_rgb, save_image
-from guidekit.labels import LabelMap, LabelSet, load_label_set, read_label_map
+from guidekit.inputs.label_files import read_label_map
+from guidekit.labels import LabelMap, LabelSet, load_label_set
 from guidekit.system.untrusted import inside
 from guidekit.zoo.shipped import ZOO
 
@@ -139,7 +140,8 @@ def read_map(settings: Settings) -> LabelMap | None:
     """The label map of the settings, turned by their affinity; None without a map.
 
     A model or control with a label set beside its weights reads maps of that set. Raises
-    GuidekitError for a map without its label set, and for an affinity or a label set without a map.
+    GuidekitError for a map without its label set, for one that the run could not keep, and for an
+    affinity or a label set without a map.
     """
     if settings.map is None:
         for name in ("affinity", "labels"):
@@ -150,7 +152,9 @@ def read_map(settings: Settings) -> LabelMap | None:
     target = _own_labels(settings) if affinity is None else affinity.target
     labels = _labels(settings.labels, target)
     found = read_label_map(settings.map, labels)
-    return found if affinity is None else affinity.remap(found)
+    found = found if affinity is None else affinity.remap(found)
+    found.indexed()  # as run.json keeps it; refused before there is a folder
+    return found
 
 
 def _own_labels(settings: Settings) -> LabelSet | None:

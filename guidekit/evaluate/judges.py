@@ -28,7 +28,6 @@ from guidekit.zoo.shipped import ZOO
 SEGMENTERS = {  # of a config's model_type: transformers' class
     "mask2former": "AutoModelForUniversalSegmentation",
     "maskformer": "AutoModelForInstanceSegmentation",
-    "oneformer": "AutoModelForUniversalSegmentation",
     "segformer": "AutoModelForSemanticSegmentation",
 }
 CLIP = "open_clip_config.json"

@@ -42,10 +42,8 @@ def load(name: str, device: str | None = None, dtype: Any = None) -> DiffusionPi
     name = str(name)
     if ":" not in name or Path(name).exists():
         return loading.load(name, device, dtype)
-    import torch
-
     pipeline = Registry().backbone(name)()
-    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    device = device or loading.default_device()
     moved: DiffusionPipeline = pipeline.to(*filter(None, (device, dtype)))
     return moved
 

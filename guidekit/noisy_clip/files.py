@@ -158,6 +158,12 @@ def find_folder(name: str | Path) -> Path | None:
     return next((p for p in places if (p / CONFIG).exists()), None)
 
 
+def is_clip(name: str | Path) -> bool:
+    """Whether `load_clip` knows a name: a folder's, a built-in's, or an architecture's before /."""
+    architecture = str(name).partition("/")[0]
+    return find_folder(name) is not None or get_model_config(architecture) is not None
+
+
 def build(config: dict) -> nn.Module:
     """A CLIP of a configuration with random weights; nothing is downloaded."""
     given = copy.deepcopy(config["model_cfg"])

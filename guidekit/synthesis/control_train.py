@@ -26,10 +26,9 @@ from guidekit.conditions import Condition
 from guidekit.errors import GuidekitError
 from guidekit.evaluate.restoration import psnr
 from guidekit.images import sheet
-from guidekit.labels import LabelSet, load_label_set
+from guidekit.labels import LABELS, LabelSet, load_label_set
 from guidekit.sampler import Sampling
 from guidekit.synthesis.data import Examples, make_examples
-from guidekit.synthesis.pipeline import LABELS
 from guidekit.synthesis.train import check_affinity
 from guidekit.train.beside import Backbone, BesideLoss, with_words
 from guidekit.train.processes import processes

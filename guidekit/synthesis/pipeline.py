@@ -11,9 +11,8 @@ from diffusers.utils.torch_utils import randn_tensor
 
 from guidekit.backbones.maps import one_hot_maps
 from guidekit.errors import GuidekitError
-from guidekit.labels import LabelMap, LabelSet, load_label_set
+from guidekit.labels import LABELS, LabelMap, LabelSet, load_label_set
 
-LABELS = "labels.json"
 STEPS, SCALE = 20, 1.5
 
 

@@ -8,6 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from PIL import Image
+from safetensors.torch import load_file
 from transformers import SegformerConfig, SegformerForSemanticSegmentation, SegformerImageProcessor
 
 import tiny
@@ -134,7 +135,39 @@ def test_unseen_classes_abstain():
 def test_a_class_that_no_source_shot_shows_is_never_named():
     shots = [Shot(s.pixels, LabelMap(s.map.ids.where(s.map.ids != 3, VOID), SET)) for s in SHOTS]
     found = by_features(SHOTS, shots, features, SET)
-    assert (found.scores[3] == -1).all()
+    assert (found.scores[3] == float("-inf")).all()
+    own = Affinity(SET, SET, {"features": found})
+    assert 3 not in own.hard()
+    assert not own.soft()[3].any()
+
+
+def of_classes(shots, *kept):
+    """The shots with all other classes void."""
+    return [
+        Shot(
+            s.pixels,
+            LabelMap(s.map.ids.where(torch.isin(s.map.ids, torch.tensor(kept)), VOID), SET),
+        )
+        for s in shots
+    ]
+
+
+def test_features_without_evidence_abstain():
+    """One class has nothing to be told from; things of shots of stuff alone stand for nothing."""
+    for ours, theirs in [((1,), range(4)), (range(4), (1,)), ((), range(4)), (range(4), ())]:
+        given = of_classes(SHOTS, *ours), of_classes(SHOTS, *theirs)
+        found = Affinity(SET, SET, {"features": by_features(*given, features, SET)})
+        assert found.picks("features").tolist() == [VOID] * 4
+        assert not found.said().any()
+        text = by_text(texts, SET, SET)
+        both = replace(found, estimates=found.estimates | {"text": text})
+        assert torch.equal(both.hard(), torch.arange(4))
+        assert torch.equal(both.soft(), both.soft(by="text"))
+    stuff = by_features(SHOTS, of_classes(SHOTS, 2, 3), features, SET)
+    found = Affinity(SET, SET, {"features": stuff})
+    assert found.picks("features").tolist() == [VOID, VOID, 2, 3]
+    assert [vote.how for vote in found.votes()] == ["none", "none", "alone", "alone"]
+    assert torch.equal(found.said().sum(0), torch.tensor([0, 0, 1, 1]).double())
 
 
 def test_features_are_centred_by_the_side():
@@ -211,6 +244,9 @@ def test_files_hold_all_of_it(tmp_path):
     assert torch.equal(again.hard(), found.hard())
     for name, own in found.estimates.items():
         assert torch.equal(again.estimates[name].scores, own.scores)
+    shares = load_file(tmp_path / "A/affinity.safetensors")
+    for by in (*found.estimates, "vote"):
+        assert torch.equal(shares[f"{by}.soft"], found.soft(by=by))
     image = matrix_image(again)
     assert image.width == image.height > 150
     lines = summary(again)

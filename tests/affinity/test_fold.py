@@ -119,14 +119,31 @@ def test_controlnet_reads_colours():
     close(wide.controlnet_cond_embedding(MAP.one_hot()[None].double()), expected)
 
 
-def test_t2i_adapter_reads_colours_in_blocks_of_pixels():
-    adapter = conditioners.t2i_adapter(tiny.sd_pipeline()).double()
-    state = fold_state(adapter.state_dict(), "t2i-adapter", matrix(), SOURCE.colours, unshuffle=2)
+@pytest.mark.parametrize("build, side", [(tiny.sd_pipeline, 2), (tiny.sdxl_pipeline, 4)])
+def test_t2i_adapter_reads_colours_in_blocks_of_pixels(build, side):
+    adapter = conditioners.t2i_adapter(build()).double()
+    given = ("t2i-adapter", matrix(), SOURCE.colours)
+    state = fold_state(adapter.state_dict(), *given, unshuffle=side)
     wide = T2IAdapter.from_config(adapter.config, in_channels=TARGETS).double()
     wide.load_state_dict(state)
     expected = adapter(pixels(SOURCE_MAP))
     for folded, own in zip(wide(MAP.one_hot()[None].double()), expected, strict=True):
         close(folded, own)
+    for wrong in (None, side // 2):  # None: 8, that of Stable Diffusion's
+        with pytest.raises(GuidekitError, match=f"reads {3 * side**2} channels.*unshuffle=16"):
+            fold_state(adapter.state_dict(), *given, unshuffle=wrong)
+
+
+def test_published_t2i_adapters_have_blocks_of_8_and_of_16():
+    """As many channels as those of Stable Diffusion and of SDXL; the second takes `unshuffle`."""
+    wide = {"adapter.conv_in.weight": torch.randn(4, 3 * 256, 3, 3)}
+    given = ("t2i-adapter", matrix(), SOURCE.colours)
+    with pytest.raises(GuidekitError, match="no image in blocks of 8x8.*SDXL"):
+        fold_state(wide, *given)
+    folded = fold_state(wide, *given, unshuffle=16)["adapter.conv_in.weight"]
+    assert folded.shape == (4, TARGETS * 256, 3, 3)
+    narrow = {"adapter.conv_in.weight": torch.randn(4, 3 * 64, 3, 3)}
+    assert fold_state(narrow, *given)["adapter.conv_in.weight"].shape[1] == TARGETS * 64
 
 
 def test_piti_reads_signed_colours():

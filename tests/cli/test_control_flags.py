@@ -10,6 +10,8 @@ import torch
 from click.testing import CliRunner
 from diffusers import StableDiffusionControlNetPipeline
 from PIL import Image
+from safetensors.torch import load_file
+from transformers import SegformerConfig, SegformerForSemanticSegmentation, SegformerImageProcessor
 
 import tiny
 from guidekit.__main__ import main
@@ -23,6 +25,7 @@ SETS = {
 }
 IDS = np.zeros((32, 32), np.uint8)
 IDS[16:] = 1
+CLASSES = ("--control", "{kit}/classes", "--map", "{kit}/map.png")
 
 
 @pytest.fixture(scope="session")
@@ -42,6 +45,8 @@ def kit(tmp_path_factory):
     Image.fromarray(np.pad(IDS, ((0, 0), (0, 32)))).save(folder / "wide.png")
     for name, table in SETS.items():
         (folder / f"{name}.json").write_text(json.dumps(table))
+    control_net(pipe, channels=2).save_pretrained(folder / "classes")
+    (folder / "classes/labels.json").write_text('{"classes": ["sky", "sea"]}')
     return folder
 
 
@@ -65,15 +70,19 @@ def drawn(model, *args, out="o"):
     return np.asarray(Image.open(f"{out}/0.png"))
 
 
-@pytest.fixture
-def affinity(kit, tmp_path):
-    """A's folder: lawn is grass, lake is sea."""
-    shots = tmp_path / "shots"
+def write_shots(kit, shots, side):
+    """A labelled image of a side's classes."""
     for name in ("images", "masks"):
         (shots / name).mkdir(parents=True)
     Image.open(kit / "image.png").save(shots / "images/1.png")
     Image.fromarray(IDS).save(shots / "masks/1.png")
-    (shots / "classes.json").write_text(json.dumps(SETS["target"]))
+    (shots / "classes.json").write_text(json.dumps(SETS[side]))
+
+
+@pytest.fixture
+def affinity(kit, tmp_path):
+    """A's folder: lawn is grass, lake is sea."""
+    write_shots(kit, tmp_path / "shots", "target")
     (tmp_path / "hand.json").write_text('{"lawn": "grass", "lake": {"sea": 3, "sky": 1}}')
     words = ("--source", kit / "source.json", "--hand", "hand.json", "--out", "A")
     result = run("affinity", "shots", *words, "--json")
@@ -176,6 +185,89 @@ def test_apply_rewrites_maps_for_other_programs(kit, affinity):
     assert Image.open("C/7.png").getpixel((0, 0)) == (0, 255, 0)
 
 
+def estimated(*args, out):
+    result = run("affinity", "shots", *args, "--out", out, "--json")
+    assert result.exit_code == 0, (result.stderr, result.exception)
+    return json.loads(result.stdout)["votes"]
+
+
+def test_apply_is_all_or_nothing(model, kit, affinity):
+    """A map that cannot be rewritten, because the source has no number for void, or at all."""
+    maps, void = affinity.parent / "maps", IDS.copy()
+    maps.mkdir()
+    void[0, 0] = 255
+    Image.open(kit / "map.png").save(maps / "1.png")
+    Image.fromarray(void).save(maps / "2.png")
+    (affinity.parent / "source.json").write_text(json.dumps(SETS["source"] | {"void": []}))
+    words = ("--source", "source.json", "--hand", "hand.json")
+    estimated(*words, out="V")
+    fails(run("affinity", "V", "--apply", "maps", "--out", "B"), "void pixels")
+    fails(run("affinity", "shots", *words, "--apply", "maps", "--out", "B"), "void pixels")
+    fails(
+        sample(model, "--control", kit / "net", "--map", maps / "2.png", "--affinity", "V"), "void"
+    )
+    Image.open(kit / "unknown.png").save(maps / "2.png")
+    words = (*words, "--segmenter", "nowhere")  # which is asked only after the maps were read
+    fails(run("affinity", "shots", *words, "--apply", "maps", "--out", "B"), "hold 5, 6; label")
+    fails(run("affinity", "shots", *words, "--apply", "empty", "--out", "B"), "has no label maps")
+    assert not {"B", "o"} & {path.name for path in affinity.parent.iterdir()}
+
+
+@pytest.fixture(scope="module")
+def segmenter(tmp_path_factory):
+    """A folder of transformers that calls every pixel sea, in an order of its own."""
+    folder = tmp_path_factory.mktemp("segformer")
+    names = ["Sea; water", "background", "sky", "grass, lawn"]
+    config = SegformerConfig(
+        hidden_sizes=[8, 8, 16, 16],
+        depths=[1] * 4,
+        num_attention_heads=[1, 2, 2, 2],
+        decoder_hidden_size=16,
+        id2label=dict(enumerate(names)),
+    )
+    network = SegformerForSemanticSegmentation(config)
+    torch.nn.init.zeros_(network.decode_head.classifier.weight)
+    with torch.no_grad():
+        network.decode_head.classifier.bias.copy_(torch.tensor([3.0, 2.0, 1.0, 0.0]))
+    network.save_pretrained(folder)
+    SegformerImageProcessor(size={"height": 32, "width": 32}).save_pretrained(folder)
+    return folder
+
+
+def test_every_estimate_and_its_files(model, kit, affinity, segmenter):
+    write_shots(kit, affinity.parent / "theirs", "source")
+    words = ("--source", kit / "source.json", "--segmenter", segmenter, "--text", model)
+    words += ("--features", model, "--source-shots", "theirs")
+    votes = estimated(*words, out="E")
+    assert {frozenset(vote["named"]) for vote in votes.values()} == {
+        frozenset(("segmentation", "features", "text"))
+    }
+    # The segmenter's names are the set's in another order, and before a comma.
+    assert [votes[name]["named"]["segmentation"] for name in ("lawn", "lake")] == ["sea"] * 2
+    assert [votes[name]["named"]["features"] for name in ("lawn", "lake")] == ["sky", "grass"]
+    tensors = load_file("E/affinity.safetensors")
+    assert {name for name in tensors if "." not in name} == {"segmentation", "features", "text"}
+    sheet = Image.open("E/affinity.png")  # a cell of 11 pixels for two classes a side and three
+    assert sheet.size == (150 + 11 * 2, 150 + 11 * 3)
+    assert len(sheet.crop((150, 150, *sheet.size)).getcolors()) > 2
+
+
+def test_a_segmenters_classes_go_by_their_place_where_no_name_is_known(kit, affinity, segmenter):
+    Path("three.json").write_text('{"classes": ["mer", "ciel", "herbe"]}')
+    words = ("--segmenter", segmenter, "--source")
+    votes = estimated(*words, "three.json", out="E")
+    assert [votes[name]["to"] for name in ("lawn", "lake")] == ["mer"] * 2
+    unknown = run("affinity", "shots", *words, kit / "target.json", "--out", "F")
+    fails(unknown, "the segmenter knows none of the classes of 'target' by name")
+
+
+def test_the_vote_alone_is_all_that_has_a_model(model, kit, affinity):
+    words = ("--source", kit / "source.json", "--text", model)
+    votes = estimated(*words, "--by", "vote", out="E")
+    assert all(list(vote["named"]) == ["text"] for vote in votes.values())
+    assert votes == estimated(*words, out="F")
+
+
 @pytest.mark.parametrize(
     "text, expected",
     [
@@ -223,6 +315,14 @@ def fails(result, *texts):
         (["--map", "{kit}/map.png", "--labels", "coco"], "one of ade20k-150, coco-stuff-182"),
         (["--map", "{kit}/map.png", "--affinity", "{kit}"], "is no affinity"),
         (
+            [*CLASSES, "--labels", "{kit}/target.json"],
+            "2 classes (lawn, lake), and the control reads 'labels' with 2 (sky, sea); give a map",
+        ),
+        (
+            [*CLASSES, "--affinity", "A"],
+            "of label set 'source' with 3 classes (sky, grass, sea), and the control reads",
+        ),
+        (
             ["--map", "{kit}/map.png", "--affinity", "A", "--labels", "{kit}/source.json"],
             "is of label set 'source', and this affinity is for 'shots'",
         ),
@@ -243,6 +343,8 @@ def test_bad_input_is_one_line(model, kit, affinity, args, text):
         (["shots", "--source", "ade20k-150", "--by", "text"], "--by text needs --text"),
         (["shots", "--source", "ade20k-150", "--by", "x"], "there are segmentation, features"),
         (["shots", "--source", "ade20k-150", "--hand", "hand.json"], "has no class 'bad'"),
+        (["shots", "--source", "ade20k-150", "--text", "RN50/nothing"], "RN50; there are openai"),
+        (["shots", "--source", "ade20k-150", "--by", "vote"], "nothing to estimate from"),
         (["A"], "give --apply"),
         (["A", "--apply", "nowhere"], "has no label maps"),
     ],

@@ -18,6 +18,7 @@ from diffusers import (
     StableDiffusionImg2ImgPipeline,
     StableDiffusionInpaintPipeline,
     StableDiffusionPipeline,
+    StableDiffusionXLAdapterPipeline,
     StableDiffusionXLControlNetPipeline,
     StableDiffusionXLImg2ImgPipeline,
     UNet2DConditionModel,
@@ -141,6 +142,12 @@ def adapted():
     return quiet(pipe), {"image": IMAGE}
 
 
+def adapted_xl():
+    own = tiny.sdxl_pipeline()
+    adapter = conditioners.t2i_adapter(own)
+    return quiet(StableDiffusionXLAdapterPipeline(**parts(own), adapter=adapter)), {"image": IMAGE}
+
+
 def gligen():
     own = parts(tiny.sd_pipeline(), "image_encoder", unet=unet(attention_type="gated"))
     pipe = StableDiffusionGLIGENPipeline(**own, requires_safety_checker=False)
@@ -149,7 +156,7 @@ def gligen():
 
 
 PIPELINES = [kontext, fill, inpainting, distilled, refiner]
-FULL = [two_controls, guessing, controlled_xl, adapted]
+FULL = [two_controls, guessing, controlled_xl, adapted, adapted_xl]
 CONTROLLED = [controlled, gligen, *(pytest.param(b, marks=pytest.mark.full) for b in FULL)]
 
 

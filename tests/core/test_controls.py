@@ -11,7 +11,9 @@ from diffusers import (
     StableDiffusionControlNetPipeline,
     StableDiffusionXLAdapterPipeline,
     StableDiffusionXLControlNetPipeline,
+    T2IAdapter,
 )
+from diffusers.image_processor import VaeImageProcessor
 from PIL import Image
 
 import tiny
@@ -25,6 +27,7 @@ from guidekit import (
     Segment,
     attach,
 )
+from guidekit.backbones.control_images import control_pixels
 from guidekit.backbones.controls import load_control
 from guidekit.branches import windowed
 from guidekit.testing import miniatures
@@ -229,6 +232,15 @@ def test_maps_of_another_size_make_no_third_class(sd):
         assert found == set(colours)
 
 
+def test_grey_images_are_resized_as_diffusers_does():
+    """Edges and depth are grey, and so are maps in few greys: nothing tells them apart."""
+    values = (torch.arange(100).reshape(10, 10) % 3 == 0).byte() * 255
+    image = Image.fromarray(values.numpy())
+    processor = VaeImageProcessor(do_convert_rgb=True, do_normalize=False)
+    (expected,) = processor.preprocess(image, 32, 32)
+    assert torch.equal(control_pixels(image, 3, (32, 32)), expected)
+
+
 @pytest.mark.parametrize(
     "build, kind, name, strength",
     [
@@ -299,6 +311,9 @@ def test_what_cannot_work_is_refused(sd, tmp_path):
     lost = [Condition("a red circle", map=LabelMap(torch.zeros(4, 4).long(), labels))]
     refused("nothing here reads a label map", sd, (), conditions=lost, seeds=[0])
     refused("has no palette", sd, Control(net), conditions=lost, seeds=[0])
+    other = LabelSet("other", ("b", "a"))
+    told = Control(control_net(sd, channels=2), labels=other)
+    refused("and the control reads 'other' with 2", sd, told, conditions=lost, seeds=[0])
     refused("no control 'nowhere'", sd, Control("nowhere", ONE))
     refused("is not in the hub's cache", sd, Control("some/where", ONE))
     for numbers, text in (({"scale": float("nan")}, "finite"), ({"start": 0.5, "stop": 0.5}, "<")):
@@ -316,6 +331,30 @@ def test_pickles_and_other_folders_are_refused(sd, tmp_path):
     (tmp_path / "empty").mkdir()
     with pytest.raises(GuidekitError, match="has no config.json"):
         load_control(tmp_path / "empty")
+
+
+@pytest.mark.parametrize("place", ["folder", "hub"])
+def test_a_control_without_safetensors_says_how_to_convert(sd, tmp_path, monkeypatch, capfd, place):
+    """What a download of safetensors leaves of a control that has a pickle alone."""
+    folder = tmp_path / "models--owner--seg/snapshots/0"
+    t2i_adapter(sd).save_pretrained(folder)
+    (folder / "diffusion_pytorch_model.safetensors").unlink()
+    (tmp_path / "models--owner--seg/refs").mkdir()
+    (tmp_path / "models--owner--seg/refs/main").write_text("0")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    capfd.readouterr()
+    with pytest.raises(GuidekitError, match="has no safetensors.*run code") as error:
+        load_control(folder if place == "folder" else "owner/seg")
+    assert capfd.readouterr().err == ""
+    repo, own = ("OWNER/NAME", str(folder)) if place == "folder" else ("owner/seg", "seg")
+    line = str(error.value)
+    assert f'hf download {repo} --local-dir {own} && python -c "from diffusers import T2I' in line
+    assert "\n" not in line
+    # The line does what it says.
+    t2i_adapter(sd).save_pretrained(own, safe_serialization=False)
+    exec(line[line.index("from diffusers") : line.rindex('"')])
+    assert type(load_control(own)) is T2IAdapter
 
 
 def test_a_window_past_the_right_edge_goes_on_at_the_left():

@@ -8,9 +8,11 @@ import torch
 from PIL import Image
 
 from guidekit import GuidekitError, LabelMap, LabelSet, load_label_set, read_label_map
-from guidekit.labels import VOID, as_label_map, label_sets
+from guidekit.inputs.label_files import as_label_map
+from guidekit.labels import VOID, label_sets
 
 TWO = LabelSet("two", ("sky", "grass"), ((0, 0, 255), (0, 255, 0)), things=("grass",))
+INFINITE = {"segments_info": [{"id": float("inf"), "category_id": 1}]}
 IDS = torch.tensor([[0, 0, 1], [1, VOID, 0]])
 
 
@@ -99,12 +101,71 @@ def test_a_panoptic_pair(tmp_path):
     (tmp_path / "map.json").write_text(json.dumps(table))
     with pytest.raises(GuidekitError, match="has no class 'moon'; it has sky, grass"):
         read_label_map(tmp_path / "map.png", TWO)
-    for wrong in ({"segments_info": 3}, {"segments_info": [3]}, {"segments_info": [{"id": 7}]}):
+    for wrong in (
+        {"segments_info": 3},
+        {"segments_info": [3]},
+        {"segments_info": [{"id": 7}]},
+        INFINITE,
+    ):
         (tmp_path / "map.json").write_text(json.dumps(wrong))
         refused("is not in COCO's form", read_label_map, tmp_path / "map.png", TWO)
     (tmp_path / "map.json").write_text(json.dumps({"segments_info": rows[:1]}))
     with pytest.raises(GuidekitError, match="says nothing of the segments 300"):
         read_label_map(tmp_path / "map.png", TWO)
+
+
+def panoptic(path, numbers=((1, 1, 2), (2, 0, 1))):
+    """A PNG of segment numbers."""
+    bands = np.zeros((*np.shape(numbers), 3), np.uint8)
+    bands[..., 0] = numbers
+    Image.fromarray(bands).save(path)
+
+
+@pytest.mark.parametrize("place", ["maps.json", "panoptic_val.json", "maps/panoptic.json"])
+def test_a_panoptic_data_set_has_one_json(tmp_path, place):
+    """As COCO has it: `annotations` of all images, and categories whose ids leave numbers out."""
+    (tmp_path / "maps").mkdir()
+    rows = [
+        {"file_name": name, "segments_info": [{"id": 1, "category_id": 13 + i},
+                                              {"id": 2, "category_id": 14 - i}]}
+        for i, name in enumerate(["0.png", "1.png"])
+    ]  # fmt: skip
+    named = [{"id": 14, "name": "sky"}, {"id": 13, "name": "grass"}]
+    table = {"annotations": rows, "categories": named}
+    (tmp_path / place).write_text(json.dumps(table))
+    for name in ("0.png", "1.png", "2.png"):
+        panoptic(tmp_path / "maps" / name)
+    found = [read_label_map(tmp_path / "maps" / name, TWO).ids for name in ("0.png", "1.png")]
+    assert torch.equal(found[1], IDS)
+    assert torch.equal(found[0], IDS.where(IDS == VOID, 1 - IDS))
+    # One that no JSON lists is a map of colours.
+    refused("have colours that label set", read_label_map, tmp_path / "maps/2.png", TWO)
+    (tmp_path / place).write_text(json.dumps({"annotations": rows}))
+    refused("what category 13 is; add `cat", read_label_map, tmp_path / "maps/0.png", TWO)
+
+
+def test_category_ids_of_a_set_may_leave_numbers_out(tmp_path):
+    """COCO has no 12: 13 is the twelfth category, not the thirteenth."""
+    rows = [{"id": i, "name": f"class {i}"} for i in (*range(1, 12), 13, 14)]
+    (tmp_path / "coco.json").write_text(json.dumps({"categories": rows}))
+    labels = load_label_set(tmp_path / "coco.json")
+    panoptic(tmp_path / "map.png")
+    info = [{"id": 1, "category_id": 13}, {"id": 2, "category_id": 1}]
+    (tmp_path / "map.json").write_text(json.dumps({"segments_info": info}))
+    labels.save(tmp_path / "again.json")
+    for own in (labels, load_label_set(tmp_path / "again.json")):
+        found = read_label_map(tmp_path / "map.png", own)
+        assert own.classes[found.ids[0, 0]] == "class 13"
+    refused("2 ids of categories for 3", LabelSet, "x", ("a", "b", "c"), category_ids=(1, 2, 2))
+
+
+def test_many_categories_have_another_void(tmp_path):
+    rows = [{"id": i, "name": f"class {i}"} for i in range(300)]
+    (tmp_path / "many.json").write_text(json.dumps({"categories": rows}))
+    labels = load_label_set(tmp_path / "many.json")
+    ids = torch.tensor([[VOID, 255, 299]])
+    LabelMap(ids, labels).indexed().save(tmp_path / "map.png")
+    assert torch.equal(read_label_map(tmp_path / "map.png", labels).ids, ids)
 
 
 def test_resizing_makes_no_third_class():

@@ -10,7 +10,9 @@ from PIL import Image
 
 from guidekit.errors import GuidekitError
 from guidekit.evaluate.images import prompts_of, read_images
+from guidekit.evaluate.judges import load_segmenter
 from guidekit.evaluate.label_maps import chosen, read_label_maps
+from panoptic import write_maskformer
 from plans import run
 from scene_files import N
 
@@ -108,3 +110,12 @@ def test_damaged_panoptic_json_is_refused(tmp_path, table):
     (tmp_path / "val.json").write_text(json.dumps(table))
     with pytest.raises(GuidekitError, match="not COCO's panoptic JSON"):
         read_label_maps(str(tmp_path / "val.json"), "panoptic")
+
+
+def test_segmenters_of_transformers(tmp_path):
+    """A OneFormer is told its task in words, which nothing here does."""
+    read = load_segmenter(str(write_maskformer(tmp_path / "judge"))).read
+    assert read([Image.new("RGB", (32, 24))])[0].shape == (24, 32)
+    (tmp_path / "config.json").write_text('{"model_type": "oneformer"}')
+    with pytest.raises(GuidekitError, match="'oneformer'; segmenters are mask2former, maskformer"):
+        load_segmenter(str(tmp_path))

@@ -1,4 +1,4 @@
-"""COCO's panoptic form in small, and a random Mask2Former that knows its classes."""
+"""COCO's panoptic form in small, and a random Mask2Former and MaskFormer of its classes."""
 
 import json
 from pathlib import Path
@@ -40,17 +40,11 @@ def write_mask2former(folder: Path) -> Path:
         Mask2FormerConfig,
         Mask2FormerForUniversalSegmentation,
         Mask2FormerImageProcessor,
-        SwinConfig,
     )
 
     torch.manual_seed(0)
-    stages = [f"stage{i}" for i in (1, 2, 3, 4)]
-    backbone = SwinConfig(
-        image_size=64, embed_dim=8, depths=[1] * 4, num_heads=[1, 1, 2, 2], window_size=2,
-        out_features=stages,
-    )  # fmt: skip
     config = Mask2FormerConfig(
-        backbone_config=backbone,
+        backbone_config=_backbone(),
         hidden_dim=32,
         feature_size=32,
         mask_feature_size=32,
@@ -60,10 +54,55 @@ def write_mask2former(folder: Path) -> Path:
         num_queries=5,
         dim_feedforward=16,
         encoder_feedforward_dim=16,
-        id2label=dict(enumerate([*reversed(NAMES), "dog"])),
-        label2id={name: i for i, name in enumerate([*reversed(NAMES), "dog"])},
+        **_classes(),
     )
     Mask2FormerForUniversalSegmentation(config).eval().save_pretrained(folder)
     size = {"height": 64, "width": 64}  # a feature of a single pixel cannot be normalised
     Mask2FormerImageProcessor(size=size).save_pretrained(folder)
     return folder
+
+
+def write_maskformer(folder: Path) -> Path:
+    """A MaskFormer of random weights, as transformers saves it."""
+    from transformers import (
+        DetrConfig,
+        MaskFormerConfig,
+        MaskFormerForInstanceSegmentation,
+        MaskFormerImageProcessor,
+    )
+
+    torch.manual_seed(0)
+    decoder = DetrConfig(
+        d_model=32,
+        encoder_layers=1,
+        decoder_layers=1,
+        encoder_attention_heads=2,
+        decoder_attention_heads=2,
+        encoder_ffn_dim=16,
+        decoder_ffn_dim=16,
+        num_queries=5,
+    )
+    config = MaskFormerConfig(
+        backbone_config=_backbone(),
+        decoder_config=decoder,
+        fpn_feature_size=32,
+        mask_feature_size=32,
+        **_classes(),
+    )
+    MaskFormerForInstanceSegmentation(config).eval().save_pretrained(folder)
+    MaskFormerImageProcessor(size={"height": 64, "width": 64}).save_pretrained(folder)
+    return folder
+
+
+def _backbone():
+    from transformers import SwinConfig
+
+    return SwinConfig(
+        image_size=64, embed_dim=8, depths=[1] * 4, num_heads=[1, 1, 2, 2], window_size=2,
+        out_features=[f"stage{i}" for i in (1, 2, 3, 4)],
+    )  # fmt: skip
+
+
+def _classes() -> dict:
+    names = [*reversed(NAMES), "dog"]
+    return {"id2label": dict(enumerate(names)), "label2id": {n: i for i, n in enumerate(names)}}

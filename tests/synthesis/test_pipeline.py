@@ -63,7 +63,7 @@ def test_the_null_is_a_map_of_zeros_and_windows_see_their_part(pipe):
     ("condition", "words"),
     [
         (Condition(), "follows a label map: give --map MAP.png"),
-        (Condition(map=label_map(GARDEN)), "'garden' with 2 classes, .* 'park' with 3"),
+        (Condition(map=label_map(GARDEN)), r"'garden' with 2 classes .* 'park' with 3 \(grass"),
         (Condition(prompt="a park", map=label_map()), "reads no prompt; leave it out"),
         (
             Condition(map=LabelMap(label_map().ids[:8], PARK)),
