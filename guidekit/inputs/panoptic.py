@@ -30,8 +30,7 @@ def find_table(path: Path) -> Path | None:
     beside = folder.with_name(f"{folder.name}.json")
     near = (found for place in (folder, folder.parent) for found in place.glob("panoptic*.json"))
     tables = ([beside] if beside.is_file() else []) + sorted(near)
-    listing = (t for t in tables if any(_is_of(row, path.name) for row in _rows(_read(t))))
-    return next(listing, None)
+    return next((table for table in tables if _lists(table, path.name)), None)
 
 
 def read_panoptic(path: str | Path, table: str | Path, labels: LabelSet) -> LabelMap:
@@ -90,8 +89,13 @@ def _rows(table: dict[str, Any]) -> list[dict[str, Any]]:
     return [row for row in rows if isinstance(row, dict)] if isinstance(rows, list) else []
 
 
-def _is_of(row: dict[str, Any], name: str) -> bool:
-    return row.get("file_name") == name and "segments_info" in row
+def _lists(table: Path, name: str) -> bool:
+    """Whether a JSON describes the segments of that image; one of another kind does not."""
+    try:
+        rows = _rows(_read(table))
+    except GuidekitError:
+        return False
+    return any(row.get("file_name") == name and "segments_info" in row for row in rows)
 
 
 def _read(table: Path) -> dict[str, Any]:

@@ -235,3 +235,12 @@ def test_an_indexed_map_of_the_first_class_alone_is_read_by_number():
         image = Image.fromarray(np.array(shown, np.uint8)).convert("P")
         image.putpalette([0, 0, 0, 128, 0, 0])
         assert as_label_map(image, labels).ids.tolist() == shown
+
+
+@pytest.mark.parametrize("text", ["[1, 2]", "{", '{"annotations": 3}'])
+def test_a_json_of_another_kind_beside_the_folder_is_none_of_the_maps(tmp_path, text):
+    (tmp_path / "maps").mkdir()
+    (tmp_path / "maps.json").write_text(text)
+    Image.fromarray(np.ones((4, 4), "uint8")).save(tmp_path / "maps/m.png")
+    found = read_label_map(tmp_path / "maps/m.png", load_label_set("coco-stuff-182"))
+    assert found.present == [1]
