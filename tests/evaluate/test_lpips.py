@@ -1,36 +1,26 @@
 """LPIPS by a file of weights: torch-fidelity's own numbers, without a download."""
 
 import json
-import types
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 from safetensors.torch import save_file
-from torchvision.models import vgg
 
 from guidekit.errors import GuidekitError
 from guidekit.evaluate.lpips import load_lpips
 from guidekit.images import to_uint8
+from lpips_weights import nothing_downloaded, random_lpips
 from plans import run
-
-SIZES = (64, 128, 256, 512, 512)
 
 
 @pytest.fixture(scope="module")
 def weights(tmp_path_factory):
-    """Random weights in the form of torch-fidelity's `SampleSimilarityLPIPS`."""
-    torch.manual_seed(0)
-    layers = vgg.make_layers(vgg.cfgs["D"])
-    ends, found = (4, 9, 16, 23, 30), {}
-    for name, tensor in layers.state_dict().items():
-        part = sum(int(name.split(".")[0]) >= end for end in ends)
-        # A quiet network would tell no image from another.
-        found[f"net.slice{part + 1}.{name}"] = tensor * (3 if tensor.ndim > 1 else 1)
-    found |= {f"lin{k}.model.1.weight": torch.rand(1, c, 1, 1) for k, c in enumerate(SIZES)}
+    """A file of random weights, and the weights."""
+    _, found = random_lpips()
     save_file(found, path := tmp_path_factory.mktemp("lpips") / "lpips.safetensors")
-    return path, layers, found
+    return path, found
 
 
 def images(n):
@@ -40,13 +30,8 @@ def images(n):
 
 def test_lpips_is_torch_fidelitys(weights, monkeypatch):
     theirs = pytest.importorskip("torch_fidelity.sample_similarity_lpips")
-    path, layers, found = weights
-    linear = {name: tensor for name, tensor in found.items() if name.startswith("lin")}
-    # What it would download.
-    monkeypatch.setattr(theirs, "load_state_dict_from_url", lambda *_, **__: linear)
-    monkeypatch.setattr(
-        theirs, "torchvision_load_pretrained_vgg16", lambda: types.SimpleNamespace(features=layers)
-    )
+    path, found = weights
+    nothing_downloaded(monkeypatch, theirs)
     network = theirs.SampleSimilarityLPIPS("lpips")
     network.net.load_state_dict(
         {k.removeprefix("net."): v for k, v in found.items() if k.startswith("net.")}

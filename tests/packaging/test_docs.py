@@ -4,16 +4,13 @@ import ast
 import inspect
 import json
 import re
-import shlex
 import subprocess
 import sys
 import tomllib
-from pathlib import Path
 
 import click
 import pytest
 import yaml
-from click.testing import CliRunner
 
 import guidekit
 import guidekit.affinity
@@ -29,10 +26,9 @@ from guidekit.__main__ import main
 from guidekit.run import Run
 from guidekit.step import Step
 from guidekit.testing import CHECKS
+from pages import DOCS, ROOT, blocks, commands, python_blocks
 
-ROOT = Path(__file__).parents[2]
 GUIDE = (ROOT / "plugins" / "README.md").read_text()
-DOCS = sorted((ROOT / "docs").rglob("*.md"))
 READMES = [ROOT / "README.md", ROOT / "plugins" / "README.md", *ROOT.glob("examples/*/README.md")]
 HOOKS = {name: inspect.signature(getattr(Guidance, name)) for name in guidance.HOOKS}
 SPECS = {
@@ -40,22 +36,6 @@ SPECS = {
     for name, value in vars(hookspecs).items()
     if hasattr(value, f"{hookspecs.GROUP}_spec")
 }
-
-
-def blocks(page):
-    """Language and text of every block of code."""
-    return re.findall(r"^```(\S*)\n(.*?)^```", page.read_text(), re.DOTALL | re.MULTILINE)
-
-
-def commands(readme):
-    """Every `guidekit ...` of the code blocks, as words, also behind a launcher's `-m`."""
-    text = "\n".join(body for _, body in blocks(readme)).replace("\\\n", " ")
-    for part in re.split(r"&&|\n", text):
-        found = re.match(
-            r"\s*(?:run: )?(?:(?:torchrun|accelerate launch) .*-m )?(guidekit .*)", part
-        )
-        if found:
-            yield shlex.split(found[1], comments=True)[1:]
 
 
 @pytest.mark.parametrize("name", [*HOOKS, *SPECS])
@@ -149,11 +129,6 @@ def test_the_readme_is_short():
     assert len((ROOT / "README.md").read_text().split()) <= 700
 
 
-def python_blocks(path):
-    """What a reader can run as it stands; blocks of extras or of a reader's own files are `py`."""
-    return re.findall(r"```python\n(.*?)```", path.read_text(), re.DOTALL)
-
-
 @pytest.mark.parametrize(
     "path",
     [
@@ -190,9 +165,6 @@ def test_every_block_is_of_its_language(path):
             PARSERS[language](text)
 
 
-PAGES = [page for page in DOCS if page.parent.name in ("tutorial", "howto")]
-
-
 @pytest.mark.full
 @pytest.mark.parametrize("page", [p for p in DOCS if python_blocks(p)], ids=lambda p: p.stem)
 def test_every_python_block_runs(page, tmp_path, monkeypatch):
@@ -201,24 +173,6 @@ def test_every_python_block_runs(page, tmp_path, monkeypatch):
     names = {"__name__": "docs"}
     for block in python_blocks(page):
         exec(compile(block, str(page), "exec"), names)
-
-
-def runnable(page):
-    """Commands that draw or tell with a built-in model: no file of the reader's."""
-    names = r"[A-Z]{4}|\.png|\.toml|layout\.json|shots|head|per_class|runs/|plugin warm|show warm"
-    of_the_reader = re.compile(rf"{names}|--count|--plan\b")
-    found = [words for words in commands(page) if words[0] in ("sample", "plugins")]
-    return [words for words in found if not of_the_reader.search(" ".join(words))]
-
-
-@pytest.mark.full
-@pytest.mark.parametrize("page", [p for p in PAGES if runnable(p)], ids=lambda p: p.stem)
-def test_every_command_runs(page, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    for words in runnable(page):
-        few = ["--steps", "2", "--quiet"] if words[0] == "sample" else []
-        done = CliRunner().invoke(main, [*words, *few])
-        assert done.exit_code == 0, done.output
 
 
 @pytest.mark.full
