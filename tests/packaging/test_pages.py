@@ -51,15 +51,6 @@ def short(words):
     return [*found, *shlex.split(more)]
 
 
-def apart(page, words):
-    """A command of label-maps.md with a name of its own for the second of the two affinities A.
-
-    They are of different label sets, so neither can stand in the place of the other.
-    """
-    twice = page == "label-maps" and "scenes-maps" in words
-    return ["A-of-scenes-maps" if twice and word == "A" else word for word in words]
-
-
 def after(words, monkeypatch):
     """What makes a short run leave what the page's leaves."""
     if words[:2] == ["plugins", "new"]:
@@ -80,7 +71,7 @@ def test_every_command_runs(page, tmp_path, monkeypatch):
     for words in commands(page):
         if (page.stem, " ".join(words)) in LEFT_OUT:
             continue
-        line = short(apart(page.stem, words))
+        line = short(words)
         done = CliRunner().invoke(main, line)
         assert done.exit_code == 0, (line, done.output, done.exception)
         after(words, monkeypatch)
