@@ -157,13 +157,16 @@ def parse_label_set(table: dict[str, Any], name: str, where: str) -> LabelSet:
     if table.get("format", FORMAT) != FORMAT:
         raise GuidekitError(f"{where}: this guidekit reads format {FORMAT}")
     things = table.get("things")
+    classes = _texts(table.get("classes"), f"{where}: `classes`")
+    first = _whole(table.get("first", 0), f"{where}: `first`")
+    void = list(void_numbers(first + len(classes)))
     return LabelSet(
         _text(table.get("name", name), f"{where}: `name`"),
-        _texts(table.get("classes"), f"{where}: `classes`"),
+        classes,
         tuple(_colour(c, where) for c in _list(table.get("palette", []), f"{where}: `palette`")),
         None if things is None else _texts(things, f"{where}: `things`"),
-        _whole(table.get("first", 0), f"{where}: `first`"),
-        _wholes(table.get("void", [255]), f"{where}: `void`"),
+        first,
+        _wholes(table.get("void", void), f"{where}: `void`"),
         _wholes(table.get("category_ids", []), f"{where}: `category_ids`"),
     )
 

@@ -181,8 +181,13 @@ def _may_name_code(kind: Any) -> bool:
 
 
 def stated(made: Any) -> dict[str, Any]:
-    """The options of a dataclass as JSON has them; paths in them are absolute texts."""
-    return {f.name: _stated(getattr(made, f.name)) for f in dataclasses.fields(made) if f.init}
+    """The options of a dataclass as JSON has them; paths are absolute, "" where none is given."""
+    found = {}
+    for field in dataclasses.fields(made):
+        if field.init:
+            value = getattr(made, field.name)
+            found[field.name] = "" if value == field.default == Path() else _stated(value)
+    return found
 
 
 def _stated(value: Any) -> Any:
@@ -193,6 +198,4 @@ def _stated(value: Any) -> Any:
         return value.stated
     if isinstance(value, list | tuple):
         return [_stated(item) for item in value]
-    if isinstance(value, Path):
-        return "" if value == Path() else str(value.resolve())
-    return value
+    return str(value.resolve()) if isinstance(value, Path) else value

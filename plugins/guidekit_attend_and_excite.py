@@ -35,7 +35,9 @@ class AttendAndExcite(TokenMoves):
         self.read_maps(run, conditions)
         self._any = self.wanted.any(2)  # (B, K)
         strengths = segment_strengths(conditions).to(run.device)
-        self._factors = (self.wanted * strengths[:, None]).sum(2)  # no token is of two phrases
+        own = strengths[:, None].expand(self.wanted.shape)
+        found = own.masked_fill(~self.wanted, -math.inf).amax(2)
+        self._factors = found.masked_fill(~self._any, 0.0)  # (B, K)
 
     def _worded(self, condition: Condition) -> Condition:
         """The condition with the option's words for segments."""
@@ -46,15 +48,20 @@ class AttendAndExcite(TokenMoves):
 
     def refine(self, step: Step, z: Tensor) -> Tensor:
         """z after one move, and at the steps of `at` after as many as it takes (Algorithm 1)."""
-        limit, until = 1, -math.inf
+        limit, enough, until = 1, 0.0, -math.inf
         for attention in self.demands(step):
-            limit, until = self.limit + 1, 1 - attention
-        loss = functools.partial(self._loss, step)
+            limit, enough = self.limit + 1, 1 - attention
+            until = enough
+        loss = functools.partial(self._loss, step, enough)
         return descend(step, self, z, loss, self.amount(step), limit, until, after=1)
 
-    def _loss(self, step: Step, z: Tensor) -> Tensor:
-        """The worst token's loss of every image (B,): strength times 1 - max of its map."""
-        losses = self._factors * (1 - self.token_maps(step, z).amax((2, 3)))
+    def _loss(self, step: Step, enough: float, z: Tensor) -> Tensor:
+        """The worst token's loss of every image (B,): 1 - max of its map.
+
+        A strength is a factor on what is above `enough`, so that it does not change the demand.
+        """
+        above = 1 - self.token_maps(step, z).amax((2, 3)) - enough
+        losses = enough + self._factors * above
         return losses.masked_fill(~self._any, -math.inf).amax(1)
 
     @classmethod

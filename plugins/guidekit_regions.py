@@ -146,10 +146,11 @@ def _areas(conditions: list[Condition], grid: tuple[int, int]) -> Tensor:
 
 
 def _strengths(conditions: list[Condition], like: Tensor) -> Tensor:
-    """Factors (B, 1, h, w) on what the regions make: the strength of a pixel's, 1 in none."""
+    """Factors (B, 1, h, w) on what the regions make: the mean strength of a pixel's, 1 in none."""
     masks = segment_masks(conditions, *like.shape[-2:])
+    covered = masks.sum(1, keepdim=True)
     more = (segment_strengths(conditions) - 1)[:, :, None, None]
-    return (1 + (more * masks).sum(1, keepdim=True)).to(like)
+    return (1 + (more * masks).sum(1, keepdim=True) / covered.clamp(min=1)).to(like)
 
 
 @hookimpl

@@ -28,7 +28,7 @@ class Record:
     def __init__(self, plan: Plan):
         self.plan = plan
         #: Images that the settings name; the tables name their copies.
-        self.given = GivenImages()
+        self.given = GivenImages(plan.settings.offered)
         tables = self.given.renamed(dump(plan.settings), plan.guidances)
         self.tables: dict[str, Any] = {"format": FORMAT} | tables
         self.account = Account()

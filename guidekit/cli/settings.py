@@ -19,7 +19,7 @@ from guidekit.zoo.shipped import DEFAULT, ZOO
 TABLES = ("sample", "plugin", "segment", "control")
 MAP, LABELS = "map.png", "labels.json"  # a run's label map and its set, in its folder
 FORMAT = 1  # of run.json; another number is one that this version cannot read
-NOT_SAMPLE = ("plugin", "segment", "control", "changes", "folder", "replays")
+NOT_SAMPLE = ("plugin", "segment", "control", "changes", "folder", "replays", "offered")
 
 
 @dataclass(kw_only=True, frozen=True)
@@ -63,6 +63,7 @@ class Settings:
     changes: dict[str, dict[str, Any]] = field(default_factory=dict)  # options by --set
     folder: Path = Path()  # what paths in `plugin` and `segment` are relative to
     replays: dict[str, Any] = field(default_factory=dict)  # the record of the run.json followed
+    offered: tuple[Path, ...] = ()  # files that runs name by their paths and do not copy
 
 
 def sample_keys() -> dict[str, Any]:

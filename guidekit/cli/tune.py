@@ -227,13 +227,16 @@ def _named(knobs: list[Any], values: tuple[float, ...]) -> str:
 
 def write_best(record: Path, path: Path) -> Path:
     """Writes what a run.json used of its model and plugins as a TOML file."""
+    from guidekit.outputs.given import within
     from guidekit.system.untrusted import read_object
 
     table = read_object(record)
     lines = ["# The best of `guidekit tune`; for `guidekit sample --config`.", "[sample]"]
     lines += _pairs({key: table["sample"].get(key) for key in KEPT})
+    run = record.parent.relative_to(path.parent).as_posix()
     for name, options in table["plugin"].items():
-        lines += ["", f"[plugin.{json.dumps(name)}]", *_pairs(options)]
+        placed = {option: within(value, run) for option, value in options.items()}
+        lines += ["", f"[plugin.{json.dumps(name)}]", *_pairs(placed)]
     path.write_text("\n".join(lines) + "\n", encoding="utf-8")
     return path
 

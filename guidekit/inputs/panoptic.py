@@ -21,16 +21,33 @@ from guidekit.system.untrusted import read_object, read_text
 def find_table(path: Path) -> Path | None:
     """The JSON that describes the segments of a PNG; None if there is none, so that it has none.
 
-    That is one of its own name, else one that lists it: FOLDER.json or panoptic*.json, in or beside
-    its folder.
+    That is one of its own name, else, of a PNG in colour, one that lists it: FOLDER.json or
+    panoptic*.json, in or beside its folder. Raises GuidekitError for a panoptic*.json that cannot
+    be read.
     """
     own, folder = path.with_suffix(".json"), path.absolute().parent
     if own.is_file() and "segments_info" in read_text(own):
         return own
+    if not _in_colour(path):  # maps of numbers often have the names of the panoptic ones
+        return None
     beside = folder.with_name(f"{folder.name}.json")
+    if beside.is_file() and _is_table(beside) and _lists(beside, path.name):
+        return beside
     near = (found for place in (folder, folder.parent) for found in place.glob("panoptic*.json"))
-    tables = ([beside] if beside.is_file() else []) + sorted(near)
-    return next((table for table in tables if _lists(table, path.name)), None)
+    return next((table for table in sorted(near) if _lists(table, path.name)), None)
+
+
+def _in_colour(path: Path) -> bool:
+    """Whether an image has red, green and blue; False for what is none, which others refuse."""
+    return path.is_file() and load_image(path, "label map", lambda i: i.mode in ("RGB", "RGBA"))
+
+
+def _is_table(path: Path) -> bool:
+    """Whether a JSON of any name holds an object: a folder of maps may lie beside a stranger."""
+    try:
+        return bool(_read(path))
+    except GuidekitError:
+        return False
 
 
 def read_panoptic(path: str | Path, table: str | Path, labels: LabelSet) -> LabelMap:
@@ -90,11 +107,8 @@ def _rows(table: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 def _lists(table: Path, name: str) -> bool:
-    """Whether a JSON describes the segments of that image; one of another kind does not."""
-    try:
-        rows = _rows(_read(table))
-    except GuidekitError:
-        return False
+    """Whether a JSON describes the segments of that image."""
+    rows = _rows(_read(table))
     return any(row.get("file_name") == name and "segments_info" in row for row in rows)
 
 

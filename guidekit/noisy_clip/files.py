@@ -161,7 +161,7 @@ def find_folder(name: str | Path) -> Path | None:
 def is_clip(name: str | Path) -> bool:
     """Whether `load_clip` knows a name: a folder's, a built-in's, or an architecture's before /."""
     architecture = str(name).partition("/")[0]
-    return find_folder(name) is not None or get_model_config(architecture) is not None
+    return find_folder(name) is not None or architecture in open_clip.list_models()
 
 
 def build(config: dict) -> nn.Module:

@@ -8,15 +8,27 @@ from typing import Any
 from guidekit.guidance import Guidance
 from guidekit.options import names_paths, option_kinds
 from guidekit.outputs.folders import slug
-from guidekit.references import PICTURES
+from guidekit.references import BUILT_IN, PICTURES
 
 FOLDER = "given"
 
 
-class GivenImages:
-    """Images of the user's that settings name, by the names that they have in a run's folder."""
+def within(value: Any, folder: str) -> Any:
+    """An option's value with the copies in it named from where `folder`, the run's, is a name."""
+    if isinstance(value, list):
+        return [within(item, folder) for item in value]
+    copied = isinstance(value, str) and value.startswith(f"{FOLDER}/")
+    return f"{folder}/{value}" if copied else value
 
-    def __init__(self) -> None:
+
+class GivenImages:
+    """Images of the user's that settings name, by the names that they have in a run's folder.
+
+    offered: files that runs name by their own paths and do not copy, as a server's are.
+    """
+
+    def __init__(self, offered: Iterable[Path] = ()) -> None:
+        self._offered = set(offered)
         #: Where the copy of every name, such as given/photo.png, comes from.
         self.sources: dict[str, Path] = {}
 
@@ -40,7 +52,10 @@ class GivenImages:
         if isinstance(value, list):
             return [self._renamed(item) for item in value]
         path = Path(value or "")
-        if path.suffix.lower() not in PICTURES or not path.is_file():
+        if BUILT_IN.fullmatch(path.name) and not path.exists():
+            return path.name
+        image = path.suffix.lower() in PICTURES and path.is_file()
+        if not image or path.resolve() in self._offered:
             return value
         own = (name for name, source in self.sources.items() if source == path)
         return next(own, None) or self._add(path)

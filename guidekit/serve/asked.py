@@ -98,7 +98,12 @@ def read_asked(body: Any, options: ServeOptions, registry: Registry, folder: Pat
     calls = body["record"].get("calls")
     record = {"calls": calls} if isinstance(calls, dict) else {}
     settings = make_settings(read_config(config) | {"record": record}, {})
-    settings = dataclasses.replace(settings, device=options.device, dtype=options.dtype)
+    settings = dataclasses.replace(
+        settings,
+        device=options.device,
+        dtype=options.dtype,
+        offered=tuple(path.resolve() for path in options.files.values()),
+    )
     _check_numbers(settings, options.limits)
     axes = parse_axes(body["grid"])
     _check_axes(axes)
@@ -106,7 +111,7 @@ def read_asked(body: Any, options: ServeOptions, registry: Registry, folder: Pat
     cells = tuple(cells_of(settings, axes)) if axes else (Cell(0, 0, settings),)
     for cell in cells if axes else ():
         _check_numbers(cell.settings, options.limits)
-        _check_plugins(cell.settings.changes, files, options, registry)
+        _check_plugins(cell.settings.changes, files, options, registry, folder)
     read_controls(settings)
     _, condition = checked(settings, registry)
     if condition.map is not None and len(condition.map.labels) > options.limits.classes:
@@ -236,9 +241,17 @@ def _check_controls(controls: list[Any], files: set[str], options: ServeOptions)
 
 
 def _check_plugins(
-    tables: dict[str, Any], files: set[str], options: ServeOptions, registry: Registry
+    tables: dict[str, Any],
+    files: set[str],
+    options: ServeOptions,
+    registry: Registry,
+    folder: Path = Path(),
 ) -> None:
-    """Raises GuidekitError for a plugin, and for a file or folder, that the server has not."""
+    """Raises GuidekitError for a plugin, and for a file or folder, that the server has not.
+
+    folder: where the request's files lie, for values of a grid. Those are as if from the command
+    line, whose paths are taken from the working folder.
+    """
     for name, table in tables.items():
         if name.partition(".")[0] not in options.plugins:
             there = ", ".join(options.plugins) or "none"
@@ -253,21 +266,23 @@ def _check_plugins(
         defaults = {f.name: as_json(default_of(f)) for f in dataclasses.fields(cls)}
         for option, value in table.items():
             if option in kinds and names_paths(kinds[option]) and value != defaults[option]:
-                table[option] = _placed(f"{name}.{option}", value, files, options)
+                table[option] = _placed(f"{name}.{option}", value, files, options, folder)
 
 
-def _placed(where: str, value: Any, files: set[str], options: ServeOptions) -> Any:
+def _placed(where: str, value: Any, files: set[str], options: ServeOptions, folder: Path) -> Any:
     """A file or folder that a request may name, as the plugin takes it; a list of them as such.
 
     Those are files of the request, what the server was started with, the built-in models and the
     built-in references. Raises GuidekitError for any other.
     """
     if isinstance(value, list):
-        return [_placed(where, one, files, options) for one in value]
+        return [_placed(where, one, files, options, folder) for one in value]
     if isinstance(value, str) and "," in value:
-        return [_placed(where, one.strip(), files, options) for one in value.split(",")]
-    if value in (None, "") or _is_among(value, files):
+        return [_placed(where, one.strip(), files, options, folder) for one in value.split(",")]
+    if value is None:
         return value
+    if _is_among(value, files):
+        return str(folder / value)
     if _is_among(value, options.files):
         return str(options.files[value].resolve())
     if isinstance(value, str) and (BUILT_IN.fullmatch(value) or _is_built_in(value)):

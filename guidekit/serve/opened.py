@@ -123,7 +123,7 @@ def _run(
     sample = {
         key: value
         for key, value in dict(tables.get("sample") or {}).items()
-        if key in ALLOWED and value is not None and value != STANDARD[key]
+        if key in ALLOWED and value is not None and (key == "model" or value != STANDARD[key])
     }
     layout: dict[str, Any] = {"segments": list(tables.get("segment") or [])}
     if (name := sample.pop("layout", None)) in files:

@@ -244,3 +244,25 @@ def test_a_json_of_another_kind_beside_the_folder_is_none_of_the_maps(tmp_path, 
     Image.fromarray(np.ones((4, 4), "uint8")).save(tmp_path / "maps/m.png")
     found = read_label_map(tmp_path / "maps/m.png", load_label_set("coco-stuff-182"))
     assert found.present == [1]
+
+
+def test_a_map_of_numbers_is_none_of_a_panoptic_table_that_lists_its_name(tmp_path):
+    (tmp_path / "maps").mkdir()
+    table = {"annotations": [{"file_name": "m.png", "segments_info": []}]}
+    (tmp_path / "panoptic_val.json").write_text(json.dumps(table))
+    Image.fromarray(np.zeros((4, 4), "uint8")).save(tmp_path / "maps/m.png")
+    found = read_label_map(tmp_path / "maps/m.png", load_label_set("coco-stuff-182"))
+    assert found.present == [0]
+
+
+def test_a_panoptic_table_that_is_damaged_is_told(tmp_path):
+    (tmp_path / "maps").mkdir()
+    (tmp_path / "panoptic_val.json").write_text('{"annotations": [')
+    Image.new("RGB", (4, 4)).save(tmp_path / "maps/m.png")
+    with pytest.raises(GuidekitError, match="panoptic_val.json"):
+        read_label_map(tmp_path / "maps/m.png", load_label_set("coco-stuff-182"))
+
+
+def test_a_set_of_many_classes_without_void_has_another_number_for_it(tmp_path):
+    (tmp_path / "many.json").write_text(json.dumps({"classes": [f"c{i}" for i in range(300)]}))
+    assert load_label_set(tmp_path / "many.json").void == (65535,)

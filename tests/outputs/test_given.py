@@ -58,11 +58,22 @@ def test_two_images_of_one_name_are_two_files(tmp_path):
     assert given.sources == {"given/x.png": b, "given/x-2.png": a}
 
 
-def test_built_in_references_keep_their_name():
-    made = Registry().make_guidance("ilvr", {"image": "scene-3"})
-    settings = make_settings({"plugin": {"ilvr": {"image": "scene-3"}}}, {})
-    given = GivenImages()
-    assert given.renamed(dump(settings), [made])["plugin"]["ilvr"]["image"] == "scene-3"
+def test_built_in_references_keep_their_name(model, tmp_path):
+    draw(model, "--plugin", "ilvr", "--set", "ilvr.image=scene-3")
+    table = json.loads((tmp_path / "o/run.json").read_text())
+    assert table["plugin"]["ilvr"]["image"] == "scene-3"
+    assert not (tmp_path / "o/given").exists()
+    result = run("sample", "--config", "o/run.json", "--out", "again")
+    assert result.exit_code == 0, result.stderr
+    assert pictures(tmp_path / "o") == pictures(tmp_path / "again")
+
+
+def test_files_that_a_server_offers_are_not_copied(tmp_path):
+    photo = red(tmp_path / "photo.png")
+    made = Registry().make_guidance("ilvr", {"image": str(photo)})
+    settings = make_settings({"plugin": {"ilvr": {"image": str(photo)}}}, {})
+    given = GivenImages(offered=[photo])
+    assert given.renamed(dump(settings), [made])["plugin"]["ilvr"]["image"] == str(photo)
     assert given.sources == {}
 
 

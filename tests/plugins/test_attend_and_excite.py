@@ -93,3 +93,22 @@ def test_words_stand_for_segments():
     assert torch.equal(words.finish().latents, segments.finish().latents)
     with pytest.raises(GuidekitError, match="resolution 5: the sites have 8, 16"):
         Sampling(pipe, CONDITION, [AttendAndExcite(resolution=5)], **options)
+
+
+def test_a_token_of_two_phrases_counts_once_and_strengths_do_not_change_the_demand():
+    pipe, whole = tiny.sd_pipeline(), box_mask((0, 0, 1, 1))
+
+    def first_rows(*segments, **options):
+        words = Condition("a red circle", segments=segments)
+        guidance = AttendAndExcite(**options)
+        run = Sampling(pipe, words, [guidance], seeds=[0], steps=2)
+        next(iter(run))
+        return run.run.account.rows[0]
+
+    once = first_rows(Segment("circle", whole))
+    twice = first_rows(Segment("circle", whole), Segment("circle", whole, occurrence=1))
+    assert once["energy"] == twice["energy"]
+    met = {"at": (0.0,), "until": (0.0,), "limit": 5}  # every token has some attention
+    for strength in (0.5, 1.0, 2.0):
+        row = first_rows(Segment("circle", whole, strength), **met)
+        assert row["moves"] == [1]  # the one after the demand is met

@@ -73,3 +73,18 @@ def test_a_strength_is_a_factor_on_what_its_region_makes(build):
     half = found[0.0].shape[-1] // 2
     assert (found[1.0] - found[0.0])[..., :half].abs().max() > 1e-3
     assert torch.equal(found[1.0][..., half:], found[0.0][..., half:])
+
+
+def test_strengths_of_overlapping_regions_are_averaged():
+    pipe = tiny.sd_pipeline()
+
+    def prediction(*strengths):
+        segments = tuple(
+            Segment("circle", WHOLE, strength, prompt="a blue square") for strength in strengths
+        )
+        return next(iter(run(pipe, Condition(PROMPT, segments=segments), Regions()))).prediction
+
+    torch.testing.assert_close(prediction(0.3, 0.3), prediction(0.2, 0.4), rtol=1e-4, atol=1e-5)
+    nothing, all_ = prediction(0.0, 0.0), prediction(1.0, 1.0)
+    wanted = nothing + 0.3 * (all_ - nothing)
+    torch.testing.assert_close(prediction(0.3, 0.3), wanted, rtol=1e-3, atol=1e-4)

@@ -240,6 +240,10 @@ def test_values_that_stand_anyway_are_not_restored(client, body):
     found = opened(client, files={"run.json": text(table)}, main="run.json")
     assert not {"memory", "nonfinite", "tries", "particles"} & set(found["sample"])
     assert found["sample"]["compare"] is False
+    assert found["sample"]["model"] == body["sample"]["model"]
+    table["sample"]["model"] = "objects"  # what stands where no model is named
+    found = opened(client, files={"run.json": text(table)}, main="run.json")
+    assert found["notes"] == ["this server has no model 'objects'"]
 
 
 def test_masks_and_layouts_are_opened(client):

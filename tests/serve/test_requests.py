@@ -1,8 +1,10 @@
 """What a request may name: the server's models, plugins and files, and its own; nothing else."""
 
+import base64
 import dataclasses
 import sys
 
+import numpy as np
 import pytest
 from PIL import Image
 
@@ -10,7 +12,7 @@ from guidekit.cli.settings import sample_keys
 from guidekit.registry import Registry
 from guidekit.serve.asked import ALLOWED, read_asked
 from guidekit.serve.options import ServeOptions
-from serving import Client, refused, serving, text
+from serving import Client, png, refused, serving, text
 
 
 @pytest.mark.parametrize(
@@ -67,6 +69,25 @@ def test_an_option_of_a_plugin_names_no_path(client, body, plugin, option, value
     if isinstance(value, str) and "," not in value:
         grid = body | {"plugin": {plugin: {}}, "grid": [f"{plugin}.{option}={value}"]}
         refused(client, grid, f"{plugin}.{option}")
+
+
+def test_a_file_in_a_grid_is_the_requests_own(client, body, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)  # the server's folder, which has a file of that name too
+    (tmp_path / "home").mkdir()
+    Image.new("RGB", (8, 8), "red").save(tmp_path / "home/secret.png")
+    own = png(np.full((8, 8, 3), 200, "uint8"))
+    run = body | {"plugin": {"ilvr": {}}, "files": {"home/secret.png": own}}
+    grid = run | {"grid": ["ilvr.image=home/secret.png,scene-1"]}
+    found = client.finished(client.draw(grid))
+    assert found["state"] == "finished", found["error"]
+    assert found["records"]["0-0"]["plugin"]["ilvr"]["image"] == "given/secret.png"
+    *_, kept = client.raw("GET", f"/api/runs/{found['id']}/files/0-0/given/secret.png")
+    assert kept == base64.b64decode(own)
+
+
+def test_an_empty_text_is_no_file(client, body):
+    run = body | {"plugin": {"clip": {"encoder": "", "text": "a"}}}
+    refused(client, run, "clip.encoder", "not among the files of this request")
 
 
 def test_a_request_names_no_code(client, body):

@@ -154,7 +154,7 @@ def own_world():
 
 
 def scale():
-    """The page's plan; of its conditions those that the model can draw."""
+    """The page's plan in two steps, and the layout that it names."""
     (text,) = (
         text for language, text in blocks(ROOT / "docs/howto/scale.md") if language == "json"
     )

@@ -252,6 +252,8 @@ export class RunView {
     const { run, cells } = this;
     const config = cells[0] ? `${cells[0]}/run.json` : "run.json";
     if (!run.folder || !there.has(config)) return null;
+    const files = state.about.plugins.flatMap((one) => one.knobs.filter((knob) => knob.control === "file").map((knob) => `${one.name}.${knob.option}`));
+    if (run.grid.some(([name]) => files.includes(name))) return null; // of the request, or of the server
     const axes = run.grid.map(([name, values]) => ` --grid ${quoted(`${name}=${values.join(",")}`)}`);
     return `guidekit sample --config ${quoted(`${run.folder}/${config}`)}${axes.join("")}`;
   }
