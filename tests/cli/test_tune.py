@@ -1,12 +1,14 @@
 """`guidekit tune`: it goes on where it stopped, writes a config, and its judge never guides."""
 
 import json
+import tomllib
 
 import pytest
 from click.testing import CliRunner
 from PIL import Image
 
 from guidekit.__main__ import main
+from guidekit.cli.tune import write_best
 
 DRAWN = ["--model", "scenes", "--seeds", "0", "--steps", "2", "--cfg", "2"]
 KNOB = "layout-guidance.scale=10:40"
@@ -69,3 +71,14 @@ def test_what_cannot_be_tuned_is_refused(knob, says, tmp_path):
     result = invoke("tune", knob, *DRAWN, "--judge", "prompts", "--out", tmp_path / "out")
     assert result.exit_code == 2
     assert says in result.output
+
+
+def test_the_best_names_the_images_of_its_trial_from_where_it_lies(tmp_path):
+    trial = tmp_path / "trials/3"
+    trial.mkdir(parents=True)
+    plugin = {"ilvr": {"image": "given/a.png"}, "clip": {"image": ["given/b.png", "scene-3"]}}
+    table = {"sample": {"model": "scenes"}, "plugin": plugin}
+    (trial / "run.json").write_text(json.dumps(table))
+    found = tomllib.loads(write_best(trial / "run.json", tmp_path / "best.toml").read_text())
+    assert found["plugin"]["ilvr"]["image"] == "trials/3/given/a.png"
+    assert found["plugin"]["clip"]["image"] == ["trials/3/given/b.png", "scene-3"]
