@@ -9,7 +9,6 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 from safetensors.torch import load_file
-from transformers import SegformerConfig, SegformerForSemanticSegmentation, SegformerImageProcessor
 
 import tiny
 from guidekit import GuidekitError, LabelMap, LabelSet
@@ -36,6 +35,7 @@ from guidekit.affinity.segmenters import Segmenter, judge_segmenter, load_segmen
 from guidekit.backbones.denoiser import Denoiser
 from guidekit.labels import VOID
 from guidekit.train.judge import Judge
+from segformers import write_segformer
 
 NAMES = ("red circle", "blue square", "green", "white")
 SET = LabelSet("four", NAMES, things=NAMES[:2])
@@ -299,20 +299,8 @@ def test_a_judge_and_a_model_of_transformers_segment(tmp_path):
         load_segmenter(tmp_path / "judge")
     SET.save(tmp_path / "judge/labels.json")
     assert torch.equal(load_segmenter(tmp_path / "judge")(pixels), expected)
-    config = SegformerConfig(
-        hidden_sizes=[8, 8, 16, 16],
-        depths=[1] * 4,
-        num_attention_heads=[1, 2, 2, 2],
-        decoder_hidden_size=16,
-        num_labels=3,
-        id2label={0: "background", 1: "sky", 2: "grass"},
-    )
-    model = SegformerForSemanticSegmentation(config).eval()
-    model.save_pretrained(tmp_path / "segformer")
-    SegformerImageProcessor(size={"height": 32, "width": 32}).save_pretrained(
-        tmp_path / "segformer"
-    )
-    segmenter = load_segmenter(tmp_path / "segformer")
+    names = ("background", "sky", "grass")
+    segmenter = load_segmenter(write_segformer(tmp_path / "segformer", names))
     assert segmenter.labels.classes == ("sky", "grass")
     found = segmenter(pixels)
     assert found.shape == (32, 32)

@@ -10,9 +10,6 @@ from transformers import (
     BertModel,
     BertTokenizerFast,
     OneFormerConfig,
-    SegformerConfig,
-    SegformerForSemanticSegmentation,
-    SegformerImageProcessor,
 )
 
 import panoptic
@@ -20,6 +17,7 @@ from guidekit import GuidekitError
 from guidekit.affinity.encoders import load_texts
 from guidekit.affinity.segmenters import load_segmenter
 from guidekit.labels import VOID
+from segformers import write_segformer
 
 PIXELS = torch.rand(3, 32, 32, generator=torch.Generator().manual_seed(0)) * 2 - 1
 WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "red", "blue", "circle"]
@@ -50,16 +48,7 @@ def test_a_oneformer_is_refused(tmp_path):
 def test_a_segmenter_may_have_many_classes(tmp_path):
     """255 is a class of it, so that it is not void."""
     names = ["background", *(f"class {i}" for i in range(300))]
-    config = SegformerConfig(
-        hidden_sizes=[8, 8, 16, 16],
-        depths=[1] * 4,
-        num_attention_heads=[1, 2, 2, 2],
-        decoder_hidden_size=16,
-        id2label=dict(enumerate(names)),
-    )
-    SegformerForSemanticSegmentation(config).save_pretrained(tmp_path)
-    SegformerImageProcessor(size={"height": 32, "width": 32}).save_pretrained(tmp_path)
-    segmenter = load_segmenter(tmp_path)
+    segmenter = load_segmenter(write_segformer(tmp_path, names))
     assert len(segmenter.labels) == 300
     assert set(segmenter(PIXELS).unique().tolist()) <= {VOID, *range(300)}
 

@@ -11,12 +11,12 @@ from click.testing import CliRunner
 from diffusers import StableDiffusionControlNetPipeline
 from PIL import Image
 from safetensors.torch import load_file
-from transformers import SegformerConfig, SegformerForSemanticSegmentation, SegformerImageProcessor
 
 import tiny
 from guidekit.__main__ import main
 from guidekit.cli.controls import parse_control
 from guidekit.testing.conditioners import control_net, segment_map, t2i_adapter
+from segformers import write_segformer
 
 PROMPT = "a red circle and a blue square on white"
 SETS = {
@@ -218,20 +218,7 @@ def segmenter(tmp_path_factory):
     """A folder of transformers that calls every pixel sea, in an order of its own."""
     folder = tmp_path_factory.mktemp("segformer")
     names = ["Sea; water", "background", "sky", "grass, lawn"]
-    config = SegformerConfig(
-        hidden_sizes=[8, 8, 16, 16],
-        depths=[1] * 4,
-        num_attention_heads=[1, 2, 2, 2],
-        decoder_hidden_size=16,
-        id2label=dict(enumerate(names)),
-    )
-    network = SegformerForSemanticSegmentation(config)
-    torch.nn.init.zeros_(network.decode_head.classifier.weight)
-    with torch.no_grad():
-        network.decode_head.classifier.bias.copy_(torch.tensor([3.0, 2.0, 1.0, 0.0]))
-    network.save_pretrained(folder)
-    SegformerImageProcessor(size={"height": 32, "width": 32}).save_pretrained(folder)
-    return folder
+    return write_segformer(folder, names, logits=[3.0, 2.0, 1.0, 0.0])
 
 
 def test_every_estimate_and_its_files(model, kit, affinity, segmenter):

@@ -14,7 +14,7 @@ from serving import Client, png
 
 playwright = pytest.importorskip("playwright.sync_api")
 expect = playwright.expect
-from browsing import MARKS, WAIT, Proxy, drag, drawn, near, numbers, opened, quick  # noqa: E402
+from browsing import MARKS, WAIT, Proxy, drag, drawn, follow_red, near, numbers, opened, quick  # noqa: E402
 
 pytestmark = MARKS
 
@@ -159,14 +159,7 @@ def test_masks_and_layouts_are_opened(page, tmp_path):
 
 
 def test_an_image_can_be_followed(page, port, tmp_path):
-    Image.new("RGB", (64, 64), "#d62828").save(tmp_path / "red.png")
-    page.locator("#add-file").set_input_files(tmp_path / "red.png")
-    page.get_by_label("Add a plugin").select_option("ilvr")
-    card = page.locator(".plugin", has_text="ilvr")
-    card.get_by_label("image").fill("red.png")
-    card.get_by_label("image").blur()
-    page.get_by_label("Remove zest").click()
-    page.get_by_label("Remove pww").click()
+    follow_red(page, tmp_path)
     quick(page, steps=3)
     run = Client(port).get(f"/api/runs/{drawn(page, 'finished')}")
     assert run["records"][""]["record"]["edits"]["ilvr"] > 0

@@ -15,7 +15,7 @@ from serving import Client
 
 playwright = pytest.importorskip("playwright.sync_api")
 expect = playwright.expect
-from browsing import MARKS, WAIT, drag, drawn, numbers, quick  # noqa: E402
+from browsing import MARKS, WAIT, drag, drawn, follow_red, numbers, quick  # noqa: E402
 
 pytestmark = MARKS
 DROP = """(files) => {
@@ -35,18 +35,6 @@ def port(scenes_port):
 def drop(page, **files):
     """Drops files on the page, by name with their bytes."""
     page.evaluate(DROP, [[name, base64.b64encode(data).decode()] for name, data in files.items()])
-
-
-def follow_red(page, tmp_path):
-    """Makes the run follow a red image by ilvr alone."""
-    Image.new("RGB", (64, 64), "#d62828").save(tmp_path / "red.png")
-    page.locator("#add-file").set_input_files(tmp_path / "red.png")
-    page.get_by_label("Add a plugin").select_option("ilvr")
-    card = page.locator(".plugin", has_text="ilvr")
-    card.get_by_label("image").fill("red.png")
-    card.get_by_label("image").blur()
-    for name in ("zest", "pww"):
-        page.get_by_label(f"Remove {name}").click()
 
 
 def test_a_dropped_image_brings_back_the_image_that_it_followed(page, port, tmp_path):

@@ -7,6 +7,7 @@ import threading
 
 import numpy as np
 import pytest
+from PIL import Image
 from playwright.sync_api import expect
 
 WAIT = 60_000  # milliseconds; machines of CI are slow
@@ -82,6 +83,18 @@ def drawn(page, state=ENDED):
     expect(page.locator("#result-title")).not_to_have_text(before, timeout=WAIT)
     expect(page.locator("#run-state")).to_have_text(state, timeout=WAIT)
     return page.locator("#result-title").text_content().split()[-1]
+
+
+def follow_red(page, tmp_path):
+    """Makes the run follow a red image by ilvr alone."""
+    Image.new("RGB", (64, 64), "#d62828").save(tmp_path / "red.png")
+    page.locator("#add-file").set_input_files(tmp_path / "red.png")
+    page.get_by_label("Add a plugin").select_option("ilvr")
+    card = page.locator(".plugin", has_text="ilvr")
+    card.get_by_label("image").fill("red.png")
+    card.get_by_label("image").blur()
+    for name in ("zest", "pww"):
+        page.get_by_label(f"Remove {name}").click()
 
 
 class Proxy:

@@ -26,6 +26,7 @@ from lpips_weights import random_lpips
 from pages import ROOT, blocks, python_blocks
 from panoptic import write_mask2former, write_panoptic
 from scene_files import write_scenes
+from segformers import write_segformer
 
 
 def picture(name, side=32):
@@ -113,32 +114,13 @@ def few_labels():
     shutil.copy("pairs/targets/0.png", "depth.png")
 
 
-def segmenter(folder, labels):
-    """A SegFormer of the classes of a label set."""
-    from transformers import (
-        SegformerConfig,
-        SegformerForSemanticSegmentation,
-        SegformerImageProcessor,
-    )
-
-    config = SegformerConfig(
-        hidden_sizes=[8, 8, 16, 16],
-        depths=[1] * 4,
-        num_attention_heads=[1, 2, 2, 2],
-        decoder_hidden_size=16,
-        id2label=dict(enumerate(labels.classes)),
-    )
-    SegformerForSemanticSegmentation(config).save_pretrained(folder)
-    SegformerImageProcessor(size={"height": 32, "width": 32}).save_pretrained(folder)
-
-
 def label_maps():
     your_model()
     tiny.sd_pipeline().save_pretrained("path/to/model")
     control_net(tiny.sd_pipeline()).save_pretrained("path/to/sd-controlnet-seg")
     ade, shapes = load_label_set("ade20k-150"), load_label_set(ZOO / "scenes-maps/labels.json")
-    segmenter("path/to/segformer-ade", ade)
-    segmenter("path/to/segmenter", shapes)
+    write_segformer(Path("path/to/segformer-ade"), ade.classes)
+    write_segformer(Path("path/to/segmenter"), shapes.classes)
     write_shots(Path("shots"), side=32, count=4)
     a_map("street.png", LabelSet("street", ade.classes[:9], first=1))
     a_map("park.png", GARDEN)
