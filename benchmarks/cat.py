@@ -241,14 +241,20 @@ def model_rows(part: str, setting: Setting, estimated: Estimator, results: Resul
     import cat_words
 
     lab = laboratory(setting)
-    shots = {count: shots_at(setting, count) for count in setting.counts}
-    found = {count: estimated(own) for count, own in shots.items()}
+    draws = {}
+    for count in setting.counts:
+        spread = lab.sizes.seeds if count == min(setting.counts) else 1
+        shots = [shots_at(setting, count, draw) for draw in range(spread)]
+        draws[count] = [cat_models.Draw(i, own, estimated(own)) for i, own in enumerate(shots)]
     rows = {name: ROWS[name] for name in DRAWN}
     make = {"training-free": cat_models.training_free, "fine-tuned": cat_trained.fine_tuned}[part]
-    lines = make(lab, shots, found, rows, right_colours)
-    results.extend({"part": part} | line for line in lines)
-    print(f"\n{part}\n\n{table(lines)}")
-    results.say(*cat_words.said(part, lines, cat_trained.MANY))
+    groups = make(lab, draws, rows, right_colours)
+    lines = [cat_models.row(lab, group) for group in groups]
+    paired = cat_models.paired(lab, groups)
+    for name, own in ((part, lines), ("paired", paired)):
+        results.extend({"part": name} | line for line in own)
+        print(f"\n{name}\n\n{table(own)}")
+    results.say(*cat_words.said(part, lines, paired))
 
 
 def right_colours(picks: Tensor) -> int:

@@ -7,6 +7,7 @@ import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property, partial
+from itertools import cycle
 from pathlib import Path
 
 import numpy as np
@@ -33,7 +34,10 @@ from guidekit.worlds import prints, scenes
 
 SIZE, BATCH = 32, 50
 REAL = 2_000  # prints that Frechet distances are to
-SEEDS = 3  # of random affinities, and of trainings whose spread is shown
+SEEDS = 3  # of random affinities, and of draws of the shots or trainings whose spread is shown
+#: Rows that the vote is compared with, layout by layout.
+ESTIMATES = ("segmentation", "features", "text")
+AGAINST = (*ESTIMATES, "segmentation, text where unseen", "scratch")
 Picks = Callable[[Affinity], Tensor]
 
 
@@ -81,6 +85,31 @@ class Lab:
         numbers = range(self.sizes.maps, self.sizes.maps + self.sizes.real)
         images = [_prints(part, "test") for part in _parts(numbers)]
         return see(self.judge, torch.cat(images) / 2 + 0.5).features
+
+
+@dataclass(frozen=True, eq=False)
+class Draw:
+    """Labelled images of one draw, and the affinity that they speak for."""
+
+    number: int
+    shots: list[Shot]
+    found: Affinity
+
+    @cached_property
+    def pixels(self) -> Tensor:
+        """The images (n, 3, H, W)."""
+        return torch.stack([shot.pixels for shot in self.shots])
+
+
+@dataclass(frozen=True, eq=False)
+class Group:
+    """The cells of one row: of several draws of the shots, or of several trainings."""
+
+    name: str
+    shots: int
+    #: Colours that its affinities have right, of 64, in the mean; None without an affinity.
+    right: int | None
+    cells: list[dict]
 
 
 def _parts(numbers: range) -> list[range]:
@@ -227,9 +256,9 @@ def cell(lab: Lab, key: dict, make: Callable[[], Tensor], shots: Tensor | None =
     return lab.store.cell(facts, lambda: verdict(lab, make(), shots))
 
 
-def row(lab: Lab, name: str, count: int, right: int | None, cells: list[dict]) -> dict:
-    """A line of the table: the mean over cells, with intervals over cells and layouts."""
-    statistics = {
+def measures(lab: Lab) -> dict[str, Callable[[dict], float]]:
+    """What is measured of a cell."""
+    return {
         "Frechet": lambda c: frechet(c["features"], lab.real),
         "mIoU": lambda c: mean_iou(c["inter"], c["union"], c["asked"]),
         "mIoU labelled": lambda c: mean_iou(
@@ -237,27 +266,58 @@ def row(lab: Lab, name: str, count: int, right: int | None, cells: list[dict]) -
         ),
         "to a shot": lambda c: float(c["near"].mean()),
     }
-    line = {"method": name, "shots": count, "colours right": right, "seeds": len(cells)}
-    for key, statistic in statistics.items():
-        value, bounds = over_trainings(statistic, cells, 100 if key == "Frechet" else 300)
-        line |= {key: value, f"{key} 95%": bounds}
+
+
+def sure(name: str, statistic: Callable[[dict], float], cells: list[dict]) -> dict:
+    """A measure's mean over cells, with intervals over cells and layouts."""
+    value, bounds = over_trainings(statistic, cells, 100 if name == "Frechet" else 300)
+    return {name: value, f"{name} 95%": bounds}
+
+
+def row(lab: Lab, group: Group) -> dict:
+    """A line of the table."""
+    line = {"method": group.name, "shots": group.shots, "colours right": group.right}
+    line["seeds"] = len(group.cells)
+    for name, statistic in measures(lab).items():
+        line |= sure(name, statistic, group.cells)
     return line
 
 
-def ceilings(lab: Lab, shots: dict[int, list[Shot]]) -> list[dict]:
+def paired(lab: Lab, groups: list[Group]) -> list[dict]:
+    """What the vote has over other rows of as many shots, at the same layouts and noise."""
+    votes = {group.shots: group.cells for group in groups if group.name == "vote"}
+    lines = []
+    for other in groups:
+        if other.name not in AGAINST:
+            continue
+        pairs = zip(votes[other.shots], cycle(other.cells), strict=False)
+        both = [{f"a {k}": v for k, v in a.items()} | b for a, b in pairs]
+        line = {"the vote less": other.name, "shots": other.shots, "seeds": len(both)}
+        for name, statistic in measures(lab).items():
+            line |= sure(name, partial(_less, statistic), both)
+        lines.append(line)
+    return lines
+
+
+def _less(statistic: Callable[[dict], float], both: dict) -> float:
+    """A measure of the arrays named "a ..." less that of the others."""
+    first = {k.removeprefix("a "): v for k, v in both.items() if k.startswith("a ")}
+    return statistic(first) - statistic(both)
+
+
+def ceilings(lab: Lab, draws: dict[int, list[Draw]]) -> list[Group]:
     """What real prints get, and their layouts filled with the source's colours."""
     colours = [scenes.COLOURS[name.split()[0]] for name in scenes.CLASSES]
     colours = torch.tensor(colours + list(scenes.BACKGROUNDS.values())) / 255
     ids = torch.stack([own.ids for own in lab.asked[1]])
     flat = colours[oracle()[ids]].movedim(-1, 1).float()
-    real, lines = partial(_same, lab.asked[0] / 2 + 0.5), []
-    for count, own in shots.items():  # their distance to a shot is what copies are told by
+    real, groups = partial(_same, lab.asked[0] / 2 + 0.5), []
+    for count, own in draws.items():  # their distance to a shot is what copies are told by
         key = {"method": "real prints", "part": "ceiling", "shots": count}
-        cells = [cell(lab, key, real, stacked(own))]
-        lines.append(row(lab, "real prints", count, None, cells))
+        groups.append(Group("real prints", count, None, [cell(lab, key, real, own[0].pixels)]))
     name = "oracle classes, flat colours"
     cells = [cell(lab, {"method": name, "part": "ceiling"}, partial(_same, flat))]
-    return [*lines, row(lab, name, 0, None, cells)]
+    return [*groups, Group(name, 0, None, cells)]
 
 
 def _same(images: Tensor) -> Tensor:
@@ -265,45 +325,40 @@ def _same(images: Tensor) -> Tensor:
 
 
 def affinity_rows(
-    lab: Lab, found: Affinity, rows: dict[str, Picks]
-) -> dict[str, list[tuple[int, Tensor]]]:
-    """The affinities that are compared, each with its seeds."""
-    picked = {name: [(0, picks(found))] for name, picks in rows.items()}
-    chance = [(seed, random_picks(found, seed)) for seed in range(lab.sizes.seeds)]
-    return {"random": chance} | picked | {"oracle": [(0, oracle())]}
+    lab: Lab, draws: list[Draw], rows: dict[str, Picks]
+) -> dict[str, list[tuple[Draw, Tensor]]]:
+    """The affinities that are compared: of every draw of the shots, by chance, and the best."""
+    first = draws[0]
+    chance = [(first, random_picks(first.found, seed)) for seed in range(lab.sizes.seeds)]
+    picked = {name: [(own, picks(own.found)) for own in draws] for name, picks in rows.items()}
+    return {"random": chance} | picked | {"oracle": [(first, oracle())]}
 
 
 def training_free(
     lab: Lab,
-    shots: dict[int, list[Shot]],
-    found: dict[int, Affinity],
+    draws: dict[int, list[Draw]],
     rows: dict[str, Picks],
     right: Callable[[Tensor], int],
-) -> list[dict]:
+) -> list[Group]:
     """The source model with an affinity folded in, and nothing trained."""
-    lines = ceilings(lab, shots)
-    for count, own in found.items():
-        known = stacked(shots[count])
-        for name, seeded in affinity_rows(lab, own, rows).items():
-            cells = [
-                cell(
-                    lab,
-                    {"part": "training-free", "method": name, "shots": count, "picks": named(p)},
-                    partial(_folded, lab, p),
-                    known,
-                )
-                for _, p in seeded
-            ]
-            lines.append(row(lab, name, count, mean_right(seeded, right), cells))
-    return lines
+    groups = ceilings(lab, draws)
+    for count, own in draws.items():
+        for name, several in affinity_rows(lab, own, rows).items():
+            cells = [_free_cell(lab, name, count, draw, picks) for draw, picks in several]
+            found = mean_right([picks for _, picks in several], right)
+            groups.append(Group(name, count, found, cells))
+    return groups
 
 
-def mean_right(seeded: list[tuple[int, Tensor]], right: Callable[[Tensor], int]) -> int:
-    return round(float(np.mean([right(picks) for _, picks in seeded])))
+def _free_cell(lab: Lab, name: str, count: int, draw: Draw, picks: Tensor) -> dict:
+    key = {"part": "training-free", "method": name, "shots": count, "picks": named(picks)}
+    key["draw"] = draw.number
+    return cell(lab, key, partial(_folded, lab, picks), draw.pixels)
 
 
-def stacked(shots: list[Shot]) -> Tensor:
-    return torch.stack([shot.pixels for shot in shots])
+def mean_right(several: list[Tensor], right: Callable[[Tensor], int]) -> int:
+    """How many colours affinities have right."""
+    return round(float(np.mean([right(picks) for picks in several])))
 
 
 def _folded(lab: Lab, picks: Tensor) -> Tensor:

@@ -11,6 +11,8 @@ from torch import Tensor
 from cat_models import (
     SIZE,
     TARGET,
+    Draw,
+    Group,
     Lab,
     Picks,
     affinity_rows,
@@ -20,11 +22,8 @@ from cat_models import (
     matrix_of,
     mean_right,
     named,
-    row,
-    stacked,
 )
 from guidekit import load
-from guidekit.affinity import Affinity, Shot
 from guidekit.synthesis.data import Examples, ShotExamples, WorldExamples
 from guidekit.synthesis.train import MapsOptions, MapsTask
 from guidekit.train import Loop, Options
@@ -55,38 +54,41 @@ class Training:
 
 def fine_tuned(
     lab: Lab,
-    shots: dict[int, list[Shot]],
-    found: dict[int, Affinity],
+    draws: dict[int, list[Draw]],
     rows: dict[str, Picks],
     right: Callable[[Tensor], int],
-) -> list[dict]:
+) -> list[Group]:
     """The same after training on the shots, beside models without an affinity."""
-    lines = ceilings(lab, shots)[:-1]
-    sizes = lab.sizes
-    for count, own in found.items():
-        spread = range(sizes.seeds if count == min(found) else 1)
-        trainings: dict[str, list[Training]] = {}
-        for name, seeded in affinity_rows(lab, own, rows).items():
-            again = seeded[:1] * len(spread) if name == "vote" else seeded[: len(spread)]
-            trainings[name] = [Training(p, True, sizes.tuning, i) for i, (_, p) in enumerate(again)]
-        trainings["fresh filters"] = [Training(None, True, sizes.tuning)]
-        trainings["scratch"] = [Training(None, False, sizes.tuning, i, 1e-3) for i in spread]
-        trainings["scratch, longer"] = [Training(None, False, sizes.long, 0, 1e-3)]
-        known = stacked(shots[count])
-        for name, several in trainings.items():
-            held = min(HELD_OUT, count // 4)
-            examples = ShotExamples(shots[count], TARGET, SIZE, held, flips=True)
-            cells = [trained_cell(lab, name, count, t, examples, known) for t in several]
-            picks = [(0, t.picks) for t in several if t.picks is not None]
-            lines.append(row(lab, name, count, mean_right(picks, right) if picks else None, cells))
-    return [*lines, reference(lab)]
+    groups = ceilings(lab, draws)[:-1]
+    for count, (own, *_) in draws.items():
+        seeds = lab.sizes.seeds if count == min(draws) else 1
+        held = min(HELD_OUT, count // 4)
+        examples = ShotExamples(own.shots, TARGET, SIZE, held, flips=True)
+        for name, several in trainings(lab, own, rows, seeds).items():
+            cells = [trained_cell(lab, name, count, t, examples, own.pixels) for t in several]
+            picks = [t.picks for t in several if t.picks is not None]
+            groups.append(Group(name, count, mean_right(picks, right) if picks else None, cells))
+    return [*groups, reference(lab)]
 
 
-def reference(lab: Lab) -> dict:
+def trainings(lab: Lab, own: Draw, rows: dict[str, Picks], seeds: int) -> dict[str, list[Training]]:
+    """The trainings of every row; those whose spread is shown have several seeds."""
+    sizes, found = lab.sizes, {}
+    for name, several in affinity_rows(lab, [own], rows).items():
+        picks = [picks for _, picks in several]
+        again = picks * seeds if name == "vote" else picks[:seeds]
+        found[name] = [Training(p, True, sizes.tuning, i) for i, p in enumerate(again)]
+    found["fresh filters"] = [Training(None, True, sizes.tuning)]
+    found["scratch"] = [Training(None, False, sizes.tuning, i, 1e-3) for i in range(seeds)]
+    found["scratch, longer"] = [Training(None, False, sizes.long, 0, 1e-3)]
+    return found
+
+
+def reference(lab: Lab) -> Group:
     """Trained from nothing on many prints."""
     training = Training(None, False, lab.sizes.reference, 0, 1e-3)
     cells = [trained_cell(lab, "scratch", MANY, training, Limited("prints", SIZE), None)]
-    return row(lab, f"scratch on {MANY}", MANY, None, cells)
+    return Group(f"scratch on {MANY}", MANY, None, cells)
 
 
 def trained_cell(
