@@ -20,6 +20,7 @@ import platform
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import cache
 from pathlib import Path
 
 import click
@@ -30,6 +31,7 @@ from torch import Tensor
 from guidekit import Denoiser, LabelMap, LabelSet, load
 from guidekit.affinity import Affinity, Estimate, Shot, estimate
 from guidekit.affinity.encoders import denoiser_features, load_texts
+from guidekit.affinity.estimate import by_text
 from guidekit.affinity.segmenters import Segmenter, judge_segmenter
 from guidekit.labels import VOID
 from guidekit.train.judge import Judge
@@ -152,6 +154,16 @@ def combined(found: Affinity) -> Tensor:
     return replace(found, estimates={"mean": mean}).picks("mean")
 
 
+def built_in_text(found: Affinity) -> Tensor:
+    """The names by `scenes-clip`, whose captions hold none of the target's."""
+    return replace(found, estimates={"text": _by_clip()}).picks("text")
+
+
+@cache
+def _by_clip() -> Estimate:
+    return by_text(load_texts("scenes-clip", load), SOURCE, TARGET, TEMPLATE)
+
+
 def single(name: str) -> Picks:
     """One estimate alone."""
     return lambda found: found.picks(name)
@@ -160,14 +172,22 @@ def single(name: str) -> Picks:
 ROWS: dict[str, Picks] = {
     "segmentation": single("segmentation"),
     "features": single("features"),
-    "text": single("text"),
+    "text, MiniLM": single("text"),
+    "text, scenes-clip": built_in_text,
     "vote": vote,
     "vote, ties to text": vote_text,
     "mean of similarities": combined,
     "segmentation, text where unseen": fallback,
 }
 #: Those that models draw under.
-DRAWN = ("segmentation", "features", "text", "vote", "segmentation, text where unseen")
+DRAWN = (
+    "segmentation",
+    "features",
+    "text, MiniLM",
+    "text, scenes-clip",
+    "vote",
+    "segmentation, text where unseen",
+)
 
 
 class Estimator:
@@ -249,7 +269,7 @@ def model_rows(part: str, setting: Setting, estimated: Estimator, results: Resul
     rows = {name: ROWS[name] for name in DRAWN}
     make = {"training-free": cat_models.training_free, "fine-tuned": cat_trained.fine_tuned}[part]
     groups = make(lab, draws, rows, right_colours)
-    lines = [cat_models.row(lab, group) for group in groups]
+    lines = cat_models.lines_of(lab, groups)
     paired = cat_models.paired(lab, groups)
     for name, own in ((part, lines), ("paired", paired)):
         results.extend({"part": name} | line for line in own)
@@ -285,7 +305,7 @@ def table(rows: list[dict]) -> str:
 
 def _cell(row: dict, name: str) -> str:
     """A value; with its interval if it has one, in whose digits it is."""
-    value, bounds = row[name], row.get(f"{name} 95%")
+    value, bounds = row.get(name), row.get(f"{name} 95%")
     if value is None or value != value:
         return ""
     if bounds is not None:

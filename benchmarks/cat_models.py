@@ -7,7 +7,6 @@ import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property, partial
-from itertools import cycle
 from pathlib import Path
 
 import numpy as np
@@ -27,6 +26,7 @@ from guidekit.synthesis.data import SOURCE_LABELS as SOURCE
 from guidekit.synthesis.data import WorldExamples
 from guidekit.synthesis.pipeline import MapsPipeline
 from guidekit.synthesis.train import transferred
+from guidekit.train.identity import digest_of
 from guidekit.train.judge import Judge
 from guidekit.train.precision import emulates_bf16
 from guidekit.train.recipe import train
@@ -36,8 +36,9 @@ SIZE, BATCH = 32, 50
 REAL = 2_000  # prints that Frechet distances are to
 SEEDS = 3  # of random affinities, and of draws of the shots or trainings whose spread is shown
 #: Rows that the vote is compared with, layout by layout.
-ESTIMATES = ("segmentation", "features", "text")
+ESTIMATES = ("segmentation", "features", "text, MiniLM")
 AGAINST = (*ESTIMATES, "segmentation, text where unseen", "scratch")
+REAL_PRINTS = "real prints"
 Picks = Callable[[Affinity], Tensor]
 
 
@@ -73,6 +74,12 @@ class Lab:
     seed: int
     #: What tells cells of other models apart.
     models: dict[str, str]
+
+    @property
+    def facts(self) -> dict[str, str | int]:
+        """What tells cells and trained models of other settings apart."""
+        sizes = self.sizes
+        return self.models | {"seed": self.seed, "maps": sizes.maps, "steps": sizes.steps}
 
     @cached_property
     def asked(self) -> tuple[Tensor, list[LabelMap]]:
@@ -141,7 +148,7 @@ def make_lab(
         folder,
         sizes,
         seed,
-        {"host": str(host), "judge": str(judge)},
+        {"host": digest_of(host), "judge": digest_of(judge)},
     )
 
 
@@ -252,8 +259,7 @@ def _overlaps(judge: Judge, make: Callable[[], Tensor], wanted: np.ndarray) -> d
 
 def cell(lab: Lab, key: dict, make: Callable[[], Tensor], shots: Tensor | None = None) -> dict:
     """The arrays of a row, from the images that `make` draws."""
-    facts = key | lab.models | {"seed": lab.seed, "maps": lab.sizes.maps, "steps": lab.sizes.steps}
-    return lab.store.cell(facts, lambda: verdict(lab, make(), shots))
+    return lab.store.cell(key | lab.facts, lambda: verdict(lab, make(), shots))
 
 
 def measures(lab: Lab) -> dict[str, Callable[[dict], float]]:
@@ -264,23 +270,40 @@ def measures(lab: Lab) -> dict[str, Callable[[dict], float]]:
         "mIoU labelled": lambda c: mean_iou(
             c["labelled inter"], c["labelled union"], c["labelled asked"]
         ),
+    }
+
+
+def nearness(groups: list[Group], count: int) -> dict[str, Callable[[dict], float]]:
+    """How far images are from the nearest of the shots, beside real prints of that number of shots.
+
+    copies: the share of images that are nearer to a shot than 95% of the real prints.
+    """
+    real = [g.cells[0]["near"] for g in groups if (g.name, g.shots) == (REAL_PRINTS, count)]
+    if not real:
+        return {}
+    bound = float(np.quantile(real[0], 0.05))
+    return {
         "to a shot": lambda c: float(c["near"].mean()),
+        "copies": lambda c: float((c["near"] < bound).mean()),
     }
 
 
 def sure(name: str, statistic: Callable[[dict], float], cells: list[dict]) -> dict:
-    """A measure's mean over cells, with intervals over cells and layouts."""
-    value, bounds = over_trainings(statistic, cells, 100 if name == "Frechet" else 300)
+    """A measure's mean over cells, with its interval over cells and layouts."""
+    value, bounds = over_trainings(statistic, cells)
     return {name: value, f"{name} 95%": bounds}
 
 
-def row(lab: Lab, group: Group) -> dict:
-    """A line of the table."""
-    line = {"method": group.name, "shots": group.shots, "colours right": group.right}
-    line["seeds"] = len(group.cells)
-    for name, statistic in measures(lab).items():
-        line |= sure(name, statistic, group.cells)
-    return line
+def lines_of(lab: Lab, groups: list[Group]) -> list[dict]:
+    """The lines of the table."""
+    lines = []
+    for group in groups:
+        line = {"method": group.name, "shots": group.shots, "colours right": group.right}
+        line["seeds"] = len(group.cells)
+        for name, statistic in (measures(lab) | nearness(groups, group.shots)).items():
+            line |= sure(name, statistic, group.cells)
+        lines.append(line)
+    return lines
 
 
 def paired(lab: Lab, groups: list[Group]) -> list[dict]:
@@ -290,7 +313,7 @@ def paired(lab: Lab, groups: list[Group]) -> list[dict]:
     for other in groups:
         if other.name not in AGAINST:
             continue
-        pairs = zip(votes[other.shots], cycle(other.cells), strict=False)
+        pairs = zip(votes[other.shots], other.cells, strict=True)
         both = [{f"a {k}": v for k, v in a.items()} | b for a, b in pairs]
         line = {"the vote less": other.name, "shots": other.shots, "seeds": len(both)}
         for name, statistic in measures(lab).items():
@@ -313,8 +336,8 @@ def ceilings(lab: Lab, draws: dict[int, list[Draw]]) -> list[Group]:
     flat = colours[oracle()[ids]].movedim(-1, 1).float()
     real, groups = partial(_same, lab.asked[0] / 2 + 0.5), []
     for count, own in draws.items():  # their distance to a shot is what copies are told by
-        key = {"method": "real prints", "part": "ceiling", "shots": count}
-        groups.append(Group("real prints", count, None, [cell(lab, key, real, own[0].pixels)]))
+        key = {"method": REAL_PRINTS, "part": "ceiling", "shots": count}
+        groups.append(Group(REAL_PRINTS, count, None, [cell(lab, key, real, own[0].pixels)]))
     name = "oracle classes, flat colours"
     cells = [cell(lab, {"method": name, "part": "ceiling"}, partial(_same, flat))]
     return [*groups, Group(name, 0, None, cells)]
@@ -363,12 +386,11 @@ def mean_right(several: list[Tensor], right: Callable[[Tensor], int]) -> int:
 
 def _folded(lab: Lab, picks: Tensor) -> Tensor:
     """Images under an affinity; the same affinity from other shots draws the same ones."""
-    facts = lab.models | {"seed": lab.seed, "maps": lab.sizes.maps, "steps": lab.sizes.steps}
 
     def make() -> dict[str, np.ndarray]:
         unet = transferred(lab.host, TARGET, matrix_of(picks)).eval()
         images = drawn(lab, MapsPipeline(unet, lab.host.scheduler, TARGET))
         return {"images": (images * 255).round().byte().numpy()}
 
-    found = lab.store.cell({"method": "images", "picks": named(picks)} | facts, make)
+    found = lab.store.cell({"method": "images", "picks": named(picks)} | lab.facts, make)
     return torch.from_numpy(found["images"]).float() / 255

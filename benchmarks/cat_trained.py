@@ -1,5 +1,7 @@
 """Rows of benchmarks/cat.py that train: models of label maps on a few shots, and from nothing."""
 
+import hashlib
+import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -9,6 +11,7 @@ import torch
 from torch import Tensor
 
 from cat_models import (
+    AGAINST,
     SIZE,
     TARGET,
     Draw,
@@ -76,7 +79,7 @@ def trainings(lab: Lab, own: Draw, rows: dict[str, Picks], seeds: int) -> dict[s
     sizes, found = lab.sizes, {}
     for name, several in affinity_rows(lab, [own], rows).items():
         picks = [picks for _, picks in several]
-        again = picks * seeds if name == "vote" else picks[:seeds]
+        again = picks * seeds if name == "vote" or name in AGAINST else picks[:seeds]
         found[name] = [Training(p, True, sizes.tuning, i) for i, p in enumerate(again)]
     found["fresh filters"] = [Training(None, True, sizes.tuning)]
     found["scratch"] = [Training(None, False, sizes.tuning, i, 1e-3) for i in range(seeds)]
@@ -98,8 +101,8 @@ def trained_cell(
     facts = {"method": name, "shots": count, "training seed": training.seed}
     facts |= {"training steps": training.steps, "lr": training.lr, "batch": lab.sizes.batch}
     facts |= {"picks": named(training.picks)}
-    words = [name, str(count), str(training.steps), str(training.seed), facts["picks"]]
-    folder = lab.folder / "trained" / "-".join(words).replace(" ", "-").replace(",", "")
+    own = hashlib.sha256(json.dumps(facts | lab.facts, sort_keys=True).encode()).hexdigest()[:8]
+    folder = lab.folder / "trained" / f"{name} {count} {own}".replace(",", "").replace(" ", "-")
     make = partial(_trained, lab, training, examples, folder)
     return cell(lab, {"part": "fine-tuned"} | facts, make, known)
 

@@ -19,6 +19,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from guidekit.backbones.remade import remade
 from guidekit.heads.linear import Linear, fit_linear
 from guidekit.images import sheet
 from guidekit.train import Loop, Options
@@ -47,9 +48,7 @@ class CodeNet(nn.Module):
             width *= 2
         layers += [nn.GroupNorm(8, width), nn.SiLU(), nn.Flatten(), nn.Linear(16 * width, CODE)]
         self.encoder = nn.Sequential(*layers)
-        config = dict(unet.config) | {"class_embed_type": "identity"}
-        config.pop("_use_default_values")  # else the embedding's type stays the default
-        self.unet = UNet2DModel.from_config(config)
+        self.unet = remade(unet, class_embed_type="identity")
         self.into = nn.Linear(CODE, 4 * unet.config.block_out_channels[0])
 
     def denoise(self, z: Tensor, timestep: Tensor, code: Tensor) -> Tensor:
@@ -208,7 +207,11 @@ class Code:
 
 
 def trained_code(world: str, folder: Path, steps: int, batch: int) -> Code:
-    """The autoencoder of a world, trained in `folder` first where it is not there yet."""
+    """The autoencoder of a world, trained in `folder` first where it is not there yet.
+
+    Of so many steps: another number is another model, in a folder of its own.
+    """
+    folder = folder.with_name(f"{folder.name}-{steps}")
     torch.manual_seed(0)
     task = CodeTask(world)
     _train(task, folder / "code", steps, batch, "bf16")

@@ -125,6 +125,8 @@ class Digits:
             "seed": self.seed,
             "model": self.model,
         }
+        if method == "latent code":
+            key["code steps"] = self.code_steps
         return self.store.cell(key, lambda: self._make_cell(method, labels, draw))
 
     def _make_cell(self, method: str, labels: int | None, draw: int) -> dict[str, np.ndarray]:

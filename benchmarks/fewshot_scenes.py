@@ -204,6 +204,8 @@ class Scenes:
                     "model": self.model,
                     "shots": self.shots,
                 }
+                if method == "latent code":
+                    key["code steps"] = self.code_steps
                 cells.append(
                     self.store.cell(
                         key, lambda m=maps, d=draw: {"found": m(d), "wanted": wanted.numpy()}

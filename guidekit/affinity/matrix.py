@@ -299,7 +299,8 @@ def parse_hand(
     found = {}
     for name, to in table.items():
         weights = torch.zeros(len(source), dtype=torch.float64)
-        for other, share in (to if isinstance(to, dict) else {to: 1}).items():
+        pairs = [*to.items()] if isinstance(to, dict) else [(to, 1)]
+        for other, share in pairs:
             number = isinstance(share, int | float) and not isinstance(share, bool)
             if not isinstance(other, str) or not number or not 0 < share < float("inf"):
                 raise GuidekitError(

@@ -14,6 +14,7 @@ from diffusers import ConfigMixin, ModelMixin, UNet2DConditionModel
 from diffusers.configuration_utils import register_to_config
 from torch import Tensor, nn
 
+from guidekit.backbones.remade import remade
 from guidekit.conditions import Condition, require_segments, segment_masks
 
 
@@ -76,7 +77,7 @@ def segment_maps(
 def widened(unet: UNet2DConditionModel, channels: int) -> UNet2DConditionModel:
     """A copy of the UNet whose first layer reads further channels, which change nothing yet."""
     own = unet.config.in_channels
-    made = UNet2DConditionModel.from_config(dict(unet.config) | {"in_channels": own + channels})
+    made = remade(unet, in_channels=own + channels)
     state = dict(unet.state_dict())
     first = state["conv_in.weight"]
     zeros = first.new_zeros(len(first), channels, *first.shape[2:])

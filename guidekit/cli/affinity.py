@@ -1,6 +1,7 @@
 """`guidekit affinity`. Everything that needs torch is imported inside."""
 
 import json
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -210,12 +211,15 @@ def _save(found: Any, out: Path) -> None:
 
 
 def _map_files(maps: Path) -> list[Path]:
-    """The label maps of a folder. Raises GuidekitError for one without any."""
+    """The label maps of a folder. Raises GuidekitError for one without any, and for equal names."""
     from guidekit.heads.data import image_files
 
     files = image_files(maps) if maps.is_dir() else []
     if not files:
         raise GuidekitError(f"{maps} has no label maps; give a folder of PNG files")
+    twice = [stem for stem, count in Counter(file.stem for file in files).items() if count > 1]
+    if twice:
+        raise GuidekitError(f"{maps} has two label maps called {twice[0]}; rename one")
     return files
 
 

@@ -8,8 +8,9 @@ colours are linear in the one-hot map.
 """
 
 import copy
+import math
 import warnings
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -19,13 +20,16 @@ from torch import Tensor, nn
 
 from guidekit.affinity.fold import Host, fold_state
 from guidekit.affinity.matrix import VOTE, Affinity, load_affinity
-from guidekit.backbones.controls import Control, load_control
+from guidekit.backbones.controls import Control, check_adapter, load_control
 from guidekit.backbones.loading import load, quiet
 from guidekit.backbones.map_encoder import MapEncoder
+from guidekit.backbones.remade import remade
+from guidekit.backbones.residuals import with_controls
 from guidekit.conditions import Condition
 from guidekit.errors import GuidekitError
 from guidekit.evaluate.restoration import psnr
 from guidekit.images import sheet
+from guidekit.inputs.given import as_denoiser
 from guidekit.labels import LABELS, LabelSet, load_label_set
 from guidekit.sampler import Sampling
 from guidekit.synthesis.data import Examples, make_examples
@@ -46,6 +50,9 @@ FIRST = {
     "controlnet": "controlnet_cond_embedding.conv_in.weight",
     "encoder": "conv_in.weight",
 }
+ORDER = "controlnet_conditioning_channel_order"  # in which a ControlNet takes an image's colours
+MOST_CHANNELS = 256  # of such layers by default
+TOKENS = 8  # a side, of an encoder's tokens by default
 CONTROL = "control"  # where a control lies in the folder of the backbone that was trained with it
 Net = T2IAdapter | ControlNetModel | MapEncoder
 
@@ -67,8 +74,9 @@ class ControlOptions:
     null: float = 0.0  # share of the maps replaced by zeros, which an encoder's null branch sees
     joint: bool = False  # trains the backbone's denoiser too, and exports both; for an encoder
     blocks: int = 1  # residual blocks of an adapter per resolution, or layers of an encoder
-    # Channels of the first layers of a ControlNet or encoder: as many halvings.
-    embedding: tuple[int, ...] = (16, 32, 64)
+    # Channels of the first layers of a ControlNet or encoder. By default 16, then twice as many
+    # after each halving: down to the latents' size for a ControlNet, to 8x8 tokens for an encoder.
+    embedding: tuple[int, ...] = ()
 
     def __post_init__(self):
         if self.kind not in KINDS:
@@ -163,6 +171,8 @@ class ControlTask:
             seeds=range(len(maps)),
             steps=20,
             cfg=1.0,
+            height=real.shape[-2],
+            width=real.shape[-1],
             controls=[Control(self.net.control)],
         )
         images = drawn.finish().images.cpu().float() * 2 - 1
@@ -201,23 +211,35 @@ def kind_of(control: nn.Module) -> str:
     return found
 
 
-def new_control(options: ControlOptions, pipeline: StableDiffusionPipeline, classes: int) -> Net:
-    """A control of so many classes that changes nothing much yet, at the backbone's sizes."""
+def layers_of(options: ControlOptions, factor: int, size: int) -> tuple[int, ...]:
+    """Channels of the first layers, beside an autoencoder of that factor, for maps of size x size.
+
+    An encoder halves the side after each of them, a ControlNet after all but the last.
+    """
+    if options.embedding:
+        return options.embedding
+    encoder = options.kind == "encoder"
+    halvings = round(math.log2(max(size // TOKENS, 2) if encoder else factor))
+    return tuple(min(16 * 2**i, MOST_CHANNELS) for i in range(halvings + (not encoder)))
+
+
+def new_control(
+    options: ControlOptions, pipeline: StableDiffusionPipeline, classes: int, size: int
+) -> Net:
+    """A control of so many classes that changes nothing much yet, for maps of size x size."""
     unet = pipeline.unet
+    layers = layers_of(options, pipeline.vae_scale_factor, size)
     if options.kind == "encoder":
-        side = unet.config.sample_size * pipeline.vae_scale_factor
         return MapEncoder(
             conditioning_channels=classes,
             width=unet.config.cross_attention_dim,
-            grid=side // 2 ** len(options.embedding),
-            channels=options.embedding,
+            grid=size // 2 ** len(layers),
+            channels=layers,
             layers=options.blocks,
         )
     if options.kind == "controlnet":
         return ControlNetModel.from_unet(
-            unet,
-            conditioning_channels=classes,
-            conditioning_embedding_out_channels=options.embedding,
+            unet, conditioning_channels=classes, conditioning_embedding_out_channels=layers
         )
     return T2IAdapter(
         in_channels=classes,
@@ -234,17 +256,15 @@ def folded_control(start: Net, affinity: Affinity, by: str = VOTE) -> Net:
     """
     adapter = isinstance(start, T2IAdapter)
     size = "in_channels" if adapter else "conditioning_channels"
-    coloured = start.config[size] == 3 and len(affinity.source) != 3
-    host = Host(
-        (FIRST[kind_of(start)],),
-        colours="unit" if coloured else "",
-        unshuffle=start.config.downscale_factor if adapter else 1,
-    )
-    palette = affinity.source.colours if coloured else None
-    state = fold_state(start.state_dict(), host, affinity.matrix(by), palette)
-    config = dict(start.config) | {size: len(affinity.target)}
-    made = type(start).from_config(config)
-    made.load_state_dict(state)
+    fields: dict[str, object] = {size: len(affinity.target)}
+    host = Host((FIRST[kind_of(start)],), unshuffle=start.config.downscale_factor if adapter else 1)
+    palette = None
+    if start.config[size] == 3:
+        host, palette = replace(host, colours="unit"), affinity.source.colours
+        if start.config.get(ORDER) == "bgr":  # classes have no such order
+            palette, fields[ORDER] = palette.flip(0), "rgb"
+    made = remade(start, **fields)
+    made.load_state_dict(fold_state(start.state_dict(), host, affinity.matrix(by), palette))
     return made
 
 
@@ -295,8 +315,18 @@ def _start(options: ControlOptions, labels: LabelSet, folder: Path) -> Net:
     return control
 
 
+def check_beside(pipeline: StableDiffusionPipeline, control: Net, size: int) -> None:
+    """Raises GuidekitError for a control of another family, or of another size than the latents."""
+    denoiser = with_controls(as_denoiser(pipeline), [Control(control)])
+    if isinstance(control, T2IAdapter):
+        check_adapter(control, denoiser, (size, size))
+
+
 def make(options: ControlOptions, folder: Path, size: int, silent: bool = True) -> ControlTask:
-    """The task of a recipe's stage. Raises GuidekitError for a backbone of another kind."""
+    """The task of a recipe's stage.
+
+    Raises GuidekitError for a backbone of another kind, and for a control that does not fit it.
+    """
     given = (options.source, options.data, size, options.held_out, options.flips)
     examples = make_examples(*given)
     if len(examples.labels) == 3:
@@ -308,7 +338,8 @@ def make(options: ControlOptions, folder: Path, size: int, silent: bool = True) 
     if options.start:
         control = _start(options, examples.labels, folder)
     else:
-        control = new_control(options, pipeline, len(examples.labels))
+        control = new_control(options, pipeline, len(examples.labels), size)
+    check_beside(pipeline, control, size)
     warn_of_reconstruction(pipeline, examples.shown(SHOWN)[0])
     return ControlTask(options, examples, pipeline, control)
 

@@ -134,7 +134,7 @@ class SpatialTask(ControlTask):
                 f"label set {labels.name!r} names no things, whose segments are shown; add `things`"
             )
         self.pipeline, self.backbone = pipeline, Backbone(pipeline)
-        self.prior = self._prior()
+        self.prior = self._prior().to(pipeline.device)
         unet = widened(pipeline.unet, self.prior.config.channels).train().requires_grad_(True)
         pipeline.unet = unet
         self.net = SpatialLoss(unet)
@@ -222,6 +222,8 @@ class SpatialTask(ControlTask):
             seeds=range(len(conditions)),
             steps=20,
             cfg=1.0,
+            height=real.shape[-2],
+            width=real.shape[-1],
             controls=[Control(self.prior)],
         )
         images = drawn.finish().images.cpu().float() * 2 - 1

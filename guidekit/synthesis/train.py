@@ -17,6 +17,7 @@ from torch import Tensor
 from guidekit.affinity.fold import fold_state
 from guidekit.affinity.matrix import VOTE, Affinity, load_affinity
 from guidekit.backbones.loading import load
+from guidekit.backbones.remade import remade
 from guidekit.errors import GuidekitError
 from guidekit.images import sheet
 from guidekit.labels import LabelSet
@@ -130,8 +131,8 @@ def transferred(start: MapsPipeline, labels: LabelSet, matrix: Tensor | None) ->
     matrix: the affinity A (N_s, N_t). Without one the layer is the same where the classes are, else
     the map's filters are drawn anew.
     """
-    config = dict(start.unet.config) | {"in_channels": start.unet.config.out_channels + len(labels)}
-    unet, state = UNet2DModel.from_config(config), start.unet.state_dict()
+    unet = remade(start.unet, in_channels=start.unet.config.out_channels + len(labels))
+    state = start.unet.state_dict()
     if matrix is not None:
         state = fold_state(state, "one-hot", matrix)
     elif start.labels.classes != labels.classes:

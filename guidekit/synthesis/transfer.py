@@ -5,6 +5,7 @@ all weights are trained on a few labelled images. Rate, length and choice of che
 """
 
 import json
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from guidekit.synthesis.control_train import kind_of, load_backbone
 from guidekit.synthesis.train import load_start
 from guidekit.system.untrusted import file_name
 from guidekit.train.durable import put, put_text
+from guidekit.train.options import Options
 from guidekit.train.recipe import task_kind, train
 from guidekit.zoo.shipped import ZOO
 
@@ -82,11 +84,17 @@ class Transfer:
         pipeline = load_backbone(self.model)
         return pipeline.unet.config.sample_size * pipeline.vae_scale_factor
 
-    def recipe(self, name: str, size: int, table: dict[str, Any]) -> str:
-        """The recipe as TOML, of a stage with the options of `table`."""
-        rows = table | {"steps": self.steps, "batch": self.batch, "lr": self.lr, "seed": self.seed}
+    def loop(self) -> dict[str, Any]:
+        """The options of the training. Raises GuidekitError for numbers that cannot be."""
+        rows = {"steps": self.steps, "batch": self.batch, "lr": self.lr, "seed": self.seed}
         rows |= {"warmup": min(20, self.steps), "ema": 0.99}
         rows |= {"save_every": 50, "preview_every": 200}
+        Options(**rows | {"steps": max(self.steps, 1)})
+        return rows
+
+    def recipe(self, name: str, size: int, table: dict[str, Any]) -> str:
+        """The recipe as TOML, of a stage with the options of `table`."""
+        rows = table | self.loop()
         lines = [f"model = {_toml(name)}", f"size = {size}", "", "[[stage]]"]
         lines += [f"task = {_toml(self.task)}", *(f"{k} = {_toml(v)}" for k, v in rows.items())]
         return "\n".join(lines) + "\n"
@@ -113,19 +121,26 @@ def transfer(plan: Transfer, out: Path, quiet: bool = False, fast_dev_run: bool 
     name, home = file_name(out.name, "--out"), out / plan.task
     kind, make = task_kind(plan.task)
     table, size = plan.table(), plan.size()
-    options = kind(**table)
-    task = make(options, out, size, quiet)
     text = plan.recipe(name, size, table)
+    task = make(kind(**table), out, size, quiet)
     _check_free(out, text)
     out.mkdir(parents=True, exist_ok=True)
     put_text(out / RECIPE, text)
     if plan.steps:
         return train(out / RECIPE, out.parent, quiet=quiet, fast_dev_run=fast_dev_run)
-    if not (home / "model").exists():
-        home.mkdir(exist_ok=True)
-        task.export(home / "model.part")
-        put(home / "model.part", home / "model")
-    return home / "model"
+    return _folded(task, home / "model")
+
+
+def _folded(task: Any, model: Path) -> Path:
+    """Saves the task's untrained model, in place of one that was made of what was there before."""
+    part = model.with_name("model.part")
+    for old in (part, model):
+        if old.exists():
+            shutil.rmtree(old)
+    model.parent.mkdir(exist_ok=True)
+    task.export(part)
+    put(part, model)
+    return model
 
 
 def _check_free(out: Path, text: str) -> None:

@@ -350,6 +350,7 @@ def test_what_cannot_work_is_refused(tmp_path):
     refused("does not fit; there are 2 classes", Affinity, ABC, XY, {}, {5: torch.ones(3)})
     refused("no class 'z'", parse_hand, {"z": "a"}, ABC, XY, "hand")
     refused("weights above 0", parse_hand, {"x": {"a": -1}}, ABC, XY, "hand")
+    refused("goes to a class, or to", parse_hand, {"x": ["a", "b"]}, ABC, XY, "hand")
     refused("goes to no class", parse_hand, {"x": {}}, ABC, XY, "hand")
     refused("no segmenter 'nowhere'", load_segmenter, "nowhere")
     (tmp_path / "config.json").write_text(json.dumps({"architectures": ["BertModel"]}))

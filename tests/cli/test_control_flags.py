@@ -206,6 +206,9 @@ def test_apply_is_all_or_nothing(model, kit, affinity):
     fails(
         sample(model, "--control", kit / "net", "--map", maps / "2.png", "--affinity", "V"), "void"
     )
+    Image.open(kit / "map.png").save(maps / "1.tif")
+    fails(run("affinity", "V", "--apply", "maps", "--out", "B"), "two label maps called 1; rename")
+    (maps / "1.tif").unlink()
     Image.open(kit / "unknown.png").save(maps / "2.png")
     words = (*words, "--segmenter", "nowhere")  # which is asked only after the maps were read
     fails(run("affinity", "shots", *words, "--apply", "maps", "--out", "B"), "hold 5, 6; label")

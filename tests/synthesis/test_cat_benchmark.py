@@ -10,7 +10,8 @@ import pytest
 pytestmark = pytest.mark.slow
 
 SCRIPT = Path(__file__).parents[2] / "benchmarks" / "cat.py"
-ROWS = {"random", "segmentation", "features", "text", "vote", "oracle", "real prints"}
+ESTIMATES = {"segmentation", "features", "text, MiniLM"}
+ROWS = ESTIMATES | {"random", "text, scenes-clip", "vote", "oracle", "real prints"}
 TRAINED = {"fresh filters", "scratch", "scratch, longer", "scratch on 10000"}
 
 
@@ -19,9 +20,11 @@ def test_all_rows_run_and_are_kept(tmp_path):
     words += ["--part", "host", "--part", "training-free", "--part", "fine-tuned"]
     first = subprocess.run(words, capture_output=True, text=True, check=True)
     found = json.loads((tmp_path / "r.json").read_text())
-    names = {(row["part"], row["method"]) for row in found["rows"]}
+    names = {(row["part"], row["method"]) for row in found["rows"] if "method" in row}
     assert names >= {("host", "source model"), *(("training-free", row) for row in ROWS)}
     assert names >= {("fine-tuned", row) for row in ROWS | TRAINED}
+    over = [row["the vote less"] for row in found["rows"] if row["part"] == "paired"]
+    assert sorted({*over}) == sorted({*ESTIMATES, "segmentation, text where unseen", "scratch"})
     assert "25 shots: the vote against scratch" in first.stdout
     again = subprocess.run(words, capture_output=True, text=True, check=True)
     assert "drawing" in first.stderr

@@ -1,5 +1,6 @@
 """The task `control`: folds, the loss of a control that does nothing, what is exported."""
 
+import json
 from dataclasses import replace
 
 import pytest
@@ -16,6 +17,7 @@ from guidekit.synthesis.control_train import (
     ControlOptions,
     ControlTask,
     folded_control,
+    layers_of,
     make,
     new_control,
     warn_of_reconstruction,
@@ -45,7 +47,7 @@ def task(pipe, tmp_path_factory):
     shots = read_shots(write_shots(tmp_path_factory.mktemp("shots"), side=32))
     options = ControlOptions(kind="controlnet", source="shots", embedding=(16, 32))
     examples = ShotExamples(shots, GARDEN, 32, 1, flips=False)
-    return ControlTask(options, examples, pipe, new_control(options, pipe, 2))
+    return ControlTask(options, examples, pipe, new_control(options, pipe, 2, 32))
 
 
 def answer(net, maps, pipe):
@@ -74,6 +76,57 @@ def test_a_folded_control_answers_as_to_the_remapped_map(kind, source, pipe):
     assert (found - wanted).norm() < 1e-5 * wanted.norm() < (other - wanted).norm()
 
 
+def test_colours_in_another_order_and_of_three_classes_fold_too(pipe):
+    net = control_net(pipe)
+    weight = net.controlnet_cond_embedding.conv_in.weight
+    three = replace(PARK, palette=COLOURED.palette[:3])
+    folded = folded_control(net, affinity(HAND, three))
+    wanted = torch.einsum("ochw,ct->othw", weight, three.colours[:, [0, 2]].float())
+    torch.testing.assert_close(folded.controlnet_cond_embedding.conv_in.weight, wanted)
+    net.register_to_config(controlnet_conditioning_channel_order="bgr")
+    own, given = affinity(HAND, COLOURED), label_map(GARDEN, side=32)
+    shown = control_pixels(own.remap(given), 3, (32, 32))[None]
+    with torch.no_grad():
+        wanted = answer(net, shown, pipe)
+        found = answer(folded_control(net, own).eval(), given.one_hot()[None], pipe)
+    torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-5)
+
+
+def test_a_file_that_leaves_its_channels_out_folds_too(pipe, tmp_path):
+    """As files of diffusers' early versions do."""
+    control_net(pipe).save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    del config["conditioning_channels"]
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    folded = folded_control(load_control(tmp_path), affinity(HAND, COLOURED))
+    assert folded.config.conditioning_channels == 2
+
+
+@pytest.mark.parametrize(
+    ("kind", "factor", "size", "wanted"),
+    [
+        ("controlnet", 4, 64, (16, 32, 64)),
+        ("controlnet", 8, 512, (16, 32, 64, 128)),
+        ("encoder", 4, 64, (16, 32, 64)),
+        ("encoder", 8, 512, (16, 32, 64, 128, 256, 256)),
+    ],
+)
+def test_first_layers_follow_the_autoencoder_and_the_images(kind, factor, size, wanted):
+    assert layers_of(ControlOptions(kind=kind), factor, size) == wanted
+
+
+@pytest.mark.parametrize("kind", NETS)
+def test_a_control_of_its_defaults_is_trained_at_another_size(kind, tmp_path):
+    """Beside a backbone of another autoencoder than the built-in one's, with a preview."""
+    tiny.sd_pipeline().save_pretrained(tmp_path / "sd")
+    shots = write_shots(tmp_path / "shots", side=64)
+    given = {"kind": kind, "source": "shots", "data": str(shots), "held_out": 1}
+    with pytest.warns(UserWarning, match="autoencoder gives these images back"):
+        task = make(ControlOptions(**given, backbone=str(tmp_path / "sd")), tmp_path, 64)
+    task.net(**task.batch(range(2), torch.Generator().manual_seed(0)))["mse"].backward()
+    assert task.preview().height > 2 * 64  # images above what is drawn
+
+
 def test_a_new_controlnet_has_the_backbones_own_loss(task, pipe):
     batch = task.batch(range(4), torch.Generator().manual_seed(0))
     assert batch["maps"].shape == (4, 2, 32, 32)
@@ -92,7 +145,7 @@ def encoder_task(pipe, folder, **options):
     shots = read_shots(write_shots(folder / "shots", side=32))
     given = {"kind": "encoder", "source": "shots", "embedding": (8, 8, 8)} | options
     options, examples = ControlOptions(**given), ShotExamples(shots, GARDEN, 32, 1, flips=False)
-    return ControlTask(options, examples, pipe, new_control(options, pipe, 2))
+    return ControlTask(options, examples, pipe, new_control(options, pipe, 2, 32))
 
 
 def test_an_encoder_trains_beside_a_frozen_backbone_then_both(tmp_path):
@@ -125,8 +178,9 @@ def test_an_encoder_trains_beside_a_frozen_backbone_then_both(tmp_path):
     assert drawn.finish().images.shape == (1, 3, 32, 32)
 
 
-def test_an_encoder_goes_on_from_one_of_the_same_classes(pipe, tmp_path):
-    map_encoder(pipe, len(SOURCE_LABELS)).save_pretrained(tmp_path / "start")
+def test_an_encoder_goes_on_from_one_of_the_same_classes(tmp_path):
+    scenes = guidekit.load("scenes", "cpu")
+    map_encoder(scenes, len(SOURCE_LABELS)).save_pretrained(tmp_path / "start")
     SOURCE_LABELS.save(tmp_path / "start" / "labels.json")
     given = {"kind": "encoder", "start": "start", "backbone": "scenes"}
     task = make(ControlOptions(**given), tmp_path, 64)

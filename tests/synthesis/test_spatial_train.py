@@ -55,6 +55,15 @@ def test_maps_hold_the_segments_embedding_where_it_is(task):
     torch.testing.assert_close(found, wanted[:, None, None] * share)
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+def test_a_preview_is_drawn_where_the_backbone_is(task, tmp_path):
+    options = replace(task.options, pairs=4)
+    own = SpatialTask(options, task.examples, tiny.sd_pipeline().to("cuda"), embed, 16)
+    own.preview()
+    own.export(tmp_path)
+
+
 def test_a_crop_shows_the_segment_alone():
     pixels, mask = torch.full((3, 40, 40), 0.5), torch.zeros(40, 40)
     pixels[0], mask[4:14, 30:40] = torch.linspace(-1, 1, 40)[None], 1

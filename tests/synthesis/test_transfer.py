@@ -15,7 +15,7 @@ from guidekit.images import save_image
 from guidekit.synthesis.pipeline import MapsPipeline
 from guidekit.synthesis.train import transferred
 from guidekit.synthesis.transfer import Transfer
-from guidekit.testing.conditioners import t2i_adapter
+from guidekit.testing.conditioners import control_net, t2i_adapter
 from guidekit.train.recipe import read_recipe
 from label_worlds import GARDEN, PARK, affinity, label_map, maps_pipeline, write_shots
 
@@ -56,6 +56,19 @@ def test_no_steps_fold_the_affinity_and_the_model_draws(there, tmp_path):
     assert CliRunner().invoke(main, list(map(str, again))).exit_code == 0
     same = [(tmp_path / name / "0.png").read_bytes() for name in ("drawn", "again")]
     assert same[0] == same[1]
+
+
+def test_no_steps_fold_the_affinity_that_is_there_now(there, tmp_path):
+    affinity(HAND).save(tmp_path / "A")
+    more = ("--affinity", tmp_path / "A", "--steps", 0)
+    assert command(there, tmp_path / "mine", *more).exit_code == 0
+    other = affinity({"lawn": "rock", "pond": "rock"})
+    other.save(tmp_path / "A")
+    done = command(there, tmp_path / "mine", *more)
+    assert done.exit_code == 0, done.output
+    made = MapsPipeline.from_pretrained(json.loads(done.stdout)["model"])
+    wanted = transferred(maps_pipeline(), GARDEN, other.matrix()).conv_in.weight
+    assert (made.unet.conv_in.weight == wanted.half()).all()
 
 
 def test_it_writes_a_recipe_runs_it_and_goes_on(there, tmp_path, monkeypatch):
@@ -109,6 +122,7 @@ def test_a_control_is_transferred_beside_its_backbone(there, tmp_path):
         (("--held-out", 4), "4 of 4 shots held out leaves none to train on"),
         (("--affinity", "A", "--by", "dreams"), "no estimate 'dreams'"),
         (("--control", "start"), "a control needs a hard affinity"),
+        (("--lr", "nan"), "lr must be 0 or more, not nan"),
     ],
 )
 def test_what_cannot_be_transferred_leaves_nothing_behind(more, words, there, tmp_path):
@@ -120,4 +134,16 @@ def test_what_cannot_be_transferred_leaves_nothing_behind(more, words, there, tm
     assert done.exit_code == 2
     assert words in done.output
     assert len(done.output.strip().splitlines()) == 1
+    assert not (tmp_path / "mine").exists()
+
+
+@pytest.mark.parametrize("make", [control_net, t2i_adapter])
+def test_a_control_of_another_family_leaves_nothing_behind(make, there, tmp_path):
+    tiny.sd_pipeline().save_pretrained(tmp_path / "sd")
+    make(tiny.sdxl_pipeline()).save_pretrained(tmp_path / "xl")
+    affinity(HAND, replace(PARK, palette=((9, 9, 9), (255, 0, 0), (0, 90, 0)))).save(tmp_path / "A")
+    more = ("--control", tmp_path / "xl", "--model", tmp_path / "sd", "--affinity", tmp_path / "A")
+    done = command(there, tmp_path / "mine", *more)
+    assert done.exit_code == 2, done.output
+    assert "for another model: its" in done.output
     assert not (tmp_path / "mine").exists()
