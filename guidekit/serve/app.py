@@ -4,11 +4,15 @@ The API is run.json: POST a run, GET its events, GET its files, DELETE to stop i
 docs/reference/serve-api.md.
 """
 
+import asyncio
 import contextlib
+import json
 import mimetypes
+import os
 import shutil
 import tempfile
 from collections.abc import AsyncIterator, Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, cast
 
@@ -22,7 +26,7 @@ from starlette.routing import Mount, Route
 from starlette.staticfiles import StaticFiles
 
 from guidekit import __version__
-from guidekit.errors import GuidekitError
+from guidekit.errors import GuidekitError, where_of
 from guidekit.images import COLOURS
 from guidekit.labels import label_sets
 from guidekit.registry import Registry
@@ -32,10 +36,11 @@ from guidekit.serve.knobs import plugin_knobs
 from guidekit.serve.models import Models
 from guidekit.serve.opened import opened
 from guidekit.serve.options import ServeOptions
-from guidekit.serve.safety import Safety
+from guidekit.serve.safety import HEADERS, Safety
 from guidekit.system.untrusted import inside, parse_json
 
 VERSION = 1  # of the API
+ASKERS = 4  # threads that ask models
 STATIC = Path(__file__).parent / "static"
 SHOWN = (".html", ".json", ".png")  # files of a run that are sent
 #: A run's report has its styles inside and no script.
@@ -51,6 +56,7 @@ class Server:
         self.models = Models(options.device, options.dtype)
         self.jobs = Jobs(options, self.models)
         self._streams = 0
+        self._askers = ThreadPoolExecutor(ASKERS, "guidekit models")
         self.app = Starlette(
             routes=[
                 Route("/api", self.about),
@@ -72,6 +78,7 @@ class Server:
                 NoRunError: _no_run,
                 QueueFullError: _full,
                 HTTPException: _no_answer,
+                Exception: _bug,
             },
             lifespan=self.lifespan,
         )
@@ -81,6 +88,7 @@ class Server:
         """Draws while the server runs."""
         with self.jobs.working():
             yield
+        self._askers.shutdown(wait=False, cancel_futures=True)
 
     async def page(self, _: Request) -> Response:
         """The page."""
@@ -106,20 +114,23 @@ class Server:
     async def model(self, request: Request) -> Response:
         """A model's size, defaults and schedulers; it is loaded for it."""
         name = self._own_model(request.path_params["name"])
-        return JSONResponse(await run_in_threadpool(self.models.facts, name))
+        return JSONResponse(await self._asked(self.models.facts, name))
 
     async def tokens(self, request: Request) -> Response:
         """The tokens of a prompt, and which of them each phrase is."""
         body = await _json(request)
         prompt, phrases = body.get("prompt", ""), body.get("phrases", [])
         entries = isinstance(phrases, list) and all(isinstance(p, dict) for p in phrases)
-        if not isinstance(prompt, str) or not entries or len(prompt) > 10_000:
+        if not isinstance(prompt, str) or not entries or len(prompt) > self.options.limits.text:
             raise GuidekitError("give `prompt`, a text, and `phrases`, a list of objects")
         if len(phrases) > self.options.limits.segments:
             raise GuidekitError(f"{self.options.limits.segments} phrases at most")
         name = self._own_model(body.get("model", self.options.models[0]))
-        found = await run_in_threadpool(self.models.tokens, name, prompt, phrases)
-        return JSONResponse(found)
+        return JSONResponse(await self._asked(self.models.tokens, name, prompt, phrases))
+
+    async def _asked(self, ask: Callable[..., Any], *given: Any) -> Any:
+        """What a model says. It may load for long, so others than these wait in other threads."""
+        return await asyncio.get_running_loop().run_in_executor(self._askers, ask, *given)
 
     def _own_model(self, name: Any) -> str:
         if not isinstance(name, str) or name not in self.options.models:
@@ -196,7 +207,7 @@ class Server:
         if job.folder is None:
             return _missing(name)
         path = inside(job.folder, name, "file")
-        if path.suffix not in SHOWN or not path.is_file():
+        if path.suffix not in SHOWN or not os.path.isfile(path):
             return _missing(name)
         own = {"content-security-policy": REPORT} if path.suffix == ".html" else None
         return FileResponse(path, headers=own, media_type=mimetypes.guess_type(path.name)[0])
@@ -235,6 +246,10 @@ async def _json(request: Request) -> dict[str, Any]:
     body = parse_json(await request.body(), finite=True)
     if not isinstance(body, dict):
         raise GuidekitError("the body must be a JSON object")
+    try:
+        json.dumps(body, ensure_ascii=False).encode()
+    except UnicodeEncodeError:  # such a text could be kept, and never be sent again
+        raise GuidekitError("a text of the body holds half of a character") from None
     return body
 
 
@@ -258,6 +273,13 @@ async def _no_answer(_: Request, error: Exception) -> Response:
     """No such address, or none for this method."""
     known = cast(HTTPException, error)
     return JSONResponse({"error": known.detail}, known.status_code, known.headers)
+
+
+async def _bug(_: Request, error: Exception) -> Response:
+    """What nobody foresaw; the server's log has it. It is answered outside of Safety."""
+    whose = where_of(error) or "guidekit"
+    text = f"a bug of {whose}, {type(error).__name__}; the server's log says where"
+    return JSONResponse({"error": text}, 500, HEADERS)
 
 
 async def _no_run(_: Request, error: Exception) -> Response:

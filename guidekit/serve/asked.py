@@ -10,6 +10,7 @@ import binascii
 import copy
 import dataclasses
 import json
+import os
 import re
 from collections.abc import Collection
 from dataclasses import dataclass
@@ -27,13 +28,14 @@ from guidekit.references import BUILT_IN
 from guidekit.registry import Registry
 from guidekit.serve.knobs import as_json, default_of
 from guidekit.serve.options import Limits, ServeOptions
-from guidekit.system.untrusted import file_name, inside, open_image
+from guidekit.system.untrusted import file_name, inside, open_image, read_json
 from guidekit.zoo.shipped import ZOO
 
 KEYS = ("format", "sample", "plugin", "segment", "control", "files", "grid", "record")
 PICTURES = (".jpeg", ".jpg", ".png", ".webp")
 SUFFIXES = (*PICTURES, ".json")
 MOST_FILES = 64
+LONGEST, DEEPEST = 255, 8  # characters of a file's name, and the folders in it with the file
 #: Keys of [sample] that a request may set. Others say what the server reads, where it writes and
 #: what it runs on, and so does a key that comes later until it is added here.
 ALLOWED = (
@@ -78,6 +80,8 @@ class Asked:
     cells: tuple[Cell, ...]
     #: The request itself, from which a page restores everything.
     body: dict[str, Any]
+    #: Bytes that keeping it takes.
+    size: int
 
 
 def read_asked(body: Any, options: ServeOptions, registry: Registry, folder: Path) -> Asked:
@@ -87,23 +91,13 @@ def read_asked(body: Any, options: ServeOptions, registry: Registry, folder: Pat
     """
     kept = _tables(body)
     body = copy.deepcopy(kept)  # the checks write places of the server into these tables
-    files = _write_files(body["files"], folder, options.limits)
+    files = write_files(body["files"], folder, options.limits)
     _check_sample(body["sample"], files, options)
     _check_plugins(body["plugin"], files, options, registry)
-    _check_segments(body["segment"], files, options.limits)
+    _check_segments(body["segment"], files)
     _check_controls(body["control"], files, options)
-    config = folder / REQUEST
-    tables = {key: body[key] for key in TABLES} | {"format": FORMAT}
-    config.write_text(json.dumps(tables))
-    calls = body["record"].get("calls")
-    record = {"calls": calls} if isinstance(calls, dict) else {}
-    settings = make_settings(read_config(config) | {"record": record}, {})
-    settings = dataclasses.replace(
-        settings,
-        device=options.device,
-        dtype=options.dtype,
-        offered=tuple(path.resolve() for path in options.files.values()),
-    )
+    _check_layouts(body, folder, options.limits)
+    settings = _settings(body, folder, options)
     _check_numbers(settings, options.limits)
     axes = parse_axes(body["grid"])
     _check_axes(axes)
@@ -116,9 +110,20 @@ def read_asked(body: Any, options: ServeOptions, registry: Registry, folder: Pat
     _, condition = checked(settings, registry)
     if condition.map is not None and len(condition.map.labels) > options.limits.classes:
         raise GuidekitError(f"a label map has {options.limits.classes} classes at most here")
-    if len(condition.segments) > options.limits.segments:
-        raise GuidekitError(f"a layout has {options.limits.segments} segments at most here")
-    return Asked(settings, axes, cells, kept)
+    return Asked(settings, axes, cells, kept, len(json.dumps(kept)))
+
+
+def _settings(body: dict[str, Any], folder: Path, options: ServeOptions) -> Settings:
+    """The settings of checked tables; the model is the server's own, also by a relative name."""
+    config = folder / REQUEST
+    config.write_text(json.dumps({key: body[key] for key in TABLES} | {"format": FORMAT}))
+    return dataclasses.replace(
+        make_settings(read_config(config) | {"record": body["record"]}, {}),
+        model=body["sample"]["model"],
+        device=options.device,
+        dtype=options.dtype,
+        offered=tuple(path.resolve() for path in options.files.values()),
+    )
 
 
 def _tables(body: Any) -> dict[str, Any]:
@@ -136,6 +141,8 @@ def _tables(body: Any) -> dict[str, Any]:
             raise GuidekitError(f"`{key}` must be {'a list' if kind is list else 'an object'}")
     if not all(isinstance(text, str) for text in tables["grid"]):
         raise GuidekitError("`grid` must be a list of texts such as 'zest.scale=0.5,1,2'")
+    calls = tables["record"].get("calls")  # all that a run takes over of an account
+    tables["record"] = {"calls": calls} if isinstance(calls, dict) else {}
     return {"format": FORMAT} | tables
 
 
@@ -145,6 +152,10 @@ def write_file(name: str, text: Any, folder: Path, limits: Limits) -> Path:
     Raises GuidekitError for a name that leads out of it, another kind of file, or a huge image.
     """
     path = inside(folder, name, "file")
+    if len(name) > LONGEST or len(path.relative_to(folder).parts) > DEEPEST:
+        raise GuidekitError(
+            f"a file's name has {LONGEST} characters and {DEEPEST} parts at most, not {name[:40]!r}"
+        )
     for part in path.relative_to(folder).parts:
         file_name(part, "a part of a file's name")
     if path.suffix.lower() not in SUFFIXES or path.name == REQUEST:
@@ -158,6 +169,8 @@ def write_file(name: str, text: Any, folder: Path, limits: Limits) -> Path:
         path.write_bytes(data)
     except (FileExistsError, IsADirectoryError, NotADirectoryError):
         raise GuidekitError(f"file {name!r} is a folder of another file; rename one") from None
+    except OSError as error:
+        raise GuidekitError(f"file {name!r} cannot be written here ({error.strerror})") from None
     if path.suffix.lower() in PICTURES:
         _check_picture(path, name, limits)
     return path
@@ -174,7 +187,8 @@ def _check_picture(path: Path, name: str, limits: Limits) -> None:
         raise GuidekitError(f"file {name!r} has {pixels} pixels; {limits.pixels} at most are read")
 
 
-def _write_files(files: dict[str, Any], folder: Path, limits: Limits) -> set[str]:
+def write_files(files: dict[str, Any], folder: Path, limits: Limits) -> set[str]:
+    """The names of a request's files, which are written into the new `folder`; as `write_file`."""
     if len(files) > MOST_FILES:
         raise GuidekitError(f"a request brings {MOST_FILES} files at most, not {len(files)}")
     folder.mkdir(parents=True)
@@ -189,6 +203,9 @@ def _check_sample(sample: dict[str, Any], files: set[str], options: ServeOptions
     if not _is_among(model, options.models):
         there = ", ".join(options.models)
         raise GuidekitError(f"this server has no model {model!r}; it was started with {there}")
+    for key in ("prompt", "negative"):
+        if isinstance(text := sample.get(key), str) and len(text) > options.limits.text:
+            raise GuidekitError(f"{key} has {options.limits.text} characters at most here")
     own = {"device": options.device, "dtype": options.dtype}
     for key in sorted(set(sample_keys()) - set(ALLOWED)):
         if sample.pop(key, None) not in (None, own.get(key)):
@@ -212,15 +229,53 @@ def _refuse_path(where: str, value: Any, files: set[str] | list[str]) -> None:
     raise GuidekitError(f"{where} {value!r} is not among the files of this request ({there})")
 
 
-def _check_segments(segments: list[Any], files: set[str], limits: Limits) -> None:
+def _check_segments(segments: list[Any], files: set[str]) -> None:
     """Raises GuidekitError for a mask that is no file of the request, and for texts."""
-    if len(segments) > limits.segments:
-        raise GuidekitError(f"a layout has {limits.segments} segments at most here")
     for index, entry in enumerate(segments):
         if not isinstance(entry, dict):
             raise GuidekitError(f"segment {index} must be an object with `phrase` and a place")
         if "mask" in entry and not _is_among(entry["mask"], files):
             _refuse_path(f"segment {index}: mask", entry["mask"], files)
+
+
+def _check_layouts(body: dict[str, Any], folder: Path, limits: Limits) -> None:
+    """Raises GuidekitError for too much in the layout's file, or in the request's own segments."""
+    check_layout({"segments": body["segment"]}, folder, limits)
+    if (name := body["sample"].get("layout")) is not None:
+        check_layout(_json_of(folder / name), (folder / name).parent, limits)
+
+
+def _json_of(path: Path) -> Any:
+    """What a file holds; nothing of one that is no JSON, which is said by who reads it."""
+    try:
+        return read_json(path)
+    except GuidekitError:
+        return None
+
+
+def check_layout(layout: Any, folder: Path, limits: Limits) -> None:
+    """Raises GuidekitError for more segments, or larger masks, than memory is taken for.
+
+    What is wrong with a layout besides is said by who reads it.
+    """
+    segments = layout.get("segments") if isinstance(layout, dict) else None
+    if not isinstance(segments, list):
+        return
+    if len(segments) > limits.segments:
+        raise GuidekitError(f"a layout has {limits.segments} segments at most here")
+    names = [entry.get("mask", layout.get("map")) for entry in segments if isinstance(entry, dict)]
+    pixels = {name: _pixels(folder, name) for name in names if isinstance(name, str)}
+    if sum(pixels[name] for name in names if name in pixels) > limits.masks:
+        raise GuidekitError(f"the masks of a layout have {limits.masks} pixels at most here")
+
+
+def _pixels(folder: Path, name: str) -> int:
+    """Pixels of an image of a request; 0 of what is none, or not there."""
+    path = inside(folder, name, "file")
+    if path.suffix.lower() not in PICTURES or not os.path.isfile(path):
+        return 0
+    with open_image(path) as image:
+        return image.width * image.height
 
 
 def _check_controls(controls: list[Any], files: set[str], options: ServeOptions) -> None:

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 ALIVE = 10.0  # seconds after which a silent stream says that it is there
+STEP = "step"
 LATEST = ("preview", "maps")  # kinds of which the last counts alone
 
 
@@ -33,7 +34,9 @@ class Event:
 class EventLog:
     """The events of one run, written by a thread and followed in the server's loop."""
 
-    def __init__(self) -> None:
+    def __init__(self, most: int) -> None:
+        """most: events of steps that are kept; of more, every other one goes."""
+        self._most, self._steps = most, 0
         self._events: list[Event] = []
         self._lock = threading.Lock()
         self._count = 0
@@ -47,7 +50,17 @@ class EventLog:
             if kind in LATEST:
                 self._events = [e for e in self._events if e.kind != kind]
             self._events.append(Event(self._count, kind, data))
+            self._steps += kind == STEP
+            if self._steps > self._most:
+                self._thin()
         self._wake()
+
+    def _thin(self) -> None:
+        """Drops every other step, so that a long run's curves keep their form."""
+        steps = [e for e in self._events if e.kind == STEP]
+        gone = {e.number for e in steps[1::2]}
+        self._events = [e for e in self._events if e.number not in gone]
+        self._steps -= len(gone)
 
     def close(self) -> None:
         """Ends every stream after what there is; the previews, which nobody needs now, go."""

@@ -1,6 +1,7 @@
 """The queue of a server: runs wait, one is drawn at a time, and each can be stopped."""
 
 import contextlib
+import secrets
 import shutil
 import tempfile
 import threading
@@ -44,21 +45,16 @@ class Job:
     asked: Asked
     #: Files of the request, which are removed when the run has ended.
     inputs: Path
+    events: EventLog
     state: str = "queued"
     #: Where its files are, once it is drawn.
     folder: Path | None = None
     error: str | None = None
     made: float = field(default_factory=time.time)
     seconds: float = 0.0
-    events: EventLog = field(default_factory=EventLog)
     stop: threading.Event = field(default_factory=threading.Event)
     done: int = 0
     total: int = 0
-
-    @property
-    def held(self) -> int:
-        """Bytes of the files of its request, which it keeps to be restored."""
-        return sum(map(len, self.asked.body["files"].values()))
 
     @property
     def cells(self) -> list[Cell]:
@@ -84,6 +80,7 @@ class Jobs:
         self._waiting: deque[Job] = deque()
         self._changed = threading.Condition()
         self._closing, self._count = False, 0
+        self._start = secrets.token_hex(2)  # a page of the server before takes no run for its own
         self._thread = threading.Thread(target=self._work, name="guidekit draws", daemon=True)
 
     @contextlib.contextmanager
@@ -115,7 +112,8 @@ class Jobs:
                 if len(self._waiting) >= self.options.limits.queue:
                     raise QueueFullError
                 self._count += 1
-                job = Job(f"{self._count:04d}", asked, inputs)
+                events = EventLog(self.options.limits.events)
+                job = Job(f"{self._count:04d}-{self._start}", asked, inputs, events)
                 self.all[job.id] = job
                 self._waiting.append(job)
                 job.turn("queued", position=len(self._waiting))
@@ -128,11 +126,11 @@ class Jobs:
 
     def _forget(self) -> None:
         """Lets the oldest ended runs go; their folders stay."""
-        limits, held = self.options.limits, sum(job.held for job in self.all.values())
+        limits, held = self.options.limits, sum(job.asked.size for job in self.all.values())
         for job in [job for job in self.all.values() if job.state in ENDED]:
             if len(self.all) <= limits.kept and held <= limits.held:
                 return
-            held -= job.held
+            held -= job.asked.size
             del self.all[job.id]
 
     def position(self, job: Job) -> int:
@@ -150,9 +148,11 @@ class Jobs:
 
     def _close(self, job: Job, state: str, error: str | None = None) -> None:
         job.error = error
-        shutil.rmtree(job.inputs.parent, ignore_errors=True)
-        job.turn(state, error=error, folder=None if job.folder is None else str(job.folder))
-        job.events.close()
+        try:
+            shutil.rmtree(job.inputs.parent, ignore_errors=True)
+        finally:  # who follows it is told
+            job.turn(state, error=error, folder=None if job.folder is None else str(job.folder))
+            job.events.close()
 
     def _work(self) -> None:
         while True:
@@ -163,7 +163,10 @@ class Jobs:
                     return
                 job = self._waiting.popleft()
                 job.turn("loading")
-            self._draw(job)
+            try:
+                self._draw(job)
+            except Exception as bug:  # of ending it; those that wait are drawn all the same
+                traceback.print_exception(bug)
 
     def _draw(self, job: Job) -> None:
         """Draws a run to its end, whatever that is; no error of one run ends the worker."""

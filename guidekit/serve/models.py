@@ -28,19 +28,31 @@ class Models:
 
     def __init__(self, device: str | None, dtype: str | None):
         self.device, self.dtype = device, dtype
-        self._lock, self._tokenizing = threading.Lock(), threading.Lock()
+        self._lock, self._loading = threading.Lock(), threading.Lock()
+        self._tokenizing = threading.Lock()
         self._loaded: dict[str, Any] = {}
         self._tokenizers: dict[str, list[Any]] = {}
 
     def load(self, name: str, registry: Registry | None = None, *_: object) -> Any:
-        """The pipeline of that name, on the server's device."""
-        with self._lock:
-            pipeline = self._loaded.pop(name, None)
+        """The pipeline of that name, on the server's device; one that is there comes at once."""
+        if (pipeline := self._kept(name)) is not None:
+            return pipeline
+        with self._loading:
+            pipeline = self._kept(name)  # another thread may have loaded it meanwhile
             if pipeline is None:
                 pipeline = load_model(name, registry or Registry(), self.device, self.dtype)
-            self._loaded[name] = pipeline  # the last used is the last
-            while len(self._loaded) > KEPT:
-                self._loaded.pop(next(iter(self._loaded)))
+            with self._lock:
+                self._loaded[name] = pipeline
+                while len(self._loaded) > KEPT:
+                    self._loaded.pop(next(iter(self._loaded)))
+        return pipeline
+
+    def _kept(self, name: str) -> Any:
+        """A model that is there, which becomes the last used; else None."""
+        with self._lock:
+            pipeline = self._loaded.pop(name, None)
+            if pipeline is not None:
+                self._loaded[name] = pipeline
             return pipeline
 
     def facts(self, name: str) -> dict[str, Any]:

@@ -19,7 +19,7 @@ from guidekit.errors import GuidekitError
 from guidekit.labels import label_sets
 from guidekit.layouts import parse_layout
 from guidekit.masks import load_mask, resize_mask
-from guidekit.serve.asked import ALLOWED, PICTURES, write_file
+from guidekit.serve.asked import ALLOWED, PICTURES, check_layout, write_files
 from guidekit.serve.options import ServeOptions
 from guidekit.system.untrusted import MOST_TEXT, open_image, parse_json, read_json
 
@@ -44,21 +44,21 @@ def opened(request: Any, options: ServeOptions, folder: Path) -> dict[str, Any]:
     files = (body or {}).get("files", {}) if isinstance(body, dict) else request.get("files", {})
     if not isinstance(files, dict):
         raise GuidekitError("`files` must be an object")
-    folder.mkdir(parents=True)
-    paths = {name: write_file(name, text, folder, options.limits) for name, text in files.items()}
+    write_files(files, folder, options.limits)
     if isinstance(body, dict):
         return _run(body, files, folder, size, options)
     main = request.get("main")
-    if not isinstance(main, str) or main not in paths:
-        raise GuidekitError(f"`main` {main!r} is not among the files ({', '.join(paths)})")
-    if Path(main).suffix.lower() not in PICTURES:
-        return _document(read_json(paths[main]), files, folder, size, options)
-    if (tables := _carried(paths[main])) is None:
-        return _mask(paths[main], size)
+    if not isinstance(main, str) or main not in files:
+        raise GuidekitError(f"`main` {main!r} is not among the files ({', '.join(files)})")
+    path = folder / main
+    if path.suffix.lower() not in PICTURES:
+        return _document(read_json(path, finite=True), files, folder, size, options)
+    if (tables := _carried(path)) is None:
+        return _mask(path, size)
     own = tables.get("files", {}) if isinstance(tables.get("files"), dict) else {}
-    for name, text in own.items():
-        write_file(name, text, folder, options.limits)
-    return _run(tables, own, folder, size, options)
+    beside = folder.with_name("carried")
+    write_files(own, beside, options.limits)
+    return _run(tables, own, beside, size, options)
 
 
 def _size(given: Any, options: ServeOptions) -> tuple[int, int]:
@@ -79,7 +79,7 @@ def _carried(path: Path) -> dict[str, Any] | None:
         return None
     if len(text) > MOST_TEXT:
         raise GuidekitError("its settings are larger than any that guidekit writes")
-    tables = parse_json(text)
+    tables = parse_json(text, finite=True)
     return tables if isinstance(tables, dict) else None
 
 
@@ -97,7 +97,7 @@ def _document(
         return _run(table, files, folder, size, options)
     if isinstance(table, dict) and ("segments" in table or "prompt" in table):
         sample = {key: table[key] for key in ("prompt", "negative", "label") if key in table}
-        return _layers("layout", sample, {}, table, files, folder, size, [])
+        return _layers("layout", sample, {}, table, Place(folder, files, size, options), [])
     raise GuidekitError("it is neither a run.json (`sample`) nor a layout.json (`segments`)")
 
 
@@ -120,30 +120,41 @@ def _run(
         if not isinstance(tables.get(key) or kind(), kind):
             raise GuidekitError(f"`{key}` must be {'a list' if kind is list else 'an object'}")
     notes: list[str] = []
-    sample = {
-        key: value
-        for key, value in dict(tables.get("sample") or {}).items()
-        if key in ALLOWED and value is not None and (key == "model" or value != STANDARD[key])
-    }
+    sample = _changed(tables.get("sample") or {})
     layout: dict[str, Any] = {"segments": list(tables.get("segment") or [])}
-    if (name := sample.pop("layout", None)) in files:
-        layout = read_json(folder / name)
+    if (name := _file_of(sample.pop("layout", None), files)) is not None:
+        layout = read_json(folder / name, finite=True)
         if not isinstance(layout, dict):
             raise GuidekitError(f"{name} holds no object")
         sample = {k: layout[k] for k in ("prompt", "negative") if k in layout} | sample
     if sample.get("model", options.models[0]) not in options.models:
         notes.append(f"this server has no model {sample.pop('model')!r}")
     plugin = _plugins(dict(tables.get("plugin") or {}), files, options, notes)
+    _keep_images(sample, files, notes)
+    _keep_labels(sample, files, options, notes)
+    control = _controls(tables.get("control") or [], files, options, notes)
+    place = Place(folder, files, size, options)
+    found = _layers("run", sample, plugin, layout, place, notes, control)
+    return found | {"grid": _grid(tables.get("grid") or [])}
+
+
+def _changed(sample: dict[str, Any]) -> dict[str, Any]:
+    """What a run set beside the defaults, of what a request may set."""
+    return {
+        key: value
+        for key, value in sample.items()
+        if key in ALLOWED and value is not None and (key == "model" or value != STANDARD[key])
+    }
+
+
+def _keep_images(sample: dict[str, Any], files: dict[str, str], notes: list[str]) -> None:
+    """Keeps the images that are here, by the names of their files; others are noted."""
     for key in [key for key in IMAGES if sample.get(key) is not None]:
         value = sample.pop(key)
         if (own := _file_of(value, files)) is None:
             notes.append(f"the {IMAGES[key]} {Path(str(value)).name} is not here; add it again")
         else:
             sample[key] = own
-    _keep_labels(sample, files, options, notes)
-    control = _controls(tables.get("control") or [], files, options, notes)
-    found = _layers("run", sample, plugin, layout, files, folder, size, notes, control)
-    return found | {"grid": _grid(tables.get("grid") or [])}
 
 
 def _grid(texts: Any) -> list[list[str]]:
@@ -218,31 +229,34 @@ def _controls(
     return found
 
 
+@dataclasses.dataclass(frozen=True)
+class Place:
+    """Where a layout's files lie, with the size (height, width) of the map to paint on."""
+
+    folder: Path
+    files: dict[str, str]
+    size: tuple[int, int]
+    options: ServeOptions
+
+
 def _layers(
     kind: str,
     sample: dict[str, Any],
     plugin: dict[str, Any],
     layout: dict[str, Any],
-    files: dict[str, str],
-    folder: Path,
-    size: tuple[int, int],
+    place: Place,
     notes: list[str],
     control: list[dict[str, Any]] | None = None,
 ) -> dict[str, Any]:
     """A layout as layers: each segment's words, its place, and all of them in one map."""
-    entries = []
-    for entry in layout.get("segments") or []:
-        found = _with_file(entry, files) if isinstance(entry, dict) else entry
-        if found is None:
-            notes.append(f"the mask {entry['mask']} is not here; drop it together with the file")
-        else:
-            entries.append(found)
+    entries = _entries(layout.get("segments"), place.files, notes)
     table = {key: layout[key] for key in ("map",) if key in layout} | {"segments": entries}
-    segments = parse_layout(table, folder, "layout").segments
+    check_layout(table, place.folder, place.options.limits)
+    segments, size = parse_layout(table, place.folder, "layout").segments, place.size
     if "map" in layout and segments:  # a painted map keeps its own pixels
-        with open_image(folder / layout["map"]) as image:
+        with open_image(place.folder / layout["map"]) as image:
             own = (image.height, image.width)
-        size = own if max(own) <= 1024 else size
+        size = own if max(own) <= place.options.limits.side else size
     shown = [{key: entry[key] for key in KEPT if key in entry} for entry in entries]
     used = {entry["mask"] for entry in shown if "mask" in entry}
     used |= {sample.get(key) for key in ("image", "map", "labels")}
@@ -256,24 +270,31 @@ def _layers(
         "segments": shown,
         "size": list(size),
         "map": _bytes([segment.mask for segment in segments], size),
-        "files": {name: text for name, text in files.items() if name in used},
+        "files": {name: text for name, text in place.files.items() if name in used},
         "notes": notes,
     }
+
+
+def _entries(segments: Any, files: dict[str, str], notes: list[str]) -> list[Any]:
+    """The segments of a layout whose masks are here, by the names of their files."""
+    if not isinstance(segments, list | None):
+        raise GuidekitError("layout: `segments` must be a list")
+    entries = []
+    for entry in segments or []:
+        mask = entry.get("mask") if isinstance(entry, dict) else None
+        if mask is None:
+            entries.append(entry)
+        elif (own := _file_of(mask, files)) is not None:
+            entries.append(entry | {"mask": own})
+        else:
+            notes.append(f"the mask {mask} is not here; drop it together with the file")
+    return entries
 
 
 def _texts(value: Any) -> list[str]:
     """The texts that a value is or holds."""
     items = value if isinstance(value, list) else [value]
     return [item for item in items if isinstance(item, str)]
-
-
-def _with_file(entry: dict[str, Any], files: dict[str, str]) -> dict[str, Any] | None:
-    """An entry whose mask is one of the files, also by its last name; None where it is not."""
-    mask = entry.get("mask")
-    if mask is None or mask in files:
-        return entry
-    found = _file_of(mask, files)
-    return None if found is None else entry | {"mask": found}
 
 
 def _file_of(name: Any, files: dict[str, str]) -> str | None:

@@ -29,7 +29,7 @@ class Limits:
     queue: int = 64
     #: Runs whose events are kept; the files of older ones stay in their folders.
     kept: int = 500
-    #: Bytes of the files of all runs whose events are kept.
+    #: Bytes of the requests of all runs whose events are kept.
     held: int = 256 << 20
     #: Listeners to events, all together.
     streams: int = 64
@@ -37,6 +37,12 @@ class Limits:
     body: int = 16 << 20
     #: Pixels of an image file in a request.
     pixels: int = 4096 * 4096
+    #: Pixels of the masks of all segments together.
+    masks: int = 4 * 4096 * 4096
+    #: Characters of a prompt.
+    text: int = 10_000
+    #: Steps of a run whose events are kept; of more, every other one goes.
+    events: int = 20_000
 
 
 @dataclass(frozen=True, kw_only=True)

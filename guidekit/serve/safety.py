@@ -133,10 +133,17 @@ def is_loopback(host: str) -> bool:
 def _check_origin(headers: dict[str, str], host: str) -> None:
     """Raises Refused for a change that a page of another site asks for."""
     origin = headers.get("origin")
-    if origin is not None and urlsplit(origin).netloc != host:
+    if origin is not None and _host_of(origin) != host:
         raise Refused(403, f"a page of {origin} may not use this server")
     if headers.get("sec-fetch-site", "none") not in SITES:
         raise Refused(403, "a page of another site may not use this server")
+
+
+def _host_of(origin: str) -> str | None:
+    try:
+        return urlsplit(origin).netloc
+    except ValueError:  # no address at all
+        return None
 
 
 def _bounded(receive: Any, headers: dict[str, str], most: int) -> Any:

@@ -14,7 +14,7 @@ from torch import Tensor
 from guidekit.cli.session import Stopped
 from guidekit.images import heat_map, to_image
 from guidekit.sampler import Sampling
-from guidekit.serve.events import EventLog
+from guidekit.serve.events import STEP, EventLog
 from guidekit.step import Step
 
 SHOWN = 256  # longer side of a preview
@@ -46,7 +46,7 @@ class Watcher:
         rows = sampling.account.rows
         new, self._rows = rows[self._rows :], len(rows)
         self.log.add(
-            "step",
+            STEP,
             **where,
             done=self.done,
             total=self.total,

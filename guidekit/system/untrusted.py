@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 FORMATS = ("BMP", "GIF", "JPEG", "PNG", "TIFF", "WEBP")
 MOST_PIXELS = 89_478_485  # Pillow warns above it: a quarter of a gigabyte at three bytes
 MOST_TEXT = 2**26  # bytes of a file of text; the largest vocabularies have a quarter
+DEEPEST = 100  # lists and objects in each other; none of guidekit's has ten
 MOST_MEMBER = 2**26  # bytes of a member of a tar; more is no image of a web page
 MOST_LAYERS = 1000  # that a config may ask for; each takes time before any weight is compared
 LONGEST_NAME = 200  # bytes of a folder's name, which file systems end at 255
@@ -136,11 +137,26 @@ def parse_json(text: str | bytes, finite: bool = False) -> Any:
     """
     own: dict[str, Any] = {"parse_constant": _finite, "parse_float": _finite} if finite else {}
     try:
-        return json.loads(text, **own)
+        found = json.loads(text, **own)
     except RecursionError:
         raise GuidekitError("it is too deeply nested") from None
     except ValueError as error:
         raise GuidekitError(str(error)) from None
+    if _depth(found) > DEEPEST:  # less than what a copy of it can follow
+        raise GuidekitError("it is too deeply nested")
+    return found
+
+
+def _depth(value: Any) -> int:
+    """How deeply lists and objects lie in each other, counted up to DEEPEST + 1."""
+    level, depth = [value], 0
+    while depth <= DEEPEST:
+        level = [v for v in level if isinstance(v, dict | list)]
+        if not level:
+            break
+        level = [v for own in level for v in (own.values() if isinstance(own, dict) else own)]
+        depth += 1
+    return depth
 
 
 def _finite(text: str) -> float:
@@ -149,9 +165,9 @@ def _finite(text: str) -> float:
     return number
 
 
-def read_json(path: Path) -> Any:
+def read_json(path: Path, finite: bool = False) -> Any:
     """What a JSON file holds; raises as `read_text` and `parse_json`."""
-    return parse_json(read_text(path))
+    return parse_json(read_text(path), finite)
 
 
 def read_object(path: Path) -> dict[str, Any]:

@@ -6,6 +6,7 @@ import io
 import json
 import re
 import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -21,6 +22,7 @@ from guidekit.cli.session import Session, Stopped
 from guidekit.cli.settings import make_settings, parse_config
 from guidekit.serve.events import EventLog
 from guidekit.serve.knobs import guidance_knobs
+from guidekit.serve.models import Models
 from guidekit.serve.watcher import Watcher
 from serving import PROMPT, painted, png, refused, text, with_layout
 
@@ -102,7 +104,7 @@ def test_who_lost_the_connection_gets_the_rest(client, body):
 
 
 def test_a_log_keeps_the_last_preview_alone():
-    log = EventLog()
+    log = EventLog(100)
     for step in range(3):
         log.add("step", step=step)
         log.add("preview", step=step)
@@ -113,6 +115,38 @@ def test_a_log_keeps_the_last_preview_alone():
         ("preview", 2),
     ]
     assert [e.number for e in log.since(5)] == [6]
+
+
+def test_of_too_many_steps_every_other_one_is_kept():
+    log = EventLog(4)
+    log.add("state", state="drawing")
+    for step in range(9):
+        log.add("step", step=step)
+    found = [(e.kind, e.data.get("step")) for e in log.since(0)]
+    assert found[0] == ("state", None)
+    assert [step for _, step in found[1:]] == [0, 6, 8]  # thinned at 4, at 6 and at 8
+
+
+def test_a_model_that_is_there_does_not_wait_for_one_that_loads(monkeypatch):
+    begun, go = threading.Event(), threading.Event()
+
+    def load(name, *_):
+        if name == "slow":
+            begun.set()
+            go.wait(30)
+        return object()
+
+    monkeypatch.setattr("guidekit.serve.models.load_model", load)
+    models = Models(None, None)
+    there = models.load("quick")
+    with ThreadPoolExecutor(2) as pool:
+        slow = [pool.submit(models.load, "slow") for _ in range(2)]
+        begun.wait(30)
+        assert models.load("quick") is there
+        go.set()
+        assert slow[0].result() is slow[1].result()
+    assert models.load("third") is models.load("third")
+    assert models.load("quick") is not there  # of two that are kept it was used longest ago
 
 
 def test_a_run_is_stopped_within_a_step(client, body):
@@ -132,7 +166,7 @@ def test_a_run_is_stopped_within_a_step(client, body):
 
 def test_a_watcher_ends_a_run_with_the_step_at_which_it_is_told(body, tmp_path):
     sample = body["sample"] | {"steps": 9, "seeds": [0, 1]}
-    log, stop = EventLog(), threading.Event()
+    log, stop = EventLog(100), threading.Event()
     watcher = Watcher(log, stop, every=0)
 
     def watch(sampling, step):

@@ -24,6 +24,66 @@ def test_a_model_is_one_of_the_servers(client, body, name):
     refused(client, asked, "this server has no model", path="/api/tokens")
 
 
+def test_files_of_a_request_are_no_model(model, body, tmp_path, monkeypatch):
+    """Also where the server's model is a folder that was named from where it was started."""
+    (tmp_path / "models").mkdir()
+    (tmp_path / "models" / "own").symlink_to(model)
+    monkeypatch.chdir(tmp_path)
+    own = ServeOptions(models=("models/own",), plugins=(), out=tmp_path / "out", device="cpu")
+    run = body | {"sample": body["sample"] | {"model": "models/own"}}
+    run["files"] = {"models/own/x.json": text({})}
+    asked = read_asked(run, own, Registry(), tmp_path / "request")
+    assert asked.settings.model == "models/own"
+    with serving(own) as port:
+        client = Client(port)
+        assert client.finished(client.draw(run))["state"] == "finished"
+
+
+def test_half_of_a_character_is_refused_before_it_is_kept(client, body):
+    run = body | {"sample": body["sample"] | {"prompt": "a red circle \ud800"}}
+    refused(client, run, "half of a character")
+    refused(client, {"prompt": "\ud800"}, "half of a character", path="/api/tokens")
+    client.get("/api/runs")
+
+
+def test_what_is_deeply_nested_is_refused(client, body):
+    deep = []
+    for _ in range(600):
+        deep = [deep]
+    refused(client, body | {"record": {"x": deep}}, "too deeply nested")
+    refused(client, {"body": deep}, "too deeply nested", path="/api/open")
+
+
+@pytest.mark.parametrize("name", ["a/" * 8 + "x.json", "x" * 300 + ".json", "y" * 6000 + ".json"])
+def test_a_files_name_has_an_end(client, body, name):
+    words = "255 characters and 8 parts at most"
+    refused(client, body | {"files": {name: text({})}}, words)
+    asked = {"files": {name: text({})}, "main": name, "size": [8, 8]}
+    refused(client, asked, words, path="/api/open")
+    assert client.finished(client.draw(body))["state"] == "finished"
+
+
+@pytest.mark.parametrize(
+    ("body", "words"),
+    [
+        ({"sample": {"layout": []}}, ""),
+        ({"sample": {"layout": "l.json"}, "files": {"l.json": text({"segments": 5})}}, "a list"),
+        ({"segment": [{"phrase": "a", "mask": []}]}, ""),
+        ({"segment": [5]}, "expected an object"),
+    ],
+)
+def test_what_is_opened_of_wrong_kinds_is_no_fault_of_the_server(client, body, words):
+    status, found = client.ask("POST", "/api/open", {"body": body, "size": [8, 8]})
+    assert status == (400 if words else 200), found
+    assert words in found.get("error", "")
+
+
+def test_a_dropped_file_holds_numbers_of_json(client):
+    wild = base64.b64encode(b'{"sample": {"cfg": NaN}}').decode()
+    asked = {"files": {"run.json": wild}, "main": "run.json", "size": [8, 8]}
+    refused(client, asked, "NaN", path="/api/open")
+
+
 def test_a_plugin_is_one_of_the_servers_and_no_other_is_imported(client, body):
     for name in ("multidiffusion", "os", "../zest", "acme.fast"):
         sys.modules.pop("guidekit_multidiffusion", None)

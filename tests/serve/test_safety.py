@@ -12,7 +12,7 @@ from guidekit.serve.command import serve
 from guidekit.serve.options import Limits, ServeOptions
 from guidekit.serve.running import bound, link
 from guidekit.serve.safety import is_loopback
-from serving import Client, png, refused, serving, text
+from serving import Client, png, refused, serving, text, with_layout
 
 # Who
 
@@ -37,6 +37,7 @@ def test_an_address_of_the_network_is_no_name_of_a_local_server(client):
     [
         {"origin": "http://evil.example"},
         {"origin": "null"},
+        {"origin": "http://["},
         {"sec-fetch-site": "cross-site"},
         {"sec-fetch-site": "same-site"},
     ],
@@ -183,6 +184,31 @@ def test_a_layout_has_limits(client, body):
     sample = body["sample"] | {"layout": "l.json"}
     many = body | {"sample": sample, "files": {"l.json": text(layout)}}
     refused(client, many, "4 segments at most")
+
+
+def test_masks_of_a_layout_are_counted_before_they_are_read(options, body, tmp_path):
+    """A map of a segment's value is a mask of each segment."""
+    run = with_layout(body)
+    limits = dataclasses.replace(options.limits, masks=2 * 48 * 48 - 1)
+    with serving(dataclasses.replace(options, out=tmp_path, limits=limits)) as port:
+        refused(Client(port), run, "the masks of a layout have")
+        asked = {"files": run["files"], "main": "layout.json", "size": [48, 48]}
+        refused(Client(port), asked, "the masks of a layout have", path="/api/open")
+
+
+def test_a_layout_to_open_has_limits(client):
+    segments = [{"phrase": "a", "box": [0, 0, 1, 1]}] * 5
+    asked = {"files": {"l.json": text({"segments": segments})}, "main": "l.json", "size": [8, 8]}
+    refused(client, asked, "4 segments at most", path="/api/open")
+    files = {f"{i}.json": text({}) for i in range(65)}
+    asked = {"files": files, "main": "0.json", "size": [8, 8]}
+    refused(client, asked, "64 files at most", path="/api/open")
+
+
+@pytest.mark.parametrize("key", ["prompt", "negative"])
+def test_a_prompt_has_a_length(client, body, key):
+    sample = body["sample"] | {key: "a" * 10_001}
+    refused(client, body | {"sample": sample}, f"{key} has 10000 characters at most")
 
 
 def test_a_body_has_a_size(client, options):

@@ -3,11 +3,13 @@
 import dataclasses
 import json
 import re
+import shutil
 import signal
 import socket
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 from serving import Client, serving, with_layout
 
@@ -38,6 +40,23 @@ def test_nothing_is_lost_under_load(options, body, tmp_path):
         assert len(client.get("/api/runs")["runs"]) == 50
 
 
+def test_a_run_that_cannot_be_ended_does_not_end_the_worker(options, body, tmp_path, monkeypatch):
+    remove, times = shutil.rmtree, []
+
+    def failing(path, **options):
+        if not times and (Path(path) / "request").is_dir():
+            times.append(path)
+            raise RecursionError
+        return remove(path, **options)
+
+    monkeypatch.setattr("guidekit.serve.jobs.shutil.rmtree", failing)
+    with serving(dataclasses.replace(options, out=tmp_path)) as port:
+        client = Client(port)
+        ids = [client.draw(body) for _ in range(2)]
+        assert [client.finished(id)["state"] for id in ids] == ["finished", "finished"]
+    assert len(times) == 1
+
+
 def test_what_is_over_is_let_go(options, body, tmp_path):
     limits = dataclasses.replace(options.limits, queue=2, kept=2)
     own = dataclasses.replace(options, out=tmp_path, limits=limits)
@@ -51,10 +70,13 @@ def test_what_is_over_is_let_go(options, body, tmp_path):
         assert len(list(tmp_path.glob("*/run.json"))) == 4
 
 
-def test_files_of_old_runs_do_not_fill_the_memory(options, body, tmp_path):
-    run = with_layout(body)
-    size = sum(map(len, run["files"].values()))
-    limits = dataclasses.replace(options.limits, held=2 * size)
+def test_requests_of_old_runs_do_not_fill_the_memory(options, body, tmp_path):
+    run = with_layout(body) | {"record": {"junk": "x" * 10_000, "calls": {}}}
+    with serving(dataclasses.replace(options, out=tmp_path / "first")) as port:
+        client = Client(port)
+        kept = client.finished(client.draw(run))["body"]
+    assert kept["record"] == {"calls": {}}
+    limits = dataclasses.replace(options.limits, held=2 * len(json.dumps(kept)))
     with serving(dataclasses.replace(options, out=tmp_path, limits=limits)) as port:
         client = Client(port)
         ids = []
