@@ -14,7 +14,19 @@ from serving import Client, png
 
 playwright = pytest.importorskip("playwright.sync_api")
 expect = playwright.expect
-from browsing import MARKS, WAIT, Proxy, drag, drawn, follow_red, near, numbers, opened, quick  # noqa: E402
+from browsing import (  # noqa: E402
+    MARKS,
+    WAIT,
+    Proxy,
+    drag,
+    drawn,
+    follow_red,
+    near,
+    numbers,
+    opened,
+    quick,
+    titled,
+)
 
 pytestmark = MARKS
 
@@ -119,7 +131,7 @@ def test_a_reload_loses_nothing(page):
     )
     expect(page.get_by_label("Phrase").first).to_have_value("green ring")
     expect(page.get_by_label("scale").first).to_have_value("0.7")
-    expect(page.locator("#result-title")).to_have_text(f"Run {id}")
+    expect(page.locator("#result-title")).to_have_text(titled(id))
 
 
 def test_a_dropped_image_restores_everything(page, port, tmp_path):
@@ -198,15 +210,13 @@ def test_two_tabs_are_two_drafts_in_one_queue(page, context, port):
         tab.locator("#draw").click()
     for tab in (page, other):
         expect(tab.locator("#run-state")).to_have_text("finished", timeout=WAIT)
-    titles = [tab.locator("#result-title").text_content() for tab in (page, other)]
-    assert titles[0] != titles[1]
+    ids = [tab.evaluate("() => window.guidekit.state.run") for tab in (page, other)]
+    assert ids[0] != ids[1]
     expect(page.get_by_role("textbox", name="Prompt", exact=True)).to_have_value(
         re.compile("white background$")
     )
-    for title in titles:
-        expect(page.locator(f"[data-run='{title.split()[-1]}']")).to_contain_text(
-            " s", timeout=WAIT
-        )
+    for id in ids:
+        expect(page.locator(f"[data-run='{id}']")).to_contain_text(" s", timeout=WAIT)
 
 
 def test_two_runs_are_compared(page):

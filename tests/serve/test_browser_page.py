@@ -15,7 +15,7 @@ from serving import Client
 
 playwright = pytest.importorskip("playwright.sync_api")
 expect = playwright.expect
-from browsing import MARKS, WAIT, drag, drawn, follow_red, numbers, quick  # noqa: E402
+from browsing import MARKS, WAIT, drag, drawn, follow_red, numbers, quick, titled  # noqa: E402
 
 pytestmark = MARKS
 DROP = """(files) => {
@@ -190,9 +190,9 @@ def test_of_two_runs_chosen_at_once_the_last_is_shown(page, port):
         "(ids) => ids.forEach((id) => document.querySelector(`[data-run='${id}']`).click())",
         [second, first],
     )
-    expect(page.locator("#result-title")).to_have_text(f"Run {first}")
+    expect(page.locator("#result-title")).to_have_text(titled(first))
     page.wait_for_timeout(500)
-    expect(page.locator("#result-title")).to_have_text(f"Run {first}")
+    expect(page.locator("#result-title")).to_have_text(titled(first))
     sources = page.locator(".seed .frame img:not(.heat)").evaluate_all(
         "all => all.map((one) => one.src)"
     )
@@ -207,3 +207,111 @@ def test_a_layer_is_painted_over_an_image_of_a_run(page):
     before = numbers(page)
     drag(page, (20, 20), (60, 20))
     assert not np.array_equal(numbers(page), before)
+
+
+def test_keys_draw_once_and_with_what_is_typed(page, port):
+    """A field is read though it is not left, and keys and clicks while it is asked draw no more."""
+    quick(page, steps=3)
+    page.get_by_label("steps", exact=True).fill("2")
+    page.keyboard.press("Control+Enter")
+    page.evaluate("() => { for (let i = 0; i < 5; i++) document.querySelector('#draw').click(); }")
+    expect(page.locator("#run-state")).to_have_text("finished", timeout=WAIT)
+    runs = Client(port).get("/api/runs")["runs"]
+    own = [run for run in runs if run["id"] == page.evaluate("() => guidekit.state.run")]
+    assert own[0]["total"] == 2 * 2  # of the guided image and the unguided one
+    assert runs[-1] == own[0]
+    assert page.locator(".card").count() == len(runs)
+
+
+def test_the_last_letter_of_a_phrase_counts_at_once(page, port):
+    quick(page, steps=1)
+    phrase = page.get_by_label("Phrase").first
+    phrase.fill("red circ")
+    page.locator("#tokens").wait_for()
+    phrase.press_sequentially("le")
+    page.keyboard.press("Control+Enter")
+    expect(page.locator("#run-state")).to_have_text("finished", timeout=WAIT)
+    run = Client(port).get(f"/api/runs/{page.evaluate('() => guidekit.state.run')}")
+    assert run["records"][""]["segment"][0]["phrase"] == "red circle"
+
+
+def test_attention_has_the_phrases_of_its_run(page):
+    quick(page, steps=2)
+    drawn(page, "finished")
+    expect(page.locator("#heat-layer option")).to_have_text(["none", "red circle", "blue square"])
+    page.locator("#prompt").fill("a green circle and a blue square on white")
+    page.get_by_label("Phrase").first.fill("green circle")
+    drawn(page, "finished")
+    expect(page.locator("#heat-layer option")).to_have_text(["none", "green circle", "blue square"])
+
+
+def test_a_mask_that_was_painted_on_is_the_file_again_after_undo(page):
+    buffer = io.BytesIO()
+    Image.fromarray(np.tri(64, dtype="uint8") * 255).save(buffer, format="PNG")
+    drop(page, **{"mask.png": buffer.getvalue()})
+    expect(page.locator("#spoken")).to_have_text("The mask is on the layer red circle")
+    place = "() => window.guidekit.state.layers[0].place"
+    assert page.evaluate(place) == {"mask": "mask.png"}
+    page.get_by_label("Paint with red circle").click()
+    drag(page, (200, 20), (220, 40))
+    assert page.evaluate(place) is None
+    page.locator("#undo").click()
+    assert page.evaluate(place) == {"mask": "mask.png"}
+    page.locator("#redo").click()
+    assert page.evaluate(place) is None
+
+
+def test_clear_takes_what_another_layer_hides_too(page):
+    box = [0.2, 0.2, 0.5, 0.5]
+    segments = [{"phrase": name, "box": box} for name in ("red circle", "blue square")]
+    layout = {"prompt": "a red circle and a blue square", "segments": segments}
+    drop(page, **{"layout.json": json.dumps(layout).encode()})
+    expect(page.locator("#spoken")).to_have_text("The layout is opened")
+    page.locator("#clear").click()
+    assert page.evaluate("() => guidekit.state.layers.map((one) => one.place)") == [None, None]
+    page.locator("#undo").click()
+    assert page.evaluate("() => guidekit.state.layers[0].place") == {"box": box}
+
+
+def test_files_that_a_browser_cannot_keep_cost_nothing_else(page, tmp_path):
+    page.evaluate("() => { window.guidekit.state.files['unused.png'] = 'x'.repeat(6e6); }")
+    page.locator("#prompt").fill("a blue square on black")
+    page.reload()
+    expect(page.locator("html")).to_have_attribute("data-ready", "yes", timeout=WAIT)
+    expect(page.locator("#prompt")).to_have_value("a blue square on black")
+    expect(page.locator("#ask-error")).to_be_hidden()
+    page.evaluate(
+        "() => { const { files, sample } = window.guidekit.state;"
+        " files['used.png'] = 'x'.repeat(6e6); sample.image = 'used.png'; }"
+    )
+    page.locator("#prompt").fill("a red circle on white")
+    page.reload()
+    expect(page.locator("#prompt")).to_have_value("a red circle on white")
+    expect(page.locator("#ask-error")).to_contain_text("too large for the browser to keep")
+
+
+def test_choosing_runs_to_compare_keeps_the_focus(page):
+    quick(page, steps=1)
+    drawn(page, "finished")
+    box = page.locator("[data-compare]").first
+    box.focus()
+    page.keyboard.press("Space")
+    with page.expect_response("**/api/runs"):
+        pass
+    drawn(page, "finished")  # which makes the list anew
+    other = page.locator("[data-compare]").first
+    other.focus()
+    page.keyboard.press("Space")
+    with page.expect_response("**/api/runs"):
+        pass
+    assert page.evaluate("() => 'compare' in document.activeElement.dataset")
+    expect(page.locator("#compare")).to_be_enabled()
+
+
+def test_several_masks_are_opened_one_by_one(page):
+    buffer = io.BytesIO()
+    Image.new("L", (8, 8), 255).save(buffer, format="PNG")
+    drop(page, **{"a.png": buffer.getvalue(), "b.png": buffer.getvalue()})
+    expect(page.locator("#ask-error")).to_have_text(
+        "Masks are opened one by one, each for the layer at hand; this is a.png."
+    )

@@ -82,7 +82,12 @@ def drawn(page, state=ENDED):
     page.locator("#draw").click()
     expect(page.locator("#result-title")).not_to_have_text(before, timeout=WAIT)
     expect(page.locator("#run-state")).to_have_text(state, timeout=WAIT)
-    return page.locator("#result-title").text_content().split()[-1]
+    return page.evaluate("() => window.guidekit.state.run")
+
+
+def titled(id):
+    """What the page calls a run."""
+    return f"Run {id.partition('-')[0]}"
 
 
 def follow_red(page, tmp_path):

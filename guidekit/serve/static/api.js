@@ -22,7 +22,7 @@ const sent = (path, body, signal) =>
 export const api = {
   about: () => asked("/api"),
   model: (name) => asked(`/api/models/${encodeURI(name)}`),
-  tokens: (body) => sent("/api/tokens", body),
+  tokens: (body, signal) => sent("/api/tokens", body, signal),
   open: (body) => sent("/api/open", body),
   runs: () => asked("/api/runs"),
   run: (id) => asked(`/api/runs/${id}`),

@@ -1,7 +1,7 @@
 // The canvas: shows the map over an image, and paints by mouse, pen, finger or keys.
 
 import { $, later, say } from "./dom.js";
-import { state, colour, layer, looseChanged, keepDraft, returnLayers } from "./state.js";
+import { state, colour, layer, looseChanged, keepDraft, places, putPlaces, returnLayers } from "./state.js";
 
 const SHAPES = ["box", "ellipse"];
 const KEYS = { b: "brush", e: "erase", r: "box", o: "ellipse", f: "fill" };
@@ -64,21 +64,24 @@ export class Easel {
   }
 
   change(act) {
-    state.map.mark();
+    state.map.mark(places());
     const before = state.map.values.slice();
     act(state.map);
-    this.#settle(before);
+    looseChanged(before);
+    this.#settle();
   }
 
   undo(again = false) {
-    const before = state.map.values.slice();
-    if (again ? state.map.redo() : state.map.undo()) this.#settle(before);
+    const back = again ? state.map.redo(places()) : state.map.undo(places());
+    if (back) {
+      putPlaces(back);
+      this.#settle();
+    }
     if (returnLayers()) this.returned();
     say(again ? "Done again" : "Undone");
   }
 
-  #settle(before) {
-    looseChanged(before);
+  #settle() {
     this.draw();
     this.changed();
     keep();
@@ -99,7 +102,7 @@ export class Easel {
   #begin(place) {
     if (this.#value && !layer()) return say("Add a layer first");
     if (this.#value && !layer().visible) return say("The layer is hidden; show it to paint on it");
-    state.map.mark();
+    state.map.mark(places());
     this.before = state.map.values.slice();
     this.from = place;
     if (SHAPES.includes(this.tool)) return this.#outline(place, place);
@@ -124,13 +127,14 @@ export class Easel {
     if (SHAPES.includes(this.tool)) state.map[this.tool](this.from, place, this.#value);
     this.from = null;
     this.#outline(null);
-    this.#settle(this.before);
+    looseChanged(this.before);
+    this.#settle();
   }
 
   #cancel() {
     if (!this.from) return;
     this.from = null;
-    state.map.undo();
+    state.map.undo(places());
     state.map.future = [];
     this.#outline(null);
     this.draw();
@@ -200,7 +204,10 @@ export class Easel {
     });
     $("undo").addEventListener("click", () => this.undo());
     $("redo").addEventListener("click", () => this.undo(true));
-    $("clear").addEventListener("click", () => this.change((map) => map.clear()));
+    $("clear").addEventListener("click", () => this.change((map) => {
+      map.clear();
+      for (const one of state.layers) one.place = null; // also of one that another hides
+    }));
     this.choose(this.tool);
   }
 

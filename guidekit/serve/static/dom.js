@@ -41,4 +41,7 @@ export function saveFile(name, parts, type) {
   setTimeout(() => URL.revokeObjectURL(link.href), 1000);
 }
 
+// The number of a run; its id also says which server drew it.
+export const numberOf = (id) => id.split("-")[0];
+
 export const number = (value) => (value === null || value === undefined ? "" : String(+value.toPrecision(3)));

@@ -1,21 +1,24 @@
 // The session's runs, and two of them side by side.
 
 import { api } from "./api.js";
-import { $, el } from "./dom.js";
+import { $, el, numberOf } from "./dom.js";
 import { state } from "./state.js";
 
 const chosen = new Set();
 let shown = "";
 
 export function showRuns(runs, open) {
-  const text = JSON.stringify([runs.map(({ id, state, position, done, total }) => [id, state, position, total ? Math.round((20 * done) / total) : 0]), [...chosen], state.run]);
+  const there = new Set(runs.map((run) => run.id));
+  for (const id of chosen) if (!there.has(id)) chosen.delete(id);
+  $("compare").disabled = chosen.size !== 2;
+  const text = JSON.stringify([runs.map(({ id, state, position, done, total }) => [id, state, position, total ? Math.round((20 * done) / total) : 0]), state.run]);
   if (text === shown) return;
   shown = text;
-  const focused = document.activeElement?.dataset?.run;
+  const { run, compare } = document.activeElement?.dataset ?? {};
   $("no-runs").hidden = runs.length > 0;
-  $("runs").replaceChildren(...runs.toReversed().map((run) => card(run, open)));
-  if (focused) document.querySelector(`[data-run="${focused}"]`)?.focus();
-  $("compare").disabled = chosen.size !== 2;
+  $("runs").replaceChildren(...runs.toReversed().map((one) => card(one, open)));
+  if (run) document.querySelector(`[data-run="${run}"]`)?.focus();
+  if (compare) document.querySelector(`[data-compare="${compare}"]`)?.focus();
 }
 
 function card(run, open) {
@@ -27,9 +30,9 @@ function card(run, open) {
   }
   const how = run.state === "queued" ? `waiting, number ${run.position}` : run.state === "drawing" && run.total ? `${Math.round((100 * run.done) / run.total)} %` : run.state === "finished" ? `${run.seconds.toFixed(1)} s` : run.state;
   const title = run.prompt || run.model;
-  const button = el("button", { type: "button", "data-run": run.id, onclick: () => open(run.id), "aria-label": `Run ${run.id}, ${how}: ${title}` },
-    frame, el("span", { className: "text" }, el("b", {}, title), el("span", {}, `${run.id} · ${run.plugins.join(", ") || "no plugin"} · ${how}`)));
-  const box = el("input", { type: "checkbox", checked: chosen.has(run.id), disabled: run.state === "queued", onchange: () => {
+  const button = el("button", { type: "button", "data-run": run.id, onclick: () => open(run.id), "aria-label": `Run ${numberOf(run.id)}, ${how}: ${title}` },
+    frame, el("span", { className: "text" }, el("b", {}, title), el("span", {}, `${numberOf(run.id)} · ${run.plugins.join(", ") || "no plugin"} · ${how}`)));
+  const box = el("input", { type: "checkbox", "data-compare": run.id, checked: chosen.has(run.id), disabled: run.state === "queued", onchange: () => {
     if (box.checked) chosen.add(run.id);
     else chosen.delete(run.id);
     $("compare").disabled = chosen.size !== 2;
@@ -42,14 +45,15 @@ function card(run, open) {
 export async function compare() {
   const [a, b] = await Promise.all([...chosen].sort().map((id) => api.run(id)));
   const seeds = [...new Set([...a.seeds, ...b.seeds])];
-  const rows = [el("h3", {}, `Run ${a.id}`), el("h3", {}, `Run ${b.id}`)];
+  const title = (run) => `Run ${numberOf(run.id)}`;
+  const rows = [el("h3", {}, title(a)), el("h3", {}, title(b))];
   const shot = (run, path, words) =>
     el("figure", {}, run.files.includes(path) ? el("span", { className: "frame" }, el("img", { src: api.file(run.id, path), alt: words })) : el("span", { className: "frame waiting" }), el("figcaption", {}, words));
-  for (const run of [a, b]) if (run.grid.length) rows.push(shot(run, "sheet.png", `sheet of run ${run.id}`));
+  for (const run of [a, b]) if (run.grid.length) rows.push(shot(run, "sheet.png", `${title(run)}, sheet`));
   if (!a.grid.length && !b.grid.length)
-    for (const seed of seeds) for (const run of [a, b]) rows.push(shot(run, `${seed}.png`, `seed ${seed}, run ${run.id}`));
+    for (const seed of seeds) for (const run of [a, b]) rows.push(shot(run, `${seed}.png`, `${title(run)}, seed ${seed}`));
   const changes = differences(flat(a), flat(b));
-  const table = el("table", { className: "changes" }, el("thead", {}, el("tr", {}, ...["Setting", `Run ${a.id}`, `Run ${b.id}`].map((text) => el("th", { scope: "col" }, text)))),
+  const table = el("table", { className: "changes" }, el("thead", {}, el("tr", {}, ...["Setting", title(a), title(b)].map((text) => el("th", { scope: "col" }, text)))),
     el("tbody", {}, ...changes.map(([name, x, y]) => el("tr", {}, el("th", { scope: "row" }, name), el("td", {}, x), el("td", {}, y)))));
   $("compared").replaceChildren(el("div", { className: "versus" }, ...rows), changes.length ? table : el("p", { className: "hint" }, "The two have the same settings."));
   $("comparison").showModal();

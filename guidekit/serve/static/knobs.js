@@ -160,8 +160,10 @@ export function showAxes() {
   for (const one of state.plugins) names.push(...(plugin(one.name)?.knobs ?? []).map((knob) => `${one.name}.${knob.option}`));
   for (const i of [0, 1]) {
     const [select, values] = [$(`axis-${i}`), $(`values-${i}`)];
+    const own = state.grid[i][0];
+    if (own && !own.includes(".") && !names.includes(own)) names.push(own); // of a run that was opened
+    if (!names.includes(own)) state.grid[i][0] = "";
     select.replaceChildren(...names.map((name) => el("option", { value: name }, name || "none")));
-    if (!names.includes(state.grid[i][0])) state.grid[i][0] = "";
     select.value = state.grid[i][0];
     values.value = state.grid[i][1];
     select.onchange = values.oninput = () => {

@@ -5,7 +5,7 @@ import { $, el, later, say } from "./dom.js";
 import { state, colour, dropLayer, newLayer, keepDraft } from "./state.js";
 
 let found = { tokens: [], phrases: [], unknown: [] }; // what the server said last
-let asked = null;
+let asked = null, latest;
 
 export function bindLayers(easel) {
   const told = later(200, () => askTokens());
@@ -32,20 +32,25 @@ export function showAsk(easel) {
   askTokens();
 }
 
-// Which tokens the phrases are, by the server's own tokenizer.
-export async function askTokens() {
+// Which tokens the phrases are, by the server's own tokenizer; the error if it does not answer.
+export const askTokens = () => (latest = ask());
+
+async function ask() {
   asked?.abort();
   const own = (asked = new AbortController());
   const phrases = state.layers.map((one) => ({ phrase: one.phrase, ...one.more }));
   try {
-    const text = await api.tokens({ model: state.model, prompt: state.prompt, phrases });
-    if (own !== asked) return;
+    const text = await api.tokens({ model: state.model, prompt: state.prompt, phrases }, own.signal);
+    if (own !== asked) return latest;
     found = text;
+    showTokens();
+    return null;
   } catch (error) {
-    if (own !== asked) return;
+    if (own !== asked) return latest;
     found = { tokens: [], phrases: phrases.map(() => ({ error: error.message })), unknown: [] };
+    showTokens();
+    return error;
   }
-  showTokens();
 }
 
 export const phrasesFit = () => found.phrases.every((one, i) => !one.error || !state.layers[i]?.visible);
@@ -117,15 +122,18 @@ function row(one, easel) {
     "aria-checked": state.selected === one.value, "aria-label": `Paint with ${name()}`, onclick: choose,
   });
   swatch.style.background = colour(one.value);
+  const told = later(150, () => {
+    askTokens();
+    keepDraft();
+  });
   const phrase = el("input", {
     className: "phrase", value: one.phrase, placeholder: "words of the prompt", spellcheck: false,
     "aria-label": "Phrase", "aria-describedby": `about-${one.value}`, autocomplete: "off", onfocus: choose,
-    oninput: later(150, () => {
+    oninput: () => {
       one.phrase = phrase.value;
       swatch.setAttribute("aria-label", `Paint with ${name()}`);
-      askTokens();
-      keepDraft();
-    }),
+      told();
+    },
   });
   const eye = el("button", {
     className: "icon", type: "button", "aria-pressed": one.visible, title: "Hidden layers are not drawn",

@@ -1,9 +1,9 @@
 // The page: puts its parts together.
 
 import { api } from "./api.js";
-import { toBase64 } from "./bytes.js";
+import { fromBase64, toBase64 } from "./bytes.js";
 import { Easel } from "./canvas.js";
-import { $, el, saveFile, say } from "./dom.js";
+import { $, el, numberOf, saveFile, say } from "./dom.js";
 import { showControls } from "./controls.js";
 import { compare, showRuns } from "./gallery.js";
 import { showPlugins, showSampling } from "./knobs.js";
@@ -13,7 +13,7 @@ import { addFile, adopt, keepDraft, keepFile, layer, layoutFiles, newLayer, requ
 
 const EVERY = 2000; // milliseconds between two looks at the list of runs
 
-let easel, view, runs = [], last = 0;
+let easel, view, runs = [], last = 0, drawing = false;
 
 function begin() {
   state.model = state.about.models[0];
@@ -56,20 +56,32 @@ function fail(error) {
   $("ask-error").hidden = false;
 }
 
+// A field says that it has changed when it is left.
+function settle() {
+  const field = document.activeElement;
+  if (!field?.matches?.("input, select, textarea")) return;
+  field.blur();
+  field.focus();
+}
+
+// One run, however often it is asked for before the server has it.
 async function draw() {
+  if (drawing) return;
+  drawing = $("draw").disabled = true;
   $("ask-error").hidden = true;
-  await askTokens();
-  if (!phrasesFit() && !state.sample.append_phrases) return fail("A layer's phrase is not in the prompt; see the layers.");
-  $("draw").disabled = true;
+  settle();
   try {
+    const trouble = await askTokens();
+    if (trouble) throw trouble;
+    if (!phrasesFit() && !state.sample.append_phrases) throw new Error("A layer's phrase is not in the prompt; see the layers.");
     const run = await api.draw(await request());
     await view.show(run.id);
     $("result").scrollIntoView({ block: "nearest", behavior: "smooth" });
-    say(`Run ${run.id} is waiting`);
+    say(`Run ${numberOf(run.id)} is waiting`);
   } catch (error) {
     fail(error);
   } finally {
-    $("draw").disabled = false;
+    drawing = $("draw").disabled = false;
   }
   refresh();
 }
@@ -96,12 +108,16 @@ async function openFiles(list) {
   $("ask-error").hidden = true;
   const given = [...list];
   const files = {};
-  for (const file of given) files[file.name] = toBase64(new Uint8Array(await file.arrayBuffer()));
   const main = (given.find((file) => file.name.endsWith(".json")) ?? given[0])?.name;
   if (!main) return;
   try {
+    for (const file of given) files[file.name] = toBase64(await bytesOf(file));
     const found = await api.open({ files, main, size: [state.map.height, state.map.width] });
-    if (found.kind === "mask") return openMask(main, files[main], found);
+    if (found.kind === "mask") {
+      openMask(main, files[main], found);
+      if (given.length > 1) fail(`Masks are opened one by one, each for the layer at hand; this is ${main}.`);
+      return;
+    }
     await take(found);
     say(found.kind === "run" ? "Everything of that run is restored" : "The layout is opened");
   } catch (error) {
@@ -109,10 +125,16 @@ async function openFiles(list) {
   }
 }
 
+async function bytesOf(file) {
+  const data = await file.arrayBuffer().catch(() => null); // a folder has none
+  if (!data) throw new Error(`${file.name} cannot be read; open files, not folders.`);
+  return new Uint8Array(data);
+}
+
 // A mask goes to the layer at hand; it stays the file that it is until it is painted on.
 function openMask(name, data, found) {
   const one = layer() ?? newLayer("");
-  const inside = Uint8Array.from(atob(found.map), (c) => c.charCodeAt(0));
+  const inside = fromBase64(found.map);
   easel.change((map) => {
     for (let i = 0; i < inside.length; i++)
       if (inside[i]) map.values[i] = one.value;
@@ -151,7 +173,7 @@ async function restore(id) {
   try {
     const run = await api.run(id);
     await take(await api.open({ body: run.body, size: [state.map.height, state.map.width] }));
-    say(`The settings of run ${id} are restored`);
+    say(`The settings of run ${numberOf(id)} are restored`);
   } catch (error) {
     fail(error);
   }
@@ -160,7 +182,7 @@ async function restore(id) {
 async function saveLayout() {
   const { layout, files } = await layoutFiles();
   saveFile("layout.json", [JSON.stringify(layout, null, 1)], "application/json");
-  for (const [name, data] of Object.entries(files)) saveFile(name, [Uint8Array.from(atob(data), (c) => c.charCodeAt(0))], "image/png");
+  for (const [name, data] of Object.entries(files)) saveFile(name, [fromBase64(data)], "image/png");
 }
 
 function listen() {
@@ -180,7 +202,7 @@ function listen() {
     }
   });
   document.addEventListener("keydown", (event) => {
-    if (event.key === "Enter" && (event.ctrlKey || event.metaKey)) draw();
+    if (event.key === "Enter" && (event.ctrlKey || event.metaKey) && !event.repeat) draw();
   });
   for (const kind of ["dragenter", "dragover"])
     document.addEventListener(kind, (event) => {
@@ -217,6 +239,7 @@ async function start() {
   bindLayers(easel);
   listen();
   showAll();
+  if (old && state.lost) fail("The files were too large for the browser to keep; add them again.");
   if (state.run) await view.show(state.run).catch(() => (state.run = null));
   await refresh();
   setInterval(() => document.hidden || refresh(), EVERY);

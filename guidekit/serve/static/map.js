@@ -18,26 +18,28 @@ export class LayerMap {
     this.future = [];
   }
 
-  // Keeps the map as it is now, to come back to.
-  mark() {
-    this.past.push(this.values.slice());
+  // Keeps the map as it is now, to come back to, with what belongs to it.
+  mark(note) {
+    this.past.push({ values: this.values.slice(), note });
     if (this.past.length > KEPT) this.past.shift();
     this.future = [];
   }
 
-  undo() {
-    return this.#swap(this.past, this.future);
+  // Goes a step back, keeping the map as it is with its note; gives the note of that step, if any.
+  undo(note) {
+    return this.#swap(this.past, this.future, note);
   }
 
-  redo() {
-    return this.#swap(this.future, this.past);
+  redo(note) {
+    return this.#swap(this.future, this.past, note);
   }
 
-  #swap(from, to) {
-    if (!from.length) return false;
-    to.push(this.values);
-    this.values = from.pop();
-    return true;
+  #swap(from, to, note) {
+    if (!from.length) return null;
+    to.push({ values: this.values, note });
+    const back = from.pop();
+    this.values = back.values;
+    return back.note;
   }
 
   at(x, y) {

@@ -2,7 +2,7 @@
 
 import { api } from "./api.js";
 import { Curves } from "./curves.js";
-import { $, el, say } from "./dom.js";
+import { $, el, numberOf, say } from "./dom.js";
 import { state, keepDraft } from "./state.js";
 
 const ENDED = ["finished", "stopped", "failed"];
@@ -52,6 +52,9 @@ export class RunView {
     $("stop").disabled = true;
     try {
       await api.stop(this.run.id);
+    } catch (error) {
+      $("run-error").textContent = error.message;
+      $("run-error").hidden = false;
     } finally {
       $("stop").disabled = false;
     }
@@ -59,6 +62,7 @@ export class RunView {
   }
 
   #follow(id) {
+    this.curves.clear(); // the stream begins with the first event
     const source = (this.source = api.events(id));
     const on = (kind, act) =>
       source.addEventListener(kind, (event) => source === this.source && act(JSON.parse(event.data)));
@@ -110,11 +114,17 @@ export class RunView {
   }
 
   async #ended(id) {
-    const run = await api.run(id);
-    this.changed();
-    if (this.run.id !== id) return;
-    this.run = run;
-    this.#finish();
+    try {
+      const run = await api.run(id);
+      if (this.run.id !== id) return;
+      this.run = run;
+      this.#finish();
+    } catch (error) {
+      if (error.status === 404 || this.run.id !== id) return;
+      setTimeout(() => this.run.id === id && this.#ended(id), 1500);
+    } finally {
+      this.changed();
+    }
   }
 
   #state(name, error) {
@@ -126,7 +136,7 @@ export class RunView {
     $("run-error").textContent = error ?? "";
     $("progress").classList.toggle("done", ENDED.includes(name));
     if (before !== name) {
-      say(`Run ${this.run.id} ${STATES[name]}`);
+      say(`Run ${numberOf(this.run.id)} ${STATES[name]}`);
       this.changed();
     }
   }
@@ -136,7 +146,7 @@ export class RunView {
     const { run } = this;
     this.slots = {};
     this.cells = [""];
-    $("result-title").textContent = `Run ${run.id}`;
+    $("result-title").textContent = `Run ${numberOf(run.id)}`;
     if (run.grid.length) return $("images").replaceChildren(this.#table());
     $("images").replaceChildren(
       ...run.seeds.map((seed) => {
@@ -188,8 +198,8 @@ export class RunView {
     const select = $("heat-layer");
     const kinds = Object.values(this.heats)[0]?.length ?? 0;
     $("heatbar").hidden = !kinds;
-    if (select.options.length !== kinds + 1) {
-      const names = ["none", ...Array.from({ length: kinds }, (_, i) => this.phrases[i] ?? `segment ${i}`)];
+    const names = ["none", ...Array.from({ length: kinds }, (_, i) => this.phrases[i] ?? `segment ${i}`)];
+    if ([...select.options].map((one) => one.text).join("\n") !== names.join("\n")) {
       select.replaceChildren(...names.map((name, i) => el("option", { value: i - 1 }, name)));
     }
     const index = +select.value;

@@ -20,6 +20,7 @@ export const state = {
   files: {}, // base64 by name: masks and images that layers and settings name
   map: new LayerMap(256, 256),
   grid: [["", ""], ["", ""]],
+  lost: false, // whether files were too large for the browser to keep them over a reload
   run: null, // id of the run that is shown
 };
 
@@ -55,14 +56,21 @@ export function returnLayers() {
   return back.length > 0;
 }
 
+// A browser keeps a few megabytes: of more files those that nothing names go, then all.
 export function keepDraft() {
   const { model, prompt, negative, sample, plugins, control, layers, selected, files, grid, run, map } = state;
   const painted = { width: map.width, height: map.height, runs: packed(map.values) };
-  const draft = { model, prompt, negative, sample, plugins, control, layers, selected, files, grid, run, painted };
+  const draft = { model, prompt, negative, sample, plugins, control, layers, selected, grid, run, painted };
+  const kept = [{ files }, { files: namedFiles() }, { files: {}, lost: true }];
+  if (!kept.some((own) => stored({ ...draft, ...own }))) sessionStorage.removeItem(DRAFT); // better none than an old one
+}
+
+function stored(draft) {
   try {
     sessionStorage.setItem(DRAFT, JSON.stringify(draft));
+    return true;
   } catch {
-    sessionStorage.removeItem(DRAFT); // too large for the browser: better none than an old one
+    return false;
   }
 }
 
@@ -83,9 +91,17 @@ export function restoreDraft() {
   if (!text) return false;
   const { painted, ...draft } = JSON.parse(text);
   Object.assign(state, draft);
+  for (const one of state.layers) if (one.place?.mask && !(one.place.mask in state.files)) one.place = null;
   state.map.resize(painted.width, painted.height);
   unpacked(painted.runs, state.map.values);
   return true;
+}
+
+// By layer, whether it is a box or a file; a step of undo brings it back with the pixels.
+export const places = () => new Map(state.layers.map((one) => [one.value, one.place]));
+
+export function putPlaces(kept) {
+  for (const one of state.layers) if (kept.has(one.value)) one.place = kept.get(one.value);
 }
 
 // A layer that was a box or a file stays one until its pixels change.
@@ -130,6 +146,16 @@ export async function layoutFiles() {
   return { layout, files, any: layers.length > 0 };
 }
 
+// The files that settings, options of plugins and controls name.
+function settingsFiles() {
+  const { image, map, labels } = state.sample;
+  const named = [image, map, labels, ...state.control.map((one) => one.image), ...state.plugins.flatMap((one) => Object.values(one.options).flat())];
+  return chosenFiles(named);
+}
+
+const chosenFiles = (names) => Object.fromEntries(names.filter((name) => name in state.files).map((name) => [name, state.files[name]]));
+const namedFiles = () => ({ ...settingsFiles(), ...chosenFiles(state.layers.map((one) => one.place?.mask)) });
+
 // The request for what the user asks: run.json's tables with the files that they name.
 export async function request() {
   const { layout, files, any } = await layoutFiles();
@@ -138,11 +164,8 @@ export async function request() {
     files["layout.json"] = toBase64(new TextEncoder().encode(JSON.stringify(layout)));
     sample.layout = "layout.json";
   }
-  const named = [sample.image, sample.map, sample.labels, ...state.control.map((one) => one.image)];
-  for (const name of named) if (name in state.files) files[name] = state.files[name];
+  Object.assign(files, settingsFiles());
   const plugin = Object.fromEntries(state.plugins.map((one) => [one.name, one.options]));
-  for (const options of Object.values(plugin))
-    for (const value of Object.values(options).flat()) if (value in state.files) files[value] = state.files[value];
   const grid = state.grid.filter(([name, values]) => name && values.trim()).map(([name, values]) => `${name}=${values}`);
   return { format: 1, sample, plugin, control: state.control, files, grid };
 }
