@@ -257,20 +257,22 @@ def host_rows(setting: Setting) -> list[dict]:
 def model_rows(part: str, setting: Setting, estimated: Estimator, results: Results) -> None:
     """Rows of models that draw, and what they say."""
     import cat_models
+    import cat_tables
     import cat_trained
     import cat_words
 
     lab = laboratory(setting)
     draws = {}
     for count in setting.counts:
-        spread = lab.sizes.seeds if count == min(setting.counts) else 1
+        several = part == "training-free" and count == min(setting.counts)
+        spread = lab.sizes.seeds if several else 1  # trainings spread over their own seeds
         shots = [shots_at(setting, count, draw) for draw in range(spread)]
         draws[count] = [cat_models.Draw(i, own, estimated(own)) for i, own in enumerate(shots)]
     rows = {name: ROWS[name] for name in DRAWN}
     make = {"training-free": cat_models.training_free, "fine-tuned": cat_trained.fine_tuned}[part]
     groups = make(lab, draws, rows, right_colours)
-    lines = cat_models.lines_of(lab, groups)
-    paired = cat_models.paired(lab, groups)
+    lines = cat_tables.lines_of(lab, groups)
+    paired = cat_tables.paired(lab, groups)
     for name, own in ((part, lines), ("paired", paired)):
         results.extend({"part": name} | line for line in own)
         print(f"\n{name}\n\n{table(own)}")

@@ -4,7 +4,7 @@ Every row is a cell of its own in a folder, trained and drawn once; a stopped ru
 """
 
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
@@ -16,7 +16,6 @@ from torch import Tensor
 from fewshot_store import Store
 from guidekit import LabelMap, load
 from guidekit.affinity import Affinity, Shot
-from guidekit.evaluate.frechet import frechet
 from guidekit.evaluate.intervals import over_trainings
 from guidekit.evaluate.judge import load_judge, see
 from guidekit.evaluate.overlap import asked_pixels, mean_iou, overlaps
@@ -117,6 +116,8 @@ class Group:
     #: Colours that its affinities have right, of 64, in the mean; None without an affinity.
     right: int | None
     cells: list[dict]
+    #: The draw of the shots of each cell; the first of all where it is left out.
+    draws: Sequence[int] = ()
 
 
 def _parts(numbers: range) -> list[range]:
@@ -262,72 +263,6 @@ def cell(lab: Lab, key: dict, make: Callable[[], Tensor], shots: Tensor | None =
     return lab.store.cell(key | lab.facts, lambda: verdict(lab, make(), shots))
 
 
-def measures(lab: Lab) -> dict[str, Callable[[dict], float]]:
-    """What is measured of a cell."""
-    return {
-        "Frechet": lambda c: frechet(c["features"], lab.real),
-        "mIoU": lambda c: mean_iou(c["inter"], c["union"], c["asked"]),
-        "mIoU labelled": lambda c: mean_iou(
-            c["labelled inter"], c["labelled union"], c["labelled asked"]
-        ),
-    }
-
-
-def nearness(groups: list[Group], count: int) -> dict[str, Callable[[dict], float]]:
-    """How far images are from the nearest of the shots, beside real prints of that number of shots.
-
-    copies: the share of images that are nearer to a shot than 95% of the real prints.
-    """
-    real = [g.cells[0]["near"] for g in groups if (g.name, g.shots) == (REAL_PRINTS, count)]
-    if not real:
-        return {}
-    bound = float(np.quantile(real[0], 0.05))
-    return {
-        "to a shot": lambda c: float(c["near"].mean()),
-        "copies": lambda c: float((c["near"] < bound).mean()),
-    }
-
-
-def sure(name: str, statistic: Callable[[dict], float], cells: list[dict]) -> dict:
-    """A measure's mean over cells, with its interval over cells and layouts."""
-    value, bounds = over_trainings(statistic, cells)
-    return {name: value, f"{name} 95%": bounds}
-
-
-def lines_of(lab: Lab, groups: list[Group]) -> list[dict]:
-    """The lines of the table."""
-    lines = []
-    for group in groups:
-        line = {"method": group.name, "shots": group.shots, "colours right": group.right}
-        line["seeds"] = len(group.cells)
-        for name, statistic in (measures(lab) | nearness(groups, group.shots)).items():
-            line |= sure(name, statistic, group.cells)
-        lines.append(line)
-    return lines
-
-
-def paired(lab: Lab, groups: list[Group]) -> list[dict]:
-    """What the vote has over other rows of as many shots, at the same layouts and noise."""
-    votes = {group.shots: group.cells for group in groups if group.name == "vote"}
-    lines = []
-    for other in groups:
-        if other.name not in AGAINST:
-            continue
-        pairs = zip(votes[other.shots], other.cells, strict=True)
-        both = [{f"a {k}": v for k, v in a.items()} | b for a, b in pairs]
-        line = {"the vote less": other.name, "shots": other.shots, "seeds": len(both)}
-        for name, statistic in measures(lab).items():
-            line |= sure(name, partial(_less, statistic), both)
-        lines.append(line)
-    return lines
-
-
-def _less(statistic: Callable[[dict], float], both: dict) -> float:
-    """A measure of the arrays named "a ..." less that of the others."""
-    first = {k.removeprefix("a "): v for k, v in both.items() if k.startswith("a ")}
-    return statistic(first) - statistic(both)
-
-
 def ceilings(lab: Lab, draws: dict[int, list[Draw]]) -> list[Group]:
     """What real prints get, and their layouts filled with the source's colours."""
     colours = [scenes.COLOURS[name.split()[0]] for name in scenes.CLASSES]
@@ -335,9 +270,10 @@ def ceilings(lab: Lab, draws: dict[int, list[Draw]]) -> list[Group]:
     ids = torch.stack([own.ids for own in lab.asked[1]])
     flat = colours[oracle()[ids]].movedim(-1, 1).float()
     real, groups = partial(_same, lab.asked[0] / 2 + 0.5), []
-    for count, own in draws.items():  # their distance to a shot is what copies are told by
+    for count, several in draws.items():  # their distance to a shot is what copies are told by
         key = {"method": REAL_PRINTS, "part": "ceiling", "shots": count}
-        groups.append(Group(REAL_PRINTS, count, None, [cell(lab, key, real, own[0].pixels)]))
+        cells = [cell(lab, key | {"draw": own.number}, real, own.pixels) for own in several]
+        groups.append(Group(REAL_PRINTS, count, None, cells, range(len(cells))))
     name = "oracle classes, flat colours"
     cells = [cell(lab, {"method": name, "part": "ceiling"}, partial(_same, flat))]
     return [*groups, Group(name, 0, None, cells)]
@@ -369,7 +305,8 @@ def training_free(
         for name, several in affinity_rows(lab, own, rows).items():
             cells = [_free_cell(lab, name, count, draw, picks) for draw, picks in several]
             found = mean_right([picks for _, picks in several], right)
-            groups.append(Group(name, count, found, cells))
+            numbers = [draw.number for draw, _ in several]
+            groups.append(Group(name, count, found, cells, numbers))
     return groups
 
 

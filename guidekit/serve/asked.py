@@ -5,12 +5,10 @@ was started with; its model and plugins are those of the server; its numbers are
 read as `guidekit sample --config` reads a file, from a folder that holds its files alone.
 """
 
-import base64
-import binascii
 import copy
 import dataclasses
+import itertools
 import json
-import os
 import re
 from collections.abc import Collection
 from dataclasses import dataclass
@@ -21,6 +19,7 @@ from guidekit.cli.controls import read_controls
 from guidekit.cli.grid import Axis, Cell, cells_of, parse_axes
 from guidekit.cli.plan import checked
 from guidekit.cli.settings import FORMAT, TABLES, Settings, make_settings, read_config, sample_keys
+from guidekit.conditions import Condition
 from guidekit.errors import GuidekitError
 from guidekit.labels import label_sets
 from guidekit.options import code_named, names_paths, option_kinds
@@ -28,14 +27,11 @@ from guidekit.references import BUILT_IN
 from guidekit.registry import Registry
 from guidekit.serve.knobs import as_json, default_of
 from guidekit.serve.options import Limits, ServeOptions
-from guidekit.system.untrusted import file_name, inside, open_image, read_json
+from guidekit.serve.request_files import REQUEST, check_layouts, write_files
+from guidekit.system.untrusted import read_json
 from guidekit.zoo.shipped import ZOO
 
 KEYS = ("format", "sample", "plugin", "segment", "control", "files", "grid", "record")
-PICTURES = (".jpeg", ".jpg", ".png", ".webp")
-SUFFIXES = (*PICTURES, ".json")
-MOST_FILES = 64
-LONGEST, DEEPEST = 255, 8  # characters of a file's name, and the folders in it with the file
 #: Keys of [sample] that a request may set. Others say what the server reads, where it writes and
 #: what it runs on, and so does a key that comes later until it is added here.
 ALLOWED = (
@@ -67,7 +63,6 @@ ALLOWED = (
 )
 OWN_FILES = ("layout", "image", "map")
 NO_AXES = (*OWN_FILES, "labels", "affinity")
-REQUEST = "request.json"
 
 
 @dataclass(frozen=True)
@@ -110,6 +105,9 @@ def read_asked(body: Any, options: ServeOptions, registry: Registry, folder: Pat
     _, condition = checked(settings, registry)
     if condition.map is not None and len(condition.map.labels) > options.limits.classes:
         raise GuidekitError(f"a label map has {options.limits.classes} classes at most here")
+    if len(condition.segments) > options.limits.segments:
+        raise GuidekitError(f"a layout has {options.limits.segments} segments at most here")
+    _check_words(condition, options.limits)
     return Asked(settings, axes, cells, kept, len(json.dumps(kept)))
 
 
@@ -146,66 +144,12 @@ def _tables(body: Any) -> dict[str, Any]:
     return {"format": FORMAT} | tables
 
 
-def write_file(name: str, text: Any, folder: Path, limits: Limits) -> Path:
-    """A file of a request, in base64, written below `folder`.
-
-    Raises GuidekitError for a name that leads out of it, another kind of file, or a huge image.
-    """
-    path = inside(folder, name, "file")
-    if len(name) > LONGEST or len(path.relative_to(folder).parts) > DEEPEST:
-        raise GuidekitError(
-            f"a file's name has {LONGEST} characters and {DEEPEST} parts at most, not {name[:40]!r}"
-        )
-    for part in path.relative_to(folder).parts:
-        file_name(part, "a part of a file's name")
-    if path.suffix.lower() not in SUFFIXES or path.name == REQUEST:
-        raise GuidekitError(f"file {name!r}: a request brings {', '.join(SUFFIXES)} files")
-    try:
-        data = base64.b64decode(text, validate=True)
-    except (binascii.Error, TypeError, ValueError):
-        raise GuidekitError(f"file {name!r} is not written in base64") from None
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(data)
-    except (FileExistsError, IsADirectoryError, NotADirectoryError):
-        raise GuidekitError(f"file {name!r} is a folder of another file; rename one") from None
-    except OSError as error:
-        raise GuidekitError(f"file {name!r} cannot be written here ({error.strerror})") from None
-    if path.suffix.lower() in PICTURES:
-        _check_picture(path, name, limits)
-    return path
-
-
-def _check_picture(path: Path, name: str, limits: Limits) -> None:
-    """Raises GuidekitError for what is no image, or too large a one, before it is decoded."""
-    try:
-        with open_image(path) as image:
-            pixels = image.width * image.height
-    except Exception as error:  # Pillow's decoders pass on whatever they meet
-        raise GuidekitError(f"file {name!r}: not a readable image ({error})") from None
-    if pixels > limits.pixels:
-        raise GuidekitError(f"file {name!r} has {pixels} pixels; {limits.pixels} at most are read")
-
-
-def write_files(files: dict[str, Any], folder: Path, limits: Limits) -> set[str]:
-    """The names of a request's files, which are written into the new `folder`; as `write_file`."""
-    if len(files) > MOST_FILES:
-        raise GuidekitError(f"a request brings {MOST_FILES} files at most, not {len(files)}")
-    folder.mkdir(parents=True)
-    for name, text in files.items():
-        write_file(name, text, folder, limits)
-    return set(files)
-
-
 def _check_sample(sample: dict[str, Any], files: set[str], options: ServeOptions) -> None:
     """Raises GuidekitError for another model, and for paths and devices that are the server's."""
     model = sample.setdefault("model", options.models[0])
     if not _is_among(model, options.models):
         there = ", ".join(options.models)
         raise GuidekitError(f"this server has no model {model!r}; it was started with {there}")
-    for key in ("prompt", "negative"):
-        if isinstance(text := sample.get(key), str) and len(text) > options.limits.text:
-            raise GuidekitError(f"{key} has {options.limits.text} characters at most here")
     own = {"device": options.device, "dtype": options.dtype}
     for key in sorted(set(sample_keys()) - set(ALLOWED)):
         if sample.pop(key, None) not in (None, own.get(key)):
@@ -239,43 +183,11 @@ def _check_segments(segments: list[Any], files: set[str]) -> None:
 
 
 def _check_layouts(body: dict[str, Any], folder: Path, limits: Limits) -> None:
-    """Raises GuidekitError for too much in the layout's file, or in the request's own segments."""
-    check_layout({"segments": body["segment"]}, folder, limits)
+    """Raises GuidekitError for too much in the layout's file and the request's own segments."""
+    layouts = [({"segments": body["segment"]}, folder)]
     if (name := body["sample"].get("layout")) is not None:
-        check_layout(_json_of(folder / name), (folder / name).parent, limits)
-
-
-def _json_of(path: Path) -> Any:
-    """What a file holds; nothing of one that is no JSON, which is said by who reads it."""
-    try:
-        return read_json(path)
-    except GuidekitError:
-        return None
-
-
-def check_layout(layout: Any, folder: Path, limits: Limits) -> None:
-    """Raises GuidekitError for more segments, or larger masks, than memory is taken for.
-
-    What is wrong with a layout besides is said by who reads it.
-    """
-    segments = layout.get("segments") if isinstance(layout, dict) else None
-    if not isinstance(segments, list):
-        return
-    if len(segments) > limits.segments:
-        raise GuidekitError(f"a layout has {limits.segments} segments at most here")
-    names = [entry.get("mask", layout.get("map")) for entry in segments if isinstance(entry, dict)]
-    pixels = {name: _pixels(folder, name) for name in names if isinstance(name, str)}
-    if sum(pixels[name] for name in names if name in pixels) > limits.masks:
-        raise GuidekitError(f"the masks of a layout have {limits.masks} pixels at most here")
-
-
-def _pixels(folder: Path, name: str) -> int:
-    """Pixels of an image of a request; 0 of what is none, or not there."""
-    path = inside(folder, name, "file")
-    if path.suffix.lower() not in PICTURES or not os.path.isfile(path):
-        return 0
-    with open_image(path) as image:
-        return image.width * image.height
+        layouts.append((read_json(folder / name), (folder / name).parent))
+    check_layouts(layouts, limits)
 
 
 def _check_controls(controls: list[Any], files: set[str], options: ServeOptions) -> None:
@@ -363,10 +275,21 @@ def _check_numbers(settings: Settings, limits: Limits) -> None:
     for name, allowed in most.items():
         if (value := getattr(settings, name)) is not None and value > allowed:
             raise GuidekitError(f"{name} is {allowed} at most on this server, not {value}")
+    for name in ("prompt", "negative"):
+        if len(getattr(settings, name) or "") > limits.text:
+            raise GuidekitError(f"{name} has {limits.text} characters at most on this server")
     if len(settings.seeds) > limits.images:
         raise GuidekitError(
             f"a run draws {limits.images} images at most on this server, not {len(settings.seeds)}"
         )
+
+
+def _check_words(condition: Condition, limits: Limits) -> None:
+    """Raises GuidekitError for longer texts than are read, also of a layout's file."""
+    own = [(s.phrase, s.prompt, s.negative) for s in condition.segments]
+    for text in (condition.prompt, condition.negative, *itertools.chain(*own)):
+        if text is not None and len(text) > limits.text:
+            raise GuidekitError(f"a prompt or phrase has {limits.text} characters at most here")
 
 
 def _check_axes(axes: tuple[Axis, ...]) -> None:

@@ -35,8 +35,9 @@ class EventLog:
     """The events of one run, written by a thread and followed in the server's loop."""
 
     def __init__(self, most: int) -> None:
-        """most: events of steps that are kept; of more, every other one goes."""
-        self._most, self._steps = most, 0
+        """most: events of steps that are kept; of more, those at equal distances."""
+        self._most, self._every, self._steps = most, 1, 0
+        self._ordinals: dict[int, int] = {}  # which step the event of that number is
         self._events: list[Event] = []
         self._lock = threading.Lock()
         self._count = 0
@@ -50,17 +51,26 @@ class EventLog:
             if kind in LATEST:
                 self._events = [e for e in self._events if e.kind != kind]
             self._events.append(Event(self._count, kind, data))
-            self._steps += kind == STEP
-            if self._steps > self._most:
-                self._thin()
+            if kind == STEP:
+                self._ordinals[self._count] = self._steps
+                self._steps += 1
+                if len(self._ordinals) > self._most:
+                    self._thin()
         self._wake()
 
     def _thin(self) -> None:
-        """Drops every other step, so that a long run's curves keep their form."""
-        steps = [e for e in self._events if e.kind == STEP]
-        gone = {e.number for e in steps[1::2]}
+        """Keeps every second, fourth, ... step, so that the curves of a long run keep their form.
+
+        Half of the room stays for steps to come, which who listens gets all.
+        """
+        while len(kept := self._standing()) > self._most // 2:
+            self._every *= 2
+        gone = self._ordinals.keys() - kept.keys()
         self._events = [e for e in self._events if e.number not in gone]
-        self._steps -= len(gone)
+        self._ordinals = kept
+
+    def _standing(self) -> dict[int, int]:
+        return {n: step for n, step in self._ordinals.items() if step % self._every == 0}
 
     def close(self) -> None:
         """Ends every stream after what there is; the previews, which nobody needs now, go."""

@@ -148,11 +148,9 @@ class Jobs:
 
     def _close(self, job: Job, state: str, error: str | None = None) -> None:
         job.error = error
-        try:
-            shutil.rmtree(job.inputs.parent, ignore_errors=True)
-        finally:  # who follows it is told
-            job.turn(state, error=error, folder=None if job.folder is None else str(job.folder))
-            job.events.close()
+        shutil.rmtree(job.inputs.parent, ignore_errors=True)
+        job.turn(state, error=error, folder=None if job.folder is None else str(job.folder))
+        job.events.close()
 
     def _work(self) -> None:
         while True:
@@ -163,10 +161,7 @@ class Jobs:
                     return
                 job = self._waiting.popleft()
                 job.turn("loading")
-            try:
-                self._draw(job)
-            except Exception as bug:  # of ending it; those that wait are drawn all the same
-                traceback.print_exception(bug)
+            self._draw(job)
 
     def _draw(self, job: Job) -> None:
         """Draws a run to its end, whatever that is; no error of one run ends the worker."""

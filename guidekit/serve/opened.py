@@ -19,8 +19,10 @@ from guidekit.errors import GuidekitError
 from guidekit.labels import label_sets
 from guidekit.layouts import parse_layout
 from guidekit.masks import load_mask, resize_mask
-from guidekit.serve.asked import ALLOWED, PICTURES, check_layout, write_files
+from guidekit.serve.asked import ALLOWED
+from guidekit.serve.models import PAINTED
 from guidekit.serve.options import ServeOptions
+from guidekit.serve.request_files import PICTURES, check_layouts, write_files
 from guidekit.system.untrusted import MOST_TEXT, open_image, parse_json, read_json
 
 CHUNK = "guidekit"  # text chunk of an image, see `guidekit.images.save_image`
@@ -52,7 +54,7 @@ def opened(request: Any, options: ServeOptions, folder: Path) -> dict[str, Any]:
         raise GuidekitError(f"`main` {main!r} is not among the files ({', '.join(files)})")
     path = folder / main
     if path.suffix.lower() not in PICTURES:
-        return _document(read_json(path, finite=True), files, folder, size, options)
+        return _document(read_json(path), files, folder, size, options)
     if (tables := _carried(path)) is None:
         return _mask(path, size)
     own = tables.get("files", {}) if isinstance(tables.get("files"), dict) else {}
@@ -63,10 +65,9 @@ def opened(request: Any, options: ServeOptions, folder: Path) -> dict[str, Any]:
 
 def _size(given: Any, options: ServeOptions) -> tuple[int, int]:
     whole = isinstance(given, list) and len(given) == 2 and all(type(side) is int for side in given)
-    if not whole or not all(1 <= side <= options.limits.side for side in given):
-        raise GuidekitError(
-            f"`size` is [height, width] of the map, {options.limits.side} at most each"
-        )
+    most = max(options.limits.side, 2 * PAINTED)  # of small images the map is larger
+    if not whole or not all(1 <= side <= most for side in given):
+        raise GuidekitError(f"`size` is [height, width] of the map, {most} at most each")
     return given[0], given[1]
 
 
@@ -79,7 +80,7 @@ def _carried(path: Path) -> dict[str, Any] | None:
         return None
     if len(text) > MOST_TEXT:
         raise GuidekitError("its settings are larger than any that guidekit writes")
-    tables = parse_json(text, finite=True)
+    tables = parse_json(text, sent=True)
     return tables if isinstance(tables, dict) else None
 
 
@@ -123,7 +124,7 @@ def _run(
     sample = _changed(tables.get("sample") or {})
     layout: dict[str, Any] = {"segments": list(tables.get("segment") or [])}
     if (name := _file_of(sample.pop("layout", None), files)) is not None:
-        layout = read_json(folder / name, finite=True)
+        layout = read_json(folder / name)
         if not isinstance(layout, dict):
             raise GuidekitError(f"{name} holds no object")
         sample = {k: layout[k] for k in ("prompt", "negative") if k in layout} | sample
@@ -251,12 +252,12 @@ def _layers(
     """A layout as layers: each segment's words, its place, and all of them in one map."""
     entries = _entries(layout.get("segments"), place.files, notes)
     table = {key: layout[key] for key in ("map",) if key in layout} | {"segments": entries}
-    check_layout(table, place.folder, place.options.limits)
+    check_layouts([(table, place.folder)], place.options.limits)
     segments, size = parse_layout(table, place.folder, "layout").segments, place.size
     if "map" in layout and segments:  # a painted map keeps its own pixels
         with open_image(place.folder / layout["map"]) as image:
             own = (image.height, image.width)
-        size = own if max(own) <= place.options.limits.side else size
+        size = own if max(own) <= max(place.options.limits.side, 2 * PAINTED) else size
     shown = [{key: entry[key] for key in KEPT if key in entry} for entry in entries]
     used = {entry["mask"] for entry in shown if "mask" in entry}
     used |= {sample.get(key) for key in ("image", "map", "labels")}

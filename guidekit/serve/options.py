@@ -39,9 +39,9 @@ class Limits:
     pixels: int = 4096 * 4096
     #: Pixels of the masks of all segments together.
     masks: int = 4 * 4096 * 4096
-    #: Characters of a prompt.
+    #: Characters of a prompt or a phrase.
     text: int = 10_000
-    #: Steps of a run whose events are kept; of more, every other one goes.
+    #: Steps of a run whose events are kept; of more, those at equal distances.
     events: int = 20_000
 
 

@@ -218,9 +218,10 @@ def layers_of(options: ControlOptions, factor: int, size: int) -> tuple[int, ...
     """
     if options.embedding:
         return options.embedding
-    encoder = options.kind == "encoder"
-    halvings = round(math.log2(max(size // TOKENS, 2) if encoder else factor))
-    return tuple(min(16 * 2**i, MOST_CHANNELS) for i in range(halvings + (not encoder)))
+    count = round(math.log2(factor)) + 1
+    if options.kind == "encoder":
+        count = max(round(math.log2(size / TOKENS)), 1)
+    return tuple(min(16 * 2**i, MOST_CHANNELS) for i in range(count))
 
 
 def new_control(

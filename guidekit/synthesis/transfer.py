@@ -89,7 +89,7 @@ class Transfer:
         rows = {"steps": self.steps, "batch": self.batch, "lr": self.lr, "seed": self.seed}
         rows |= {"warmup": min(20, self.steps), "ema": 0.99}
         rows |= {"save_every": 50, "preview_every": 200}
-        Options(**rows | {"steps": max(self.steps, 1)})
+        Options(**rows | {"steps": max(self.steps, 1)})  # no steps: it is folded alone
         return rows
 
     def recipe(self, name: str, size: int, table: dict[str, Any]) -> str:
@@ -132,13 +132,14 @@ def transfer(plan: Transfer, out: Path, quiet: bool = False, fast_dev_run: bool 
 
 
 def _folded(task: Any, model: Path) -> Path:
-    """Saves the task's untrained model, in place of one that was made of what was there before."""
+    """Saves the untrained model in place of that of an earlier call, maybe of another affinity."""
     part = model.with_name("model.part")
-    for old in (part, model):
-        if old.exists():
-            shutil.rmtree(old)
+    if part.exists():
+        shutil.rmtree(part)
     model.parent.mkdir(exist_ok=True)
     task.export(part)
+    if model.exists():
+        shutil.rmtree(model)
     put(part, model)
     return model
 

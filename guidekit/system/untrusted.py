@@ -130,12 +130,13 @@ def _require_file(path: Path) -> None:
         raise GuidekitError("it is a folder" if stat.S_ISDIR(mode) else "it is no file")
 
 
-def parse_json(text: str | bytes, finite: bool = False) -> Any:
+def parse_json(text: str | bytes, sent: bool = False) -> Any:
     """What a JSON text holds. Raises GuidekitError, also for one that is too deeply nested.
 
-    finite: no NaN and no infinity, which JSON has not and Python reads.
+    sent: what can be sent again as JSON in UTF-8. That is without NaN and infinities, which JSON
+    has not and Python reads, and without halves of characters, which no encoding writes.
     """
-    own: dict[str, Any] = {"parse_constant": _finite, "parse_float": _finite} if finite else {}
+    own: dict[str, Any] = {"parse_constant": _finite, "parse_float": _finite} if sent else {}
     try:
         found = json.loads(text, **own)
     except RecursionError:
@@ -144,6 +145,11 @@ def parse_json(text: str | bytes, finite: bool = False) -> Any:
         raise GuidekitError(str(error)) from None
     if _depth(found) > DEEPEST:  # less than what a copy of it can follow
         raise GuidekitError("it is too deeply nested")
+    if sent:
+        try:
+            json.dumps(found, ensure_ascii=False).encode()
+        except UnicodeEncodeError:
+            raise GuidekitError("a text in it holds half of a character") from None
     return found
 
 
@@ -165,9 +171,9 @@ def _finite(text: str) -> float:
     return number
 
 
-def read_json(path: Path, finite: bool = False) -> Any:
+def read_json(path: Path, sent: bool = False) -> Any:
     """What a JSON file holds; raises as `read_text` and `parse_json`."""
-    return parse_json(read_text(path), finite)
+    return parse_json(read_text(path), sent)
 
 
 def read_object(path: Path) -> dict[str, Any]:

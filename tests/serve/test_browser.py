@@ -18,6 +18,7 @@ from browsing import (  # noqa: E402
     MARKS,
     WAIT,
     Proxy,
+    anew,
     drag,
     drawn,
     follow_red,
@@ -143,9 +144,7 @@ def test_a_dropped_image_restores_everything(page, port, tmp_path):
     id = drawn(page, "finished")
     *_, image = Client(port).raw("GET", f"/api/runs/{id}/files/3.png")
     (tmp_path / "kept.png").write_bytes(image)
-    page.evaluate("sessionStorage.clear()")
-    page.goto(page.url)
-    expect(page.locator("html")).to_have_attribute("data-ready", "yes", timeout=WAIT)
+    anew(page)
     assert not np.array_equal(numbers(page), painted)
     page.locator("#open").set_input_files(tmp_path / "kept.png")
     expect(page.get_by_label("steps", exact=True)).to_have_value("2")

@@ -43,6 +43,8 @@ def test_half_of_a_character_is_refused_before_it_is_kept(client, body):
     run = body | {"sample": body["sample"] | {"prompt": "a red circle \ud800"}}
     refused(client, run, "half of a character")
     refused(client, {"prompt": "\ud800"}, "half of a character", path="/api/tokens")
+    asked = {"files": {"l.json": text({"prompt": "\ud800"})}, "main": "l.json", "size": [8, 8]}
+    refused(client, asked, "half of a character", path="/api/open")
     client.get("/api/runs")
 
 

@@ -196,6 +196,27 @@ def test_masks_of_a_layout_are_counted_before_they_are_read(options, body, tmp_p
         refused(Client(port), asked, "the masks of a layout have", path="/api/open")
 
 
+def test_segments_of_a_request_and_of_its_layout_are_counted_together(client, body):
+    some = [{"phrase": "red circle", "box": [0, 0, 1, 1]}] * 3
+    sample = body["sample"] | {"layout": "l.json"}
+    run = body | {"sample": sample, "segment": some, "files": {"l.json": text({"segments": some})}}
+    refused(client, run, "a layout has 4 segments at most")
+
+
+def test_boxes_are_no_masks_of_the_map(options, body, tmp_path):
+    """And a mask that is named twice is two."""
+    limits = dataclasses.replace(options.limits, masks=8 * 8)
+    boxes = [{"phrase": "red circle", "box": [0, 0, 1, 1]}] * 3
+    layout = {"prompt": "a red circle", "map": "m.png", "segments": boxes}
+    layout["segments"] = [*boxes, {"phrase": "red circle", "value": 0}]
+    files = {"l.json": text(layout), "m.png": png(np.zeros((8, 8), "uint8"))}
+    run = body | {"sample": body["sample"] | {"layout": "l.json"}, "files": files}
+    with serving(dataclasses.replace(options, out=tmp_path, limits=limits)) as port:
+        Client(port).draw(run)
+        layout["segments"][0] = layout["segments"][3]
+        refused(Client(port), run | {"files": files | {"l.json": text(layout)}}, "masks of a lay")
+
+
 def test_a_layout_to_open_has_limits(client):
     segments = [{"phrase": "a", "box": [0, 0, 1, 1]}] * 5
     asked = {"files": {"l.json": text({"segments": segments})}, "main": "l.json", "size": [8, 8]}
@@ -207,8 +228,16 @@ def test_a_layout_to_open_has_limits(client):
 
 @pytest.mark.parametrize("key", ["prompt", "negative"])
 def test_a_prompt_has_a_length(client, body, key):
-    sample = body["sample"] | {key: "a" * 10_001}
-    refused(client, body | {"sample": sample}, f"{key} has 10000 characters at most")
+    """Of the request, of a grid, of a layout, of a segment."""
+    long = "a" * 10_001
+    words = f"{key} has 10000 characters at most"
+    refused(client, body | {"sample": body["sample"] | {key: long}}, words)
+    refused(client, body | {"grid": [f"{key}={long}"]}, words)
+    segment = {"phrase": "red circle", "box": [0, 0, 1, 1], key: long}
+    for layout in ({key: long}, {"prompt": "a red circle", "segments": [segment]}):
+        sample = {k: v for k, v in body["sample"].items() if k != "prompt"} | {"layout": "l.json"}
+        run = body | {"sample": sample, "files": {"l.json": text(layout)}}
+        refused(client, run, "10000 characters at most")
 
 
 def test_a_body_has_a_size(client, options):

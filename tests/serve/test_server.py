@@ -3,13 +3,11 @@
 import dataclasses
 import json
 import re
-import shutil
 import signal
 import socket
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 from serving import Client, serving, with_layout
 
@@ -38,23 +36,6 @@ def test_nothing_is_lost_under_load(options, body, tmp_path):
         while time.monotonic() < deadline and len(client.get("/api/runs")["runs"]) != 50:
             time.sleep(0.05)
         assert len(client.get("/api/runs")["runs"]) == 50
-
-
-def test_a_run_that_cannot_be_ended_does_not_end_the_worker(options, body, tmp_path, monkeypatch):
-    remove, times = shutil.rmtree, []
-
-    def failing(path, **options):
-        if not times and (Path(path) / "request").is_dir():
-            times.append(path)
-            raise RecursionError
-        return remove(path, **options)
-
-    monkeypatch.setattr("guidekit.serve.jobs.shutil.rmtree", failing)
-    with serving(dataclasses.replace(options, out=tmp_path)) as port:
-        client = Client(port)
-        ids = [client.draw(body) for _ in range(2)]
-        assert [client.finished(id)["state"] for id in ids] == ["finished", "finished"]
-    assert len(times) == 1
 
 
 def test_what_is_over_is_let_go(options, body, tmp_path):

@@ -30,6 +30,15 @@ def opened(context, port, errors=None):
     return tab
 
 
+def anew(page):
+    """The page without its draft, as a new tab has it."""
+    home = page.url
+    page.goto(f"{home}static/icon.svg")  # leaving the page keeps the draft
+    page.evaluate("sessionStorage.clear()")
+    page.goto(home)
+    expect(page.locator("html")).to_have_attribute("data-ready", "yes", timeout=WAIT)
+
+
 def numbers(page):
     """The map as the page has it; its few layers are digits."""
     height, digits = page.evaluate(

@@ -121,7 +121,7 @@ def refused(client, body, *words, status=400, path="/api/runs", headers=None, me
     assert found == status, answer
     assert "\n" not in answer["error"]
     for word in words:
-        assert word in answer["error"]
+        assert word in answer["error"], answer["error"][:300]
 
 
 def painted(size=48):

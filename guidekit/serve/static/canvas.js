@@ -1,11 +1,10 @@
 // The canvas: shows the map over an image, and paints by mouse, pen, finger or keys.
 
-import { $, later, say } from "./dom.js";
-import { state, colour, layer, looseChanged, keepDraft, places, putPlaces, returnLayers } from "./state.js";
+import { $, say } from "./dom.js";
+import { state, colour, layer, keepSoon, looseChanged, places, putPlaces, returnLayers } from "./state.js";
 
 const SHAPES = ["box", "ellipse"];
 const KEYS = { b: "brush", e: "erase", r: "box", o: "ellipse", f: "fill" };
-const keep = later(250, keepDraft);
 
 export class Easel {
   // changed: after every change of the map; returned: after undo brought removed layers back.
@@ -84,7 +83,7 @@ export class Easel {
   #settle() {
     this.draw();
     this.changed();
-    keep();
+    keepSoon();
   }
 
   #place(event) {

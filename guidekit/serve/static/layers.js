@@ -2,7 +2,7 @@
 
 import { api } from "./api.js";
 import { $, el, later, say } from "./dom.js";
-import { state, colour, dropLayer, newLayer, keepDraft } from "./state.js";
+import { state, colour, dropLayer, newLayer, keepDraft, keepSoon } from "./state.js";
 
 let found = { tokens: [], phrases: [], unknown: [] }; // what the server said last
 let asked = null, latest;
@@ -11,7 +11,7 @@ export function bindLayers(easel) {
   const told = later(200, () => askTokens());
   const typed = (key) => (event) => {
     state[key] = event.target.value;
-    keepDraft();
+    keepSoon();
     told();
   };
   $("prompt").addEventListener("input", typed("prompt"));
@@ -122,10 +122,7 @@ function row(one, easel) {
     "aria-checked": state.selected === one.value, "aria-label": `Paint with ${name()}`, onclick: choose,
   });
   swatch.style.background = colour(one.value);
-  const told = later(150, () => {
-    askTokens();
-    keepDraft();
-  });
+  const told = later(150, askTokens);
   const phrase = el("input", {
     className: "phrase", value: one.phrase, placeholder: "words of the prompt", spellcheck: false,
     "aria-label": "Phrase", "aria-describedby": `about-${one.value}`, autocomplete: "off", onfocus: choose,
@@ -133,6 +130,7 @@ function row(one, easel) {
       one.phrase = phrase.value;
       swatch.setAttribute("aria-label", `Paint with ${name()}`);
       told();
+      keepSoon();
     },
   });
   const eye = el("button", {

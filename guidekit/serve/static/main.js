@@ -215,6 +215,7 @@ function listen() {
     document.body.classList.remove("dropping");
     openFiles(event.dataTransfer.files);
   });
+  window.addEventListener("pagehide", keepDraft);
   document.addEventListener("visibilitychange", () => document.hidden || refresh());
 }
 
@@ -239,7 +240,7 @@ async function start() {
   bindLayers(easel);
   listen();
   showAll();
-  if (old && state.lost) fail("The files were too large for the browser to keep; add them again.");
+  if (old && state.lost) fail("Not all files were kept, as they were too large for the browser; add them again.");
   if (state.run) await view.show(state.run).catch(() => (state.run = null));
   await refresh();
   setInterval(() => document.hidden || refresh(), EVERY);

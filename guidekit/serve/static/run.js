@@ -35,7 +35,6 @@ export class RunView {
     $("notes").replaceChildren();
     $("downloads").replaceChildren();
     $("heatbar").hidden = true;
-    this.curves.clear();
     this.#frames();
     this.#state(run.state, run.error);
     if (ENDED.includes(run.state)) this.#finish();
@@ -98,15 +97,8 @@ export class RunView {
   }
 
   async #again(id) {
-    try {
-      await api.run(id);
-      this.#follow(id);
-    } catch (error) {
-      if (error.status === 404) {
-        this.leave();
-        $("banner").textContent = "The server was started anew and has forgotten this run. Its files are still in its folder.";
-      } else setTimeout(() => this.source?.readyState === EventSource.CLOSED && this.#again(id), 1500);
-    }
+    if (this.source?.readyState !== EventSource.CLOSED) return; // it came back, or another run is shown
+    if (await this.#asked(id, () => this.#again(id))) this.#follow(id);
   }
 
   get ended() {
@@ -114,16 +106,23 @@ export class RunView {
   }
 
   async #ended(id) {
+    const run = await this.#asked(id, () => this.#ended(id));
+    if (!run || this.run.id !== id) return;
+    this.run = run;
+    this.#finish();
+    this.changed();
+  }
+
+  // A run of the server; null if it has none such, or does not answer: then `again` is called later.
+  async #asked(id, again) {
     try {
-      const run = await api.run(id);
-      if (this.run.id !== id) return;
-      this.run = run;
-      this.#finish();
+      return await api.run(id);
     } catch (error) {
-      if (error.status === 404 || this.run.id !== id) return;
-      setTimeout(() => this.run.id === id && this.#ended(id), 1500);
-    } finally {
-      this.changed();
+      if (error.status === 404) {
+        this.leave();
+        $("banner").textContent = "The server was started anew and has forgotten this run. Its files are still in its folder.";
+      } else setTimeout(() => this.run?.id === id && again(), 1500);
+      return null;
     }
   }
 

@@ -1,6 +1,7 @@
 // What the user has asked for so far, kept in the tab so that a reload loses nothing.
 
 import { packed, unpacked, toBase64, fromBase64, greyPng } from "./bytes.js";
+import { later } from "./dom.js";
 import { LayerMap } from "./map.js";
 
 const DRAFT = "guidekit-draft";
@@ -61,9 +62,11 @@ export function keepDraft() {
   const { model, prompt, negative, sample, plugins, control, layers, selected, files, grid, run, map } = state;
   const painted = { width: map.width, height: map.height, runs: packed(map.values) };
   const draft = { model, prompt, negative, sample, plugins, control, layers, selected, grid, run, painted };
-  const kept = [{ files }, { files: namedFiles() }, { files: {}, lost: true }];
+  const kept = [{ files, lost: false }, { files: namedFiles(), lost: true }, { files: {}, lost: true }];
   if (!kept.some((own) => stored({ ...draft, ...own }))) sessionStorage.removeItem(DRAFT); // better none than an old one
 }
+
+export const keepSoon = later(250, keepDraft);
 
 function stored(draft) {
   try {
@@ -101,7 +104,7 @@ export function restoreDraft() {
 export const places = () => new Map(state.layers.map((one) => [one.value, one.place]));
 
 export function putPlaces(kept) {
-  for (const one of state.layers) if (kept.has(one.value)) one.place = kept.get(one.value);
+  for (const one of state.layers) one.place = kept.get(one.value) ?? null;
 }
 
 // A layer that was a box or a file stays one until its pixels change.
