@@ -224,7 +224,10 @@ def main(parts, model, scenes_model, judge, cells, n, draws, steps, seed, quick,
         quick,
     )
     about = {"n": setting.n, "draws": setting.draws, "steps": steps, "seed": seed}
-    results = Results(json_file, **about, intervals="95% bootstrap intervals")
+    over = "95% bootstrap intervals"
+    if parts == ("augment",):  # whose rows have a number of seeds, and say so
+        about, over = {"steps": steps, "seed": seed}, f"{over} over seeds"
+    results = Results(json_file, **about, intervals=over)
     for part in parts or PARTS:
         for rows in TABLES[part](setting):
             print(f"\n{table(rows)}", flush=True)
