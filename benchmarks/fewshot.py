@@ -38,8 +38,7 @@ from guidekit.zoo.shipped import ZOO, model_defaults
 from guidekit_fewshot import Fewshot
 from measured import Results
 
-PARTS = ("digits", "scenes", "latents", "attribute", "code", "augment", "cost")
-CODE = ("unguided", "ours, detached", "rejection only", "latent code")
+PARTS = ("digits", "scenes", "latents", "attribute", "augment", "cost")
 
 
 @dataclass(frozen=True)
@@ -122,13 +121,6 @@ def red_rows(setting: Setting) -> list[list[dict]]:
     return [bench.attribute_rows(10 if setting.quick else 50)]
 
 
-def code_rows(setting: Setting) -> list[list[dict]]:
-    """A linear classifier of a diffusion autoencoder's code, and what the code says of masks."""
-    scene = scene_bench(setting, setting.scenes_model)
-    count = 20 if setting.quick else 200
-    return [digit_bench(setting).rows((20,), CODE), scene.segmentation_rows(count)]
-
-
 def cost_rows(setting: Setting) -> list[list[dict]]:
     """Seconds of a fit on twenty examples, and of a guided step beside an unguided one."""
     denoiser = Denoiser(load(setting.digits_model))
@@ -189,7 +181,6 @@ TABLES = {
     "scenes": scene_rows,
     "latents": latent_rows,
     "attribute": red_rows,
-    "code": code_rows,
     "augment": augment_rows,
     "cost": cost_rows,
 }
