@@ -9,6 +9,7 @@ from click.testing import CliRunner
 
 import guidekit
 from guidekit.synthesis.control_train import ControlOptions, new_control
+from guidekit.testing.conditioners import control_net, segment_map, t2i_adapter
 from guidekit.worlds import digits, scenes
 from guidekit.zoo.shipped import ZOO
 
@@ -17,15 +18,25 @@ BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
-    """Runs of an adapter and of an encoder with its model, as trainers leave them; untrained."""
+    """Runs of all controls, some with their own model, as trainers leave them; all random."""
     folder, pipe = tmp_path_factory.mktemp("runs"), guidekit.load("scenes", "cpu")
-    own = folder / "scenes-map-encoder/both/model"
-    shutil.copytree(ZOO / "scenes", own)
-    for kind, place in {
-        "adapter": folder / "scenes-map-adapter/control/model",
-        "encoder": own / "control",
-    }.items():
-        new_control(ControlOptions(kind=kind), pipe, len(scenes.DENSE)).save_pretrained(place)
+    count = len(scenes.DENSE)
+    both, spatial = (
+        folder / "scenes-map-encoder/both/model",
+        folder / "scenes-spatial/spatial/model",
+    )
+    shutil.copytree(ZOO / "scenes", both)
+    widened, segments = segment_map(pipe)
+    widened.save_pretrained(spatial)
+    encoder = new_control(ControlOptions(kind="encoder"), pipe, count, 64)
+    for control, place in (
+        (t2i_adapter(pipe, channels=count), folder / "scenes-map-adapter/control/model"),
+        (control_net(pipe, channels=count), folder / "scenes-map-controlnet/control/model"),
+        (encoder, folder / "scenes-map-encoder/encoder/model"),
+        (encoder, both / "control"),
+        (segments, spatial / "control"),
+    ):
+        control.save_pretrained(place)
     return folder
 
 
@@ -37,23 +48,24 @@ def benchmarks(monkeypatch):
 
 def test_trained_layouts_are_rows_beside_the_others(benchmarks, runs):
     from layout import Bench, Setting
-    from layout_trained import there
+    from layout_trained import TRAINED, there
 
-    names = ["adapter", "adapter + Zest", "encoder, both trained"]
-    assert there(runs) == names
+    names = there(runs)
+    assert names == [*TRAINED]
     bench = Bench(Setting("scenes", n=2, steps=2, cfg=4.0, batch=2, seed=0, trained=str(runs)))
     plain, *rows = (bench.rows(name)[0] for name in ("unguided", *names))
     assert "trained" not in plain
     for name, row in zip(names, rows, strict=True):
-        assert (row["method"], row["vocabulary"], row["trained"]) == (name, "closed", "yes")
+        kind = "open" if name == "spatial" else "closed"
+        assert (row["method"], row["vocabulary"], row["trained"]) == (name, kind, "yes")
         assert row["n"] == 2
         assert row["Frechet"] != plain["Frechet"]
 
 
-def test_a_row_that_was_not_trained_names_its_recipe(benchmarks, runs):
+def test_a_row_that_was_not_trained_names_its_recipe(benchmarks, tmp_path):
     from layout import main
 
-    result = CliRunner().invoke(main, ["--only", "spatial", "--trained", str(runs)])
+    result = CliRunner().invoke(main, ["--only", "spatial", "--trained", str(tmp_path)])
     assert result.exit_code == 2
     assert "guidekit train scenes-spatial --out RUNS" in result.output
 
