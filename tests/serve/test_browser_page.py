@@ -321,6 +321,16 @@ def test_choosing_runs_to_compare_keeps_the_focus(page, port):
     expect(page.locator("#compare")).to_be_enabled()
 
 
+def test_a_run_that_the_server_has_forgotten_is_told(page, port):
+    """As after a new start, when a page still shows a run of before."""
+    quick(page, steps=40)
+    page.locator("#draw").click()
+    expect(page.locator("#stop")).to_be_visible(timeout=WAIT)
+    page.route("**/api/runs/*", lambda route: route.fulfill(status=404, json={"error": "no run"}))
+    Client(port).ask("DELETE", f"/api/runs/{page.evaluate('() => guidekit.state.run')}")
+    expect(page.locator("#run-error")).to_contain_text("has forgotten this run", timeout=WAIT)
+
+
 def test_several_masks_are_opened_one_by_one(page):
     buffer = io.BytesIO()
     Image.new("L", (8, 8), 255).save(buffer, format="PNG")

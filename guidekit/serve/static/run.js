@@ -120,7 +120,8 @@ export class RunView {
     } catch (error) {
       if (error.status === 404) {
         this.leave();
-        $("banner").textContent = "The server was started anew and has forgotten this run. Its files are still in its folder.";
+        $("run-error").textContent = "The server was started anew and has forgotten this run. Its files are still in its folder.";
+        $("run-error").hidden = false; // the banner goes once the server answers
       } else setTimeout(() => this.run?.id === id && again(), 1500);
       return null;
     }
