@@ -11,8 +11,9 @@ import torch
 
 import guidekit
 from guidekit import Condition, LabelMap
+from guidekit.affinity.encoders import load_texts
 from guidekit.backbones.controls import Control, load_control
-from guidekit.backbones.segment_map import SegmentMap
+from guidekit.backbones.segment_map import SegmentMap, pooled
 from guidekit.evaluate import label_maps
 from guidekit.synthesis.data import SOURCE_LABELS
 from guidekit.worlds import scenes
@@ -26,6 +27,7 @@ class Trained:
     model: str = ""  # the setting's
     guidances: tuple[tuple[str, dict], ...] = ()
     vocabulary: str = "closed"
+    prior: bool = True  # from phrases to what a map of segments holds
 
     @property
     def recipe(self) -> str:
@@ -43,6 +45,7 @@ TRAINED = {
     "encoder": Trained("scenes-map-encoder/encoder/model"),
     "encoder, both trained": Trained(f"{ENCODER}/control", ENCODER),
     "spatial": Trained(f"{SPATIAL}/control", SPATIAL, vocabulary="open"),
+    "spatial, no prior": Trained(f"{SPATIAL}/control", SPATIAL, vocabulary="open", prior=False),
 }
 FREE = ("Paint-with-Words", "Zest", "Zest + PwW", "MultiDiffusion")
 
@@ -65,7 +68,23 @@ def loaded(method: str, runs: Path) -> tuple[list[Control], object | None]:
     """The control of a row, and its model if it is its own."""
     row = TRAINED[method]
     model = guidekit.load(str(runs / row.model), "cpu", torch.float32) if row.model else None
-    return [Control(load_control(runs / row.control, "cpu", torch.float32))], model
+    control = load_control(runs / row.control, "cpu", torch.float32)
+    return [Control(control if row.prior else without_prior(control, model))], model
+
+
+def without_prior(control: SegmentMap, pipeline) -> SegmentMap:
+    """A map of segments that holds CLIP's embeddings of the phrases as they are.
+
+    One linear layer gives them for the world's phrases, of which there are fewer than channels.
+    """
+    states = pooled(pipeline, scenes.CLASSES).float().cpu().double()
+    wanted = load_texts("scenes-clip", guidekit.load)(scenes.CLASSES).double()
+    inputs = torch.cat([states, torch.ones(len(states), 1, dtype=states.dtype)], 1)
+    found = torch.linalg.lstsq(inputs, wanted, driver="gelsd").solution
+    torch.testing.assert_close(inputs @ found, wanted, rtol=0, atol=1e-3)
+    bare = SegmentMap(control.config.text_channels, control.config.channels)
+    bare.prior.weight.data, bare.prior.bias.data = found[:-1].T.float(), found[-1].float()
+    return bare.eval().requires_grad_(False)
 
 
 def with_maps(

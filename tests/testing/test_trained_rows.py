@@ -8,6 +8,8 @@ import torch
 from click.testing import CliRunner
 
 import guidekit
+from guidekit.affinity.encoders import load_texts
+from guidekit.backbones.segment_map import pooled, scaled
 from guidekit.synthesis.control_train import ControlOptions, new_control
 from guidekit.testing.conditioners import control_net, segment_map, t2i_adapter
 from guidekit.worlds import digits, scenes
@@ -26,7 +28,7 @@ def runs(tmp_path_factory):
         folder / "scenes-spatial/spatial/model",
     )
     shutil.copytree(ZOO / "scenes", both)
-    widened, segments = segment_map(pipe)
+    widened, segments = segment_map(pipe, channels=128)  # of scenes-clip
     widened.save_pretrained(spatial)
     encoder = new_control(ControlOptions(kind="encoder"), pipe, count, 64)
     for control, place in (
@@ -56,10 +58,20 @@ def test_trained_layouts_are_rows_beside_the_others(benchmarks, runs):
     plain, *rows = (bench.rows(name)[0] for name in ("unguided", *names))
     assert "trained" not in plain
     for name, row in zip(names, rows, strict=True):
-        kind = "open" if name == "spatial" else "closed"
+        kind = "open" if name.startswith("spatial") else "closed"
         assert (row["method"], row["vocabulary"], row["trained"]) == (name, kind, "yes")
         assert row["n"] == 2
         assert row["Frechet"] != plain["Frechet"]
+
+
+def test_without_a_prior_a_segment_holds_what_clip_makes_of_its_phrase(benchmarks):
+    from layout_trained import without_prior
+
+    pipe, phrases = guidekit.load("scenes", "cpu"), scenes.CLASSES[::7]
+    bare = without_prior(segment_map(pipe, channels=128)[1], pipe)
+    wanted = load_texts("scenes-clip", guidekit.load)(phrases)
+    found = bare(pooled(pipe, phrases).float())
+    torch.testing.assert_close(found, scaled(wanted), rtol=0, atol=1e-2)
 
 
 def test_a_row_that_was_not_trained_names_its_recipe(benchmarks, tmp_path):
