@@ -31,7 +31,7 @@ from torch import Tensor
 from guidekit import Denoiser, LabelMap, LabelSet, load
 from guidekit.affinity import Affinity, Estimate, Shot, estimate
 from guidekit.affinity.encoders import denoiser_features, load_texts
-from guidekit.affinity.estimate import by_text
+from guidekit.affinity.estimate import by_segmentation, by_text
 from guidekit.affinity.segmenters import Segmenter, judge_segmenter
 from guidekit.labels import VOID
 from guidekit.train.judge import Judge
@@ -179,6 +179,8 @@ ROWS: dict[str, Picks] = {
     "mean of similarities": combined,
     "segmentation, text where unseen": fallback,
 }
+#: Those that are shown once more with the most probable class of a pixel alone.
+NAMED = ("segmentation", "vote")
 #: Those that models draw under.
 DRAWN = (
     "segmentation",
@@ -211,6 +213,18 @@ class Estimator:
             template=TEMPLATE,
         )
 
+    def of_named(self, found: Affinity, shots: list[Shot]) -> Affinity:
+        """The same where the segmenter gives a pixel to its most probable class, void or not."""
+        segmenter = Segmenter(SOURCE, lambda pixels: most_probable(self.segmenter(pixels)))
+        own = {"segmentation": by_segmentation(shots, segmenter, SOURCE)}
+        return replace(found, estimates=found.estimates | own)
+
+
+def most_probable(shares: Tensor) -> Tensor:
+    """One for the largest of shares (N, H, W), void's among them, and zeros."""
+    whole = torch.cat([1 - shares.sum(0, keepdim=True), shares])
+    return torch.zeros_like(whole).scatter_(0, whole.argmax(0, keepdim=True), 1.0)[1:]
+
 
 def shots_at(setting: Setting, count: int, draw: int = 0) -> list[Shot]:
     """The shots of a draw."""
@@ -224,9 +238,14 @@ def affinity_rows(setting: Setting, estimated: Estimator) -> list[dict]:
     found: dict[tuple[int, str], list[dict]] = {}
     for count in setting.counts:
         for draw in range(draws):
-            own = estimated(shots_at(setting, count, draw))
+            shots = shots_at(setting, count, draw)
+            own = estimated(shots)
             for name, picks in ROWS.items():
                 found.setdefault((count, name), []).append(measured(own, picks(own)))
+            own = estimated.of_named(own, shots)
+            for name in NAMED:
+                row = measured(own, ROWS[name](own))
+                found.setdefault((count, f"{name}, a class a pixel"), []).append(row)
     return [
         {
             "method": name,

@@ -59,10 +59,11 @@ def estimate(
 
 
 def by_segmentation(shots: Sequence[Shot], segmenter: Segmenter, source: LabelSet) -> Estimate:
-    """Counts of pixels of each target class that a segmenter calls each source class.
+    """Pixels of each target class that a segmenter sees as each source class, by their shares.
 
-    All shots together; what the segmenter calls void counts for nothing. Raises GuidekitError for a
-    segmenter of other classes than the source's.
+    All shots together; what the segmenter sees as void counts for nothing. Shares say more than the
+    most probable class of a pixel, which is often void for images unlike those that the segmenter
+    knows. Raises GuidekitError for a segmenter of other classes than the source's.
     """
     if segmenter.labels.classes != source.classes:
         raise GuidekitError(
@@ -70,13 +71,12 @@ def by_segmentation(shots: Sequence[Shot], segmenter: Segmenter, source: LabelSe
             "give a segmenter of the source's classes, or its label set as the source"
         )
     count, targets = len(source), len(shots[0].map.labels)
-    counts = torch.zeros(count * targets, dtype=torch.float64)
+    counts = torch.zeros(count, targets, dtype=torch.float64)
     for shot in shots:
-        called, wanted = segmenter(shot.pixels), shot.map.ids
-        said = (called != VOID) & (wanted != VOID)
-        pairs = called[said] * targets + wanted[said]
-        counts += torch.bincount(pairs, minlength=count * targets)
-    return Estimate(counts.unflatten(0, (count, targets)), seen(shots, targets), counts=True)
+        shares, wanted = segmenter(shot.pixels), shot.map.ids
+        for own in wanted[wanted != VOID].unique().tolist():
+            counts[:, own] += shares[:, wanted == own].sum(1, dtype=torch.float64)
+    return Estimate(counts, seen(shots, targets), counts=True)
 
 
 def by_text(texts: Texts, source: LabelSet, target: LabelSet, template: str = TEMPLATE) -> Estimate:

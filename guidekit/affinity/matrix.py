@@ -29,9 +29,9 @@ VOTE, HAND = "vote", "hand"
 class Estimate:
     """How alike every source class and every target class are, by one kind of evidence.
 
-    scores: (N_s, N_t), counts of pixels where `counts`, else similarities, -inf for source classes
-    of which it knows nothing. evidence: (N_t,), what each column rests on: pixels, or 1; 0 where it
-    abstains.
+    scores: (N_s, N_t), numbers of pixels where `counts`, which may be broken, else similarities,
+    -inf for source classes of which it knows nothing. evidence: (N_t,), what each column rests on:
+    pixels, or 1; 0 where it abstains.
     """
 
     scores: Tensor

@@ -1,4 +1,4 @@
-"""Segmenters: networks that give every pixel of an image a class of a label set."""
+"""Segmenters: networks that say how probable the classes of a label set are in every pixel."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from guidekit.backbones.hub import require_hub
@@ -13,7 +14,7 @@ from guidekit.backbones.loading import LOAD_ERRORS, check_part, default_device, 
 from guidekit.backbones.whole import whole
 from guidekit.errors import GuidekitError
 from guidekit.images import to_image
-from guidekit.labels import LABELS, VOID, LabelSet, load_label_set, void_numbers
+from guidekit.labels import LABELS, VOID, LabelMap, LabelSet, load_label_set, void_numbers
 from guidekit.system.untrusted import check_configs, read_object
 from guidekit.train.judge import Judge
 from guidekit.worlds import scenes
@@ -29,16 +30,18 @@ TOLD = "OneFormer"  # reads a text too, for which its processor fetches a file
 
 @dataclass(frozen=True, eq=False)
 class Segmenter:
-    """Classes of a label set for the pixels of an image.
+    """Shares of a label set's classes in the pixels of an image.
 
-    labels: the set. see: pixels (3, H, W) in [-1, 1] to indices (H, W), VOID where it says nothing.
+    labels: the set. see: pixels (3, H, W) in [-1, 1] to shares (N, H, W), the probabilities of the
+    classes; what they lack of 1 is void. A network that only names a class gives ones and zeros
+    (`LabelMap.one_hot`).
     """
 
     labels: LabelSet
     see: Callable[[Tensor], Tensor]
 
     def __call__(self, pixels: Tensor) -> Tensor:
-        """Indices (H, W) for pixels (3, H, W) in [-1, 1]."""
+        """Shares (N, H, W) for pixels (3, H, W) in [-1, 1]."""
         with torch.no_grad():
             return self.see(pixels)
 
@@ -109,13 +112,16 @@ def judge_segmenter(judge: Judge, labels: LabelSet) -> Segmenter:
 
     def see(pixels: Tensor) -> Tensor:
         logits, _ = judge(pixels[None].to(judge.device, judge.dtype))
-        return logits[0].argmax(0).cpu() - 1
+        return logits[0].float().softmax(0)[1:].cpu()
 
     return Segmenter(labels, see)
 
 
 def _of_transformers(folder: Path, panoptic: bool, device: str) -> Segmenter:
-    """A semantic or panoptic model of transformers, with its own image processor."""
+    """A semantic or panoptic model of transformers, with its own image processor.
+
+    Panoptic ones name classes of segments, so that a pixel's shares are one and zeros.
+    """
     import transformers
 
     kind: Any = transformers.AutoModelForSemanticSegmentation
@@ -137,8 +143,11 @@ def _of_transformers(folder: Path, panoptic: bool, device: str) -> Segmenter:
 
     def see(pixels: Tensor) -> Tensor:
         inputs = processor(images=to_image(pixels / 2 + 0.5), return_tensors="pt").to(device)
-        size = [tuple(pixels.shape[1:])]
-        (found,) = processor.post_process_semantic_segmentation(model(**inputs), size)
-        return place[found.cpu()]
+        size, out = tuple(pixels.shape[1:]), model(**inputs)
+        if panoptic:
+            (found,) = processor.post_process_semantic_segmentation(out, [size])
+            return LabelMap(place[found.cpu()], labels).one_hot()
+        logits = F.interpolate(out.logits.float(), size, mode="bilinear", align_corners=False)
+        return logits[0].softmax(0)[kept].cpu()
 
     return Segmenter(labels, see)

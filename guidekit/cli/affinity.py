@@ -175,18 +175,24 @@ def _matched(labels: Any, network: Any) -> tuple[Any, Any]:
     import torch
 
     from guidekit.affinity.segmenters import Segmenter
-    from guidekit.labels import VOID
 
     known = {_plain(name): i for i, name in enumerate(labels.classes)}
-    place = torch.tensor([known.get(_plain(n), VOID) for n in network.labels.classes] + [VOID])
-    if (place == VOID).all():
+    place = [known.get(_plain(name)) for name in network.labels.classes]
+    if not any(own is not None for own in place):
         if len(network.labels) != len(labels):
             raise GuidekitError(
                 f"the segmenter knows none of the classes of {labels.name!r} by name; give one "
                 "that was trained on them"
             )
-        place = torch.tensor([*range(len(labels)), VOID])
-    return labels, Segmenter(labels, lambda pixels: place[network(pixels)])
+        place = [*range(len(labels))]
+    pairs = [(own, i) for i, own in enumerate(place) if own is not None]
+    places, rows = (torch.tensor(side) for side in zip(*pairs, strict=True))
+
+    def see(pixels: Any) -> Any:
+        shares = network(pixels)[rows]
+        return shares.new_zeros(len(labels), *shares.shape[1:]).index_add_(0, places, shares)
+
+    return labels, Segmenter(labels, see)
 
 
 def _plain(name: str) -> str:

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 from safetensors.torch import load_file
+from transformers import AutoImageProcessor, AutoModelForSemanticSegmentation
 
 import tiny
 from guidekit import GuidekitError, LabelMap, LabelSet
@@ -33,6 +34,7 @@ from guidekit.affinity.matrix import parse_hand
 from guidekit.affinity.report import matrix_image, summary
 from guidekit.affinity.segmenters import Segmenter, judge_segmenter, load_segmenter
 from guidekit.backbones.denoiser import Denoiser
+from guidekit.images import to_image
 from guidekit.labels import VOID
 from guidekit.train.judge import Judge
 from segformers import write_segformer
@@ -41,6 +43,7 @@ NAMES = ("red circle", "blue square", "green", "white")
 SET = LabelSet("four", NAMES, things=NAMES[:2])
 DRAWS = torch.Generator().manual_seed(0)
 SHADES = torch.rand(4, 3, generator=DRAWS) * 2 - 1
+PIXELS = torch.rand(3, 32, 32, generator=torch.Generator().manual_seed(0)) * 2 - 1
 
 
 def shot(labels=SET, order=range(4), size=16):
@@ -56,7 +59,8 @@ SHOTS = [shot() for _ in range(4)]
 
 def see(pixels):
     """The class by the nearest shade."""
-    return (pixels[None] - SHADES[..., None, None]).square().sum(1).argmin(0)
+    ids = (pixels[None] - SHADES[..., None, None]).square().sum(1).argmin(0)
+    return LabelMap(ids, SET).one_hot()
 
 
 SEGMENTER = Segmenter(SET, see)
@@ -113,7 +117,7 @@ def test_counts_are_pooled_and_void_counts_for_nothing():
     )
     assert torch.equal(found.scores, torch.diag(both).double())
     assert torch.equal(found.evidence, both.double())
-    blind = Segmenter(SET, lambda pixels: torch.full(pixels.shape[1:], VOID))
+    blind = Segmenter(SET, lambda pixels: torch.zeros(len(SET), *pixels.shape[1:]))
     silent = Affinity(SET, SET, {"segmentation": by_segmentation(SHOTS, blind, SET)})
     assert silent.picks("segmentation").tolist() == [VOID] * 4
     with pytest.raises(GuidekitError, match="nothing says what stands for 'red circle'"):
@@ -287,12 +291,30 @@ def test_shots_of_a_folder(tmp_path):
         read_shots(tmp_path / "shots")
 
 
+def test_shares_are_pooled_where_every_pixel_is_most_likely_void():
+    """Half of a pixel is void, a third its own class: the class is known still."""
+    rest = torch.full((4, 4), 1 / 18).fill_diagonal_(1 / 3)
+    unsure = Segmenter(SET, lambda pixels: torch.einsum("ab,bhw->ahw", rest, see(pixels)))
+    found = by_segmentation(SHOTS, unsure, SET)
+    pixels = torch.stack([shot.map.one_hot() for shot in SHOTS]).sum((0, 2, 3)).double()
+    torch.testing.assert_close(found.scores, rest.double() * pixels, rtol=1e-6, atol=0)
+    assert Affinity(SET, SET, {"segmentation": found}).hard("segmentation").tolist() == [0, 1, 2, 3]
+
+
+def named(folder):
+    """Classes of PIXELS by the processor of a model of transformers."""
+    model = AutoModelForSemanticSegmentation.from_pretrained(folder).eval()
+    processor = AutoImageProcessor.from_pretrained(folder)
+    inputs = processor(images=to_image(PIXELS / 2 + 0.5), return_tensors="pt")
+    with torch.no_grad():
+        return processor.post_process_semantic_segmentation(model(**inputs), [(32, 32)])[0]
+
+
 def test_a_judge_and_a_model_of_transformers_segment(tmp_path):
     torch.manual_seed(0)
-    judge = Judge(8, 5)
-    pixels = torch.rand(3, 32, 32) * 2 - 1
+    judge, pixels = Judge(8, 5), PIXELS
     found = judge_segmenter(judge, SET)(pixels)
-    expected = judge.eval()(pixels[None])[0][0].argmax(0) - 1
+    expected = judge.eval()(pixels[None])[0][0].softmax(0)[1:]
     assert torch.equal(found, expected)
     judge.save_pretrained(tmp_path / "judge")
     with pytest.raises(GuidekitError, match="has no labels.json"):
@@ -300,11 +322,12 @@ def test_a_judge_and_a_model_of_transformers_segment(tmp_path):
     SET.save(tmp_path / "judge/labels.json")
     assert torch.equal(load_segmenter(tmp_path / "judge")(pixels), expected)
     names = ("background", "sky", "grass")
-    segmenter = load_segmenter(write_segformer(tmp_path / "segformer", names))
+    folder = write_segformer(tmp_path / "segformer", names)
+    segmenter = load_segmenter(folder)
     assert segmenter.labels.classes == ("sky", "grass")
     found = segmenter(pixels)
-    assert found.shape == (32, 32)
-    assert set(found.unique().tolist()) <= {VOID, 0, 1}
+    assert found.shape == (2, 32, 32)
+    assert torch.equal(torch.cat([1 - found.sum(0, keepdim=True), found]).argmax(0), named(folder))
 
 
 def test_a_pipelines_clip_and_a_denoiser_and_timm_are_asked():
