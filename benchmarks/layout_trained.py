@@ -38,9 +38,11 @@ class Trained:
 ADAPTER = "scenes-map-adapter/control/model"
 ENCODER, SPATIAL = "scenes-map-encoder/both/model", "scenes-spatial/spatial/model"
 ZEST = (("zest", {}),)  # as the model is tuned
+WEAK = (("zest", {"scale": 0.1}),)  # the most that costs no layout beside the adapter
 TRAINED = {
     "adapter": Trained(ADAPTER),
     "adapter + Zest": Trained(ADAPTER, guidances=ZEST),
+    "adapter + weak Zest": Trained(ADAPTER, guidances=WEAK),
     "controlnet": Trained("scenes-map-controlnet/control/model"),
     "encoder": Trained("scenes-map-encoder/encoder/model"),
     "encoder, both trained": Trained(f"{ENCODER}/control", ENCODER),
