@@ -79,7 +79,7 @@ def trainings(lab: Lab, own: Draw, rows: dict[str, Picks], seeds: int) -> dict[s
     sizes, found = lab.sizes, {}
     for name, several in affinity_rows(lab, [own], rows).items():
         picks = [picks for _, picks in several]
-        again = picks * seeds if name == "vote" or name in AGAINST else picks[:seeds]
+        again = picks * seeds if name == "vote" or name in AGAINST else picks
         found[name] = [Training(p, True, sizes.tuning, i) for i, p in enumerate(again)]
     found["fresh filters"] = [Training(None, True, sizes.tuning)]
     found["scratch"] = [Training(None, False, sizes.tuning, i, 1e-3) for i in range(seeds)]

@@ -5,6 +5,8 @@ each estimate and random after them with nothing trained; after training random 
 features, and by far the largest Frechet distance.
 """
 
+from itertools import pairwise
+
 from cat_models import ESTIMATES
 
 #: The estimates of the slide, the largest mIoU first.
@@ -35,9 +37,19 @@ def said(part: str, lines: list[dict], paired: list[dict]) -> list[str]:
 
 
 def _order(part: str, own: dict[str, dict]) -> str:
+    """The estimates in their order; ~ between two whose intervals overlap."""
     found = tuple(sorted(ESTIMATES, key=lambda name: -own[name]["mIoU"]))
+    told = found[0]
+    for before, name in pairwise(found):
+        told += f" {'>' if _apart(own[before], own[name], 'mIoU') else '~'} {name}"
     there = "" if found == LECTURE[part] else f" {' > '.join(LECTURE[part])}"
-    return f"{' > '.join(found)}, {'in' if there else 'as in'} the lecture{there}"
+    return f"{told}, {'in' if there else 'as in'} the lecture{there}"
+
+
+def _apart(one: dict, other: dict, key: str) -> bool:
+    """Whether two intervals hold nothing in common."""
+    (low, high), (below, above) = one[f"{key} 95%"], other[f"{key} 95%"]
+    return high < below or above < low
 
 
 def _place(part: str, own: dict[str, dict]) -> str:
@@ -45,7 +57,9 @@ def _place(part: str, own: dict[str, dict]) -> str:
     sign = 1 if more else -1
     worst = all(own["random"][key] * sign < own[name][key] * sign for name in ESTIMATES)
     is_so, like = ("is", "as") if worst else ("is not", "unlike")
-    return f"{is_so} the worst in {key}, {like} in the lecture"
+    close = [name for name in ESTIMATES if not _apart(own["random"], own[name], key)]
+    sure = f"; not told apart from {' and '.join(close)}" if close else ""
+    return f"{is_so} the worst in {key}, {like} in the lecture{sure}"
 
 
 def _against(line: dict) -> str:

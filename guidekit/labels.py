@@ -234,19 +234,25 @@ def _colour(value: Any, where: str) -> Colour:
 class LabelMap:
     """The class of every pixel of an image.
 
-    ids: `(H, W)`, indices in `labels.classes`, VOID where nobody labelled. Raises GuidekitError for
-    other numbers, which it names.
+    ids: `(H, W)`, indices in `labels.classes`, VOID where nobody labelled; a tensor or an array of
+    whole numbers of any width, kept as int64. Raises GuidekitError for other numbers, which it
+    names.
     """
 
     ids: Tensor
     labels: LabelSet
 
     def __post_init__(self) -> None:
-        if self.ids.ndim != 2 or not self.ids.numel() or self.ids.is_floating_point():
+        if not isinstance(self.ids, Tensor | np.ndarray):
             raise GuidekitError(
-                f"a label map is (H, W) of whole numbers, not {tuple(self.ids.shape)} of "
-                f"{self.ids.dtype}"
+                f"a label map is a tensor or array (H, W) of indices, not {type(self.ids).__name__}"
             )
+        ids = torch.as_tensor(self.ids)
+        if ids.ndim != 2 or not ids.numel() or ids.is_floating_point() or ids.is_complex():
+            raise GuidekitError(
+                f"a label map is (H, W) of whole numbers, not {tuple(ids.shape)} of {ids.dtype}"
+            )
+        object.__setattr__(self, "ids", ids.long())
         if wrong := [v for v in self.present if not VOID <= v < len(self.labels)]:
             raise GuidekitError(
                 f"the label map holds {listed(wrong)}; label set {self.labels.name!r} has the "
@@ -304,7 +310,7 @@ def check_labels(given: LabelMap, labels: LabelSet, reader: str) -> None:
             f"the map is of label set {given.labels.name!r} with {len(given.labels)} classes "
             f"({listed(given.labels.classes, 3)}), and {reader} {labels.name!r} with "
             f"{len(labels)} ({listed(labels.classes, 3)}); give a map of that set, or an affinity "
-            "that turns it (--affinity)"
+            "that leads to it (--affinity), and none where the map is of that set already"
         )
 
 

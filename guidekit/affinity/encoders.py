@@ -107,10 +107,14 @@ def _timm(name: str) -> torch.nn.Module:
 
 
 def timm_features(model: torch.nn.Module) -> Features:
-    """The features of a timm model made with `features_only=True`, its last map."""
+    """The features of a timm model made with `features_only=True`, its last map.
+
+    It sees the whole image, as label maps are of the whole: squashed, not cropped.
+    """
     import timm.data
 
-    transform = timm.data.create_transform(**timm.data.resolve_data_config({}, model=model))
+    config = timm.data.resolve_data_config({}, model=model)
+    transform = timm.data.create_transform(**config | {"crop_pct": 1.0, "crop_mode": "squash"})
     model = model.eval().requires_grad_(False)
 
     def see(pixels: Tensor) -> Tensor:

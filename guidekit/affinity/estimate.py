@@ -15,9 +15,8 @@ from guidekit.affinity.segmenters import Segmenter
 from guidekit.affinity.shots import Shot, batch_of, seen
 from guidekit.errors import GuidekitError
 from guidekit.heads.data import soft_masks
-from guidekit.labels import VOID, LabelSet
+from guidekit.labels import LabelSet
 
-KINDS = ("segmentation", "text", "features")
 TEMPLATE = "{}"  # what is said of a class's name, the same on both sides
 ALIKE = 1e-9  # a class this near to the mean of its side, against its own length, is that mean
 Texts = Callable[[list[str]], Tensor]  # texts to embeddings (N, D)
@@ -54,7 +53,10 @@ def estimate(
     if texts is not None:
         found["text"] = by_text(texts, source, target, template)
     if not found and not by_hand:
-        raise GuidekitError(f"nothing to estimate from: give one of {', '.join(KINDS)}")
+        raise GuidekitError(
+            "nothing to estimate from; give a segmenter (--segmenter), features (--features), "
+            "texts (--text) or a mapping by hand (--hand)"
+        )
     return Affinity(source, target, found, dict(by_hand or {}), order, by_kind)
 
 
@@ -73,9 +75,10 @@ def by_segmentation(shots: Sequence[Shot], segmenter: Segmenter, source: LabelSe
     count, targets = len(source), len(shots[0].map.labels)
     counts = torch.zeros(count, targets, dtype=torch.float64)
     for shot in shots:
-        shares, wanted = segmenter(shot.pixels), shot.map.ids
-        for own in wanted[wanted != VOID].unique().tolist():
-            counts[:, own] += shares[:, wanted == own].sum(1, dtype=torch.float64)
+        shares = segmenter(shot.pixels)
+        wanted = soft_masks(shot.map.ids[None], targets, shares.shape[1:])[0]
+        cell = shot.map.ids.numel() / shares[0].numel()  # pixels
+        counts += cell * torch.einsum("shw,thw->st", shares.double(), wanted.double())
     return Estimate(counts, seen(shots, targets), counts=True)
 
 

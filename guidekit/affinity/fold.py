@@ -20,25 +20,28 @@ from guidekit.errors import GuidekitError
 class Host:
     """Where a kind of model reads a label map.
 
-    keys: patterns of the weights in its state dict. start: first channel of the map, None where it
-    comes last. colours: how the map is coloured, in [0, 1] ("unit") or [-1, 1] ("signed"); "" for a
-    one-hot map. unshuffle: side of the blocks of pixels that were made channels before.
+    keys: patterns of the weights in its state dict. start: first channel of the map, or "last".
+    further: most channels behind the map, which stay. colours: how the map is coloured, in [0, 1]
+    ("unit") or [-1, 1] ("signed"); "" for a one-hot map. unshuffle: side of the blocks of pixels
+    that were made channels before.
     """
 
     keys: tuple[str, ...]
-    start: int | None = 0
+    start: int | Literal["last"] = 0
+    further: int = 0
     colours: Literal["", "unit", "signed"] = ""
     unshuffle: int = 1
 
 
 #: By name: one-hot maps behind the image's channels; OASIS (arXiv:2012.04781) with 64 channels of
-#: noise before the map; SPADE (arXiv:1903.07291) and SDM (arXiv:2207.00050), whose channel of
-#: instance edges after the map stays; ControlNet (arXiv:2302.05543) and T2I-Adapter
-#: (arXiv:2302.08453) of diffusers; PITI (arXiv:2205.12952), whose encoder sees colours.
+#: noise and one of what nobody labelled before the map; SPADE (arXiv:1903.07291) and SDM
+#: (arXiv:2207.00050), whose channels of what nobody labelled and of instance edges are behind it;
+#: ControlNet (arXiv:2302.05543) and T2I-Adapter (arXiv:2302.08453) of diffusers; PITI
+#: (arXiv:2205.12952), whose encoder sees colours.
 HOSTS = {
-    "one-hot": Host(("conv_in.weight",), start=None),
-    "oasis": Host(("*fc.weight", "*.mlp_shared.0.weight"), start=64),
-    "spade": Host(("fc.weight", "*.mlp_shared.0.weight")),
+    "one-hot": Host(("conv_in.weight",), start="last"),
+    "oasis": Host(("*fc.weight", "*.mlp_shared.0.weight"), start=65),
+    "spade": Host(("fc.weight", "*.mlp_shared.0.weight"), further=2),
     "controlnet": Host(("*controlnet_cond_embedding.conv_in.weight",), colours="unit"),
     "t2i-adapter": Host(("*adapter.conv_in.weight",), colours="unit", unshuffle=8),
     "piti": Host(("*encoder.cnn.conv1.weight",), colours="signed"),
@@ -50,7 +53,8 @@ def fold(
     matrix: Tensor,
     palette: Tensor | None = None,
     unshuffle: int = 1,
-    start: int | None = 0,
+    start: int | Literal["last"] = 0,
+    further: int = 0,
     signed: bool = False,
 ) -> Tensor:
     """The weight (O, C', kh, kw) of a convolution that reads target maps in place of source maps.
@@ -58,20 +62,22 @@ def fold(
     weight: (O, C, kh, kw). matrix: (N_s, N_t), its columns sum to 1. palette: (3, N_s) in [0, 1]
     for a layer that reads colours, `signed` where it reads them in [-1, 1]; what results reads
     one-hot target maps. unshuffle: side of the blocks of pixels that `PixelUnshuffle` made
-    channels. start: first channel of the map, None where it comes last; other channels stay as they
-    are. Raises GuidekitError where the channels do not fit, and for mixed colours, which are those
-    of other classes.
+    channels. start: first channel of the map, or "last"; further: most channels behind it. Other
+    channels stay as they are. Raises GuidekitError where the channels do not fit, and for mixed
+    colours, which are those of other classes.
     """
     if palette is not None:
         _check_colours(weight, matrix, unshuffle)
         matrix = (2 * palette - 1 if signed else palette).to(matrix) @ matrix
     own, depth = len(matrix), unshuffle**2
     channels = weight.shape[1] // depth
-    first = channels - own if start is None else start
-    if weight.ndim != 4 or weight.shape[1] % depth or first < 0 or first + own > channels:
+    first = channels - own if start == "last" else start
+    behind = channels - first - own
+    if weight.ndim != 4 or weight.shape[1] % depth or first < 0 or not 0 <= behind <= further:
         raise GuidekitError(
             f"the layer reads {weight.shape[1]} channels, and a map of {own} from channel {first} "
-            f"in blocks of {depth} does not fit; give the label set that the model was trained on"
+            f"in blocks of {depth} does not fit; give the label set that the model was trained on, "
+            "and where the map is if the layer reads more (start, further)"
         )
     # Channel c * r^2 + k is pixel k of a block in channel c.
     parts = weight.unflatten(1, (channels, depth))
@@ -121,5 +127,5 @@ def fold_state(
             f"no weight is called {' or '.join(host.keys)}; give the state dict of such a model"
         )
     side, signed = unshuffle or host.unshuffle, host.colours == "signed"
-    folded = {n: fold(state[n], matrix, palette, side, host.start, signed) for n in found}
-    return dict(state) | folded
+    place = (side, host.start, host.further, signed)
+    return dict(state) | {name: fold(state[name], matrix, palette, *place) for name in found}

@@ -5,7 +5,7 @@ from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from safetensors.torch import save_file
@@ -22,6 +22,9 @@ CONFIG, SCORES = "affinity.json", "affinity.safetensors"
 #: Estimates by how much they are trusted where no two agree; ours, the paper does not say.
 ORDER = ("segmentation", "features", "text")
 TAU = 0.05  # of soft affinities from similarities; ours
+# Of a class's pixels that a segmenter must see as something, else it abstains; ours. So little,
+# because even a thousandth names the right class of `prints` more often than not.
+LEAST = 1e-4
 VOTE, HAND = "vote", "hand"
 
 
@@ -104,12 +107,24 @@ class Affinity:
         scores = estimate.scores.masked_fill(~self.allowed, float("-inf"))
         best, place = scores.max(0)
         silent = (estimate.evidence <= 0) | (best == float("-inf"))
-        return place.masked_fill(silent | (best <= 0) if estimate.counts else silent, VOID)
+        if estimate.counts:
+            silent |= self.evidence(name) < LEAST * estimate.evidence
+        return place.masked_fill(silent, VOID)
+
+    def evidence(self, name: str) -> Tensor:
+        """What an estimate of each target class (N_t,) rests on, 0 for nothing.
+
+        Of counts the pixels that were seen as classes that may stand for it.
+        """
+        estimate = self._estimate(name)
+        if estimate.counts:
+            return (estimate.scores * self.allowed).sum(0)
+        return estimate.evidence
 
     def _estimate(self, name: str) -> Estimate:
         if name not in self.estimates:
             there = ", ".join(self.estimates) or "none"
-            raise GuidekitError(f"no estimate {name!r}; there are {there}")
+            raise GuidekitError(f"no estimate {name!r}; there are {there}, and their {VOTE}")
         return self.estimates[name]
 
     def votes(self) -> list[Vote]:
@@ -157,8 +172,9 @@ class Affinity:
             names = ", ".join(repr(self.target.classes[t]) for t in silent[:8])
             more = f" and {len(silent) - 8} more" if len(silent) > 8 else ""
             raise GuidekitError(
-                f"nothing says what stands for {names}{more} of {self.target.name!r}; add shots "
-                'that show them, another --by, or a line of --hand such as {"x": "y"}'
+                f"nothing says what stands for {names}{more} of {self.target.name!r}; estimate the "
+                "affinity with shots that show them, with --text, or with a line of --hand such as "
+                '{"x": "y"} (guidekit affinity)'
             )
 
     def matrix(self, by: str = VOTE) -> Tensor:
@@ -167,11 +183,13 @@ class Affinity:
         return one_hot.scatter_(0, self.hard(by)[None], 1.0)
 
     def soft(self, tau: float = TAU, by: str = VOTE) -> Tensor:
-        """Shares (N_s, N_t), whose columns sum to 1.
+        """Shares (N_s, N_t), whose columns sum to 1. tau: above 0; smaller is harder.
 
         Of counts their shares, of similarities softmax(similarity / tau); of the vote the mean over
         the estimates that do not abstain. By hand the given weights. Raises as `hard`.
         """
+        if not tau > 0:
+            raise GuidekitError(f"tau must be above 0, not {tau:g}; for one class each use hard()")
         total, spoke = self._summed(tau, by)
         self._check_said((spoke == 0).nonzero()[:, 0].tolist())
         return total / spoke
@@ -217,12 +235,20 @@ class Affinity:
         self._check_said([t for t in given.present if t != VOID and picked[t] == VOID])
         return LabelMap(torch.cat([picked, torch.tensor([VOID])])[given.ids], self.source)
 
-    def fold(self, weight: Tensor, palette: Tensor | None = None, unshuffle: int = 1) -> Tensor:
+    def fold(
+        self,
+        weight: Tensor,
+        palette: Tensor | None = None,
+        unshuffle: int = 1,
+        start: int | Literal["last"] = 0,
+        further: int = 0,
+    ) -> Tensor:
         """A first layer's weight (O, C, kh, kw) that reads target maps; see `affinity.fold`.
 
-        palette: `source.colours` for a layer that reads a map in colours.
+        palette: `source.colours` for a layer that reads a map in colours. start: "last" for a layer
+        that reads an image before the map.
         """
-        return fold(weight, self.matrix(), palette, unshuffle)
+        return fold(weight, self.matrix(), palette, unshuffle, start, further)
 
     def save(self, folder: str | Path) -> Path:
         """Writes affinity.json and affinity.safetensors: scores, evidence and shares (`said`)."""
@@ -241,6 +267,7 @@ class Affinity:
     def table(self) -> dict[str, Any]:
         """The label sets, and what became of every class, as JSON has them."""
         names = self.source.classes
+        evidence = {name: self.evidence(name) for name in self.estimates}
         return {
             "format": FORMAT,
             "source": self.source.table(),
@@ -253,7 +280,7 @@ class Affinity:
                     "to": None if vote.to == VOID else names[vote.to],
                     "how": vote.how,
                     "named": {by: names[s] for by, s in vote.named.items()},
-                    "evidence": {n: float(e.evidence[t]) for n, e in self.estimates.items()},
+                    "evidence": {name: float(own[t]) for name, own in evidence.items()},
                 }
                 for t, vote in enumerate(self.votes())
             },

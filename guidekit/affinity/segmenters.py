@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from guidekit.backbones.hub import require_hub
@@ -14,7 +13,15 @@ from guidekit.backbones.loading import LOAD_ERRORS, check_part, default_device, 
 from guidekit.backbones.whole import whole
 from guidekit.errors import GuidekitError
 from guidekit.images import to_image
-from guidekit.labels import LABELS, VOID, LabelMap, LabelSet, load_label_set, void_numbers
+from guidekit.labels import (
+    LABELS,
+    VOID,
+    LabelMap,
+    LabelSet,
+    label_sets,
+    load_label_set,
+    void_numbers,
+)
 from guidekit.system.untrusted import check_configs, read_object
 from guidekit.train.judge import Judge
 from guidekit.worlds import scenes
@@ -25,23 +32,24 @@ NOTHING = ("void", "unlabeled", "unlabelled", "background", "free", "ignore", "o
 #: What transformers calls its classes of semantic and of panoptic segmenters.
 SEMANTIC = "ForSemanticSegmentation"
 PANOPTIC = ("ForUniversalSegmentation", "MaskFormerForInstanceSegmentation")
+MOST = 512  # cells of the longer side of what panoptic models say
 TOLD = "OneFormer"  # reads a text too, for which its processor fetches a file
 
 
 @dataclass(frozen=True, eq=False)
 class Segmenter:
-    """Shares of a label set's classes in the pixels of an image.
+    """Shares of a label set's classes in the cells of an image.
 
-    labels: the set. see: pixels (3, H, W) in [-1, 1] to shares (N, H, W), the probabilities of the
-    classes; what they lack of 1 is void. A network that only names a class gives ones and zeros
-    (`LabelMap.one_hot`).
+    labels: the set. see: pixels (3, H, W) in [-1, 1] to shares (N, h, w) at any size, the
+    probabilities of the classes; what they lack of 1 is void. A network that only names classes
+    gives ones and zeros (`LabelMap.one_hot`).
     """
 
     labels: LabelSet
     see: Callable[[Tensor], Tensor]
 
     def __call__(self, pixels: Tensor) -> Tensor:
-        """Shares (N, H, W) for pixels (3, H, W) in [-1, 1]."""
+        """Shares (N, h, w) for pixels (3, H, W) in [-1, 1]."""
         with torch.no_grad():
             return self.see(pixels)
 
@@ -76,7 +84,8 @@ def load_segmenter(name: str | Path, device: str | None = None) -> Segmenter:
 def _downloaded(name: str) -> Path:
     if name.count("/") != 1 or Path(name).exists():
         raise GuidekitError(
-            f"no segmenter {name!r}: not built in, not a folder with config.json, not a hub id"
+            f"no segmenter {name!r}: not built in, not a folder with config.json, not a hub id; "
+            f"label sets are {', '.join(label_sets())}, or a JSON file"
         )
     from huggingface_hub import snapshot_download
 
@@ -120,7 +129,8 @@ def judge_segmenter(judge: Judge, labels: LabelSet) -> Segmenter:
 def _of_transformers(folder: Path, panoptic: bool, device: str) -> Segmenter:
     """A semantic or panoptic model of transformers, with its own image processor.
 
-    Panoptic ones name classes of segments, so that a pixel's shares are one and zeros.
+    It sees the whole image, as label maps are of the whole, where its processor would crop.
+    Panoptic ones name classes of segments, so that a cell's shares are one and zeros.
     """
     import transformers
 
@@ -134,6 +144,8 @@ def _of_transformers(folder: Path, panoptic: bool, device: str) -> Segmenter:
     except LOAD_ERRORS as error:
         first = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise GuidekitError(f"segmenter {folder} cannot be loaded: {first}") from None
+    if getattr(processor, "do_center_crop", False):
+        processor.do_center_crop = False
     names = [text for _, text in sorted((int(k), v) for k, v in model.config.id2label.items())]
     kept = [i for i, text in enumerate(names) if text.strip().lower() not in NOTHING]
     own = tuple(names[i].strip() for i in kept)
@@ -143,11 +155,12 @@ def _of_transformers(folder: Path, panoptic: bool, device: str) -> Segmenter:
 
     def see(pixels: Tensor) -> Tensor:
         inputs = processor(images=to_image(pixels / 2 + 0.5), return_tensors="pt").to(device)
-        size, out = tuple(pixels.shape[1:]), model(**inputs)
-        if panoptic:
-            (found,) = processor.post_process_semantic_segmentation(out, [size])
-            return LabelMap(place[found.cpu()], labels).one_hot()
-        logits = F.interpolate(out.logits.float(), size, mode="bilinear", align_corners=False)
-        return logits[0].softmax(0)[kept].cpu()
+        out = model(**inputs)
+        if not panoptic:
+            return out.logits[0].float().softmax(0)[kept].cpu()
+        reduced = min(1.0, MOST / max(pixels.shape[1:]))
+        size = tuple(max(round(side * reduced), 1) for side in pixels.shape[1:])
+        (found,) = processor.post_process_semantic_segmentation(out, [size])
+        return LabelMap(place[found.cpu()], labels).one_hot()
 
     return Segmenter(labels, see)

@@ -24,10 +24,20 @@ CLASSES = "classes.json"
 
 @dataclass(frozen=True, eq=False)
 class Shot:
-    """An image (3, H, W) in [-1, 1] and the class of each of its pixels."""
+    """An image (3, H, W) in [-1, 1] and the class of each of its pixels.
+
+    Raises GuidekitError for a map of another size.
+    """
 
     pixels: Tensor
     map: LabelMap
+
+    def __post_init__(self) -> None:
+        if self.pixels.ndim != 3 or self.pixels.shape[1:] != self.map.ids.shape:
+            raise GuidekitError(
+                f"a shot is an image (3, H, W) and a map (H, W) of one size, not "
+                f"{tuple(self.pixels.shape)} and {tuple(self.map.ids.shape)}"
+            )
 
 
 class Shots(Sequence[Shot]):
@@ -63,7 +73,7 @@ def read_shots(folder: str | Path, labels: LabelSet | str | None = None) -> Shot
         if not (folder / CLASSES).is_file():
             raise GuidekitError(
                 f"{folder} has no {CLASSES}, the label set of its masks; add one, such as "
-                '{"classes": ["sky", "grass"]}, or name a set with --target'
+                '{"classes": ["sky", "grass"]} (guidekit affinity also takes --target SET)'
             )
         table = read_object(folder / CLASSES)
         labels = parse_label_set(table, folder.resolve().name, f"label set {folder / CLASSES}")
@@ -84,10 +94,13 @@ def batch_of(shots: Sequence[Shot], labels: LabelSet, what: str) -> Sequence[Sho
     """The shots, whose maps are of the set. Raises GuidekitError for none, or another set."""
     if not len(shots):
         raise GuidekitError(f"{what} are none; give at least one image with its map")
-    if (found := shots[0].map.labels).classes != labels.classes:
-        raise GuidekitError(
-            f"{what} are labelled with {found.name!r}, not {labels.name!r}; give those of that set"
-        )
+    sets = [shots.labels] if isinstance(shots, Shots) else [shot.map.labels for shot in shots]
+    for found in sets:
+        if found.classes != labels.classes:
+            raise GuidekitError(
+                f"{what} are labelled with {found.name!r}, not {labels.name!r}; give those of that "
+                "set"
+            )
     return shots
 
 

@@ -27,6 +27,12 @@ def control_pixels(image: Any, channels: int, size: tuple[int, int]) -> Tensor:
         image = image.resized(*size)
         if channels == len(image.labels) and channels != 3:
             return image.one_hot()
+        if channels not in (1, 3):
+            raise GuidekitError(
+                f"this control reads {channels} channels, one for a class, and label set "
+                f"{image.labels.name!r} has {len(image.labels)} classes; give it a map of its own "
+                "classes (--labels), or an affinity to them (guidekit affinity)"
+            )
         image = image.coloured()
     if not isinstance(image, Image.Image):
         raise GuidekitError(
@@ -57,11 +63,14 @@ def _at_size(image: Image.Image, size: tuple[int, int]) -> Image.Image:
 
 
 def check_shape(
-    width: int, height: int, size: tuple[int, int], what: str = "a control's image"
+    width: int,
+    height: int,
+    size: tuple[int, int],
+    what: str = "a control's image",
+    remedy: str = "crop it to that shape, or give --height and --width",
 ) -> None:
     """Raises GuidekitError for an image that would be stretched to `size` (H, W)."""
     if abs(width * size[0] / (height * size[1]) - 1) > ALIKE:
         raise GuidekitError(
-            f"{what} is {width}x{height} and the drawing {size[1]}x{size[0]}; crop it "
-            "to that shape, or give --height and --width"
+            f"{what} is {width}x{height}, of another shape than {size[1]}x{size[0]}; {remedy}"
         )

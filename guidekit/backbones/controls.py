@@ -72,8 +72,9 @@ class Control:
             object.__setattr__(self, "image", load_image(self.image, "control image"))
 
     def acts(self, index: int, n: int) -> bool:
-        """Whether it acts at call `index` of `n`, by diffusers' rule."""
-        return self.scale != 0 and self.start <= index / n and (index + 1) / n <= self.stop
+        """Whether it acts at call `index` of `n`, by diffusers' rule for its kind."""
+        ended = index >= int(n * self.stop) if self.is_adapter else (index + 1) / n > self.stop
+        return self.scale != 0 and self.start <= index / n and not ended
 
     @property
     def is_adapter(self) -> bool:

@@ -1,6 +1,7 @@
 """`guidekit affinity`. Everything that needs torch is imported inside."""
 
 import json
+import warnings
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -14,11 +15,24 @@ from guidekit.errors import GuidekitError
 KINDS = ("segmentation", "features", "text")
 MODELS = ("segmenter", "feature_model", "text_model")  # the options that name theirs
 VOTE = "vote"
+FLAGS = {"segmentation": "--segmenter", "features": "--features", "text": "--text"}
+#: The estimate that reads an option.
+READ_BY = {
+    "segmenter": "segmentation",
+    "text_model": "text",
+    "template": "text",
+    "feature_model": "features",
+    "site": "features",
+    "timestep": "features",
+    "source_shots": "features",
+}
 
 
 @click.command()
 @click.argument("shots", metavar="SHOTS", type=click.Path(path_type=Path))
-@click.option("--source", help="What to map to: a label set by name or JSON, or a segmenter.")
+@click.option(
+    "--source", help="What to map to: a label set by name or JSON, or a model that has one."
+)
 @click.option("--target", help="Label set of the shots' masks [SHOTS/classes.json].")
 @click.option("--by", help="segmentation,features,text; vote is all with a model [vote].")
 @click.option("--segmenter", help="Built-in judge, or a folder or hub id of transformers.")
@@ -41,7 +55,10 @@ VOTE = "vote"
 @click.option("--quiet", is_flag=True, help="Print nothing but errors.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 @traceback_option
-def affinity(shots: Path, out: Path, quiet: bool, as_json: bool, **options: Any) -> None:
+@click.pass_context
+def affinity(
+    ctx: click.Context, shots: Path, out: Path, quiet: bool, as_json: bool, **options: Any
+) -> None:
     """Say which classes of a source label set stand for those of a few labelled images.
 
     SHOTS holds images/ and masks/ by stem and classes.json, their label set. With --apply it may be
@@ -55,6 +72,7 @@ def affinity(shots: Path, out: Path, quiet: bool, as_json: bool, **options: Any)
     made, maps = (shots / "affinity.json").is_file(), options["maps"]
     if made and maps is None:
         raise GuidekitError(f"{shots} is an affinity; give --apply with a folder of label maps")
+    _check_read(ctx, made, options)
     files = [] if maps is None else _map_files(maps)
     found = load_affinity(shots) if made else _estimated(shots, files, options)
     for file in files:  # all can be rewritten before anything is written
@@ -66,6 +84,31 @@ def affinity(shots: Path, out: Path, quiet: bool, as_json: bool, **options: Any)
         click.echo(json.dumps({"folder": str(out), "maps": written, **found.table()}))
     elif not quiet:
         say(_told(found, out, written))
+
+
+def _check_read(ctx: click.Context, made: bool, options: dict[str, Any]) -> None:
+    """Raises GuidekitError for an option that was given and that nothing would read."""
+    kinds = [] if made else _kinds(options)
+    given = [
+        param
+        for param in ctx.command.params
+        if param.name in options
+        and ctx.get_parameter_source(param.name) != click.core.ParameterSource.DEFAULT
+    ]
+    for param in given:
+        flag, name = param.opts[0], param.name
+        if made and name not in ("maps", "coloured", "device"):
+            raise GuidekitError(
+                f"{flag} is for an estimate, and the affinity is estimated already; leave it out, "
+                "or give the folder of the shots"
+            )
+        if (kind := READ_BY.get(name)) and not made and kind not in kinds:
+            raise GuidekitError(
+                f"{flag} is of the estimate by {kind}, which is not asked for; give {FLAGS[kind]}, "
+                f"add {kind} to --by, or leave it out"
+            )
+        if name == "coloured" and options["maps"] is None:
+            raise GuidekitError("--coloured is for label maps that are rewritten; give --apply")
 
 
 def _estimated(shots: Path, files: list[Path], options: dict[str, Any]) -> Any:
@@ -110,15 +153,14 @@ def _kinds(options: dict[str, Any]) -> list[str]:
     given = [k for k, o in zip(KINDS, MODELS, strict=True) if options[o] is not None]
     if options["by"] is None:
         return given
-    named = [word.strip() for word in options["by"].split(",") if word.strip()]
+    named = [word.strip() for word in options["by"].split(",")]
     if unknown := [name for name in named if name not in (*KINDS, VOTE)]:
         there = ", ".join((*KINDS, VOTE))
         raise GuidekitError(f"--by {options['by']}: no estimate {unknown[0]!r}; there are {there}")
-    flags = {"segmentation": "--segmenter", "features": "--features", "text": "--text"}
     for kind in named:
         if kind != VOTE and models[kind] is None:
-            raise GuidekitError(f"--by {kind} needs {flags[kind]}, the model that it asks")
-    return given if named == [VOTE] else [kind for kind in KINDS if kind in named]
+            raise GuidekitError(f"--by {kind} needs {FLAGS[kind]}, the model that it asks")
+    return [kind for kind in KINDS if kind in named or (VOTE in named and kind in given)]
 
 
 def _source(options: dict[str, Any], segments: bool) -> tuple[Any, Any]:
@@ -132,6 +174,12 @@ def _source(options: dict[str, Any], segments: bool) -> tuple[Any, Any]:
 
     name, device = options["source"], options["device"]
     segmenter = options["segmenter"]
+    known = name in label_sets() or _says_its_labels(name)
+    if segments and segmenter is None and known:
+        raise GuidekitError(
+            f"--source {name} is a label set, and no segmenter; give one of its classes with "
+            "--segmenter"
+        )
     network = load_segmenter(segmenter or name, device) if segments else None
     if name is None:
         if network is None:
@@ -152,6 +200,21 @@ def _source(options: dict[str, Any], segments: bool) -> tuple[Any, Any]:
     else:
         labels = (network or load_segmenter(name, device)).labels
     return _matched(labels, network)
+
+
+def _says_its_labels(name: str | None) -> bool:
+    """Whether a name is that of a file, or of a model of label maps."""
+    from guidekit.labels import LABELS
+    from guidekit.system.untrusted import read_object
+    from guidekit.zoo.shipped import ZOO
+
+    if name is None or Path(name).is_file():
+        return name is not None
+    for folder in (ZOO / name, Path(name)):
+        if (folder / LABELS).is_file():
+            config = folder / "config.json"
+            return not config.is_file() or read_object(config).get("_class_name") != "Judge"
+    return False
 
 
 def _is_control(folder: Path) -> bool:
@@ -186,6 +249,15 @@ def _matched(labels: Any, network: Any) -> tuple[Any, Any]:
             )
         place = [*range(len(labels))]
     pairs = [(own, i) for i, own in enumerate(place) if own is not None]
+    if len(pairs) < len(labels):
+        there = {own for own, _ in pairs}
+        lacking = ", ".join(n for i, n in enumerate(labels.classes) if i not in there)
+        short = lacking if len(lacking) < 200 else lacking[:200].rpartition(", ")[0] + ", ..."
+        warnings.warn(
+            f"the segmenter knows {len(there)} of the {len(labels)} classes of {labels.name!r} by "
+            f"name, and never names the others: {short}",
+            stacklevel=2,
+        )
     places, rows = (torch.tensor(side) for side in zip(*pairs, strict=True))
 
     def see(pixels: Any) -> Any:
@@ -257,5 +329,8 @@ def _told(found: Any, out: Path, written: list[str]) -> str:
         lines.append(f"wrote    {len(written)} label maps in {found.source.name!r}'s classes")
     lines.append(f"wrote    {out}/")
     if not written:
-        lines.append(f"next     guidekit sample --control FOLDER --map MAP.png --affinity {out}")
+        lines.append(
+            "next     guidekit sample --map MAP.png --affinity "
+            f"{out}, with --model or --control FOLDER of {found.source.name!r}'s classes"
+        )
     return "\n".join(lines)

@@ -6,6 +6,7 @@ import os
 import re
 import sys
 import traceback
+import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
@@ -49,7 +50,9 @@ def traceback_option(command: Callable) -> Callable:
 def shown_errors(tracebacks: Tracebacks) -> Iterator[None]:
     """One line on stderr; exit code 2 for bad input, 1 for a bug, 130 for Ctrl-C."""
     try:
-        yield
+        with warnings.catch_warnings():
+            warnings.showwarning = _warned
+            yield
     except click.exceptions.NoArgsIsHelpError as error:
         say(error.format_message())
         sys.exit(0)
@@ -61,6 +64,11 @@ def shown_errors(tracebacks: Tracebacks) -> Iterator[None]:
         sys.exit(1)
     except Exception as error:
         _exit(error, tracebacks)
+
+
+def _warned(message: Warning | str, *_: object) -> None:
+    """A warning as one line."""
+    say("warning: " + " ".join(str(message).split()), err=True)
 
 
 def _exit(error: Exception, tracebacks: Tracebacks) -> None:

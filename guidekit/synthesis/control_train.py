@@ -291,7 +291,7 @@ def load_backbone(name: str) -> StableDiffusionPipeline:
     if not isinstance(pipeline, StableDiffusionPipeline):
         raise GuidekitError(
             f"backbone {name} is a {type(pipeline).__name__}; controls are trained for Stable "
-            "Diffusion pipelines"
+            "Diffusion pipelines: name one (--model, or `backbone` in a recipe)"
         )
     return pipeline
 

@@ -120,7 +120,7 @@ def _sized(shots: Sequence[Shot], index: int, size: int) -> tuple[Tensor, LabelM
     """A shot as a square; the map by nearest neighbour. Raises GuidekitError for other shapes."""
     shot, square = shots[index], (size, size)
     name = str(shots.pairs[index][0]) if isinstance(shots, Shots) else f"shot {index}"
-    check_shape(*shot.pixels.shape[:0:-1], square, name)
+    check_shape(*shot.pixels.shape[:0:-1], square, name, "crop it and its mask to that shape")
     pixels = F.interpolate(shot.pixels[None], square, mode="bilinear", antialias=True)
     return pixels[0], shot.map.resized(*square)
 

@@ -181,9 +181,11 @@ def read_object(path: Path) -> dict[str, Any]:
     try:
         table = read_json(path)
     except GuidekitError as error:
-        raise GuidekitError(f"{path} is not readable JSON ({error}); download it again") from None
+        raise GuidekitError(
+            f"{path} is not readable JSON ({error}); download or write it again"
+        ) from None
     if not isinstance(table, dict):
-        raise GuidekitError(f"{path} holds no JSON object; download it again")
+        raise GuidekitError(f"{path} holds no JSON object; download or write it again")
     return table
 
 
@@ -393,4 +395,4 @@ def check_weights(path: Path) -> dict[str, str]:
     except FileNotFoundError:
         raise
     except (SafetensorError, OSError, GuidekitError) as error:
-        raise GuidekitError(f"{path} is damaged ({error}); download it again") from None
+        raise GuidekitError(f"{path} is damaged ({error}); download or write it again") from None

@@ -9,7 +9,11 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 from safetensors.torch import load_file
-from transformers import AutoImageProcessor, AutoModelForSemanticSegmentation
+from transformers import (
+    AutoImageProcessor,
+    AutoModelForSemanticSegmentation,
+    MobileViTImageProcessor,
+)
 
 import tiny
 from guidekit import GuidekitError, LabelMap, LabelSet
@@ -301,13 +305,43 @@ def test_shares_are_pooled_where_every_pixel_is_most_likely_void():
     assert Affinity(SET, SET, {"segmentation": found}).hard("segmentation").tolist() == [0, 1, 2, 3]
 
 
-def named(folder):
-    """Classes of PIXELS by the processor of a model of transformers."""
+def probable(folder):
+    """Probabilities (N, h, w) of PIXELS' classes by a model of transformers."""
     model = AutoModelForSemanticSegmentation.from_pretrained(folder).eval()
     processor = AutoImageProcessor.from_pretrained(folder)
     inputs = processor(images=to_image(PIXELS / 2 + 0.5), return_tensors="pt")
     with torch.no_grad():
-        return processor.post_process_semantic_segmentation(model(**inputs), [(32, 32)])[0]
+        return model(**inputs).logits[0].softmax(0)
+
+
+def test_a_processors_crop_is_left_out(tmp_path):
+    """What differs only at the sides of a wide image is seen."""
+    folder = write_segformer(tmp_path, ("background", "sky", "grass"))
+    side = {"shortest_edge": 32}
+    crop = {"height": 32, "width": 32}
+    MobileViTImageProcessor(size=side, crop_size=crop).save_pretrained(folder)
+    segmenter, wide = load_segmenter(folder), PIXELS.repeat(1, 1, 2)
+    other = wide.clone()
+    other[..., :16] = -other[..., :16]
+    assert not torch.equal(segmenter(wide), segmenter(other))
+
+
+def test_a_segmenter_that_sees_next_to_nothing_abstains():
+    """A pixel in a hundred thousand is no evidence: the name decides."""
+    faint = Segmenter(SET, lambda pixels: see(pixels) * 1e-5)
+    found = whole(segmenter=faint)
+    assert found.picks("segmentation").tolist() == [VOID] * 4
+    assert all("segmentation" not in vote.named for vote in found.votes())
+    evidence = found.table()["votes"][NAMES[0]]["evidence"]["segmentation"]
+    pixels = torch.stack([shot.map.one_hot()[0] for shot in SHOTS]).sum()
+    assert evidence == pytest.approx(1e-5 * float(pixels), rel=1e-4)
+
+
+def test_shares_of_another_size_count_in_pixels():
+    """Cells of 4 pixels, which are the blocks that the shots are made of."""
+    coarse = Segmenter(SET, lambda pixels: F.avg_pool2d(see(pixels), 4))
+    expected = by_segmentation(SHOTS, SEGMENTER, SET)
+    assert torch.equal(by_segmentation(SHOTS, coarse, SET).scores, expected.scores)
 
 
 def test_a_judge_and_a_model_of_transformers_segment(tmp_path):
@@ -326,8 +360,7 @@ def test_a_judge_and_a_model_of_transformers_segment(tmp_path):
     segmenter = load_segmenter(folder)
     assert segmenter.labels.classes == ("sky", "grass")
     found = segmenter(pixels)
-    assert found.shape == (2, 32, 32)
-    assert torch.equal(torch.cat([1 - found.sum(0, keepdim=True), found]).argmax(0), named(folder))
+    assert torch.equal(found, probable(folder)[1:])
 
 
 def test_a_pipelines_clip_and_a_denoiser_and_timm_are_asked():
@@ -344,7 +377,11 @@ def test_a_pipelines_clip_and_a_denoiser_and_timm_are_asked():
     import timm
 
     model = timm.create_model("resnet10t", pretrained=False, features_only=True, out_indices=(-2,))
-    assert timm_features(model)(torch.zeros(3, 32, 32)).ndim == 3
+    see_all, wide = timm_features(model), torch.zeros(3, 32, 64)
+    assert see_all(torch.zeros(3, 32, 32)).ndim == 3
+    sides = wide.clone()
+    sides[..., :8] = 1.0  # in no square from the middle
+    assert not torch.equal(see_all(sides), see_all(wide))
 
 
 def test_names_without_letters_abstain():
@@ -362,6 +399,10 @@ def refused(text, call, *args, **options):
 def test_what_cannot_work_is_refused(tmp_path):
     refused("nothing to estimate from", estimate, SHOTS, SET)
     refused("there are no shots", estimate, [], SET, texts=texts)
+    mixed = [SHOTS[0], Shot(SHOTS[1].pixels, LabelMap(SHOTS[1].map.ids.clamp(max=2), ABC))]
+    refused("are labelled with 'abc', not 'four'", estimate, mixed, SET, segmenter=SEGMENTER)
+    refused("of one size, not \\(3, 8, 16\\)", Shot, SHOTS[0].pixels[:, :8], SHOTS[0].map)
+    refused("tau must be above 0, not 0; for one class each use hard", whole().soft, 0.0)
     refused("lacks {}", by_text, texts, SET, SET, "a")
     refused("the segmenter knows 'four'", estimate, SHOTS, ABC, segmenter=SEGMENTER)
     refused("--source-shots.*are none", estimate, SHOTS, SET, features=features)

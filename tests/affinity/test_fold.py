@@ -44,7 +44,7 @@ class OneHot(nn.Module):
 
 
 class Spade(nn.Module):
-    """SPADE's shared layer on the map, with SDM's channel of instance edges behind it."""
+    """SPADE's shared layer on the map: OASIS's channels before it, SDM's behind it."""
 
     def __init__(self, classes, noise=0, edges=1):
         super().__init__()
@@ -93,7 +93,7 @@ def test_one_hot_maps_behind_an_image(affinity):
 
 
 @pytest.mark.parametrize("affinity", [matrix(), SOFT])
-@pytest.mark.parametrize("host, noise, edges", [("spade", 0, 1), ("oasis", 64, 0)])
+@pytest.mark.parametrize("host, noise, edges", [("spade", 0, 2), ("oasis", 65, 0)])
 def test_gans_keep_noise_before_and_edges_after_the_map(affinity, host, noise, edges):
     model = Spade(SOURCES, noise, edges).double()
     y = MAP.one_hot()[None].double()
@@ -160,6 +160,12 @@ def test_an_affinity_folds_as_it_remaps():
     weight = torch.randn(8, SOURCES, 3, 3)
     expected = F.conv2d(found.remap(MAP).one_hot()[None], weight, padding=1)
     close(F.conv2d(MAP.one_hot()[None], found.fold(weight), padding=1), expected)
+    image, wide = torch.randn(1, 3, 16, 16), torch.randn(8, 3 + SOURCES, 3, 3)
+    expected = F.conv2d(torch.cat([image, found.remap(MAP).one_hot()[None]], 1), wide, padding=1)
+    folded = found.fold(wide, start="last")
+    close(F.conv2d(torch.cat([image, MAP.one_hot()[None]], 1), folded, padding=1), expected)
+    with pytest.raises(GuidekitError, match="where the map is if the layer reads more"):
+        found.fold(wide)
     weight = torch.randn(8, 3, 3, 3)
     expected = F.conv2d(pixels(found.remap(MAP)).float(), weight, padding=1)
     folded = found.fold(weight, SOURCE.colours)

@@ -25,6 +25,7 @@ SETS = {
 }
 IDS = np.zeros((32, 32), np.uint8)
 IDS[16:] = 1
+SILENT = ("--text", "RN50/nothing", "--segmenter", "nowhere")
 CLASSES = ("--control", "{kit}/classes", "--map", "{kit}/map.png")
 
 
@@ -46,6 +47,7 @@ def kit(tmp_path_factory):
     for name, table in SETS.items():
         (folder / f"{name}.json").write_text(json.dumps(table))
     control_net(pipe, channels=2).save_pretrained(folder / "classes")
+    control_net(pipe, channels=5).save_pretrained(folder / "wide")
     (folder / "classes/labels.json").write_text('{"classes": ["sky", "sea"]}')
     return folder
 
@@ -251,6 +253,16 @@ def test_a_segmenters_classes_go_by_their_place_where_no_name_is_known(kit, affi
     fails(unknown, "the segmenter knows none of the classes of 'target' by name")
 
 
+def test_a_segmenter_that_knows_few_classes_is_told_of(kit, affinity, segmenter):
+    Path("part.json").write_text('{"classes": ["sea", "ice", "snow"]}')
+    words = ("--source", "part.json", "--segmenter", segmenter, "--out", "E")
+    result = run("affinity", "shots", *words)
+    assert result.exit_code == 0
+    told = "warning: the segmenter knows 1 of the 3 classes of 'part' by name, and never names the"
+    assert result.stderr.startswith(told)
+    assert result.stderr.splitlines() == [f"{told} others: ice, snow"]
+
+
 def test_the_vote_alone_is_all_that_has_a_model(model, kit, affinity):
     words = ("--source", kit / "source.json", "--text", model)
     votes = estimated(*words, "--by", "vote", out="E")
@@ -291,10 +303,14 @@ def fails(result, *texts):
     [
         (["--control", "{kit}/pickle={kit}/image.png"], "python -c"),
         (["--control", "{kit}/xl={kit}/image.png"], "ControlNet for another model"),
-        (["--control", "{kit}/net={kit}/wide.png"], "64x32 and the drawing 32x32"),
+        (["--control", "{kit}/net={kit}/wide.png"], "64x32, of another shape than 32x32"),
         (["--control", "{kit}/net=nowhere.png"], "no such file"),
         (["--control", "{kit}/net"], "no image and its condition no map"),
         (["--control", "{kit}/net={kit}/image.png@x"], "no number"),
+        (
+            ["--control", "{kit}/wide", "--map", "{kit}/map.png", "--labels", "{kit}/target.json"],
+            "reads 5 channels, one for a class, and label set 'target' has 2 classes; give it",
+        ),
         (["--control", "{kit}/net={kit}/image.png:0.9-0.1"], "0 <= start < stop <= 1"),
         (["--map", "{kit}/map.png"], "--map needs the label set"),
         (["--map", "{kit}/map.png", "--labels", "{kit}/target.json"], "nothing here reads a label"),
@@ -335,6 +351,17 @@ def test_bad_input_is_one_line(model, kit, affinity, args, text):
         (["shots", "--source", "ade20k-150", "--hand", "hand.json"], "has no class 'bad'"),
         (["shots", "--source", "ade20k-150", "--text", "RN50/nothing"], "RN50; there are openai"),
         (["shots", "--source", "ade20k-150", "--by", "vote"], "nothing to estimate from"),
+        (["shots", "--source", "ade20k-150", "--by", ","], "no estimate ''; there are segment"),
+        (["shots", "--source", "scenes", "--segmenter", "scenes"], "no segmenter 'scenes'"),
+        (["shots", "--source", "scenes-maps", "--by", "segmentation"], "give one of its classes"),
+        (
+            ["shots", "--source", "ade20k-150", *SILENT, "--site", "x"],
+            "estimate by features, which",
+        ),
+        (["shots", "--source", "ade20k-150", *SILENT, "--by", "segmentation"], "by text, which is"),
+        (["shots", "--source", "ade20k-150", *SILENT, "--coloured"], "give --apply"),
+        (["A", "--apply", "{kit}", "--by", "text"], "--by is for an estimate, and the affinity is"),
+        (["A", "--apply", "{kit}", "--hand", "hand.json"], "--hand is for an estimate"),
         (["A"], "give --apply"),
         (["A", "--apply", "nowhere"], "has no label maps"),
     ],

@@ -144,6 +144,16 @@ def test_one_adapter_and_two_are_diffusers_own(pipe, family):
     assert torch.equal(ours(pipe, controls), expected)
 
 
+def test_an_adapter_acts_in_as_many_steps_as_in_diffusers():
+    """By a product that is cut to whole steps, which a ControlNet's rule is not always."""
+    adapter = t2i_adapter(tiny.sd_pipeline())
+    for n in (20, 25, 30, 50, 100):
+        for percent in range(1, 101):
+            acting = [Control(adapter, stop=percent / 100).acts(i, n) for i in range(n)]
+            count = int(n * (percent / 100))
+            assert acting == [True] * count + [False] * (n - count)
+
+
 @pytest.mark.full
 def test_an_adapter_stops_where_diffusers_stops():
     pipe = tiny.sdxl_pipeline()
@@ -302,7 +312,9 @@ def test_what_cannot_work_is_refused(sd, tmp_path):
     refused("makes an image 8 times smaller, this model's", sd, Control(other, ONE))
     refused("T2I-Adapter for another model", sd, Control(t2i_adapter(xl), ONE))
     refused("no image and its condition no map", sd, Control(net))
-    refused("64x32 and the drawing 32x32; crop", sd, Control(net, Image.new("RGB", (64, 32))))
+    refused(
+        "64x32, of another shape than 32x32; crop", sd, Control(net, Image.new("RGB", (64, 32)))
+    )
     with pytest.raises(GuidekitError, match="control image nowhere.png: no such file"):
         Control(net, "nowhere.png")
     refused("a control's model is a", sd, Control(sd.unet, ONE))
