@@ -9,12 +9,14 @@ it is decided here.
 from guidekit.affinity.estimate import by_features, by_segmentation, by_text, estimate
 from guidekit.affinity.fold import HOSTS, fold, fold_state
 from guidekit.affinity.matrix import Affinity, Estimate, load_affinity, parse_hand
+from guidekit.affinity.segmenters import Segmenter, load_segmenter
 from guidekit.affinity.shots import Shot, read_shots
 
 __all__ = [
     "HOSTS",
     "Affinity",
     "Estimate",
+    "Segmenter",
     "Shot",
     "by_features",
     "by_segmentation",
@@ -23,6 +25,7 @@ __all__ = [
     "fold",
     "fold_state",
     "load_affinity",
+    "load_segmenter",
     "parse_hand",
     "read_shots",
 ]
