@@ -37,7 +37,10 @@ def said(part: str, lines: list[dict], paired: list[dict]) -> list[str]:
 
 
 def _order(part: str, own: dict[str, dict]) -> str:
-    """The estimates in their order; ~ between two whose intervals overlap."""
+    """The estimates in their order; ~ between two whose intervals overlap.
+
+    That says less than paired differences would, as rows share their layouts: > is sure, ~ is not.
+    """
     found = tuple(sorted(ESTIMATES, key=lambda name: -own[name]["mIoU"]))
     told = found[0]
     for before, name in pairwise(found):

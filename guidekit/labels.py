@@ -247,8 +247,11 @@ class LabelMap:
             raise GuidekitError(
                 f"a label map is a tensor or array (H, W) of indices, not {type(self.ids).__name__}"
             )
-        ids = torch.as_tensor(self.ids)
-        if ids.ndim != 2 or not ids.numel() or ids.is_floating_point() or ids.is_complex():
+        ids = self.ids
+        if isinstance(ids, np.ndarray) and ids.dtype.kind in "iub":
+            ids = torch.from_numpy(ids.astype(np.int64))  # a copy, whatever its strides and bytes
+        other = not isinstance(ids, Tensor) or ids.is_floating_point() or ids.is_complex()
+        if other or ids.ndim != 2 or not ids.numel():
             raise GuidekitError(
                 f"a label map is (H, W) of whole numbers, not {tuple(ids.shape)} of {ids.dtype}"
             )

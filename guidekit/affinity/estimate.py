@@ -15,7 +15,7 @@ from guidekit.affinity.segmenters import Segmenter
 from guidekit.affinity.shots import Shot, batch_of, seen
 from guidekit.errors import GuidekitError
 from guidekit.heads.data import soft_masks
-from guidekit.labels import LabelSet
+from guidekit.labels import VOID, LabelSet
 
 TEMPLATE = "{}"  # what is said of a class's name, the same on both sides
 ALIKE = 1e-9  # a class this near to the mean of its side, against its own length, is that mean
@@ -76,9 +76,11 @@ def by_segmentation(shots: Sequence[Shot], segmenter: Segmenter, source: LabelSe
     counts = torch.zeros(count, targets, dtype=torch.float64)
     for shot in shots:
         shares = segmenter(shot.pixels)
-        wanted = soft_masks(shot.map.ids[None], targets, shares.shape[1:])[0]
-        cell = shot.map.ids.numel() / shares[0].numel()  # pixels
-        counts += cell * torch.einsum("shw,thw->st", shares.double(), wanted.double())
+        grid, ids = shares.shape[1:], shot.map.ids
+        cell = ids.numel() / shares[0].numel()  # pixels
+        for own in set(shot.map.present) - {VOID}:  # one at a time: maps may be large
+            mask = F.interpolate((ids == own).float()[None, None], grid, mode="area")[0, 0]
+            counts[:, own] += cell * (shares * mask).sum((1, 2), dtype=torch.float64)
     return Estimate(counts, seen(shots, targets), counts=True)
 
 

@@ -34,13 +34,15 @@ class Host:
 
 
 #: By name: one-hot maps behind the image's channels; OASIS (arXiv:2012.04781) with 64 channels of
-#: noise and one of what nobody labelled before the map; SPADE (arXiv:1903.07291) and SDM
+#: noise and one of what nobody labelled before the map, which its Cityscapes models, in that data
+#: set's own 34 numbers, have behind it; SPADE (arXiv:1903.07291) and SDM
 #: (arXiv:2207.00050), whose channels of what nobody labelled and of instance edges are behind it;
 #: ControlNet (arXiv:2302.05543) and T2I-Adapter (arXiv:2302.08453) of diffusers; PITI
 #: (arXiv:2205.12952), whose encoder sees colours.
 HOSTS = {
     "one-hot": Host(("conv_in.weight",), start="last"),
     "oasis": Host(("*fc.weight", "*.mlp_shared.0.weight"), start=65),
+    "oasis-cityscapes": Host(("*fc.weight", "*.mlp_shared.0.weight"), start=64, further=1),
     "spade": Host(("fc.weight", "*.mlp_shared.0.weight"), further=2),
     "controlnet": Host(("*controlnet_cond_embedding.conv_in.weight",), colours="unit"),
     "t2i-adapter": Host(("*adapter.conv_in.weight",), colours="unit", unshuffle=8),

@@ -108,13 +108,13 @@ class Affinity:
         best, place = scores.max(0)
         silent = (estimate.evidence <= 0) | (best == float("-inf"))
         if estimate.counts:
-            silent |= self.evidence(name) < LEAST * estimate.evidence
+            silent |= ~(self.evidence(name) >= LEAST * estimate.evidence)
         return place.masked_fill(silent, VOID)
 
     def evidence(self, name: str) -> Tensor:
-        """What an estimate of each target class (N_t,) rests on, 0 for nothing.
+        """What an estimate of each target class (N_t,) rests on.
 
-        Of counts the pixels that were seen as classes that may stand for it.
+        Of counts the pixels that were seen as classes that may stand for it, else as `Estimate`.
         """
         estimate = self._estimate(name)
         if estimate.counts:
@@ -124,7 +124,8 @@ class Affinity:
     def _estimate(self, name: str) -> Estimate:
         if name not in self.estimates:
             there = ", ".join(self.estimates) or "none"
-            raise GuidekitError(f"no estimate {name!r}; there are {there}, and their {VOTE}")
+            also = "" if name == VOTE else f", and their {VOTE}"
+            raise GuidekitError(f"no estimate {name!r}; there are {there}{also}")
         return self.estimates[name]
 
     def votes(self) -> list[Vote]:

@@ -32,6 +32,7 @@ NOTHING = ("void", "unlabeled", "unlabelled", "background", "free", "ignore", "o
 #: What transformers calls its classes of semantic and of panoptic segmenters.
 SEMANTIC = "ForSemanticSegmentation"
 PANOPTIC = ("ForUniversalSegmentation", "MaskFormerForInstanceSegmentation")
+SLACK = 1e-3  # of shares, which sum to 1 at most
 MOST = 512  # cells of the longer side of what panoptic models say
 TOLD = "OneFormer"  # reads a text too, for which its processor fetches a file
 
@@ -49,9 +50,20 @@ class Segmenter:
     see: Callable[[Tensor], Tensor]
 
     def __call__(self, pixels: Tensor) -> Tensor:
-        """Shares (N, h, w) for pixels (3, H, W) in [-1, 1]."""
+        """Shares (N, h, w) for pixels (3, H, W) in [-1, 1].
+
+        Raises GuidekitError where `see` gives something else.
+        """
         with torch.no_grad():
-            return self.see(pixels)
+            found = torch.as_tensor(self.see(pixels)).float().cpu()
+        fits = found.ndim == 3 and len(found) == len(self.labels)
+        if not fits or not (found.min() >= 0 and found.sum(0).max() <= 1 + SLACK):
+            raise GuidekitError(
+                f"the segmenter of {self.labels.name!r} gives {tuple(found.shape)}, and needs to "
+                f"give probabilities ({len(self.labels)}, h, w) of its classes, without void; use "
+                "softmax, or LabelMap.one_hot for classes"
+            )
+        return found
 
 
 def load_segmenter(name: str | Path, device: str | None = None) -> Segmenter:

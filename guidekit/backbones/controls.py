@@ -46,7 +46,8 @@ class Control:
     model: the network, or where it is: a diffusers folder or hub id with safetensors. image: an
     image or its path, a LabelMap, or None for each condition's own `map`; a SegmentMap looks at the
     conditions' segments. scale: strength. start, stop: fractions of the steps from the noisy end
-    between which it acts, as diffusers' `control_guidance_start` and `control_guidance_end`. guess:
+    between which it acts, as diffusers' `control_guidance_start` and `control_guidance_end`, for a
+    T2I-Adapter as its `adapter_conditioning_factor`, which may end a step earlier. guess:
     the null branch goes without a ControlNet (guess mode). labels: the only set whose maps it
     reads; None for that of labels.json beside its weights, if there is one. Raises GuidekitError
     for numbers that cannot be.

@@ -103,9 +103,10 @@ def _check_read(ctx: click.Context, made: bool, options: dict[str, Any]) -> None
                 "or give the folder of the shots"
             )
         if (kind := READ_BY.get(name)) and not made and kind not in kinds:
+            ask = f"give {FLAGS[kind]}" if options["by"] is None else f"add {kind} to --by"
             raise GuidekitError(
-                f"{flag} is of the estimate by {kind}, which is not asked for; give {FLAGS[kind]}, "
-                f"add {kind} to --by, or leave it out"
+                f"{flag} is of the estimate by {kind}, which is not asked for; {ask}, or leave it "
+                "out"
             )
         if name == "coloured" and options["maps"] is None:
             raise GuidekitError("--coloured is for label maps that are rewritten; give --apply")
@@ -153,7 +154,7 @@ def _kinds(options: dict[str, Any]) -> list[str]:
     given = [k for k, o in zip(KINDS, MODELS, strict=True) if options[o] is not None]
     if options["by"] is None:
         return given
-    named = [word.strip() for word in options["by"].split(",")]
+    named = [word.strip() for word in options["by"].split(",") if word.strip()] or [""]
     if unknown := [name for name in named if name not in (*KINDS, VOTE)]:
         there = ", ".join((*KINDS, VOTE))
         raise GuidekitError(f"--by {options['by']}: no estimate {unknown[0]!r}; there are {there}")
@@ -212,8 +213,9 @@ def _says_its_labels(name: str | None) -> bool:
         return name is not None
     for folder in (ZOO / name, Path(name)):
         if (folder / LABELS).is_file():
-            config = folder / "config.json"
-            return not config.is_file() or read_object(config).get("_class_name") != "Judge"
+            config = folder / "config.json"  # of transformers it has no such name
+            found = read_object(config).get("_class_name") if config.is_file() else "pipeline"
+            return found not in (None, "Judge")
     return False
 
 
@@ -249,8 +251,8 @@ def _matched(labels: Any, network: Any) -> tuple[Any, Any]:
             )
         place = [*range(len(labels))]
     pairs = [(own, i) for i, own in enumerate(place) if own is not None]
-    if len(pairs) < len(labels):
-        there = {own for own, _ in pairs}
+    there = {own for own, _ in pairs}
+    if len(there) < len(labels):
         lacking = ", ".join(n for i, n in enumerate(labels.classes) if i not in there)
         short = lacking if len(lacking) < 200 else lacking[:200].rpartition(", ")[0] + ", ..."
         warnings.warn(

@@ -66,8 +66,11 @@ def shown_errors(tracebacks: Tracebacks) -> Iterator[None]:
         _exit(error, tracebacks)
 
 
-def _warned(message: Warning | str, *_: object) -> None:
-    """A warning as one line."""
+def _warned(message: Warning | str, *_: object, **__: object) -> None:
+    """A warning as one line, in place of Python's own; none with --quiet."""
+    ctx = click.get_current_context(silent=True)
+    if ctx is not None and ctx.params.get("quiet"):
+        return
     say("warning: " + " ".join(str(message).split()), err=True)
 
 

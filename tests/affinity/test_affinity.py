@@ -337,6 +337,20 @@ def test_a_segmenter_that_sees_next_to_nothing_abstains():
     assert evidence == pytest.approx(1e-5 * float(pixels), rel=1e-4)
 
 
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        lambda pixels: see(pixels)[:1],  # of fewer classes
+        lambda pixels: see(pixels).argmax(0),  # classes
+        lambda pixels: see(pixels) * torch.nan,
+        lambda pixels: see(pixels).numpy() * 7 - 3,  # no probabilities
+        lambda pixels: torch.ones(4, 2, 2),  # that sum to more than 1
+    ],
+)
+def test_a_segmenter_that_gives_no_probabilities_is_refused(wrong):
+    refused("give probabilities \\(4, h, w\\)", by_segmentation, SHOTS, Segmenter(SET, wrong), SET)
+
+
 def test_shares_of_another_size_count_in_pixels():
     """Cells of 4 pixels, which are the blocks that the shots are made of."""
     coarse = Segmenter(SET, lambda pixels: F.avg_pool2d(see(pixels), 4))

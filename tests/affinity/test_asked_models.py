@@ -37,6 +37,7 @@ def test_panoptic_models_of_transformers_segment(tmp_path, write):
     assert found.shape == (4, 32, 32)
     assert torch.equal(found.sum(0), torch.ones(32, 32))
     assert set(found.unique().tolist()) == {0.0, 1.0}
+    assert segmenter(PIXELS.repeat(1, 20, 30)).shape == (4, 341, 512)  # a large one is reduced
 
 
 def test_a_oneformer_is_refused(tmp_path):

@@ -93,7 +93,9 @@ def test_one_hot_maps_behind_an_image(affinity):
 
 
 @pytest.mark.parametrize("affinity", [matrix(), SOFT])
-@pytest.mark.parametrize("host, noise, edges", [("spade", 0, 2), ("oasis", 65, 0)])
+@pytest.mark.parametrize(
+    "host, noise, edges", [("spade", 0, 2), ("oasis", 65, 0), ("oasis-cityscapes", 64, 1)]
+)
 def test_gans_keep_noise_before_and_edges_after_the_map(affinity, host, noise, edges):
     model = Spade(SOURCES, noise, edges).double()
     y = MAP.one_hot()[None].double()

@@ -255,12 +255,20 @@ def test_a_segmenters_classes_go_by_their_place_where_no_name_is_known(kit, affi
 
 def test_a_segmenter_that_knows_few_classes_is_told_of(kit, affinity, segmenter):
     Path("part.json").write_text('{"classes": ["sea", "ice", "snow"]}')
-    words = ("--source", "part.json", "--segmenter", segmenter, "--out", "E")
-    result = run("affinity", "shots", *words)
+    words = ("--source", "part.json", "--segmenter", segmenter, "--out")
+    assert run("affinity", "shots", *words, "Q", "--quiet").output == ""
+    result = run("affinity", "shots", *words, "E")
     assert result.exit_code == 0
     told = "warning: the segmenter knows 1 of the 3 classes of 'part' by name, and never names the"
     assert result.stderr.startswith(told)
     assert result.stderr.splitlines() == [f"{told} others: ice, snow"]
+
+
+def test_a_segmenter_with_its_label_set_beside_it_is_a_source(kit, affinity, tmp_path):
+    folder = write_segformer(tmp_path / "own", ["background", "sky", "sea"], logits=[0.0, 1.0, 2.0])
+    (folder / "labels.json").write_text('{"classes": ["sky", "sea"]}')
+    votes = estimated("--source", folder, "--by", "segmentation,", out="E")
+    assert [votes[name]["to"] for name in ("lawn", "lake")] == ["sea"] * 2
 
 
 def test_the_vote_alone_is_all_that_has_a_model(model, kit, affinity):

@@ -1,6 +1,7 @@
 """Label sets and label maps: what files mean, what resizing keeps, what is refused."""
 
 import json
+import warnings
 
 import numpy as np
 import pytest
@@ -266,3 +267,23 @@ def test_a_panoptic_table_that_is_damaged_is_told(tmp_path):
 def test_a_set_of_many_classes_without_void_has_another_number_for_it(tmp_path):
     (tmp_path / "many.json").write_text(json.dumps({"classes": [f"c{i}" for i in range(300)]}))
     assert load_label_set(tmp_path / "many.json").void == (65535,)
+
+
+@pytest.mark.parametrize("kind", ["u1", "i2", "u2", ">u2", "i8", "?"])
+def test_a_label_map_takes_arrays_of_whole_numbers(kind):
+    """Of any width, byte order and strides; void in a kind with a sign."""
+    own = np.array([[0, 1, 1], [1, 0, 1]]).astype(kind)
+    own.flags.writeable = False
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        found = LabelMap(np.fliplr(own), TWO)
+    assert found.ids.tolist() == [[1, 1, 0], [1, 0, 1]]
+    assert found.ids.dtype == torch.int64
+    assert LabelMap(torch.from_numpy(own.astype("u1")), TWO).ids.dtype == torch.int64
+
+
+@pytest.mark.parametrize("wrong", [np.ones((2, 2)), np.array([["a"]]), [[0, 1]], torch.ones(2, 2)])
+def test_a_label_map_of_anything_else_is_refused(wrong):
+    with pytest.raises(GuidekitError, match="a label map is") as error:
+        LabelMap(wrong, TWO)
+    assert "\n" not in str(error.value)

@@ -98,3 +98,31 @@ def test_a_latent_code_is_trained_kept_and_read(benchmarks, tmp_path):
     assert sum(map(len, kept)) > 0
     halves = (images[:4], (images[:4, 0] > 0).long())
     assert code.mask_maps(halves, images[4:6], 2).shape == (2, 8, 8)
+
+
+def test_the_most_probable_class_of_a_pixel_may_be_void(benchmarks):
+    from cat import most_probable
+
+    shares = torch.tensor([[0.1, 0.5, 0.2], [0.2, 0.4, 0.7]])[..., None]  # void: 0.7, 0.1, 0.1
+    assert most_probable(shares)[..., 0].tolist() == [[0, 1, 0], [0, 0, 1]]
+
+
+def test_an_order_is_sure_where_intervals_are_apart(benchmarks):
+    from cat_words import said
+
+    def line(name, miou, frechet):
+        own = {"method": name, "shots": 25, "mIoU": miou, "mIoU 95%": (miou - 0.1, miou + 0.1)}
+        return own | {"Frechet": frechet, "Frechet 95%": (frechet - 0.1, frechet + 0.1)}
+
+    rows = {"random": 0.1, "segmentation": 0.9, "features": 0.5, "text, MiniLM": 0.4}
+    lines = [line(name, miou, 1 - miou) for name, miou in rows.items()]
+    names = ("segmentation", "scratch")
+    paired = [line("", 0.2, -0.05) | {"the vote less": name} for name in names]
+    assert said("fine-tuned", lines, paired) == [
+        "25 shots: random is the worst in Frechet, as in the lecture",
+        "25 shots: the estimates by mIoU are segmentation > features ~ text, MiniLM, in the "
+        "lecture segmentation > text, MiniLM > features",
+        "25 shots: the vote against the best estimate (segmentation): mIoU better, Frechet not "
+        "told apart",
+        "25 shots: the vote against scratch: mIoU better, Frechet not told apart",
+    ]
