@@ -37,6 +37,8 @@ SEEDS = 3  # of random affinities, and of draws of the shots or trainings whose 
 #: Rows that the vote is compared with, layout by layout.
 ESTIMATES = ("segmentation", "features", "text, MiniLM")
 AGAINST = (*ESTIMATES, "segmentation, text where unseen", "scratch")
+#: The vote, trained at the larger rate of `scratch`, and compared with that alone.
+FASTER = "vote, rate of scratch"
 REAL_PRINTS = "real prints"
 Picks = Callable[[Affinity], Tensor]
 

@@ -5,7 +5,7 @@ from functools import partial
 
 import numpy as np
 
-from cat_models import AGAINST, REAL_PRINTS, Group, Lab
+from cat_models import AGAINST, FASTER, REAL_PRINTS, Group, Lab
 from guidekit.evaluate.frechet import frechet
 from guidekit.evaluate.intervals import over_trainings
 from guidekit.evaluate.overlap import mean_iou
@@ -22,6 +22,7 @@ def measures(lab: Lab) -> dict[str, Callable[[dict], float]]:
     }
 
 
+SAME_RATE = "scratch, at one rate"
 NEAR = {
     "to a shot": lambda c: float(c["near"].mean()),
     "copies": lambda c: float(c["copied"].mean()),
@@ -60,18 +61,24 @@ def lines_of(lab: Lab, groups: list[Group]) -> list[dict]:
 
 def paired(lab: Lab, groups: list[Group]) -> list[dict]:
     """What the vote has over other rows of as many shots, at the same layouts and noise."""
-    votes = {group.shots: group.cells for group in groups if group.name == "vote"}
+    votes = {(g.name, g.shots): g.cells for g in groups if g.name in ("vote", FASTER)}
     lines = []
     for other in groups:
-        if other.name not in AGAINST:
-            continue
-        pairs = zip(votes[other.shots], other.cells, strict=True)
-        both = [{f"a {k}": v for k, v in a.items()} | b for a, b in pairs]
-        line = {"the vote less": other.name, "shots": other.shots, "seeds": len(both)}
-        for name, statistic in measures(lab).items():
-            line |= sure(name, partial(_less, statistic), both)
-        lines.append(line)
+        if other.name in AGAINST:
+            lines.append(_line(lab, votes["vote", other.shots], other, other.name))
+        if other.name == "scratch" and (FASTER, other.shots) in votes:
+            lines.append(_line(lab, votes[FASTER, other.shots], other, SAME_RATE))
     return lines
+
+
+def _line(lab: Lab, votes: list[dict], other: Group, name: str) -> dict:
+    """What cells have over those of another row."""
+    pairs = zip(votes, other.cells, strict=True)
+    both = [{f"a {k}": v for k, v in a.items()} | b for a, b in pairs]
+    line = {"the vote less": name, "shots": other.shots, "seeds": len(both)}
+    for name, statistic in measures(lab).items():
+        line |= sure(name, partial(_less, statistic), both)
+    return line
 
 
 def _less(statistic: Callable[[dict], float], both: dict) -> float:

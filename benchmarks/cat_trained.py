@@ -12,6 +12,7 @@ from torch import Tensor
 
 from cat_models import (
     AGAINST,
+    FASTER,
     SIZE,
     TARGET,
     Draw,
@@ -34,6 +35,7 @@ from guidekit.train.precision import emulates_bf16
 
 MANY = 10_000  # prints of the reference that had enough of them
 HELD_OUT = 5
+FAST = 1e-3  # the rate of models that begin from nothing
 
 
 class Limited(WorldExamples):
@@ -81,15 +83,17 @@ def trainings(lab: Lab, own: Draw, rows: dict[str, Picks], seeds: int) -> dict[s
         picks = [picks for _, picks in several]
         again = picks * seeds if name == "vote" or name in AGAINST else picks
         found[name] = [Training(p, True, sizes.tuning, i) for i, p in enumerate(again)]
+    vote = found["vote"][0].picks
+    found[FASTER] = [Training(vote, True, sizes.tuning, i, FAST) for i in range(seeds)]
     found["fresh filters"] = [Training(None, True, sizes.tuning)]
-    found["scratch"] = [Training(None, False, sizes.tuning, i, 1e-3) for i in range(seeds)]
-    found["scratch, longer"] = [Training(None, False, sizes.long, 0, 1e-3)]
+    found["scratch"] = [Training(None, False, sizes.tuning, i, FAST) for i in range(seeds)]
+    found["scratch, longer"] = [Training(None, False, sizes.long, 0, FAST)]
     return found
 
 
 def reference(lab: Lab) -> Group:
     """Trained from nothing on many prints."""
-    training = Training(None, False, lab.sizes.reference, 0, 1e-3)
+    training = Training(None, False, lab.sizes.reference, 0, FAST)
     cells = [trained_cell(lab, "scratch", MANY, training, Limited("prints", SIZE), None)]
     return Group(f"scratch on {MANY}", MANY, None, cells)
 

@@ -8,6 +8,7 @@ features, and by far the largest Frechet distance.
 from itertools import pairwise
 
 from cat_models import ESTIMATES
+from cat_tables import SAME_RATE
 
 #: The estimates of the slide, the largest mIoU first.
 LECTURE = {
@@ -31,7 +32,8 @@ def said(part: str, lines: list[dict], paired: list[dict]) -> list[str]:
             f"the vote against the best estimate ({best}): {_against(over[best, count])}",
         ]
         if part == "fine-tuned":
-            verdicts.append(f"the vote against scratch: {_against(over['scratch', count])}")
+            names = ("scratch", SAME_RATE)
+            verdicts += [f"the vote against {n}: {_against(over[n, count])}" for n in names]
         told += [f"{count} shots: {verdict}" for verdict in verdicts]
     return told
 

@@ -67,7 +67,7 @@ def test_the_null_is_a_map_of_zeros_and_windows_see_their_part(pipe):
         (Condition(prompt="a park", map=label_map()), "reads no prompt; leave it out"),
         (
             Condition(map=LabelMap(label_map().ids[:8], PARK)),
-            "label map is 16x8 and the",
+            "label map is 16x8, of another",
         ),
         (Condition(label=1, map=label_map()), "has no class labels"),
     ],

@@ -116,7 +116,7 @@ def test_an_order_is_sure_where_intervals_are_apart(benchmarks):
 
     rows = {"random": 0.1, "segmentation": 0.9, "features": 0.5, "text, MiniLM": 0.4}
     lines = [line(name, miou, 1 - miou) for name, miou in rows.items()]
-    names = ("segmentation", "scratch")
+    names = ("segmentation", "scratch", "scratch, at one rate")
     paired = [line("", 0.2, -0.05) | {"the vote less": name} for name in names]
     assert said("fine-tuned", lines, paired) == [
         "25 shots: random is the worst in Frechet, as in the lecture",
@@ -125,4 +125,5 @@ def test_an_order_is_sure_where_intervals_are_apart(benchmarks):
         "25 shots: the vote against the best estimate (segmentation): mIoU better, Frechet not "
         "told apart",
         "25 shots: the vote against scratch: mIoU better, Frechet not told apart",
+        "25 shots: the vote against scratch, at one rate: mIoU better, Frechet not told apart",
     ]
