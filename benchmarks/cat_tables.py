@@ -72,12 +72,12 @@ def paired(lab: Lab, groups: list[Group]) -> list[dict]:
 
 
 def _line(lab: Lab, votes: list[dict], other: Group, name: str) -> dict:
-    """What cells have over those of another row."""
+    """What the vote's cells have over those of another row, which the table calls `name`."""
     pairs = zip(votes, other.cells, strict=True)
     both = [{f"a {k}": v for k, v in a.items()} | b for a, b in pairs]
     line = {"the vote less": name, "shots": other.shots, "seeds": len(both)}
-    for name, statistic in measures(lab).items():
-        line |= sure(name, partial(_less, statistic), both)
+    for measure, statistic in measures(lab).items():
+        line |= sure(measure, partial(_less, statistic), both)
     return line
 
 

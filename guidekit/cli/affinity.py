@@ -16,6 +16,7 @@ KINDS = ("segmentation", "features", "text")
 MODELS = ("segmenter", "feature_model", "text_model")  # the options that name theirs
 VOTE = "vote"
 FLAGS = {"segmentation": "--segmenter", "features": "--features", "text": "--text"}
+NAMED = 12  # classes that a warning names
 #: The estimate that reads an option.
 READ_BY = {
     "segmenter": "segmentation",
@@ -171,12 +172,10 @@ def _source(options: dict[str, Any], segments: bool) -> tuple[Any, Any]:
     """
     from guidekit.affinity.segmenters import load_segmenter
     from guidekit.labels import LABELS, label_sets, load_label_set
-    from guidekit.zoo.shipped import ZOO
 
     name, device = options["source"], options["device"]
     segmenter = options["segmenter"]
-    known = name in label_sets() or _says_its_labels(name)
-    if segments and segmenter is None and known:
+    if segments and segmenter is None and _names_no_segmenter(name):
         raise GuidekitError(
             f"--source {name} is a label set, and no segmenter; give one of its classes with "
             "--segmenter"
@@ -191,9 +190,9 @@ def _source(options: dict[str, Any], segments: bool) -> tuple[Any, Any]:
         return network.labels, network
     if name in label_sets() or Path(name).is_file():
         labels = load_label_set(name)
-    elif places := [p / LABELS for p in (ZOO / name, Path(name)) if (p / LABELS).is_file()]:
-        labels = load_label_set(places[0])
-    elif (Path(name) / "config.json").is_file() and _is_control(Path(name)):
+    elif beside := _labels_beside(name):
+        labels = load_label_set(beside)
+    elif _is_control(Path(name)):
         raise GuidekitError(
             f"{name} does not say which classes its maps hold; name their label set "
             f"({', '.join(label_sets())}), or put it beside the weights as {LABELS}"
@@ -203,26 +202,35 @@ def _source(options: dict[str, Any], segments: bool) -> tuple[Any, Any]:
     return _matched(labels, network)
 
 
-def _says_its_labels(name: str | None) -> bool:
-    """Whether a name is that of a file, or of a model of label maps."""
+def _names_no_segmenter(name: str | None) -> bool:
+    """Whether a name is that of a label set, or of a model that draws maps."""
+    from guidekit.labels import label_sets
+
+    return name is not None and (name in label_sets() or Path(name).is_file() or _draws_maps(name))
+
+
+def _labels_beside(name: str) -> Path | None:
+    """The label set beside the weights of a built-in model or of a folder; None without one."""
     from guidekit.labels import LABELS
-    from guidekit.system.untrusted import read_object
     from guidekit.zoo.shipped import ZOO
 
-    if name is None or Path(name).is_file():
-        return name is not None
-    for folder in (ZOO / name, Path(name)):
-        if (folder / LABELS).is_file():
-            config = folder / "config.json"  # of transformers it has no such name
-            found = read_object(config).get("_class_name") if config.is_file() else "pipeline"
-            return found not in (None, "Judge")
-    return False
+    places = (ZOO / name / LABELS, Path(name) / LABELS)
+    return next((place for place in places if place.is_file()), None)
+
+
+def _draws_maps(name: str) -> bool:
+    """Whether a model with a label set beside it follows maps, as no segmenter does."""
+    beside = _labels_beside(name)
+    if beside is None:
+        return False
+    return (beside.parent / "model_index.json").is_file() or _is_control(beside.parent)
 
 
 def _is_control(folder: Path) -> bool:
     from guidekit.system.untrusted import read_object
 
-    return read_object(folder / "config.json").get("_class_name") in (
+    config = folder / "config.json"
+    return config.is_file() and read_object(config).get("_class_name") in (
         "ControlNetModel",
         "T2IAdapter",
         "MapEncoder",
@@ -240,6 +248,7 @@ def _matched(labels: Any, network: Any) -> tuple[Any, Any]:
     import torch
 
     from guidekit.affinity.segmenters import Segmenter
+    from guidekit.labels import listed
 
     known = {_plain(name): i for i, name in enumerate(labels.classes)}
     place = [known.get(_plain(name)) for name in network.labels.classes]
@@ -251,13 +260,11 @@ def _matched(labels: Any, network: Any) -> tuple[Any, Any]:
             )
         place = [*range(len(labels))]
     pairs = [(own, i) for i, own in enumerate(place) if own is not None]
-    there = {own for own, _ in pairs}
-    if len(there) < len(labels):
-        lacking = ", ".join(n for i, n in enumerate(labels.classes) if i not in there)
-        short = lacking if len(lacking) < 200 else lacking[:200].rpartition(", ")[0] + ", ..."
+    if lacking := set(range(len(labels))) - {own for own, _ in pairs}:
+        names = listed((labels.classes[i] for i in sorted(lacking)), NAMED)
         warnings.warn(
-            f"the segmenter knows {len(there)} of the {len(labels)} classes of {labels.name!r} by "
-            f"name, and never names the others: {short}",
+            f"the segmenter knows {len(labels) - len(lacking)} of the {len(labels)} classes of "
+            f"{labels.name!r} by name, and never names the others: {names}",
             stacklevel=2,
         )
     places, rows = (torch.tensor(side) for side in zip(*pairs, strict=True))
