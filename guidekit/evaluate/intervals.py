@@ -24,22 +24,35 @@ def difference(
 
 
 def over_trainings(
-    statistic: Callable[[Cell], float], cells: Sequence[Cell], draws: int = 300, seed: int = 0
+    statistic: Callable[[Cell], float],
+    cells: Sequence[Cell],
+    draws: int = 300,
+    seed: int = 0,
+    shared: bool = False,
 ) -> tuple[float, tuple[float, float]]:
-    """A statistic's mean over trainings, and its 95% interval: they and their images resampled."""
+    """A statistic's mean over trainings, and its 95% interval: they and their images resampled.
+
+    shared: all trainings drew the same layouts, so a resample takes the same ones of each; its
+    interval does not narrow with the number of trainings beyond what they differ by.
+    """
     rng = np.random.default_rng(seed)
 
-    def again(cell: Cell) -> Cell:
+    def indices(cell: Cell) -> np.ndarray:
         count = len(next(iter(cell.values())))
-        index = rng.integers(count, size=count)
-        return {name: values[index] for name, values in cell.items()}
+        return rng.integers(count, size=count)
 
     def drawn() -> float:
-        chosen = rng.integers(len(cells), size=len(cells))
-        return float(np.mean([statistic(again(cells[c])) for c in chosen]))
+        chosen = [cells[c] for c in rng.integers(len(cells), size=len(cells))]
+        rows = [indices(chosen[0])] * len(cells) if shared else [indices(c) for c in chosen]
+        found = [statistic(_rows(c, index)) for c, index in zip(chosen, rows, strict=True)]
+        return float(np.mean(found))
 
     value = float(np.mean([statistic(cell) for cell in cells]))
     return value, _middle([drawn() for _ in range(draws)])
+
+
+def _rows(cell: Cell, index: np.ndarray) -> Cell:
+    return {name: values[index] for name, values in cell.items()}
 
 
 def _middle(values: Sequence[float]) -> tuple[float, float]:

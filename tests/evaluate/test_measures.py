@@ -8,7 +8,7 @@ from sklearn.neighbors import NearestNeighbors
 
 from guidekit.evaluate import diversity, retrieval
 from guidekit.evaluate.frechet import Moments, frechet, of_moments
-from guidekit.evaluate.intervals import difference, interval
+from guidekit.evaluate.intervals import difference, interval, over_trainings
 from guidekit.evaluate.kernel_distance import kernel_distance
 from guidekit.evaluate.layout import LayoutCounts
 from guidekit.evaluate.map_score import filled, inside
@@ -77,6 +77,18 @@ def test_counts_by_parts_are_those_of_the_whole():
         parts.add(found[i : i + 2], wanted[i : i + 2])
     assert parts.row() == whole.row()
     assert parts.n == 9
+
+
+def test_layouts_that_trainings_share_are_resampled_together():
+    """More trainings that drew the same make a number no surer; those of their own layouts do."""
+    cell = {"x": np.random.default_rng(0).normal(size=400)}
+
+    def width(count, shared):
+        _, (low, high) = over_trainings(lambda c: c["x"].mean(), [cell] * count, shared=shared)
+        return high - low
+
+    assert width(3, shared=True) == pytest.approx(width(1, shared=True), rel=0.15)
+    assert width(3, shared=False) == pytest.approx(width(1, shared=False) / 3**0.5, rel=0.15)
 
 
 def test_a_paired_difference_is_surer_than_two_intervals():
