@@ -23,7 +23,7 @@ from guidekit.cli.terminal import say
 @click.option("--soft", is_flag=True, help="Fold shares of classes, not one class for each.")
 @click.option("--steps", type=click.IntRange(0), default=400, show_default=True)
 @click.option("--batch", type=click.IntRange(1), default=16, show_default=True)
-@click.option("--lr", type=float, default=3e-4, show_default=True)
+@click.option("--lr", type=float, help="Rate [1e-3 for a model, 3e-4 for a control].")
 @click.option("--seed", type=click.IntRange(0), default=0, show_default=True)
 @click.option(
     "--held-out",

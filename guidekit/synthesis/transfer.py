@@ -24,6 +24,8 @@ from guidekit.zoo.shipped import ZOO
 
 RECIPE = "recipe.toml"
 MOST_HELD_OUT = 5
+#: Rates by task; maps: tried with scenes-maps (docs/results/affinity.md), control: not compared.
+RATES = {"maps": 1e-3, "control": 3e-4}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,7 +47,8 @@ class Transfer:
     #: 0: the affinity is folded, and nothing is trained.
     steps: int = 400
     batch: int = 16
-    lr: float = 3e-4
+    #: None: that of its task in RATES.
+    lr: float | None = None
     seed: int = 0
 
     @property
@@ -86,7 +89,8 @@ class Transfer:
 
     def loop(self) -> dict[str, Any]:
         """The options of the training. Raises GuidekitError for numbers that cannot be."""
-        rows = {"steps": self.steps, "batch": self.batch, "lr": self.lr, "seed": self.seed}
+        lr = RATES[self.task] if self.lr is None else self.lr
+        rows = {"steps": self.steps, "batch": self.batch, "lr": lr, "seed": self.seed}
         rows |= {"warmup": min(20, self.steps), "ema": 0.99}
         rows |= {"save_every": 50, "preview_every": 200}
         Options(**rows | {"steps": max(self.steps, 1)})  # no steps: it is folded alone

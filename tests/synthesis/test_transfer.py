@@ -80,6 +80,7 @@ def test_it_writes_a_recipe_runs_it_and_goes_on(there, tmp_path, monkeypatch):
     assert tables == [None]
     stage = read_recipe(out / "recipe.toml").stages[0]
     assert (stage.task, stage.loop.steps, stage.options.held_out) == ("maps", 2, 1)
+    assert stage.loop.lr == 1e-3
     assert json.loads(done.stdout)["model"] == str(out / "maps" / "model")
     before = (out / "maps" / "model" / "model_index.json").stat().st_mtime_ns
     assert command(there, out, *few).exit_code == 0
@@ -102,6 +103,7 @@ def test_a_control_is_transferred_beside_its_backbone(there, tmp_path):
     done = command(there, tmp_path / "mine", *more, "--steps", 1, "--batch", 2)
     assert done.exit_code == 0, done.output
     assert "warning: the backbone's autoencoder gives these images back" in done.stderr
+    assert read_recipe(tmp_path / "mine" / "recipe.toml").stages[0].loop.lr == 3e-4
     model = json.loads(done.stdout)["model"]
     assert load_control(model).config.in_channels == 2
     save_image(label_map(GARDEN, side=32).indexed(), tmp_path / "map.png")
