@@ -69,6 +69,11 @@ def test_the_list_of_hashes_is_that_of_the_models():
     assert not [p for p in integrity.ZOO.rglob("*.json") if '"_name_or_path": "/' in p.read_text()]
 
 
+def test_the_built_in_models_stay_small_together():
+    size = sum(file.stat().st_size for file in integrity.ZOO.rglob("*") if file.is_file())
+    assert size < 60 * 2**20
+
+
 def test_damaged_models_are_named_with_the_repair(tmp_path, monkeypatch):
     zoo = tmp_path / "zoo"
     shutil.copytree(integrity.ZOO, zoo)
