@@ -292,10 +292,14 @@ def model_rows(part: str, setting: Setting, estimated: Estimator, results: Resul
     groups = make(lab, draws, rows, right_colours)
     lines = cat_tables.lines_of(lab, groups)
     paired = cat_tables.paired(lab, groups)
-    for name, own in ((part, lines), ("paired", paired)):
+    tables = {part: lines, "paired": paired}
+    if part == "fine-tuned":
+        found = cat_trained.on_further_layouts(lab, draws, rows)
+        tables["further"] = cat_tables.further_lines(lab, found)
+    for name, own in tables.items():
         results.extend({"part": name} | line for line in own)
         print(f"\n{name}\n\n{table(own)}")
-    results.say(*cat_words.said(part, lines, paired))
+    results.say(*cat_words.said(part, lines, paired), *cat_words.further(tables.get("further", [])))
 
 
 def right_colours(picks: Tensor) -> int:

@@ -37,8 +37,8 @@ SEEDS = 3  # of random affinities, and of draws of the shots or trainings whose 
 #: Rows that the vote is compared with, layout by layout.
 ESTIMATES = ("segmentation", "features", "text, MiniLM")
 AGAINST = (*ESTIMATES, "segmentation, text where unseen", "scratch")
-#: The vote, trained at the larger rate of `scratch`, and compared with that alone.
-FASTER = "vote, rate of scratch"
+#: The vote, trained at a smaller rate.
+SLOWER = "vote, a third of the rate"
 REAL_PRINTS = "real prints"
 Picks = Callable[[Affinity], Tensor]
 
@@ -48,6 +48,7 @@ class Sizes:
     """How much is drawn and trained; `tuning` is the steps of a transfer, `long` of a long one."""
 
     maps: int = 250
+    further: int = 1_000  # layouts on which two rows are compared once more, by Frechet distance
     source_maps: int = 100  # of the source's own world
     steps: int = 20  # of the sampler
     real: int = REAL
@@ -59,7 +60,16 @@ class Sizes:
 
 
 QUICK = Sizes(
-    maps=6, source_maps=4, steps=2, real=70, tuning=2, long=3, reference=3, batch=4, seeds=1
+    maps=6,
+    further=8,
+    source_maps=4,
+    steps=2,
+    real=70,
+    tuning=2,
+    long=3,
+    reference=3,
+    batch=4,
+    seeds=1,
 )
 
 
@@ -82,15 +92,37 @@ class Lab:
         sizes = self.sizes
         return self.models | {"seed": self.seed, "maps": sizes.maps, "steps": sizes.steps}
 
+    @property
+    def facts_of_new(self) -> dict[str, str | int]:
+        """The same of models that have the host's shape, but nothing of its weights."""
+        own = self.host.unet.config
+        return self.facts | {"host": f"{tuple(own.block_out_channels)} {own.layers_per_block}"}
+
     @cached_property
     def asked(self) -> tuple[Tensor, list[LabelMap]]:
         """Prints of the test split and their maps: the layouts of all rows."""
         return WorldExamples("prints", SIZE).shown(self.sizes.maps)
 
+    @property
+    def further(self) -> range:
+        """Numbers of layouts that are neither asked nor among the `real` ones."""
+        first = self.sizes.maps + self.sizes.real
+        return range(first, first + self.sizes.further)
+
+    @cached_property
+    def further_maps(self) -> list[LabelMap]:
+        """Their maps."""
+        plans = [prints.scene(i, "test") for i in self.further]
+        maps = [torch.from_numpy(prints.dense_labels(plan, SIZE)) for plan in plans]
+        return [LabelMap(own, TARGET) for own in maps]
+
     @cached_property
     def real(self) -> np.ndarray:
         """The judge's features (n, 64) of other prints."""
-        numbers = range(self.sizes.maps, self.sizes.maps + self.sizes.real)
+        return self.seen(range(self.sizes.maps, self.sizes.maps + self.sizes.real))
+
+    def seen(self, numbers: range) -> np.ndarray:
+        """The judge's features (n, 64) of the prints of these numbers."""
         images = [_prints(part, "test") for part in _parts(numbers)]
         return see(self.judge, torch.cat(images) / 2 + 0.5).features
 
@@ -261,8 +293,8 @@ def _overlaps(judge: Judge, make: Callable[[], Tensor], wanted: np.ndarray) -> d
 
 
 def cell(lab: Lab, key: dict, make: Callable[[], Tensor], shots: Tensor | None = None) -> dict:
-    """The arrays of a row, from the images that `make` draws."""
-    return lab.store.cell(key | lab.facts, lambda: verdict(lab, make(), shots))
+    """The arrays of a row, from the images that `make` draws; `key` may replace the lab's facts."""
+    return lab.store.cell(lab.facts | key, lambda: verdict(lab, make(), shots))
 
 
 def ceilings(lab: Lab, draws: dict[int, list[Draw]]) -> list[Group]:

@@ -5,7 +5,7 @@ from functools import partial
 
 import numpy as np
 
-from cat_models import AGAINST, FASTER, REAL_PRINTS, Group, Lab
+from cat_models import AGAINST, REAL_PRINTS, SLOWER, Group, Lab
 from guidekit.evaluate.frechet import frechet
 from guidekit.evaluate.intervals import over_trainings
 from guidekit.evaluate.overlap import mean_iou
@@ -14,7 +14,7 @@ from guidekit.evaluate.overlap import mean_iou
 def measures(lab: Lab) -> dict[str, Callable[[dict], float]]:
     """What is measured of a cell."""
     return {
-        "Frechet": lambda c: frechet(c["features"], lab.real),
+        "Frechet": partial(_far, lab),
         "mIoU": lambda c: mean_iou(c["inter"], c["union"], c["asked"]),
         "mIoU labelled": lambda c: mean_iou(
             c["labelled inter"], c["labelled union"], c["labelled asked"]
@@ -22,7 +22,7 @@ def measures(lab: Lab) -> dict[str, Callable[[dict], float]]:
     }
 
 
-SAME_RATE = "scratch, at one rate"
+LESS = "the vote less scratch"
 NEAR = {
     "to a shot": lambda c: float(c["near"].mean()),
     "copies": lambda c: float(c["copied"].mean()),
@@ -40,8 +40,8 @@ def _with_copies(group: Group, real: Group) -> list[dict]:
 
 
 def sure(name: str, statistic: Callable[[dict], float], cells: list[dict]) -> dict:
-    """A measure's mean over cells, with its interval over cells and layouts."""
-    value, bounds = over_trainings(statistic, cells)
+    """A measure's mean over cells, with its interval over cells and layouts, which they share."""
+    value, bounds = over_trainings(statistic, cells, shared=True)
     return {name: value, f"{name} 95%": bounds}
 
 
@@ -59,26 +59,52 @@ def lines_of(lab: Lab, groups: list[Group]) -> list[dict]:
     return lines
 
 
+#: Rows that are compared beside the vote with those of AGAINST: one less another, and its name.
+PAIRS = (
+    ("vote", SLOWER, SLOWER),
+    ("vote, longer", "scratch, longer", "scratch, both longer"),
+)
+
+
 def paired(lab: Lab, groups: list[Group]) -> list[dict]:
-    """What the vote has over other rows of as many shots, at the same layouts and noise."""
-    votes = {(g.name, g.shots): g.cells for g in groups if g.name in ("vote", FASTER)}
-    lines = []
-    for other in groups:
-        if other.name in AGAINST:
-            lines.append(_line(lab, votes["vote", other.shots], other, other.name))
-        if other.name == "scratch" and (FASTER, other.shots) in votes:
-            lines.append(_line(lab, votes[FASTER, other.shots], other, SAME_RATE))
+    """What the vote has over other rows of as many shots, at the same layouts and noise.
+
+    A pair is of the same seed or draw, so of as many as both rows have.
+    """
+    there, lines = {(g.name, g.shots): g for g in groups}, []
+    pairs = [("vote", name, name) for name in AGAINST] + list(PAIRS)
+    for count in dict.fromkeys(g.shots for g in groups if g.name == "vote"):
+        for one, other, name in pairs:
+            if (one, count) in there and (other, count) in there:
+                both = _both(there[one, count], there[other, count])
+                line = {"the vote less": name, "shots": count, "seeds": len(both)}
+                for measure, statistic in measures(lab).items():
+                    line |= sure(measure, partial(_less, statistic), both)
+                lines.append(line)
     return lines
 
 
-def _line(lab: Lab, votes: list[dict], other: Group, name: str) -> dict:
-    """What the vote's cells have over those of another row, which the table calls `name`."""
-    pairs = zip(votes, other.cells, strict=True)
-    both = [{f"a {k}": v for k, v in a.items()} | b for a, b in pairs]
-    line = {"the vote less": name, "shots": other.shots, "seeds": len(both)}
-    for measure, statistic in measures(lab).items():
-        line |= sure(measure, partial(_less, statistic), both)
-    return line
+def further_lines(lab: Lab, found: dict[int, dict[str, Group]]) -> list[dict]:
+    """Frechet distances of the rows that were drawn on many layouts, by the number of shots."""
+    far, lines = partial(_far, lab), []
+    for count, own in found.items():
+        both = _both(own["vote"], own["scratch"])
+        line = {"shots": count, "seeds": len(both), "images": len(lab.further)}
+        for name, group in own.items():
+            line |= sure(f"Frechet, {name}", far, group.cells)
+        line |= sure(LESS, partial(_less, far), both)
+        lines.append(line | {"nearer in": sum(_less(far, pair) < 0 for pair in both)})
+    return lines
+
+
+def _far(lab: Lab, cell: dict) -> float:
+    return frechet(cell["features"], lab.real)
+
+
+def _both(one: Group, other: Group) -> list[dict]:
+    """Cells of the same seed or draw, the first row's arrays named "a ..."."""
+    pairs = zip(one.cells[: len(other.cells)], other.cells, strict=True)
+    return [{f"a {k}": v for k, v in a.items()} | b for a, b in pairs]
 
 
 def _less(statistic: Callable[[dict], float], both: dict) -> float:

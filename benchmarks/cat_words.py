@@ -8,7 +8,7 @@ features, and by far the largest Frechet distance.
 from itertools import pairwise
 
 from cat_models import ESTIMATES
-from cat_tables import SAME_RATE
+from cat_tables import LESS
 
 #: The estimates of the slide, the largest mIoU first.
 LECTURE = {
@@ -29,13 +29,30 @@ def said(part: str, lines: list[dict], paired: list[dict]) -> list[str]:
         verdicts = [
             f"random {_place(part, own)}",
             f"the estimates by mIoU are {_order(part, own)}",
-            f"the vote against the best estimate ({best}): {_against(over[best, count])}",
+            f"the vote against the best estimate, {best} {_against(over[best, count])}",
         ]
         if part == "fine-tuned":
-            names = ("scratch", SAME_RATE)
-            verdicts += [f"the vote against {n}: {_against(over[n, count])}" for n in names]
+            verdicts.append(f"the vote against scratch {_against(over['scratch', count])}")
         told += [f"{count} shots: {verdict}" for verdict in verdicts]
     return told
+
+
+def further(lines: list[dict]) -> list[str]:
+    """Whether the vote is nearer to real prints than training from nothing, by many images."""
+    told = []
+    for line in lines:
+        how = _told(line[LESS], line[f"{LESS} 95%"], -1)
+        told.append(
+            f"{line['shots']} shots, {line['images']} images: the vote against scratch "
+            f"({_times(line)}): Frechet {how}, nearer in {line['nearer in']}"
+        )
+    return told
+
+
+def _times(line: dict) -> str:
+    """What an interval is over, beside layouts."""
+    count = line["seeds"]
+    return f"{count} times" if count > 1 else "once, so over layouts alone"
 
 
 def _order(part: str, own: dict[str, dict]) -> str:
@@ -68,10 +85,13 @@ def _place(part: str, own: dict[str, dict]) -> str:
 
 
 def _against(line: dict) -> str:
-    """Better, worse, or not told apart: whether a difference's interval holds zero."""
-    words = []
-    for key, sign in (("mIoU", 1), ("Frechet", -1)):
-        low, high = line[f"{key} 95%"]
-        apart = "better" if line[key] * sign > 0 else "worse"
-        words.append(f"{key} {'not told apart' if low <= 0 <= high else apart}")
-    return ", ".join(words)
+    """Better, worse, or not told apart, in mIoU and in Frechet distance."""
+    signs = (("mIoU", 1), ("Frechet", -1))
+    told = [f"{key} {_told(line[key], line[f'{key} 95%'], sign)}" for key, sign in signs]
+    return f"({_times(line)}): {', '.join(told)}"
+
+
+def _told(value: float, bounds: tuple[float, float], sign: int) -> str:
+    """Whether a difference's interval holds zero; `sign` is that of a better one."""
+    low, high = bounds
+    return "not told apart" if low <= 0 <= high else "better" if value * sign > 0 else "worse"

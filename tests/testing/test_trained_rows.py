@@ -1,6 +1,7 @@
 """Rows of benchmarks whose model is trained first: trained layouts, and the latent code."""
 
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -10,10 +11,12 @@ from click.testing import CliRunner
 import guidekit
 from guidekit.affinity.encoders import load_texts
 from guidekit.backbones.segment_map import pooled, scaled
+from guidekit.evaluate.judge import load_judge
 from guidekit.synthesis.control_train import ControlOptions, new_control
 from guidekit.testing.conditioners import control_net, segment_map, t2i_adapter
 from guidekit.worlds import digits, scenes
 from guidekit.zoo.shipped import ZOO
+from label_worlds import affinity, maps_pipeline
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 
@@ -46,6 +49,16 @@ def runs(tmp_path_factory):
 def benchmarks(monkeypatch):
     """The folder of the scripts, from which they import each other."""
     monkeypatch.syspath_prepend(BENCHMARKS)
+
+
+@pytest.fixture
+def lab(benchmarks, tmp_path):
+    """That of benchmarks/cat.py, with a host of other classes."""
+    from cat_models import Lab, Sizes
+    from fewshot_store import Store
+
+    models = {"host": "one", "judge": "same"}
+    return Lab(maps_pipeline(), load_judge(), Store(tmp_path), tmp_path, Sizes(), 0, models)
 
 
 def test_trained_layouts_are_rows_beside_the_others(benchmarks, runs):
@@ -112,18 +125,66 @@ def test_an_order_is_sure_where_intervals_are_apart(benchmarks):
 
     def line(name, miou, frechet):
         own = {"method": name, "shots": 25, "mIoU": miou, "mIoU 95%": (miou - 0.1, miou + 0.1)}
-        return own | {"Frechet": frechet, "Frechet 95%": (frechet - 0.1, frechet + 0.1)}
+        own |= {"Frechet": frechet, "Frechet 95%": (frechet - 0.1, frechet + 0.1)}
+        return own | {"seeds": 3}
 
     rows = {"random": 0.1, "segmentation": 0.9, "features": 0.5, "text, MiniLM": 0.4}
     lines = [line(name, miou, 1 - miou) for name, miou in rows.items()]
-    names = ("segmentation", "scratch", "scratch, at one rate")
+    names = ("segmentation", "scratch")
     paired = [line("", 0.2, -0.05) | {"the vote less": name} for name in names]
     assert said("fine-tuned", lines, paired) == [
         "25 shots: random is the worst in Frechet, as in the lecture",
         "25 shots: the estimates by mIoU are segmentation > features ~ text, MiniLM, in the "
         "lecture segmentation > text, MiniLM > features",
-        "25 shots: the vote against the best estimate (segmentation): mIoU better, Frechet not "
-        "told apart",
-        "25 shots: the vote against scratch: mIoU better, Frechet not told apart",
-        "25 shots: the vote against scratch, at one rate: mIoU better, Frechet not told apart",
+        "25 shots: the vote against the best estimate, segmentation (3 times): mIoU better, "
+        "Frechet not told apart",
+        "25 shots: the vote against scratch (3 times): mIoU better, Frechet not told apart",
     ]
+
+
+def test_many_images_say_whether_two_rows_are_apart(benchmarks):
+    from cat_tables import LESS
+    from cat_words import further
+
+    line = {"shots": 25, "images": 9, LESS: -0.02, "seeds": 3, "nearer in": 2}
+    spans = {"better": (-0.03, -0.01), "not told apart": (-0.03, 0.01)}
+    start = "25 shots, 9 images: the vote against scratch (3 times): Frechet"
+    for words, span in spans.items():
+        assert further([line | {f"{LESS} 95%": span}]) == [f"{start} {words}, nearer in 2"]
+
+
+def test_rows_that_are_compared_are_trained_with_several_seeds(benchmarks, lab):
+    from cat import ROWS
+    from cat_models import Draw
+    from cat_trained import COMPARED, repeated_rows, trainings
+
+    counts = (25, 50, 100)
+    assert {"vote", "scratch", "segmentation"} <= set(repeated_rows(25, counts))
+    assert [repeated_rows(count, counts) for count in counts[1:]] == [COMPARED, ()]
+    own = Draw(0, [], affinity({"lawn": "grass"}))
+    rows = {name: lambda found: torch.zeros(2).long() for name in ROWS}
+    found = trainings(lab, own, rows, COMPARED)
+    assert [t.seed for t in found["vote"]] == [t.seed for t in found["scratch"]] == [0, 1, 2]
+    assert len(found["segmentation"]) == 1
+    assert [t.lr for t in found["vote"]] == [1e-3] * 3
+
+
+def test_models_from_nothing_are_kept_for_every_host_of_their_shape(benchmarks, lab):
+    from cat_trained import Training, facts_of
+
+    other = replace(lab, models=lab.models | {"host": "another"})
+    wider = replace(lab, host=guidekit.load("scenes-maps", "cpu"))
+    picks, kept = torch.zeros(2).long(), []
+    for training in (Training(None, False, 4), Training(picks, True, 4)):
+        mine, *others = (facts_of(own, "row", 25, training) for own in (lab, other, wider))
+        kept.append([facts == mine for facts in others])
+    assert kept == [[True, False], [False, True]]
+
+
+def test_pairs_are_of_one_seed_and_as_many_as_both_rows_have(benchmarks):
+    from cat_models import Group
+    from cat_tables import _both
+
+    cells = [{"near": torch.tensor([i])} for i in range(3)]
+    pairs = _both(Group("vote", 25, 3, cells), Group("scratch", 25, None, cells[:2]))
+    assert [(int(p["a near"]), int(p["near"])) for p in pairs] == [(0, 0), (1, 1)]
