@@ -213,7 +213,7 @@ class Scenes:
                 )
             row = {"pairs": self.shots, "method": method, "real scenes": count}
             row["mIoU"], row["mIoU 95%"] = over_trainings(
-                lambda c: shape_iou(c["found"], c["wanted"]), cells
+                lambda c: shape_iou(c["found"], c["wanted"]), cells, shared=True
             )
             rows.append(row)
         return rows

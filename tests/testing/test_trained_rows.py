@@ -113,6 +113,26 @@ def test_a_latent_code_is_trained_kept_and_read(benchmarks, tmp_path):
     assert code.mask_maps(halves, images[4:6], 2).shape == (2, 8, 8)
 
 
+def test_draws_that_share_their_scenes_do_not_narrow_an_interval(benchmarks, tmp_path):
+    from fewshot_scenes import Scenes, pairs, shape_iou
+    from fewshot_store import Store
+
+    _, wanted = pairs(range(50_000, 50_012), "test", 32)
+    found = wanted.clone()
+    found[::2] = found[::2].roll(3, -1)  # half of the scenes are read wrongly, by every draw
+    same = {"found": found.numpy(), "wanted": wanted.numpy()}
+
+    class Kept(Store):
+        def cell(self, key, make):
+            return same
+
+    one, several = (Scenes("scenes-ddpm", Kept(tmp_path), 4, draws=n) for n in (1, 5))
+    for alone, row in zip(one.segmentation_rows(12), several.segmentation_rows(12), strict=True):
+        assert row["mIoU"] == pytest.approx(shape_iou(**same))
+        wide, own = (high - low for low, high in (alone["mIoU 95%"], row["mIoU 95%"]))
+        assert own > 0.8 * wide
+
+
 def test_the_most_probable_class_of_a_pixel_may_be_void(benchmarks):
     from cat import most_probable
 
