@@ -32,10 +32,13 @@ def reshaped(number: int, alike: int) -> scenes.Scene:
 
     Without such neighbours colours and background tell a batch apart, and shapes are not learned.
     """
-    plan, turn = scenes.scene(number // alike), number % alike
+    return turned(scenes.scene(number // alike), scenes.SHAPES, number, number % alike)
+
+
+def turned(plan: scenes.Scene, shapes: tuple[str, ...], number: int, by: int) -> scenes.Scene:
+    """The plan under another number, its shapes moved on among those of its world."""
     things = tuple(
-        replace(t, shape=scenes.SHAPES[(scenes.SHAPES.index(t.shape) + turn) % len(scenes.SHAPES)])
-        for t in plan.things
+        replace(t, shape=shapes[(shapes.index(t.shape) + by) % len(shapes)]) for t in plan.things
     )
     return replace(plan, number=number, things=things)
 

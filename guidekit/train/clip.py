@@ -1,10 +1,11 @@
-"""A small CLIP of the scenes world, in open_clip's format: a ViT and a text transformer.
+"""A small CLIP of worlds that draw themselves, in open_clip's format: a ViT and a text transformer.
 
 Radford et al. 2021 (arXiv:2103.00020). Scenes with the same caption are no negatives of one
-another: a third of them show one object, of which there are 192.
+another: a third of them show one object, of which `scenes` has 192.
 """
 
 import copy
+import hashlib
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,12 +14,21 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
+from guidekit.errors import GuidekitError
 from guidekit.images import heat_map
-from guidekit.noisy_clip.data import reshaped
+from guidekit.noisy_clip.data import turned
 from guidekit.noisy_clip.files import Clip, build
 from guidekit.noisy_clip.loss import info_nce
 from guidekit.train.text import TextOptions, tokenize, train_tokenizer, varied_caption
-from guidekit.worlds import scenes
+from guidekit.train.worlds import PRINTS, SHAPES, World
+from guidekit.worlds import prints, scenes
+
+#: The worlds whose scenes have captions of phrases, and the shapes of each in their order.
+WORLDS: dict[str, tuple[World, tuple[str, ...]]] = {
+    "scenes": (SHAPES, scenes.SHAPES),
+    "prints": (PRINTS, prints.SHAPE_NAMES),
+}
+READ, SHOWN = 4000, 24  # scenes that the tokenizer reads of each world, and that a preview shows
 
 # Images in [-1, 1]: half of the range as mean and spread leaves them as they are.
 PREPROCESS = {
@@ -32,7 +42,7 @@ PREPROCESS = {
 
 @dataclass(kw_only=True)
 class ClipOptions:
-    """Sizes of both encoders."""
+    """Sizes of both encoders, and the worlds that they see."""
 
     patch: int = 4
     width: int = 128
@@ -45,6 +55,7 @@ class ClipOptions:
     length: int = 32  # tokens of a text
     vocabulary: int = 700
     alike: int = 4  # scenes that differ in shapes only, next to one another in a batch
+    worlds: tuple[str, ...] = ("scenes",)  # scenes, prints; as many images of each
 
 
 class Contrast(nn.Module):
@@ -66,12 +77,22 @@ class Contrast(nn.Module):
 
 
 class ClipTask:
-    """Trains both encoders on scenes and captions in many wordings."""
+    """Trains both encoders on scenes and captions in many wordings.
+
+    Raises GuidekitError for a world that there is not, and for none.
+    """
 
     def __init__(self, options: ClipOptions, size: int):
-        self.size, self.alike = size, options.alike
+        self.size, self.alike, self.worlds = size, options.alike, options.worlds
+        if not self.worlds or not set(self.worlds) <= set(WORLDS):
+            raise GuidekitError(
+                f"worlds is {list(self.worlds)}; give one or more of {', '.join(WORLDS)}"
+            )
+        rng = np.random.default_rng(0)
+        plans = [WORLDS[name][0].scene(i) for name in self.worlds for i in range(READ)]
         self.tokenizer = train_tokenizer(
-            TextOptions(length=options.length, vocabulary=options.vocabulary)
+            TextOptions(length=options.length, vocabulary=options.vocabulary),
+            [varied_caption(plan, rng) for plan in plans],
         )
         vision = {
             "image_size": size,
@@ -99,20 +120,34 @@ class ClipTask:
 
     def batch(self, numbers: range, generator: torch.Generator) -> dict[str, Tensor]:
         """Images, token ids of a wording of their captions, and what tells captions apart."""
-        plans = [reshaped(i, self.alike) for i in numbers]
-        texts = [varied_caption(p, np.random.default_rng(p.number)) for p in plans]
+        plans: dict[str, list[scenes.Scene]] = {}
+        for number in numbers:
+            name, plan = self.plan(number)
+            plans.setdefault(name, []).append(plan)
+        every = [plan for own in plans.values() for plan in own]
+        texts = [varied_caption(p, np.random.default_rng(p.number)) for p in every]
         return {
-            "pixels": scenes.batch(plans, self.size)[0],
+            "pixels": torch.cat([WORLDS[n][0].images(own, self.size) for n, own in plans.items()]),
             "ids": tokenize(self.tokenizer, texts),
-            "keys": torch.tensor([_key(plan) for plan in plans]),
+            "keys": torch.tensor([_key(plan) for plan in every]),
         }
 
+    def plan(self, number: int) -> tuple[str, scenes.Scene]:
+        """The world of an image, which neighbours share, and its scene."""
+        group, turn = divmod(number, self.alike)
+        place, own = divmod(group, len(self.worlds))
+        world, shapes = WORLDS[self.worlds[own]]
+        return self.worlds[own], turned(world.scene(place), shapes, number, turn)
+
     def preview(self) -> Image.Image:
-        """Cosines of 24 held-out images (rows) and their captions (columns)."""
-        plans = [scenes.scene(i, "test") for i in range(24)]
-        pixels, texts = scenes.batch(plans, self.size)
+        """Cosines of held-out images (rows) and their captions (columns), a world after another."""
+        pixels, texts, each = [], [], SHOWN // len(self.worlds)
+        for world, _ in (WORLDS[name] for name in self.worlds):
+            plans = [world.scene(i, "test") for i in range(each)]
+            pixels.append(world.images(plans, self.size))
+            texts += [plan.caption for plan in plans]
         model, device = self.net.clip, self.net.clip.logit_scale.device
-        seen = nn.functional.normalize(model.visual(pixels.to(device))[0], dim=-1)
+        seen = nn.functional.normalize(model.visual(torch.cat(pixels).to(device))[0], dim=-1)
         read = model.encode_text(tokenize(self.tokenizer, texts).to(device), normalize=True)
         return heat_map((seen @ read.T).clamp(min=0))
 
@@ -130,12 +165,10 @@ class _Saved:
 
 
 def _key(plan: scenes.Scene) -> int:
-    """A number that scenes with the same objects and background share."""
-    kinds = sorted(scenes.CLASSES.index(thing.phrase) for thing in plan.things)
-    number = scenes.BACKGROUND_NAMES.index(plan.background)
-    for kind in kinds:
-        number = number * 64 + kind + 1
-    return number
+    """A number that scenes with the same objects and background share, the same on any machine."""
+    words = [plan.background, *sorted(thing.phrase for thing in plan.things)]
+    digest = hashlib.blake2b(", ".join(words).encode(), digest_size=7).digest()
+    return int.from_bytes(digest, "big")  # of 56 bits, so that it is never negative
 
 
 def make(options: ClipOptions, folder: Path, size: int, quiet: bool = True) -> ClipTask:
