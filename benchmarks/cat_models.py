@@ -34,9 +34,15 @@ from guidekit.worlds import prints, scenes
 SIZE, BATCH = 32, 50
 REAL = 2_000  # prints that Frechet distances are to
 SEEDS = 3  # of random affinities, and of draws of the shots or trainings whose spread is shown
-#: Rows that the vote is compared with, layout by layout.
-ESTIMATES = ("segmentation", "features", "text, MiniLM")
-AGAINST = (*ESTIMATES, "segmentation, text where unseen", "scratch")
+TEXTS = ("text, MiniLM", "text, worlds-clip")
+SEEING = ("segmentation", "features")
+#: The estimates that each vote asks, those of other names by the same encoder.
+VOTES = {
+    "vote": (*SEEING, TEXTS[0]),
+    "vote, worlds-clip": (*SEEING, TEXTS[1]),
+    "vote, worlds-clip, ties to text": (*SEEING, TEXTS[1]),
+}
+FALLBACK = "segmentation, text where unseen"
 #: The vote, trained at a smaller rate.
 SLOWER = "vote, a third of the rate"
 REAL_PRINTS = "real prints"

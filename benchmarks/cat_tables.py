@@ -5,7 +5,7 @@ from functools import partial
 
 import numpy as np
 
-from cat_models import AGAINST, REAL_PRINTS, SLOWER, Group, Lab
+from cat_models import FALLBACK, REAL_PRINTS, SLOWER, VOTES, Group, Lab
 from guidekit.evaluate.frechet import frechet
 from guidekit.evaluate.intervals import over_trainings
 from guidekit.evaluate.overlap import mean_iou
@@ -59,25 +59,27 @@ def lines_of(lab: Lab, groups: list[Group]) -> list[dict]:
     return lines
 
 
-#: Rows that are compared beside the vote with those of AGAINST: one less another, and its name.
+#: Rows that are compared layout by layout: each vote with its estimates, then one with others.
 PAIRS = (
-    ("vote", SLOWER, SLOWER),
-    ("vote, longer", "scratch, longer", "scratch, both longer"),
+    *((vote, own) for vote, estimates in VOTES.items() for own in estimates),
+    ("vote", FALLBACK),
+    ("vote", "scratch"),
+    ("vote", SLOWER),
+    ("vote, longer", "scratch, longer"),
 )
 
 
 def paired(lab: Lab, groups: list[Group]) -> list[dict]:
-    """What the vote has over other rows of as many shots, at the same layouts and noise.
+    """What a row has over another, at the same layouts and noise.
 
     A pair is of the same seed or draw, so of as many as both rows have.
     """
     there, lines = {(g.name, g.shots): g for g in groups}, []
-    pairs = [("vote", name, name) for name in AGAINST] + list(PAIRS)
     for count in dict.fromkeys(g.shots for g in groups if g.name == "vote"):
-        for one, other, name in pairs:
+        for one, other in PAIRS:
             if (one, count) in there and (other, count) in there:
                 both = _both(there[one, count], there[other, count])
-                line = {"the vote less": name, "shots": count, "seeds": len(both)}
+                line = {"row": one, "less": other, "shots": count, "seeds": len(both)}
                 for measure, statistic in measures(lab).items():
                     line |= sure(measure, partial(_less, statistic), both)
                 lines.append(line)

@@ -12,11 +12,14 @@ import torch
 from torch import Tensor
 
 from cat_models import (
-    AGAINST,
+    FALLBACK,
     REAL_PRINTS,
+    SEEING,
     SIZE,
     SLOWER,
     TARGET,
+    TEXTS,
+    VOTES,
     Draw,
     Group,
     Lab,
@@ -90,7 +93,7 @@ def repeated_rows(count: int, counts: Collection[int]) -> tuple[str, ...]:
     """The rows that are trained with several seeds at a number of shots."""
     few = sorted(counts)[:2]
     if count == few[0]:
-        return ("vote", *AGAINST)
+        return (*SEEING, *TEXTS, *VOTES, FALLBACK, "scratch")
     return COMPARED if count in few else ()
 
 

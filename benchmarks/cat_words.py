@@ -7,32 +7,33 @@ features, and by far the largest Frechet distance.
 
 from itertools import pairwise
 
-from cat_models import ESTIMATES
+from cat_models import SEEING, TEXTS, VOTES
 from cat_tables import LESS
 
+ESTIMATES = (*SEEING, *TEXTS)
 #: The estimates of the slide, the largest mIoU first.
 LECTURE = {
-    "training-free": ("text, MiniLM", "segmentation", "features"),
-    "fine-tuned": ("segmentation", "text, MiniLM", "features"),
+    "training-free": ("text", "segmentation", "features"),
+    "fine-tuned": ("segmentation", "text", "features"),
 }
 #: By what random is worse than each estimate on the slide, and whether more of it is better.
 RANDOM = {"training-free": ("mIoU", True), "fine-tuned": ("Frechet", False)}
 
 
 def said(part: str, lines: list[dict], paired: list[dict]) -> list[str]:
-    """What rows, and what the vote has over others layout by layout, say of the lecture's order."""
-    over = {(line["the vote less"], line["shots"]): line for line in paired}
+    """What rows, and what a row has over another layout by layout, say of the lecture's order."""
+    over = {(line["row"], line["less"], line["shots"]): line for line in paired}
     told = []
-    for count in sorted({shots for _, shots in over}):
+    for count in sorted({shots for *_, shots in over}):
         own = {line["method"]: line for line in lines if line["shots"] == count}
-        best = max(ESTIMATES, key=lambda name: own[name]["mIoU"])
-        verdicts = [
-            f"random {_place(part, own)}",
-            f"the estimates by mIoU are {_order(part, own)}",
-            f"the vote against the best estimate, {best} {_against(over[best, count])}",
-        ]
+        verdicts = [f"random {_place(part, own)}"]
+        verdicts += [f"the estimates by mIoU are {_order(part, own, text)}" for text in TEXTS]
+        for vote, estimates in VOTES.items():
+            best = max(estimates, key=lambda name: own[name]["mIoU"])
+            against = _against(over[vote, best, count])
+            verdicts.append(f'"{vote}" against the best of its estimates, {best} {against}')
         if part == "fine-tuned":
-            verdicts.append(f"the vote against scratch {_against(over['scratch', count])}")
+            verdicts.append(f'"vote" against scratch {_against(over["vote", "scratch", count])}')
         told += [f"{count} shots: {verdict}" for verdict in verdicts]
     return told
 
@@ -43,7 +44,7 @@ def further(lines: list[dict]) -> list[str]:
     for line in lines:
         how = _told(line[LESS], line[f"{LESS} 95%"], -1)
         told.append(
-            f"{line['shots']} shots, {line['images']} images: the vote against scratch "
+            f'{line["shots"]} shots, {line["images"]} images: "vote" against scratch '
             f"({_times(line)}): Frechet {how}, nearer in {line['nearer in']}"
         )
     return told
@@ -55,16 +56,17 @@ def _times(line: dict) -> str:
     return f"{count} times" if count > 1 else "once, so over layouts alone"
 
 
-def _order(part: str, own: dict[str, dict]) -> str:
-    """The estimates in their order; ~ between two whose intervals overlap.
+def _order(part: str, own: dict[str, dict], text: str) -> str:
+    """The estimates in their order, names by one encoder; ~ between two whose intervals overlap.
 
     That says less than paired differences would, as rows share their layouts: > is sure, ~ is not.
     """
-    found = tuple(sorted(ESTIMATES, key=lambda name: -own[name]["mIoU"]))
+    found = tuple(sorted((*SEEING, text), key=lambda name: -own[name]["mIoU"]))
+    lecture = tuple(text if name == "text" else name for name in LECTURE[part])
     told = found[0]
     for before, name in pairwise(found):
         told += f" {'>' if _apart(own[before], own[name], 'mIoU') else '~'} {name}"
-    there = "" if found == LECTURE[part] else f" {' > '.join(LECTURE[part])}"
+    there = "" if found == lecture else f" {' > '.join(lecture)}"
     return f"{told}, {'in' if there else 'as in'} the lecture{there}"
 
 

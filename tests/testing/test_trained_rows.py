@@ -134,13 +134,14 @@ def test_draws_that_share_their_scenes_do_not_narrow_an_interval(benchmarks, tmp
 
 
 def test_the_most_probable_class_of_a_pixel_may_be_void(benchmarks):
-    from cat import most_probable
+    from cat_rows import most_probable
 
     shares = torch.tensor([[0.1, 0.5, 0.2], [0.2, 0.4, 0.7]])[..., None]  # void: 0.7, 0.1, 0.1
     assert most_probable(shares)[..., 0].tolist() == [[0, 1, 0], [0, 0, 1]]
 
 
 def test_an_order_is_sure_where_intervals_are_apart(benchmarks):
+    from cat_models import VOTES
     from cat_words import said
 
     def line(name, miou, frechet):
@@ -149,16 +150,19 @@ def test_an_order_is_sure_where_intervals_are_apart(benchmarks):
         return own | {"seeds": 3}
 
     rows = {"random": 0.1, "segmentation": 0.9, "features": 0.5, "text, MiniLM": 0.4}
+    rows["text, worlds-clip"] = 0.75
     lines = [line(name, miou, 1 - miou) for name, miou in rows.items()]
-    names = ("segmentation", "scratch")
-    paired = [line("", 0.2, -0.05) | {"the vote less": name} for name in names]
+    pairs = [("vote", "scratch"), *((vote, "segmentation") for vote in VOTES)]
+    paired = [line("", 0.2, -0.05) | {"row": row, "less": less} for row, less in pairs]
+    how = "(3 times): mIoU better, Frechet not told apart"
     assert said("fine-tuned", lines, paired) == [
         "25 shots: random is the worst in Frechet, as in the lecture",
         "25 shots: the estimates by mIoU are segmentation > features ~ text, MiniLM, in the "
         "lecture segmentation > text, MiniLM > features",
-        "25 shots: the vote against the best estimate, segmentation (3 times): mIoU better, "
-        "Frechet not told apart",
-        "25 shots: the vote against scratch (3 times): mIoU better, Frechet not told apart",
+        "25 shots: the estimates by mIoU are segmentation ~ text, worlds-clip > features, as in "
+        "the lecture",
+        *(f'25 shots: "{v}" against the best of its estimates, segmentation {how}' for v in VOTES),
+        f'25 shots: "vote" against scratch {how}',
     ]
 
 
@@ -168,21 +172,21 @@ def test_many_images_say_whether_two_rows_are_apart(benchmarks):
 
     line = {"shots": 25, "images": 9, LESS: -0.02, "seeds": 3, "nearer in": 2}
     spans = {"better": (-0.03, -0.01), "not told apart": (-0.03, 0.01)}
-    start = "25 shots, 9 images: the vote against scratch (3 times): Frechet"
+    start = '25 shots, 9 images: "vote" against scratch (3 times): Frechet'
     for words, span in spans.items():
         assert further([line | {f"{LESS} 95%": span}]) == [f"{start} {words}, nearer in 2"]
 
 
 def test_rows_that_are_compared_are_trained_with_several_seeds(benchmarks, lab):
-    from cat import ROWS
     from cat_models import Draw
+    from cat_rows import DRAWN
     from cat_trained import COMPARED, repeated_rows, trainings
 
     counts = (25, 50, 100)
-    assert {"vote", "scratch", "segmentation"} <= set(repeated_rows(25, counts))
+    assert {*DRAWN, "scratch"} == {*repeated_rows(25, counts)}
     assert [repeated_rows(count, counts) for count in counts[1:]] == [COMPARED, ()]
     own = Draw(0, [], affinity({"lawn": "grass"}))
-    rows = {name: lambda found: torch.zeros(2).long() for name in ROWS}
+    rows = {name: lambda found: torch.zeros(2).long() for name in DRAWN}
     found = trainings(lab, own, rows, COMPARED)
     assert [t.seed for t in found["vote"]] == [t.seed for t in found["scratch"]] == [0, 1, 2]
     assert len(found["segmentation"]) == 1
