@@ -47,6 +47,11 @@ READ_BY = {
     help="Images labelled with source classes, which features are compared with.",
 )
 @click.option("--template", default="{}", show_default=True, help="What is said of a name.")
+@click.option(
+    "--first",
+    type=click.Choice(KINDS),
+    help="The estimate that decides where no two agree [segmentation].",
+)
 @click.option("--hand", type=click.Path(path_type=Path), help="JSON of target to source names.")
 @click.option("--any-kind", is_flag=True, help="Let things stand for stuff and stuff for things.")
 @click.option("--apply", "maps", type=click.Path(path_type=Path), help="Label maps to rewrite.")
@@ -103,7 +108,8 @@ def _check_read(ctx: click.Context, made: bool, options: dict[str, Any]) -> None
                 f"{flag} is for an estimate, and the affinity is estimated already; leave it out, "
                 "or give the folder of the shots"
             )
-        if (kind := READ_BY.get(name)) and not made and kind not in kinds:
+        kind = options["first"] if name == "first" else READ_BY.get(name)
+        if kind is not None and not made and kind not in kinds:
             ask = f"give {FLAGS[kind]}" if options["by"] is None else f"add {kind} to --by"
             raise GuidekitError(
                 f"{flag} is of the estimate by {kind}, which is not asked for; {ask}, or leave it "
@@ -117,7 +123,7 @@ def _estimated(shots: Path, files: list[Path], options: dict[str, Any]) -> Any:
     """The affinity of the shots, by all that was named; the label maps are of their classes."""
     from guidekit.affinity import estimate, read_shots
     from guidekit.affinity.encoders import load_features, load_texts
-    from guidekit.affinity.matrix import parse_hand
+    from guidekit.affinity.matrix import ORDER, parse_hand
     from guidekit.inputs.label_files import read_label_map
     from guidekit.system.untrusted import read_object
 
@@ -131,6 +137,7 @@ def _estimated(shots: Path, files: list[Path], options: dict[str, Any]) -> Any:
     load = _loader(options["device"])
     theirs = options["source_shots"]
     place = {"site": options["site"], "timestep": options["timestep"]}
+    first = [] if options["first"] is None else [options["first"]]
     features = options["feature_model"] if "features" in kinds else None
     return estimate(
         own,
@@ -141,6 +148,7 @@ def _estimated(shots: Path, files: list[Path], options: dict[str, Any]) -> Any:
         source_shots=() if theirs is None else read_shots(theirs, source),
         template=options["template"],
         by_hand=parse_hand(table, source, own.labels, f"--hand {hand}"),
+        order=tuple(dict.fromkeys((*first, *ORDER))),
         by_kind=not options["any_kind"],
     )
 

@@ -244,6 +244,18 @@ def test_every_estimate_and_its_files(model, kit, affinity, segmenter):
     assert len(sheet.crop((150, 150, *sheet.size)).getcolors()) > 2
 
 
+def test_the_first_estimate_decides_where_no_two_agree(model, kit, affinity, segmenter):
+    write_shots(kit, affinity.parent / "theirs", "source")
+    words = ("--source", kit / "source.json", "--segmenter", segmenter, "--features", model)
+    words += ("--source-shots", "theirs")
+    for first, to in ((), ["sea"] * 2), (("--first", "features"), ["sky", "grass"]):
+        votes = estimated(*words, *first, out=f"E{len(first)}")
+        assert [votes[name]["to"] for name in ("lawn", "lake")] == to
+        assert {vote["how"] for vote in votes.values()} == {"ordered"}
+    kept = json.loads(Path("E2/affinity.json").read_text())["order"]
+    assert kept == ["features", "segmentation", "text"]
+
+
 def test_a_segmenters_classes_go_by_their_place_where_no_name_is_known(kit, affinity, segmenter):
     Path("three.json").write_text('{"classes": ["mer", "ciel", "herbe"]}')
     words = ("--segmenter", segmenter, "--source")
@@ -368,6 +380,9 @@ def test_bad_input_is_one_line(model, kit, affinity, args, text):
         ),
         (["shots", "--source", "ade20k-150", *SILENT, "--by", "segmentation"], "by text, which is"),
         (["shots", "--source", "ade20k-150", *SILENT, "--coloured"], "give --apply"),
+        (["shots", "--source", "ade20k-150", *SILENT, "--first", "features"], "give --features"),
+        (["shots", "--source", "ade20k-150", "--first", "vote"], "'vote' is not one of"),
+        (["A", "--apply", "{kit}", "--first", "text"], "--first is for an estimate"),
         (["A", "--apply", "{kit}", "--by", "text"], "--by is for an estimate, and the affinity is"),
         (["A", "--apply", "{kit}", "--hand", "hand.json"], "--hand is for an estimate"),
         (["A"], "give --apply"),
