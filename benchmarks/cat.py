@@ -204,10 +204,10 @@ def model_rows(part: str, setting: Setting, estimated: Estimator, results: Resul
     import cat_words
 
     lab = laboratory(setting)
+    # Of the shots; trainings spread over seeds of their own.
+    spread = lab.sizes.seeds if part == "training-free" else 1
     draws = {}
     for count in setting.counts:
-        several = part == "training-free" and count == min(setting.counts)
-        spread = lab.sizes.seeds if several else 1  # trainings spread over their own seeds
         shots = [shots_at(setting, count, draw) for draw in range(spread)]
         draws[count] = [cat_models.Draw(i, own, estimated(own)) for i, own in enumerate(shots)]
     rows = {name: estimated.rows[name] for name in DRAWN}
