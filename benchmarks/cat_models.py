@@ -9,10 +9,12 @@ from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
 
+import click
 import numpy as np
 import torch
 from torch import Tensor
 
+from cat_rows import SOURCE, TARGET, Picks
 from fewshot_store import Store
 from guidekit import LabelMap, load
 from guidekit.affinity import Affinity, Shot
@@ -20,8 +22,6 @@ from guidekit.evaluate.intervals import over_trainings
 from guidekit.evaluate.judge import load_judge, see
 from guidekit.evaluate.overlap import asked_pixels, mean_iou, overlaps
 from guidekit.labels import VOID
-from guidekit.synthesis.data import PRINTS_LABELS as TARGET
-from guidekit.synthesis.data import SOURCE_LABELS as SOURCE
 from guidekit.synthesis.data import WorldExamples
 from guidekit.synthesis.pipeline import MapsPipeline
 from guidekit.synthesis.train import transferred
@@ -34,19 +34,9 @@ from guidekit.worlds import prints, scenes
 SIZE, BATCH = 32, 50
 REAL = 2_000  # prints that Frechet distances are to
 SEEDS = 3  # of random affinities, and of draws of the shots or trainings whose spread is shown
-TEXTS = ("text, MiniLM", "text, worlds-clip")
-SEEING = ("segmentation", "features")
-#: The estimates that each vote asks, those of other names by the same encoder.
-VOTES = {
-    "vote": (*SEEING, TEXTS[0]),
-    "vote, worlds-clip": (*SEEING, TEXTS[1]),
-    "vote, worlds-clip, ties to text": (*SEEING, TEXTS[1]),
-}
-FALLBACK = "segmentation, text where unseen"
 #: The vote, trained at a smaller rate.
 SLOWER = "vote, a third of the rate"
 REAL_PRINTS = "real prints"
-Picks = Callable[[Affinity], Tensor]
 
 
 @dataclass(frozen=True)
@@ -169,17 +159,30 @@ def _prints(numbers: range, split: str) -> Tensor:
     return scenes.pixels(torch.from_numpy(np.stack([prints.draw(p, SIZE)[0] for p in plans])))
 
 
+def trained(folder: Path, recipe: str, quick: Path | None = None) -> Path:
+    """The model of a recipe in RUNS/RECIPE/STAGE/model, trained first where it is not there.
+
+    quick: where another is trained for two steps, and stands for it. Raises click.UsageError for
+    another folder that is not there.
+    """
+    if quick is not None:
+        return train(recipe, quick, quiet=True, fast_dev_run=True)
+    if folder.is_dir():
+        return folder
+    if len(folder.parents) < 3 or folder.parents[1].name != recipe:
+        raise click.UsageError(f"no folder {folder}; guidekit train {recipe} makes one")
+    return train(recipe, folder.parents[2])
+
+
 def make_lab(
     host: Path, judge: Path, folder: Path, seed: int, quick: bool, tuning: int = 400
 ) -> Lab:
     """The lab; its models are trained first where they are not there, in --quick for two steps."""
     sizes = QUICK if quick else Sizes(tuning=tuning, long=5 * tuning, reference=15 * tuning)
-    if quick:
-        host = train("scenes-maps", folder, quiet=True, fast_dev_run=True)
-        judge = train("prints-judge", folder, quiet=True, fast_dev_run=True)
-    for path, recipe in ((host, "scenes-maps"), (judge, "prints-judge")):
-        if not path.is_dir():
-            train(recipe, path.parents[2])
+    host, judge = (
+        trained(path, recipe, folder if quick else None)
+        for path, recipe in ((host, "scenes-maps"), (judge, "prints-judge"))
+    )
     pipeline = load(str(host), "cpu")
     network = Judge.from_pretrained(judge, dtype=torch.float32, use_safetensors=True)
     return Lab(

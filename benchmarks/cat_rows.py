@@ -2,42 +2,67 @@
 
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-from guidekit import LabelSet
 from guidekit.affinity import Affinity, Estimate
+from guidekit.affinity.matrix import Vote
 from guidekit.labels import VOID
-from guidekit.worlds import prints, scenes
+from guidekit.synthesis.data import PRINTS_LABELS as TARGET
+from guidekit.synthesis.data import SOURCE_LABELS as SOURCE
+from guidekit.worlds import prints
 
-SOURCE = LabelSet("scenes", scenes.DENSE, things=scenes.CLASSES)
-TARGET = LabelSet("prints", prints.DENSE, things=prints.CLASSES)
 THINGS = len(prints.CLASSES)
+SEEING = ("segmentation", "features")
+#: Names by an encoder that knows sentences, and by one that has seen both worlds.
+TEXTS = ("text, MiniLM", "text, worlds-clip")
+#: The votes that models draw under, and the estimates that each asks.
+VOTES = {
+    "vote": (*SEEING, TEXTS[0]),
+    "vote, worlds-clip": (*SEEING, TEXTS[1]),
+    "vote, worlds-clip, ties to text": (*SEEING, TEXTS[1]),
+}
+FALLBACK = "segmentation, text where unseen"
+#: The rows that models draw under.
+DRAWN = (*SEEING, *TEXTS, *VOTES, FALLBACK)
+#: Those that are shown once more with the most probable class of a pixel alone.
+NAMED = ("segmentation", "vote")
 Picks = Callable[[Affinity], Tensor]
+Change = Callable[[Affinity], Affinity]
 
 
-def colour_right(target: int, source: int) -> bool:
-    """Whether a source thing has a colour that a person would take for the target's."""
-    wanted = prints.CLASSES[target].split()[0]
-    return source != VOID and SOURCE.classes[source].split()[0] in prints.ACCEPTED[wanted]
+@dataclass(frozen=True)
+class Row:
+    """A source class for each target class; of a vote also how it came to it."""
+
+    picks: Picks
+    votes: Callable[[Affinity], list[Vote]] | None = None
 
 
-def shape_right(target: int, source: int) -> bool:
-    """Whether its shape is the target's too; four of eight silhouettes are in both worlds."""
-    same = prints.SAME.get(prints.CLASSES[target].split()[1])
-    return colour_right(target, source) and SOURCE.classes[source].split()[1] == same
+def single(name: str, change: Change = lambda found: found) -> Row:
+    """One estimate alone."""
+    return Row(lambda found: change(found).picks(name))
 
 
-def vote(found: Affinity) -> Tensor:
-    """The vote, ties to segmentation."""
-    return torch.tensor([v.to for v in found.votes()])
+def vote(change: Change = lambda found: found) -> Row:
+    """The vote, ties to segmentation unless the change has another order."""
+
+    def votes(found: Affinity) -> list[Vote]:
+        return change(found).votes()
+
+    return Row(lambda found: torch.tensor([own.to for own in votes(found)]), votes)
 
 
-def vote_text(found: Affinity) -> Tensor:
-    """The vote, ties to text."""
-    return vote(replace(found, order=("text", "segmentation", "features")))
+def asking(texts: Estimate) -> Change:
+    """Names from another encoder."""
+    return lambda found: replace(found, estimates=found.estimates | {"text": texts})
+
+
+def ties_to_text(found: Affinity) -> Affinity:
+    """The same with another order."""
+    return replace(found, order=("text", "segmentation", "features"))
 
 
 def fallback(found: Affinity) -> Tensor:
@@ -59,50 +84,26 @@ def combined(found: Affinity) -> Tensor:
     return replace(found, estimates={"mean": mean}).picks("mean")
 
 
-def single(name: str) -> Picks:
-    """One estimate alone."""
-    return lambda found: found.picks(name)
+def rows_of(strange: Estimate, known: Estimate) -> dict[str, Row]:
+    """All rows by name; text is MiniLM's where no other encoder is named.
 
-
-def asking(texts: Estimate, row: Picks) -> Picks:
-    """A row that has its names from another encoder."""
-    return lambda found: row(replace(found, estimates=found.estimates | {"text": texts}))
-
-
-def rows_of(unknown: Estimate, known: Estimate) -> dict[str, Picks]:
-    """What every row takes for what: by one estimate, or by several.
-
-    unknown, known: names by `scenes-clip`, whose captions hold none of the target's, and by
-    `worlds-clip`, which has seen all; the vote asks MiniLM where no other is named.
+    strange: names by `scenes-clip`, whose captions hold none of the target's. known: by
+    `worlds-clip`, whose captions hold all.
     """
+    both = asking(known)
     return {
         "segmentation": single("segmentation"),
         "features": single("features"),
         "text, MiniLM": single("text"),
-        "text, scenes-clip": asking(unknown, single("text")),
-        "text, worlds-clip": asking(known, single("text")),
-        "vote": vote,
-        "vote, ties to text": vote_text,
-        "vote, worlds-clip": asking(known, vote),
-        "vote, worlds-clip, ties to text": asking(known, vote_text),
-        "mean of similarities": combined,
-        "segmentation, text where unseen": fallback,
+        "text, scenes-clip": single("text", asking(strange)),
+        "text, worlds-clip": single("text", both),
+        "vote": vote(),
+        "vote, ties to text": vote(ties_to_text),
+        "vote, worlds-clip": vote(both),
+        "vote, worlds-clip, ties to text": vote(lambda found: ties_to_text(both(found))),
+        "mean of similarities": Row(combined),
+        FALLBACK: Row(fallback),
     }
-
-
-#: Those that are shown once more with the most probable class of a pixel alone.
-NAMED = ("segmentation", "vote")
-#: Those that models draw under.
-DRAWN = (
-    "segmentation",
-    "features",
-    "text, MiniLM",
-    "text, worlds-clip",
-    "vote",
-    "vote, worlds-clip",
-    "vote, worlds-clip, ties to text",
-    "segmentation, text where unseen",
-)
 
 
 def most_probable(shares: Tensor) -> Tensor:
@@ -111,19 +112,32 @@ def most_probable(shares: Tensor) -> Tensor:
     return torch.zeros_like(whole).scatter_(0, whole.argmax(0, keepdim=True), 1.0)[1:]
 
 
+def colour_right(target: int, source: int) -> bool:
+    """Whether a source thing has a colour that a person would take for the target's."""
+    wanted = prints.CLASSES[target].split()[0]
+    return source != VOID and SOURCE.classes[source].split()[0] in prints.ACCEPTED[wanted]
+
+
+def shape_right(target: int, source: int) -> bool:
+    """Whether its shape is the target's too; four of eight silhouettes are in both worlds."""
+    same = prints.SAME.get(prints.CLASSES[target].split()[1])
+    return colour_right(target, source) and SOURCE.classes[source].split()[1] == same
+
+
 def right_colours(picks: Tensor) -> int:
     """How many of the 64 things have a right colour."""
     return sum(colour_right(*pair) for pair in enumerate(picks[:THINGS].tolist()))
 
 
-def measured(found: Affinity, picks: Tensor) -> dict[str, int]:
-    """How many of the 64 things are seen, got a right colour, and how the votes were decided."""
-    seen = int((found.estimates["segmentation"].evidence[:THINGS] > 0).sum())
-    pairs = list(enumerate(picks[:THINGS].tolist()))
-    hows = Counter(v.how for v in found.votes()[:THINGS])
-    return {
-        "seen": seen,
-        "colours": sum(colour_right(*pair) for pair in pairs),
-        "shapes too": sum(shape_right(*pair) for pair in pairs),
-        **{how: hows[how] for how in ("unanimous", "voted", "ordered", "alone")},
+def measured(row: Row, found: Affinity) -> dict[str, int]:
+    """How many of the 64 things are seen and got a right colour; of a vote how it was decided."""
+    picks = row.picks(found)
+    line = {
+        "seen": int((found.estimates["segmentation"].evidence[:THINGS] > 0).sum()),
+        "colours": right_colours(picks),
+        "shapes too": sum(shape_right(*pair) for pair in enumerate(picks[:THINGS].tolist())),
     }
+    if row.votes is None:
+        return line
+    hows = Counter(own.how for own in row.votes(found)[:THINGS])
+    return line | {how: hows[how] for how in ("unanimous", "voted", "ordered", "alone")}

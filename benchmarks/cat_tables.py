@@ -5,7 +5,8 @@ from functools import partial
 
 import numpy as np
 
-from cat_models import FALLBACK, REAL_PRINTS, SLOWER, VOTES, Group, Lab
+from cat_models import REAL_PRINTS, SLOWER, Group, Lab
+from cat_rows import FALLBACK, VOTES
 from guidekit.evaluate.frechet import frechet
 from guidekit.evaluate.intervals import over_trainings
 from guidekit.evaluate.overlap import mean_iou
@@ -59,7 +60,7 @@ def lines_of(lab: Lab, groups: list[Group]) -> list[dict]:
     return lines
 
 
-#: Rows that are compared layout by layout: each vote with its estimates, then one with others.
+#: Rows that are compared layout by layout: votes with their estimates, and the first with others.
 PAIRS = (
     *((vote, own) for vote, estimates in VOTES.items() for own in estimates),
     ("vote", FALLBACK),

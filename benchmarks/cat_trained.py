@@ -12,18 +12,12 @@ import torch
 from torch import Tensor
 
 from cat_models import (
-    FALLBACK,
     REAL_PRINTS,
-    SEEING,
     SIZE,
     SLOWER,
-    TARGET,
-    TEXTS,
-    VOTES,
     Draw,
     Group,
     Lab,
-    Picks,
     affinity_rows,
     ceilings,
     cell,
@@ -32,6 +26,7 @@ from cat_models import (
     mean_right,
     named,
 )
+from cat_rows import DRAWN, TARGET, Picks
 from guidekit import LabelMap, load
 from guidekit.evaluate.judge import see
 from guidekit.synthesis.data import Examples, ShotExamples, WorldExamples
@@ -93,7 +88,7 @@ def repeated_rows(count: int, counts: Collection[int]) -> tuple[str, ...]:
     """The rows that are trained with several seeds at a number of shots."""
     few = sorted(counts)[:2]
     if count == few[0]:
-        return (*SEEING, *TEXTS, *VOTES, FALLBACK, "scratch")
+        return (*DRAWN, "scratch")
     return COMPARED if count in few else ()
 
 

@@ -7,7 +7,7 @@ features, and by far the largest Frechet distance.
 
 from itertools import pairwise
 
-from cat_models import SEEING, TEXTS, VOTES
+from cat_rows import SEEING, TEXTS, VOTES
 from cat_tables import LESS
 
 ESTIMATES = (*SEEING, *TEXTS)

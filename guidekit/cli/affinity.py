@@ -108,15 +108,25 @@ def _check_read(ctx: click.Context, made: bool, options: dict[str, Any]) -> None
                 f"{flag} is for an estimate, and the affinity is estimated already; leave it out, "
                 "or give the folder of the shots"
             )
-        kind = options["first"] if name == "first" else READ_BY.get(name)
-        if kind is not None and not made and kind not in kinds:
-            ask = f"give {FLAGS[kind]}" if options["by"] is None else f"add {kind} to --by"
-            raise GuidekitError(
-                f"{flag} is of the estimate by {kind}, which is not asked for; {ask}, or leave it "
-                "out"
-            )
+        if not made:
+            _check_asked(flag, str(name), kinds, options)
         if name == "coloured" and options["maps"] is None:
             raise GuidekitError("--coloured is for label maps that are rewritten; give --apply")
+
+
+def _check_asked(flag: str, name: str, kinds: list[str], options: dict[str, Any]) -> None:
+    """Raises GuidekitError for an option of an estimate that is not asked for."""
+    kind = options["first"] if name == "first" else READ_BY.get(name)
+    if kind is not None and kind not in kinds:
+        asks_all = options["by"] is None or VOTE in _named(options["by"])
+        ask = f"give {FLAGS[kind]}" if asks_all else f"add {kind} to --by"
+        raise GuidekitError(
+            f"{flag} is of the estimate by {kind}, which is not asked for; {ask}, or leave it out"
+        )
+    if name == "first" and len(kinds) < 2:
+        raise GuidekitError(
+            "--first decides between estimates, and there is one; ask for more, or leave it out"
+        )
 
 
 def _estimated(shots: Path, files: list[Path], options: dict[str, Any]) -> Any:
@@ -163,7 +173,7 @@ def _kinds(options: dict[str, Any]) -> list[str]:
     given = [k for k, o in zip(KINDS, MODELS, strict=True) if options[o] is not None]
     if options["by"] is None:
         return given
-    named = [word.strip() for word in options["by"].split(",") if word.strip()] or [""]
+    named = _named(options["by"]) or [""]
     if unknown := [name for name in named if name not in (*KINDS, VOTE)]:
         there = ", ".join((*KINDS, VOTE))
         raise GuidekitError(f"--by {options['by']}: no estimate {unknown[0]!r}; there are {there}")
@@ -171,6 +181,11 @@ def _kinds(options: dict[str, Any]) -> list[str]:
         if kind != VOTE and models[kind] is None:
             raise GuidekitError(f"--by {kind} needs {FLAGS[kind]}, the model that it asks")
     return [kind for kind in KINDS if kind in named or (VOTE in named and kind in given)]
+
+
+def _named(by: str) -> list[str]:
+    """The estimates that --by names."""
+    return [word.strip() for word in by.split(",") if word.strip()]
 
 
 def _source(options: dict[str, Any], segments: bool) -> tuple[Any, Any]:

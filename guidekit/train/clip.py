@@ -19,17 +19,11 @@ from guidekit.images import heat_map
 from guidekit.noisy_clip.data import turned
 from guidekit.noisy_clip.files import Clip, build
 from guidekit.noisy_clip.loss import info_nce
-from guidekit.train.text import TextOptions, tokenize, train_tokenizer, varied_caption
-from guidekit.train.worlds import PRINTS, SHAPES, World
-from guidekit.worlds import prints, scenes
+from guidekit.train.text import READ, TextOptions, tokenize, train_tokenizer
+from guidekit.train.worlds import COLOURED
+from guidekit.worlds import scenes
 
-#: The worlds whose scenes have captions of phrases, and the shapes of each in their order.
-WORLDS: dict[str, tuple[World, tuple[str, ...]]] = {
-    "scenes": (SHAPES, scenes.SHAPES),
-    "prints": (PRINTS, prints.SHAPE_NAMES),
-}
-READ, SHOWN = 4000, 24  # scenes that the tokenizer reads of each world, and that a preview shows
-
+SHOWN = 24  # images of a preview
 # Images in [-1, 1]: half of the range as mean and spread leaves them as they are.
 PREPROCESS = {
     "mean": [0.5] * 3,
@@ -42,7 +36,10 @@ PREPROCESS = {
 
 @dataclass(kw_only=True)
 class ClipOptions:
-    """Sizes of both encoders, and the worlds that they see."""
+    """Sizes of both encoders, and the worlds that they learn from.
+
+    Raises GuidekitError for a world that there is not, one that comes twice, and none.
+    """
 
     patch: int = 4
     width: int = 128
@@ -55,7 +52,15 @@ class ClipOptions:
     length: int = 32  # tokens of a text
     vocabulary: int = 700
     alike: int = 4  # scenes that differ in shapes only, next to one another in a batch
-    worlds: tuple[str, ...] = ("scenes",)  # scenes, prints; as many images of each
+    sources: tuple[str, ...] = ("scenes",)  # scenes, prints; as many images of each
+
+    def __post_init__(self):
+        known = set(self.sources) <= set(COLOURED)
+        if not self.sources or not known or len(set(self.sources)) < len(self.sources):
+            raise GuidekitError(
+                f"sources is {list(self.sources)}; give one or more of {', '.join(COLOURED)}, each "
+                "once"
+            )
 
 
 class Contrast(nn.Module):
@@ -77,22 +82,15 @@ class Contrast(nn.Module):
 
 
 class ClipTask:
-    """Trains both encoders on scenes and captions in many wordings.
-
-    Raises GuidekitError for a world that there is not, and for none.
-    """
+    """Trains both encoders on scenes and captions in many wordings."""
 
     def __init__(self, options: ClipOptions, size: int):
-        self.size, self.alike, self.worlds = size, options.alike, options.worlds
-        if not self.worlds or not set(self.worlds) <= set(WORLDS):
-            raise GuidekitError(
-                f"worlds is {list(self.worlds)}; give one or more of {', '.join(WORLDS)}"
-            )
+        self.size, self.alike, self.sources = size, options.alike, options.sources
         rng = np.random.default_rng(0)
-        plans = [WORLDS[name][0].scene(i) for name in self.worlds for i in range(READ)]
+        worlds = [COLOURED[name] for name in self.sources]
         self.tokenizer = train_tokenizer(
             TextOptions(length=options.length, vocabulary=options.vocabulary),
-            [varied_caption(plan, rng) for plan in plans],
+            [world.varied_caption(world.scene(i), rng) for world in worlds for i in range(READ)],
         )
         vision = {
             "image_size": size,
@@ -124,32 +122,40 @@ class ClipTask:
         for number in numbers:
             name, plan = self.plan(number)
             plans.setdefault(name, []).append(plan)
-        every = [plan for own in plans.values() for plan in own]
-        texts = [varied_caption(p, np.random.default_rng(p.number)) for p in every]
+        pixels, texts = [], []
+        for name, own in plans.items():
+            world = COLOURED[name]
+            pixels.append(world.images(own, self.size))
+            texts += [world.varied_caption(p, np.random.default_rng(p.number)) for p in own]
         return {
-            "pixels": torch.cat([WORLDS[n][0].images(own, self.size) for n, own in plans.items()]),
+            "pixels": torch.cat(pixels),
             "ids": tokenize(self.tokenizer, texts),
-            "keys": torch.tensor([_key(plan) for plan in every]),
+            "keys": torch.tensor([_key(plan) for own in plans.values() for plan in own]),
         }
 
     def plan(self, number: int) -> tuple[str, scenes.Scene]:
         """The world of an image, which neighbours share, and its scene."""
         group, turn = divmod(number, self.alike)
-        place, own = divmod(group, len(self.worlds))
-        world, shapes = WORLDS[self.worlds[own]]
-        return self.worlds[own], turned(world.scene(place), shapes, number, turn)
+        place, own = divmod(group, len(self.sources))
+        world = COLOURED[self.sources[own]]
+        return self.sources[own], turned(world.scene(place), world.shapes, number, turn)
 
     def preview(self) -> Image.Image:
         """Cosines of held-out images (rows) and their captions (columns), a world after another."""
-        pixels, texts, each = [], [], SHOWN // len(self.worlds)
-        for world, _ in (WORLDS[name] for name in self.worlds):
-            plans = [world.scene(i, "test") for i in range(each)]
-            pixels.append(world.images(plans, self.size))
-            texts += [plan.caption for plan in plans]
+        pixels, texts = self.shown()
         model, device = self.net.clip, self.net.clip.logit_scale.device
-        seen = nn.functional.normalize(model.visual(torch.cat(pixels).to(device))[0], dim=-1)
+        seen = nn.functional.normalize(model.visual(pixels.to(device))[0], dim=-1)
         read = model.encode_text(tokenize(self.tokenizer, texts).to(device), normalize=True)
         return heat_map((seen @ read.T).clamp(min=0))
+
+    def shown(self) -> tuple[Tensor, list[str]]:
+        """Held-out images (B, 3, H, W) and their captions, as many of every world."""
+        pixels, texts = [], []
+        for world in (COLOURED[name] for name in self.sources):
+            plans = [world.scene(i, "test") for i in range(SHOWN // len(self.sources))]
+            pixels.append(world.images(plans, self.size))
+            texts += [plan.caption for plan in plans]
+        return torch.cat(pixels), texts
 
     def export(self, folder: Path) -> None:
         """Saves model and tokenizer as open_clip's `local-dir:` reads them."""

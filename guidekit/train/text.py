@@ -21,6 +21,7 @@ from guidekit.worlds import scenes
 END = "<|endoftext|>"
 # Other ways to say it; `{}` are the phrases with articles. Most captions are scenes.caption's.
 FORMS = (", ", " , ", " and ", " next to ", " with ", " ")
+READ = 4000  # scenes of a world whose captions the tokenizer learns from
 OPENINGS = ("", "", "", "an image of ", "a photo of ", "an image of ", "there is ")
 
 
@@ -58,7 +59,7 @@ def train_tokenizer(options: TextOptions, texts: list[str] | None = None) -> CLI
     """
     if texts is None:
         rng = np.random.default_rng(0)
-        texts = [varied_caption(scenes.scene(i), rng) for i in range(4000)]
+        texts = [varied_caption(scenes.scene(i), rng) for i in range(READ)]
     trainer = trainers.BpeTrainer(
         vocab_size=options.vocabulary,
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),

@@ -36,7 +36,7 @@ class World(Protocol):
 class Shapes:
     """The world of `guidekit.worlds.scenes`."""
 
-    classes = scenes.CLASSES
+    classes, shapes = scenes.CLASSES, scenes.SHAPES
 
     def scene(self, number: int, split: str = "train") -> scenes.Scene:
         """Scene `number` of a split."""
@@ -72,15 +72,15 @@ class Dense(Shapes):
 class Prints:
     """The world of `guidekit.worlds.prints`, in which no pixel is free."""
 
-    classes = prints.DENSE
+    classes, shapes = prints.DENSE, prints.SHAPE_NAMES
 
     def scene(self, number: int, split: str = "train") -> scenes.Scene:
         """Scene `number` of a split."""
         return prints.scene(number, split)
 
     def varied_caption(self, plan: scenes.Scene, rng: np.random.Generator) -> str:
-        """The scene's caption, which has one wording."""
-        return scenes.caption([thing.phrase for thing in plan.things], plan.background)
+        """A wording of the scene, in the forms of `scenes`."""
+        return SHAPES.varied_caption(plan, rng)
 
     def images(self, plans: list[scenes.Scene], size: int) -> Tensor:
         """Images (B, 3, H, W) in [-1, 1] of scenes."""
@@ -117,6 +117,8 @@ class Things(objects.World):
 
 
 SHAPES, DENSE, PRINTS = Shapes(), Dense(), Prints()
+#: Worlds whose things are a colour and a shape, in captions of one form.
+COLOURED: dict[str, Shapes | Prints] = {"scenes": SHAPES, "prints": PRINTS}
 _DRAWN: dict[str, World] = {"scenes": SHAPES, "dense": DENSE, "prints": PRINTS}
 _things = cache(Things)  # its sprites serve every stage of a run
 

@@ -382,6 +382,14 @@ def test_bad_input_is_one_line(model, kit, affinity, args, text):
         (["shots", "--source", "ade20k-150", *SILENT, "--coloured"], "give --apply"),
         (["shots", "--source", "ade20k-150", *SILENT, "--first", "features"], "give --features"),
         (["shots", "--source", "ade20k-150", "--first", "vote"], "'vote' is not one of"),
+        (
+            ["shots", "--source", "ade20k-150", *SILENT, "--by", "vote", "--first", "features"],
+            "not asked for; give --features",
+        ),
+        (
+            ["shots", "--source", "ade20k-150", *SILENT[:2], "--first", "text"],
+            "there is one; ask for more",
+        ),
         (["A", "--apply", "{kit}", "--first", "text"], "--first is for an estimate"),
         (["A", "--apply", "{kit}", "--by", "text"], "--by is for an estimate, and the affinity is"),
         (["A", "--apply", "{kit}", "--hand", "hand.json"], "--hand is for an estimate"),

@@ -4,11 +4,13 @@ import shutil
 from dataclasses import replace
 from pathlib import Path
 
+import click
 import pytest
 import torch
 from click.testing import CliRunner
 
 import guidekit
+from guidekit.affinity import Affinity, Estimate
 from guidekit.affinity.encoders import load_texts
 from guidekit.backbones.segment_map import pooled, scaled
 from guidekit.evaluate.judge import load_judge
@@ -18,6 +20,7 @@ from guidekit.worlds import digits, scenes
 from guidekit.zoo.shipped import ZOO
 from label_worlds import affinity, maps_pipeline
 
+FALLBACK = "segmentation, text where unseen"
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 
 
@@ -133,6 +136,41 @@ def test_draws_that_share_their_scenes_do_not_narrow_an_interval(benchmarks, tmp
         assert own > 0.8 * wide
 
 
+def test_rows_ask_what_they_are_named_by(benchmarks):
+    from cat_rows import SOURCE, TARGET, measured, rows_of
+
+    def says(source, seen=1.0, nearly=()):
+        scores = torch.zeros(len(SOURCE), len(TARGET)).double()
+        scores[source], scores[list(nearly)] = 1.0, 0.5
+        return Estimate(scores, torch.full((len(TARGET),), seen).double())
+
+    own = {"segmentation": says(0), "features": says(1, nearly=[0]), "text": says(2)}
+    found = Affinity(SOURCE, TARGET, own)
+    rows = rows_of(strange=says(3), known=says(1))
+    picks = {name: int(row.picks(found)[0]) for name, row in rows.items()}
+    alone = {"segmentation": 0, "features": 1, "text, MiniLM": 2}
+    alone |= {"text, scenes-clip": 3, "text, worlds-clip": 1}
+    votes = {"vote": 0, "vote, ties to text": 2}  # of three that differ the first
+    votes |= {"vote, worlds-clip": 1, "vote, worlds-clip, ties to text": 1}  # of which two agree
+    assert picks == alone | votes | {"mean of similarities": 0, FALLBACK: 0}
+    hows = {name: measured(row, found) for name, row in rows.items()}
+    assert {name for name, line in hows.items() if "voted" in line} == set(votes)
+    assert [hows[name]["ordered"] for name in votes] == [64, 64, 0, 0]
+    assert [hows[name]["voted"] for name in votes] == [0, 0, 64, 64]
+    unseen = replace(found, estimates=own | {"segmentation": says(0, seen=0.0)})
+    assert int(rows[FALLBACK].picks(unseen)[0]) == 2
+    assert measured(rows["vote"], unseen)["seen"] == 0
+
+
+def test_a_model_that_is_not_there_is_trained_only_in_its_recipes_folder(benchmarks, tmp_path):
+    from cat_models import trained
+
+    assert trained(tmp_path, "prints-judge") == tmp_path
+    for folder in (tmp_path / "runs/other/judge/model", Path("model")):
+        with pytest.raises(click.UsageError, match="guidekit train prints-judge makes one"):
+            trained(folder, "prints-judge")
+
+
 def test_the_most_probable_class_of_a_pixel_may_be_void(benchmarks):
     from cat_rows import most_probable
 
@@ -141,8 +179,10 @@ def test_the_most_probable_class_of_a_pixel_may_be_void(benchmarks):
 
 
 def test_an_order_is_sure_where_intervals_are_apart(benchmarks):
-    from cat_models import VOTES
+    from cat_rows import TEXTS, VOTES
     from cat_words import said
+
+    _, *others = VOTES
 
     def line(name, miou, frechet):
         own = {"method": name, "shots": 25, "mIoU": miou, "mIoU 95%": (miou - 0.1, miou + 0.1)}
@@ -150,18 +190,20 @@ def test_an_order_is_sure_where_intervals_are_apart(benchmarks):
         return own | {"seeds": 3}
 
     rows = {"random": 0.1, "segmentation": 0.9, "features": 0.5, "text, MiniLM": 0.4}
-    rows["text, worlds-clip"] = 0.75
+    rows["text, worlds-clip"] = 1.0
     lines = [line(name, miou, 1 - miou) for name, miou in rows.items()]
-    pairs = [("vote", "scratch"), *((vote, "segmentation") for vote in VOTES)]
+    best = ["segmentation", TEXTS[1], TEXTS[1]]
+    pairs = [("vote", "scratch"), *zip(VOTES, best, strict=True)]
     paired = [line("", 0.2, -0.05) | {"row": row, "less": less} for row, less in pairs]
     how = "(3 times): mIoU better, Frechet not told apart"
     assert said("fine-tuned", lines, paired) == [
         "25 shots: random is the worst in Frechet, as in the lecture",
         "25 shots: the estimates by mIoU are segmentation > features ~ text, MiniLM, in the "
         "lecture segmentation > text, MiniLM > features",
-        "25 shots: the estimates by mIoU are segmentation ~ text, worlds-clip > features, as in "
-        "the lecture",
-        *(f'25 shots: "{v}" against the best of its estimates, segmentation {how}' for v in VOTES),
+        "25 shots: the estimates by mIoU are text, worlds-clip ~ segmentation > features, in the "
+        "lecture segmentation > text, worlds-clip > features",
+        f'25 shots: "vote" against the best of its estimates, segmentation {how}',
+        *(f'25 shots: "{v}" against the best of its estimates, {TEXTS[1]} {how}' for v in others),
         f'25 shots: "vote" against scratch {how}',
     ]
 

@@ -1,15 +1,17 @@
 """The task `clip`: which images and captions of which worlds it shows."""
 
-from collections import Counter
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
+from click.testing import CliRunner
 
-from guidekit.errors import GuidekitError
+from guidekit.__main__ import main
 from guidekit.noisy_clip.data import reshaped
 from guidekit.train.clip import ClipOptions, ClipTask
 from guidekit.train.recipe import read_recipe
+from guidekit.train.text import TextOptions, tokenize, train_tokenizer, varied_caption
 from guidekit.train.worlds import PRINTS
 from guidekit.worlds import prints, scenes
 
@@ -22,39 +24,45 @@ SMALL = {
     "text_layers": 1,
     "text_heads": 2,
 }
-NONE = torch.Generator()
+UNUSED = torch.Generator()  # the task draws by number
 
 
 @pytest.fixture(scope="module")
 def both():
     """The task of both worlds, as its recipe has them."""
     (stage,) = read_recipe("worlds-clip").stages
-    return ClipTask(ClipOptions(worlds=stage.options.worlds, **SMALL), 32)
+    return ClipTask(ClipOptions(sources=stage.options.sources, **SMALL), 32)
+
+
+def plans_of(task, numbers):
+    """The scenes of each world."""
+    every = [task.plan(number) for number in numbers]
+    return {name: [plan for own, plan in every if own == name] for name in task.sources}
 
 
 def test_images_are_of_both_worlds_in_equal_numbers(both):
-    plans = [both.plan(number) for number in range(64)]
-    assert Counter(name for name, _ in plans) == {"scenes": 32, "prints": 32}
+    plans = plans_of(both, range(64))
+    assert {name: len(own) for name, own in plans.items()} == {"scenes": 32, "prints": 32}
     for name, world in (("scenes", scenes), ("prints", prints)):
-        phrases = {t.phrase for own, plan in plans if own == name for t in plan.things}
-        assert phrases <= set(world.CLASSES)
+        assert {t.phrase for plan in plans[name] for t in plan.things} <= set(world.CLASSES)
 
 
 def test_neighbours_differ_in_their_shapes_alone(both):
-    for first in range(0, 64, both.alike):
-        (name, *_), plans = zip(*map(both.plan, range(first, first + both.alike)), strict=True)
-        count = len({"scenes": scenes.SHAPES, "prints": prints.SHAPE_NAMES}[name])
-        assert len({plan.background for plan in plans}) == 1
-        assert len({tuple(t.colour for t in plan.things) for plan in plans}) == 1
-        assert len({plan.things[0].shape for plan in plans}) == both.alike <= count
+    for own in plans_of(both, range(64)).values():
+        for first in range(0, len(own), both.alike):
+            near = own[first : first + both.alike]
+            assert len({plan.things[0].shape for plan in near}) == both.alike
+            bare = [[replace(t, shape="") for t in plan.things] for plan in near]
+            assert all(things == bare[0] for things in bare)
+            assert len({plan.background for plan in near}) == 1
 
 
 def test_a_batch_has_the_images_and_the_captions_of_its_scenes(both):
-    batch = both.batch(range(32), NONE)
+    batch, plans = both.batch(range(32), UNUSED), plans_of(both, range(32))
     assert (batch["pixels"].shape, batch["ids"].shape) == ((32, 3, 32, 32), (32, 32))
-    plans = [plan for name, plan in map(both.plan, range(32)) if name == "prints"]
-    torch.testing.assert_close(batch["pixels"][16:], PRINTS.images(plans, 32))
-    for ids, plan in zip(batch["ids"][16:], plans, strict=True):
+    drawn = [scenes.batch(plans["scenes"], 32)[0], PRINTS.images(plans["prints"], 32)]
+    torch.testing.assert_close(batch["pixels"], torch.cat(drawn))
+    for ids, plan in zip(batch["ids"], plans["scenes"] + plans["prints"], strict=True):
         text = both.tokenizer.decode(ids, skip_special_tokens=True)
         assert all(thing.phrase in text for thing in plan.things)
 
@@ -66,13 +74,8 @@ def test_every_word_of_both_worlds_is_one_token(both):
 
 
 def test_equal_keys_are_one_caption_and_the_same_on_every_machine(both):
-    keys = both.batch(range(400), NONE)["keys"].numpy()
-    plans = [
-        plan
-        for world in ("scenes", "prints")
-        for own, plan in map(both.plan, range(400))
-        if own == world
-    ]
+    keys = both.batch(range(400), UNUSED)["keys"].numpy()
+    plans = [plan for own in plans_of(both, range(400)).values() for plan in own]
     said = [(p.background, *sorted(t.phrase for t in p.things)) for p in plans]
     same = np.array([[a == b for b in said] for a in said])
     assert same.sum() > len(said)  # some captions come twice
@@ -80,16 +83,33 @@ def test_equal_keys_are_one_caption_and_the_same_on_every_machine(both):
     assert keys[0] == 15777913291695581
 
 
-def test_one_world_is_as_it_was():
+def test_one_world_is_that_of_the_scenes_alone():
     task = ClipTask(ClipOptions(**SMALL), 32)
-    assert [task.plan(i)[1] for i in range(12)] == [reshaped(i, task.alike) for i in range(12)]
+    assert task.tokenizer.get_vocab() == train_tokenizer(TextOptions()).get_vocab()
+    plans = [reshaped(i, task.alike) for i in range(12)]
+    batch = task.batch(range(12), UNUSED)
+    assert torch.equal(batch["pixels"], scenes.batch(plans, 32)[0])
+    texts = [varied_caption(plan, np.random.default_rng(plan.number)) for plan in plans]
+    assert torch.equal(batch["ids"], tokenize(task.tokenizer, texts))
 
 
 def test_a_preview_shows_every_world(both):
-    assert both.preview().size[0] == both.preview().size[1]
+    pixels, texts = both.shown()
+    assert texts[0] == scenes.scene(0, "test").caption
+    assert texts[12] == prints.scene(0, "test").caption
+    assert torch.equal(pixels[12:], PRINTS.images([prints.scene(i, "test") for i in range(12)], 32))
+    whole = np.asarray(both.preview()).shape
+    assert whole[0] == whole[1]
+    assert whole[0] % len(texts) == 0
 
 
-@pytest.mark.parametrize("worlds", [("scenes", "prnts"), ()])
-def test_unknown_worlds_are_named_with_those_that_there_are(worlds):
-    with pytest.raises(GuidekitError, match=r"worlds is \[.*give one or more of scenes, prints"):
-        ClipTask(ClipOptions(worlds=worlds), 32)
+@pytest.mark.parametrize("names", ['["scenes", "prnts"]', "[]", '["prints", "prints"]', "[1]"])
+def test_wrong_sources_are_refused_before_anything_is_written(names, tmp_path):
+    recipe = tmp_path / "own.toml"
+    stage = f'[[stage]]\ntask = "clip"\nsteps = 2\nsources = {names}\n'
+    recipe.write_text(f'model = "own"\nsize = 32\n{stage}')
+    result = CliRunner().invoke(main, ["train", str(recipe), "--out", str(tmp_path / "runs")])
+    assert result.exit_code == 2
+    assert "sources is [" in result.stderr
+    assert "give one or more of scenes, prints, each once" in result.stderr
+    assert not (tmp_path / "runs").exists()
