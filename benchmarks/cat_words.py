@@ -2,7 +2,8 @@
 
 The lecture's slide has one target of 100 images, without intervals: its mIoU puts the vote before
 each estimate and random after them with nothing trained; after training random has more mIoU than
-features, and by far the largest Frechet distance.
+features, and by far the largest Frechet distance. Beside that, what the vote has over training from
+nothing.
 """
 
 from itertools import pairwise
@@ -67,7 +68,8 @@ def _order(part: str, own: dict[str, dict], text: str) -> str:
     for before, name in pairwise(found):
         told += f" {'>' if _apart(own[before], own[name], 'mIoU') else '~'} {name}"
     there = "" if found == lecture else f" {' > '.join(lecture)}"
-    return f"{told}, {'in' if there else 'as in'} the lecture{there}"
+    sure = "as in" if ">" in told else "the means as in"
+    return f"{told}, {'in' if there else sure} the lecture{there}"
 
 
 def _apart(one: dict, other: dict, key: str) -> bool:

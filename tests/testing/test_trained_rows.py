@@ -208,6 +208,15 @@ def test_an_order_is_sure_where_intervals_are_apart(benchmarks):
     ]
 
 
+def test_an_order_of_means_alone_is_told_as_that(benchmarks):
+    from cat_words import _order
+
+    means = {"features": 0.6, "segmentation": 0.65, "text, worlds-clip": 0.7}
+    own = {name: {"mIoU": m, "mIoU 95%": (m - 0.2, m + 0.2)} for name, m in means.items()}
+    said = "text, worlds-clip ~ segmentation ~ features, the means as in the lecture"
+    assert _order("training-free", own, "text, worlds-clip") == said
+
+
 def test_many_images_say_whether_two_rows_are_apart(benchmarks):
     from cat_tables import LESS
     from cat_words import further
