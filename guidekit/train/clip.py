@@ -5,7 +5,6 @@ another: a third of them show one object, of which `scenes` has 192.
 """
 
 import copy
-import hashlib
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,6 +18,7 @@ from guidekit.images import heat_map
 from guidekit.noisy_clip.data import turned
 from guidekit.noisy_clip.files import Clip, build
 from guidekit.noisy_clip.loss import info_nce
+from guidekit.seeds import derived_seed
 from guidekit.train.text import READ, TextOptions, tokenize, train_tokenizer
 from guidekit.train.worlds import COLOURED
 from guidekit.worlds import scenes
@@ -171,10 +171,8 @@ class _Saved:
 
 
 def _key(plan: scenes.Scene) -> int:
-    """A number that scenes with the same objects and background share, the same on any machine."""
-    words = [plan.background, *sorted(thing.phrase for thing in plan.things)]
-    digest = hashlib.blake2b(", ".join(words).encode(), digest_size=7).digest()
-    return int.from_bytes(digest, "big")  # of 56 bits, so that it is never negative
+    """A number that scenes with the same objects and background share."""
+    return derived_seed(plan.background, *sorted(thing.phrase for thing in plan.things))
 
 
 def make(options: ClipOptions, folder: Path, size: int, quiet: bool = True) -> ClipTask:
