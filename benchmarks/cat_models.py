@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
 
-import click
 import numpy as np
 import torch
 from torch import Tensor
@@ -28,7 +27,6 @@ from guidekit.synthesis.train import transferred
 from guidekit.train.identity import digest_of
 from guidekit.train.judge import Judge
 from guidekit.train.precision import emulates_bf16
-from guidekit.train.recipe import train
 from guidekit.worlds import prints, scenes
 
 SIZE, BATCH = 32, 50
@@ -159,30 +157,11 @@ def _prints(numbers: range, split: str) -> Tensor:
     return scenes.pixels(torch.from_numpy(np.stack([prints.draw(p, SIZE)[0] for p in plans])))
 
 
-def trained(folder: Path, recipe: str, quick: Path | None = None) -> Path:
-    """The model of a recipe in RUNS/RECIPE/STAGE/model, trained first where it is not there.
-
-    quick: where another is trained for two steps, and stands for it. Raises click.UsageError for
-    another folder that is not there.
-    """
-    if quick is not None:
-        return train(recipe, quick, quiet=True, fast_dev_run=True)
-    if folder.is_dir():
-        return folder
-    if len(folder.parents) < 3 or folder.parents[1].name != recipe:
-        raise click.UsageError(f"no folder {folder}; guidekit train {recipe} makes one")
-    return train(recipe, folder.parents[2])
-
-
 def make_lab(
     host: Path, judge: Path, folder: Path, seed: int, quick: bool, tuning: int = 400
 ) -> Lab:
-    """The lab; its models are trained first where they are not there, in --quick for two steps."""
+    """The lab, with the models of these folders."""
     sizes = QUICK if quick else Sizes(tuning=tuning, long=5 * tuning, reference=15 * tuning)
-    host, judge = (
-        trained(path, recipe, folder if quick else None)
-        for path, recipe in ((host, "scenes-maps"), (judge, "prints-judge"))
-    )
     pipeline = load(str(host), "cpu")
     network = Judge.from_pretrained(judge, dtype=torch.float32, use_safetensors=True)
     return Lab(

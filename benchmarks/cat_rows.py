@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from guidekit.affinity import Affinity, Estimate
-from guidekit.affinity.matrix import Vote
+from guidekit.affinity.matrix import ORDER
 from guidekit.labels import VOID
 from guidekit.synthesis.data import PRINTS_LABELS as TARGET
 from guidekit.synthesis.data import SOURCE_LABELS as SOURCE
@@ -33,26 +33,31 @@ Picks = Callable[[Affinity], Tensor]
 Change = Callable[[Affinity], Affinity]
 
 
+def same(found: Affinity) -> Affinity:
+    """No change."""
+    return found
+
+
 @dataclass(frozen=True)
 class Row:
-    """A source class for each target class; of a vote also how it came to it."""
+    """What picks a source class for each target class, once the affinity is changed."""
 
-    picks: Picks
-    votes: Callable[[Affinity], list[Vote]] | None = None
+    by: Picks
+    change: Change = same
+
+    def picks(self, found: Affinity) -> Tensor:
+        """The source class for each target class (N_t,)."""
+        return self.by(self.change(found))
 
 
-def single(name: str, change: Change = lambda found: found) -> Row:
+def single(name: str) -> Picks:
     """One estimate alone."""
-    return Row(lambda found: change(found).picks(name))
+    return lambda found: found.picks(name)
 
 
-def vote(change: Change = lambda found: found) -> Row:
-    """The vote, ties to segmentation unless the change has another order."""
-
-    def votes(found: Affinity) -> list[Vote]:
-        return change(found).votes()
-
-    return Row(lambda found: torch.tensor([own.to for own in votes(found)]), votes)
+def vote(found: Affinity) -> Tensor:
+    """The vote, ties by the affinity's order."""
+    return torch.tensor([own.to for own in found.votes()])
 
 
 def asking(texts: Estimate) -> Change:
@@ -61,8 +66,8 @@ def asking(texts: Estimate) -> Change:
 
 
 def ties_to_text(found: Affinity) -> Affinity:
-    """The same with another order."""
-    return replace(found, order=("text", "segmentation", "features"))
+    """The same with text before the others, as `guidekit affinity --first text` has it."""
+    return replace(found, order=tuple(dict.fromkeys(("text", *ORDER))))
 
 
 def fallback(found: Affinity) -> Tensor:
@@ -92,15 +97,15 @@ def rows_of(strange: Estimate, known: Estimate) -> dict[str, Row]:
     """
     both = asking(known)
     return {
-        "segmentation": single("segmentation"),
-        "features": single("features"),
-        "text, MiniLM": single("text"),
-        "text, scenes-clip": single("text", asking(strange)),
-        "text, worlds-clip": single("text", both),
-        "vote": vote(),
-        "vote, ties to text": vote(ties_to_text),
-        "vote, worlds-clip": vote(both),
-        "vote, worlds-clip, ties to text": vote(lambda found: ties_to_text(both(found))),
+        "segmentation": Row(single("segmentation")),
+        "features": Row(single("features")),
+        "text, MiniLM": Row(single("text")),
+        "text, scenes-clip": Row(single("text"), asking(strange)),
+        "text, worlds-clip": Row(single("text"), both),
+        "vote": Row(vote),
+        "vote, ties to text": Row(vote, ties_to_text),
+        "vote, worlds-clip": Row(vote, both),
+        "vote, worlds-clip, ties to text": Row(vote, lambda found: ties_to_text(both(found))),
         "mean of similarities": Row(combined),
         FALLBACK: Row(fallback),
     }
@@ -130,14 +135,17 @@ def right_colours(picks: Tensor) -> int:
 
 
 def measured(row: Row, found: Affinity) -> dict[str, int]:
-    """How many of the 64 things are seen and got a right colour; of a vote how it was decided."""
+    """Of the 64 things: how many are seen, and how many got a right colour, and shape too.
+
+    Of a vote also how it was decided.
+    """
     picks = row.picks(found)
     line = {
         "seen": int((found.estimates["segmentation"].evidence[:THINGS] > 0).sum()),
         "colours": right_colours(picks),
         "shapes too": sum(shape_right(*pair) for pair in enumerate(picks[:THINGS].tolist())),
     }
-    if row.votes is None:
+    if row.by is not vote:
         return line
-    hows = Counter(own.how for own in row.votes(found)[:THINGS])
+    hows = Counter(own.how for own in row.change(found).votes()[:THINGS])
     return line | {how: hows[how] for how in ("unanimous", "voted", "ordered", "alone")}

@@ -60,7 +60,7 @@ def lines_of(lab: Lab, groups: list[Group]) -> list[dict]:
     return lines
 
 
-#: Rows that are compared layout by layout: votes with their estimates, and the first with others.
+#: A row less another, layout by layout: votes less their estimates, the first vote less others.
 PAIRS = (
     *((vote, own) for vote, estimates in VOTES.items() for own in estimates),
     ("vote", FALLBACK),

@@ -64,12 +64,12 @@ def _order(part: str, own: dict[str, dict], text: str) -> str:
     """
     found = tuple(sorted((*SEEING, text), key=lambda name: -own[name]["mIoU"]))
     lecture = tuple(text if name == "text" else name for name in LECTURE[part])
-    told = found[0]
-    for before, name in pairwise(found):
-        told += f" {'>' if _apart(own[before], own[name], 'mIoU') else '~'} {name}"
+    told, apart = found[0], [_apart(own[a], own[b], "mIoU") for a, b in pairwise(found)]
+    for name, sure in zip(found[1:], apart, strict=True):
+        told += f" {'>' if sure else '~'} {name}"
     there = "" if found == lecture else f" {' > '.join(lecture)}"
-    sure = "as in" if ">" in told else "the means as in"
-    return f"{told}, {'in' if there else sure} the lecture{there}"
+    like = "as in" if all(apart) else "the means as in"
+    return f"{told}, {'in' if there else like} the lecture{there}"
 
 
 def _apart(one: dict, other: dict, key: str) -> bool:

@@ -109,24 +109,40 @@ def _check_read(ctx: click.Context, made: bool, options: dict[str, Any]) -> None
                 "or give the folder of the shots"
             )
         if not made:
-            _check_asked(flag, str(name), kinds, options)
+            _check_asked(flag, READ_BY.get(str(name)), kinds, options["by"])
         if name == "coloured" and options["maps"] is None:
             raise GuidekitError("--coloured is for label maps that are rewritten; give --apply")
+    if not made:
+        _check_first(options["first"], kinds, options["by"])
 
 
-def _check_asked(flag: str, name: str, kinds: list[str], options: dict[str, Any]) -> None:
+def _check_asked(flag: str, kind: str | None, kinds: list[str], by: str | None) -> None:
     """Raises GuidekitError for an option of an estimate that is not asked for."""
-    kind = options["first"] if name == "first" else READ_BY.get(name)
     if kind is not None and kind not in kinds:
-        asks_all = options["by"] is None or VOTE in _named(options["by"])
-        ask = f"give {FLAGS[kind]}" if asks_all else f"add {kind} to --by"
         raise GuidekitError(
-            f"{flag} is of the estimate by {kind}, which is not asked for; {ask}, or leave it out"
+            f"{flag} is of the estimate by {kind}, which is not asked for; {_asking(kind, by)}, or "
+            "leave it out"
         )
-    if name == "first" and len(kinds) < 2:
+
+
+def _check_first(first: str | None, kinds: list[str], by: str | None) -> None:
+    """Raises GuidekitError for a first estimate that is not asked for, or that is the only one."""
+    if first is not None and first not in kinds:
         raise GuidekitError(
-            "--first decides between estimates, and there is one; ask for more, or leave it out"
+            f"--first {first} names an estimate that is not asked for; {_asking(first, by)}, or "
+            "leave --first out"
         )
+    if first is not None and len(kinds) < 2:
+        raise GuidekitError(
+            f"--first {first} decides between estimates, and there is one; ask for more, or leave "
+            "it out"
+        )
+
+
+def _asking(kind: str, by: str | None) -> str:
+    """How an estimate is asked for, where --by is this."""
+    asks_all = by is None or VOTE in _named(by)
+    return f"give {FLAGS[kind]}" if asks_all else f"add {kind} to --by"
 
 
 def _estimated(shots: Path, files: list[Path], options: dict[str, Any]) -> Any:

@@ -28,15 +28,15 @@ class Scenes:
 
 
 def reshaped(number: int, alike: int) -> scenes.Scene:
-    """Scene number // alike with its shapes moved on by number % alike.
-
-    Without such neighbours colours and background tell a batch apart, and shapes are not learned.
-    """
+    """Scene number // alike with its shapes moved on by number % alike."""
     return turned(scenes.scene(number // alike), scenes.SHAPES, number, number % alike)
 
 
 def turned(plan: scenes.Scene, shapes: tuple[str, ...], number: int, by: int) -> scenes.Scene:
-    """The plan under another number, its shapes moved on among those of its world."""
+    """The plan under another number, its shapes moved on among those of its world.
+
+    Without such neighbours colours and background tell a batch apart, and shapes are not learned.
+    """
     things = tuple(
         replace(t, shape=shapes[(shapes.index(t.shape) + by) % len(shapes)]) for t in plan.things
     )

@@ -85,9 +85,9 @@ class ClipTask:
     """Trains both encoders on scenes and captions in many wordings."""
 
     def __init__(self, options: ClipOptions, size: int):
-        self.size, self.alike, self.sources = size, options.alike, options.sources
-        rng = np.random.default_rng(0)
-        worlds = [COLOURED[name] for name in self.sources]
+        self.size, self.alike = size, options.alike
+        self.worlds = {name: COLOURED[name] for name in options.sources}
+        rng, worlds = np.random.default_rng(0), self.worlds.values()
         self.tokenizer = train_tokenizer(
             TextOptions(length=options.length, vocabulary=options.vocabulary),
             [world.varied_caption(world.scene(i), rng) for world in worlds for i in range(READ)],
@@ -124,7 +124,7 @@ class ClipTask:
             plans.setdefault(name, []).append(plan)
         pixels, texts = [], []
         for name, own in plans.items():
-            world = COLOURED[name]
+            world = self.worlds[name]
             pixels.append(world.images(own, self.size))
             texts += [world.varied_caption(p, np.random.default_rng(p.number)) for p in own]
         return {
@@ -136,9 +136,9 @@ class ClipTask:
     def plan(self, number: int) -> tuple[str, scenes.Scene]:
         """The world of an image, which neighbours share, and its scene."""
         group, turn = divmod(number, self.alike)
-        place, own = divmod(group, len(self.sources))
-        world = COLOURED[self.sources[own]]
-        return self.sources[own], turned(world.scene(place), world.shapes, number, turn)
+        place, own = divmod(group, len(self.worlds))
+        name, world = [*self.worlds.items()][own]
+        return name, turned(world.scene(place), world.shapes, number, turn)
 
     def preview(self) -> Image.Image:
         """Cosines of held-out images (rows) and their captions (columns), a world after another."""
@@ -151,8 +151,8 @@ class ClipTask:
     def shown(self) -> tuple[Tensor, list[str]]:
         """Held-out images (B, 3, H, W) and their captions, as many of every world."""
         pixels, texts = [], []
-        for world in (COLOURED[name] for name in self.sources):
-            plans = [world.scene(i, "test") for i in range(SHOWN // len(self.sources))]
+        for world in self.worlds.values():
+            plans = [world.scene(i, "test") for i in range(SHOWN // len(self.worlds))]
             pixels.append(world.images(plans, self.size))
             texts += [plan.caption for plan in plans]
         return torch.cat(pixels), texts

@@ -19,9 +19,9 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 from guidekit.worlds import scenes
 
 END = "<|endoftext|>"
+READ = 4000  # scenes of a world whose captions the tokenizer learns from
 # Other ways to say it; `{}` are the phrases with articles. Most captions are scenes.caption's.
 FORMS = (", ", " , ", " and ", " next to ", " with ", " ")
-READ = 4000  # scenes of a world whose captions the tokenizer learns from
 OPENINGS = ("", "", "", "an image of ", "a photo of ", "an image of ", "there is ")
 
 

@@ -117,9 +117,9 @@ class Things(objects.World):
 
 
 SHAPES, DENSE, PRINTS = Shapes(), Dense(), Prints()
-#: Worlds whose things are a colour and a shape, in captions of one form.
+#: Worlds by name whose things are a colour and a shape; `dense` has the images of `scenes`.
 COLOURED: dict[str, Shapes | Prints] = {"scenes": SHAPES, "prints": PRINTS}
-_DRAWN: dict[str, World] = {"scenes": SHAPES, "dense": DENSE, "prints": PRINTS}
+_DRAWN: dict[str, World] = {**COLOURED, "dense": DENSE}
 _things = cache(Things)  # its sprites serve every stage of a run
 
 

@@ -29,10 +29,11 @@ OVER |= {(vote, TEXTS[1]) for vote in VOTES[1:]} | {("vote, longer", "scratch, l
 
 def test_all_rows_run_and_are_kept(tmp_path):
     words = [sys.executable, SCRIPT, "--quick", "--out", tmp_path, "--json", tmp_path / "r.json"]
-    words += ["--part", "host", "--part", "training-free", "--part", "fine-tuned"]
     first = subprocess.run(words, capture_output=True, text=True, check=True)
     found = json.loads((tmp_path / "r.json").read_text())
     names = {(row["part"], row["method"]) for row in found["rows"] if "method" in row}
+    estimates = {"text, scenes-clip", "vote, ties to text", "vote, a class a pixel", *VOTES}
+    assert names >= {("affinity", row) for row in estimates}
     assert names >= {("host", "source model"), *(("training-free", row) for row in ROWS)}
     assert names >= {("fine-tuned", row) for row in ROWS | TRAINED}
     over = {(row["row"], row["less"]) for row in found["rows"] if row["part"] == "paired"}

@@ -146,29 +146,62 @@ def test_rows_ask_what_they_are_named_by(benchmarks):
 
     own = {"segmentation": says(0), "features": says(1, nearly=[0]), "text": says(2)}
     found = Affinity(SOURCE, TARGET, own)
-    rows = rows_of(strange=says(3), known=says(1))
+    rows = rows_of(strange=says(3), known=says(4))
     picks = {name: int(row.picks(found)[0]) for name, row in rows.items()}
     alone = {"segmentation": 0, "features": 1, "text, MiniLM": 2}
-    alone |= {"text, scenes-clip": 3, "text, worlds-clip": 1}
+    alone |= {"text, scenes-clip": 3, "text, worlds-clip": 4}
     votes = {"vote": 0, "vote, ties to text": 2}  # of three that differ the first
-    votes |= {"vote, worlds-clip": 1, "vote, worlds-clip, ties to text": 1}  # of which two agree
+    votes |= {"vote, worlds-clip": 0, "vote, worlds-clip, ties to text": 4}
     assert picks == alone | votes | {"mean of similarities": 0, FALLBACK: 0}
-    hows = {name: measured(row, found) for name, row in rows.items()}
-    assert {name for name, line in hows.items() if "voted" in line} == set(votes)
-    assert [hows[name]["ordered"] for name in votes] == [64, 64, 0, 0]
-    assert [hows[name]["voted"] for name in votes] == [0, 0, 64, 64]
+    agreeing = rows_of(strange=says(3), known=says(1))  # with features
+    lines = {name: measured(row, found) for name, row in agreeing.items()}
+    assert {name for name, line in lines.items() if "voted" in line} == set(votes)
+    assert [lines[name]["ordered"] for name in votes] == [64, 64, 0, 0]
+    assert [lines[name]["voted"] for name in votes] == [0, 0, 64, 64]
+    # Class 0 is a red circle: right in colour for crimson and rust, in shape for one disc of each.
+    assert [lines["vote"][key] for key in ("colours", "shapes too")] == [16, 2]
     unseen = replace(found, estimates=own | {"segmentation": says(0, seen=0.0)})
     assert int(rows[FALLBACK].picks(unseen)[0]) == 2
     assert measured(rows["vote"], unseen)["seen"] == 0
 
 
-def test_a_model_that_is_not_there_is_trained_only_in_its_recipes_folder(benchmarks, tmp_path):
-    from cat_models import trained
+def test_models_are_trained_where_their_recipe_leaves_them(benchmarks, tmp_path, monkeypatch):
+    import cat
 
-    assert trained(tmp_path, "prints-judge") == tmp_path
-    for folder in (tmp_path / "runs/other/judge/model", Path("model")):
-        with pytest.raises(click.UsageError, match="guidekit train prints-judge makes one"):
-            trained(folder, "prints-judge")
+    def setting(quick, **folders):
+        paths = {name: tmp_path / name for name in cat.MODELS} | folders
+        numbers = {"source_shots": 1, "seed": 0, "tuning": 1, "shots": (25,)}
+        return cat.Setting(model="", text=tmp_path, out=tmp_path, quick=quick, **paths, **numbers)
+
+    asked = []
+    monkeypatch.setattr(cat, "train", lambda *args, **options: asked.append((args, options)))
+    for name in cat.MODELS:
+        (tmp_path / name).mkdir()
+    there = setting(quick=False)
+    assert cat.with_models(there, cat.PARTS) == there
+    later = setting(quick=False, judge=tmp_path / "runs/prints-judge/judge/model")
+    assert cat.with_models(later, ("affinity",)) == later  # which asks no judge
+    assert asked == []
+    cat.with_models(later, ("host",))
+    assert asked == [(("prints-judge", tmp_path / "runs"), {})]
+    for wrong in ("runs/prints-judge/judge/modle", "runs/other/judge/model", "model"):
+        typo = replace(later, clip=Path(wrong))
+        with pytest.raises(click.UsageError, match="guidekit train worlds-clip makes one"):
+            cat.with_models(typo, cat.PARTS)
+    assert len(asked) == 1
+    cat.with_models(setting(quick=True), ("host",))
+    assert [args[:2] for args, _ in asked[1:]] == [
+        ("scenes-maps", tmp_path),
+        ("prints-judge", tmp_path),
+    ]
+    assert all(options == {"fast_dev_run": True} for _, options in asked[1:])
+
+
+def test_a_table_has_the_columns_of_all_rows(benchmarks):
+    from cat import table
+
+    lines = table([{"method": "a"}, {"method": "b", "voted": 3}]).splitlines()
+    assert lines == ["| method | voted |", "| --- | --- |", "| a |  |", "| b | 3 |"]
 
 
 def test_the_most_probable_class_of_a_pixel_may_be_void(benchmarks):
@@ -214,6 +247,9 @@ def test_an_order_of_means_alone_is_told_as_that(benchmarks):
     means = {"features": 0.6, "segmentation": 0.65, "text, worlds-clip": 0.7}
     own = {name: {"mIoU": m, "mIoU 95%": (m - 0.2, m + 0.2)} for name, m in means.items()}
     said = "text, worlds-clip ~ segmentation ~ features, the means as in the lecture"
+    assert _order("training-free", own, "text, worlds-clip") == said
+    own["text, worlds-clip"] = {"mIoU": 1.2, "mIoU 95%": (1.1, 1.3)}
+    said = "text, worlds-clip > segmentation ~ features, the means as in the lecture"
     assert _order("training-free", own, "text, worlds-clip") == said
 
 

@@ -37,7 +37,7 @@ def both():
 def plans_of(task, numbers):
     """The scenes of each world."""
     every = [task.plan(number) for number in numbers]
-    return {name: [plan for own, plan in every if own == name] for name in task.sources}
+    return {name: [plan for own, plan in every if own == name] for name in task.worlds}
 
 
 def test_images_are_of_both_worlds_in_equal_numbers(both):
@@ -65,6 +65,14 @@ def test_a_batch_has_the_images_and_the_captions_of_its_scenes(both):
     for ids, plan in zip(batch["ids"], plans["scenes"] + plans["prints"], strict=True):
         text = both.tokenizer.decode(ids, skip_special_tokens=True)
         assert all(thing.phrase in text for thing in plan.things)
+
+
+def test_captions_of_both_worlds_have_many_wordings(both):
+    for name, world in both.worlds.items():
+        plan, rng = world.scene(0), np.random.default_rng(0)
+        texts = {world.varied_caption(plan, rng) for _ in range(60)}
+        assert plan.caption in texts, name
+        assert len(texts) > 10, name
 
 
 def test_every_word_of_both_worlds_is_one_token(both):
